@@ -1,0 +1,45 @@
+# Each target works alone on a fresh clone: it makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: reproduce test check format lint types imports tests benchmark clean
+
+reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
+	$(BIN)/offramp reproduce
+
+test: tests
+
+check: lint types imports tests  ## all that CI checks
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+imports: $(INSTALLED)
+	$(BIN)/lint-imports
+
+tests: $(INSTALLED)
+	$(BIN)/pytest
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/sweep_thresholds.py
+
+# Torch first and pinned: a range alone could pull gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,60 @@
+"""offramp: early-exit ("depth-adaptive") Transformer language models.
+
+Exit layers are counted from 1 everywhere: ``exit_layer = n`` means *after n blocks*,
+and ``exit_layer = num_layers`` is the full model.
+"""
+
+from offramp.data import Corpus, load_corpus
+from offramp.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    OfframpError,
+    TrainingError,
+)
+from offramp.evaluation.sweep import SweepRow, sweep
+from offramp.evaluation.trace import ExitTrace, collect_trace
+from offramp.exits.policy import ThresholdPolicy
+from offramp.exits.weights import (
+    RECOMMENDED,
+    asymmetric,
+    asymmetric_deep_supervision,
+    deep_supervision,
+    standard,
+)
+from offramp.models.base import EarlyExitModel, Step
+from offramp.models.checkpoint import load_checkpoint, save_checkpoint
+from offramp.models.kv_cache import KVCache
+from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.training import TrainConfig, train
+from offramp.version import __version__
+
+__all__ = [
+    "RECOMMENDED",
+    "CheckpointError",
+    "ConfigError",
+    "Corpus",
+    "CorpusError",
+    "DecoderConfig",
+    "EarlyExitModel",
+    "ExitTrace",
+    "KVCache",
+    "OfframpError",
+    "Step",
+    "SweepRow",
+    "ThresholdPolicy",
+    "TrainConfig",
+    "TrainingError",
+    "Transformer",
+    "__version__",
+    "asymmetric",
+    "asymmetric_deep_supervision",
+    "collect_trace",
+    "deep_supervision",
+    "load_checkpoint",
+    "load_corpus",
+    "save_checkpoint",
+    "standard",
+    "sweep",
+    "train",
+]

@@ -1,0 +1,1 @@
+"""Evaluation: one pass of the model makes a trace; everything after it is array work."""

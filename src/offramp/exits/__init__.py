@@ -1,0 +1,1 @@
+"""Exits as tensors and callables: loss weights, the loss, confidence, policies."""

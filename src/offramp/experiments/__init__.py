@@ -1,0 +1,1 @@
+"""Experiments: one module a study; a table row is a value, not a script."""

@@ -1,0 +1,1 @@
+"""Models: the waist that every feature talks through, and what implements it."""

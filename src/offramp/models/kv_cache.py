@@ -1,0 +1,76 @@
+"""Keys and values of the tokens seen so far, one store a layer.
+
+A token's place in the cache is its position in its own row, so padding is never stored, layers
+may be filled at different times (a token that left early leaves a hole above its exit until it
+is filled), and cropping is a matter of lengths alone.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class KVCache:
+    """Per-layer keys and values, (B, H, capacity, D) each, with per-layer, per-row lengths.
+
+    ``lengths`` (L, B) counts the positions written in each layer and row.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, batch_size, num_heads, capacity + 1, head_dim)  # + 1: see write
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
+        self.capacity = capacity
+
+    def require(self, end: int) -> None:
+        """Raise ValueError unless positions 0 .. end - 1 fit."""
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, got {end}")
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Tensor, "B H T Dh"],
+        v: Float[Tensor, "B H T Dh"],
+        *,
+        positions: Int[Tensor, "#B T"],
+        real: Tensor | None = None,
+        rows: Int[Tensor, " B"] | None = None,
+    ) -> None:
+        """Store the keys and values of these positions in a layer (counted from 0).
+
+        Padding goes to a spare slot behind the last position, which nobody reads.
+        """
+        batch = k.shape[0]
+        if rows is None:
+            rows = torch.arange(batch, device=k.device)
+        slots = positions.expand(batch, -1)
+        ends = slots.amax(dim=1) + 1
+        if real is not None:
+            ends = torch.where(real, slots + 1, 0).amax(dim=1)
+            slots = torch.where(real, slots, self.capacity)
+        self.keys[layer, rows[:, None], :, slots] = k.transpose(1, 2)
+        self.values[layer, rows[:, None], :, slots] = v.transpose(1, 2)
+        self.lengths[layer, rows] = torch.maximum(self.lengths[layer, rows], ends)
+
+    def read(
+        self, layer: int, *, end: int, rows: Int[Tensor, " B"] | None = None
+    ) -> tuple[Float[Tensor, "B H S Dh"], Float[Tensor, "B H S Dh"]]:
+        """Keys and values of a layer at positions 0 .. end - 1."""
+        k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return (k, v) if rows is None else (k[rows], v[rows])
+
+    def crop(self, length: int) -> None:
+        """Forget every position from ``length`` on, in every layer and row."""
+        self.lengths.clamp_(max=length)

@@ -1,0 +1,190 @@
+"""The report of a reproduction as one self-contained HTML page."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from offramp.report import plots
+from offramp.report.tables import (
+    VERDICT_STYLES,
+    Table,
+    environment_table,
+    exit_table,
+    explanations_table,
+    findings_table,
+    protocol_table,
+    seed_tables,
+)
+from offramp.report.text import Corpus, Results, count_verdicts, headline
+
+# what stands for a white-space character, beside the character itself
+WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: told apart by every kind of sight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart on the page: its caption and its Vega-Lite specification without them."""
+
+    title: str
+    caption: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token of a passage: its text, the exit it took and what the reader is told of it."""
+
+    text: str
+    exit_layer: int
+    mark: str
+    tooltip: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A passage of validation text, and how many of its tokens took which exit."""
+
+    title: str
+    tokens: tuple[Token, ...]
+    exits: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Everything that the page shows of one corpus, in the page's order."""
+
+    name: str
+    anchor: str
+    headline: str
+    verdicts: Mapping[str, int]
+    findings: Table
+    frontiers: tuple[Figure, ...]
+    tables: tuple[Table, ...]
+    thresholds: tuple[Figure, ...]
+    seeds: Figure
+    exits: Figure
+    exit_table: Table
+    explanations: Table
+    passages: tuple[Passage, ...]
+    notes: tuple[str, ...]
+    protocol: Table
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Write the report to `path`, whole or not at all; it needs no other file and no network."""
+    page = render(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+        temporary.chmod(0o644)  # a page to be read by others, not a private file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def render(results: Results) -> str:
+    """The report's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("offramp.report", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [
+        make_section(name, f"corpus-{number}", corpus)
+        for number, (name, corpus) in enumerate(results["corpora"].items(), start=1)
+    ]
+    layers = {layer for section in sections for one in section.passages for layer in one.exits}
+    depth = max(layers, default=1)
+    return environment.get_template("report.html.jinja").render(
+        sections=sections,
+        environment=environment_table(results),
+        verdict_styles=VERDICT_STYLES,
+        exit_hues={layer: exit_hue(layer, depth) for layer in sorted(layers)},
+        vega=javascript(),
+        version=results["offramp_version"],
+    )
+
+
+@functools.cache
+def javascript() -> Markup:
+    """Vega, Vega-Lite and Vega-Embed as one script that fits inside a script element."""
+    bundle = vl_convert.javascript_bundle(
+        "window.vegaEmbed = vegaEmbed;", vl_version=plots.vegalite_version()
+    )
+    # a string literal may hold either; a script element ends or changes its meaning there
+    bundle = bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return Markup(bundle)
+
+
+def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
+    """Gather the page's parts for one corpus."""
+    present = {curve["epoch"] for curve in corpus["curves"]}
+    epochs = [epoch for epoch in ("best", "last") if epoch in present] or ["best"]
+    return Section(
+        name=name,
+        anchor=anchor,
+        headline=headline(name, corpus),
+        verdicts=count_verdicts(corpus),
+        findings=findings_table(corpus),
+        frontiers=tuple(make_figure(plots.frontier(corpus, epoch=epoch)) for epoch in epochs),
+        tables=tuple(seed_tables(corpus)),
+        thresholds=tuple(
+            make_figure(plots.threshold_curves(corpus, epoch=epoch)) for epoch in epochs
+        ),
+        seeds=make_figure(plots.seed_spread(corpus)),
+        exits=make_figure(plots.exit_ppl(corpus)),
+        exit_table=exit_table(corpus),
+        explanations=explanations_table(corpus),
+        passages=tuple(make_passage(passage) for passage in corpus["passages"]),
+        notes=tuple(corpus["notes"]),
+        protocol=protocol_table(corpus),
+    )
+
+
+def make_figure(chart: alt.LayerChart | alt.VConcatChart) -> Figure:
+    """A chart whose title and description the page sets as text of its own."""
+    spec = chart.to_dict()
+    title, caption = spec.pop("title"), spec["description"]
+    return Figure(title=title, caption=caption, spec=spec)
+
+
+def make_passage(passage: Mapping[str, Any]) -> Passage:
+    """A passage of validation text, token by token."""
+    exits = passage["exit_layer"]
+    title = f"{passage['label']}, seed {passage['seed']}, threshold {passage['threshold']:g}"
+    counts = {layer: exits.count(layer) for layer in sorted(set(exits))}
+    return Passage(title=title, tokens=tuple(make_tokens(passage)), exits=counts)
+
+
+def make_tokens(passage: Mapping[str, Any]) -> Iterator[Token]:
+    """Each token with the exit it took and its confidence at the first exit."""
+    columns = (passage["characters"], passage["exit_layer"], passage["confidence"])
+    for text, exit_layer, confidence in zip(*columns, strict=True):
+        yield Token(
+            text=text,
+            exit_layer=exit_layer,
+            mark=WHITE_SPACE.get(text, ""),
+            tooltip=f"exit layer {exit_layer}, confidence {confidence:.3f} at the first exit",
+        )
+
+
+def exit_hue(layer: int, depth: int) -> float:
+    """The colour of an exit as a hue in degrees, from the shallowest layer to the deepest."""
+    share = (layer - 1) / max(depth - 1, 1)
+    return round(SHALLOW_HUE + share * (DEEP_HUE - SHALLOW_HUE), 1)

@@ -1,0 +1,271 @@
+"""The plots of a reproduction: pure functions from one corpus's results to an Altair chart."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import altair as alt
+import vl_convert
+
+from offramp.report.points import (
+    MEASURED,
+    PUBLISHED,
+    Record,
+    curve_points,
+    exit_points,
+    is_operating,
+    measured_points,
+    method_names,
+    present,
+    published_points,
+)
+from offramp.report.text import Corpus, Number
+
+# Okabe and Ito's colours for the colour-blind, moved a little to be read on white and on black
+PALETTE = ("#2487c7", "#e08e00", "#0a9e77", "#c56a9c", "#d9601a", "#7d7dd6", "#8a8a8a", "#a8901f")
+WIDTH = 760
+OPEN_DIAMOND = "M0,-1.3L1.3,0L0,1.3L-1.3,0ZM0,-0.75L-0.75,0L0,0.75L0.75,0Z"
+LOG_RATIO = 6.0  # PPL that spans more than this is drawn on a logarithmic axis
+
+
+def frontier(corpus: Corpus, *, epoch: str = "best") -> alt.LayerChart:
+    """PPL against Compute%: a curve a method, the operating points and the published points."""
+    curves, measured = curve_points(corpus, epoch), measured_points(corpus, epoch)
+    published = [point for point in published_points(corpus, epoch) if point["compute"] is not None]
+    points = [*measured, *published]
+    colour = _colour(corpus, present(corpus, curves, points))
+    x = alt.X("compute:Q", title="Compute% (layers run / layers in the model)")
+    x = x.scale(zero=False).axis(tickCount=10)
+    y = _ppl_axis([*curves, *points])
+    tooltip = _tooltip("method", "kind", "threshold", "ppl", "std", "compute", "shallow", "weights")
+    selected = alt.selection_point(fields=["method"], bind="legend")
+    band = (
+        _chart(_banded(curves))
+        .mark_area(strokeWidth=0)
+        .encode(x=x, y=_low(y), y2="high:Q", color=colour, opacity=_faded(selected, 0.1, 0.0))
+    )
+    line = (
+        _chart(curves)
+        .mark_line(strokeWidth=2)
+        .encode(x=x, y=y, color=colour, order="threshold:Q", tooltip=tooltip)
+        .encode(opacity=_faded(selected, 0.9))
+    )
+    bars = (
+        _chart(_banded(points))
+        .mark_rule(strokeWidth=1.5)
+        .encode(x=x, y=_low(y), y2="high:Q", color=colour, opacity=_faded(selected, 1.0))
+    )
+    marks = _marks(points, colour).encode(x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0))
+    chart = _layer(band, line, bars, marks).add_params(selected)
+    return chart.properties(
+        width=WIDTH,
+        height=400,
+        title=f"PPL against Compute%, {epoch} epoch",
+        description=(
+            "Lower and further left is better. Each curve is one method as the threshold moves; "
+            "its band is the mean ± 1 standard deviation over the seeds. Circles are the measured "
+            f"means at threshold {corpus['protocol']['threshold']:g}, the deviation as a bar. "
+            f"{_diamonds(published)}Click a method in the legend to see "
+            "it alone, with shift to add another."
+        ),
+    )
+
+
+def threshold_curves(corpus: Corpus, *, epoch: str = "best") -> alt.VConcatChart:
+    """PPL and Shallow% against the threshold, with the published tables' points."""
+    curves = curve_points(corpus, epoch)
+    published = [p for p in published_points(corpus, epoch) if p["threshold"] is not None]
+    colour = _colour(corpus, present(corpus, curves, published))
+    x = alt.X("threshold:Q", title="Threshold").scale(nice=False)
+    shallow = alt.Y("shallow:Q", title="Shallow%").scale(domain=[0, 100])
+    tooltip = _tooltip("method", "kind", "threshold", "ppl", "std", "shallow", "compute")
+    selected = alt.selection_point(fields=["method"], bind="legend")
+    shared = alt.ScaleResolveMap(color="shared", shape="shared")
+    panels: list[alt.LayerChart] = []
+    for field, y in (("ppl", _ppl_axis([*curves, *published])), ("shallow", shallow)):
+        line = (
+            _chart(curves)
+            .mark_line(strokeWidth=2)
+            .encode(x=x, y=y, color=colour, tooltip=tooltip, opacity=_faded(selected, 0.9))
+        )
+        marks = _marks([point for point in published if point[field] is not None], colour).encode(
+            x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0)
+        )
+        panels.append(_layer(line, marks).properties(width=WIDTH, height=210))
+    panels[0] = panels[0].add_params(selected)  # one selection for both panels
+    return alt.VConcatChart(vconcat=panels, resolve=alt.Resolve(scale=shared)).properties(
+        title=f"PPL and Shallow% against the threshold, {epoch} epoch",
+        description=(
+            f"{_diamonds(published)}A token leaves at an exit when its confidence there is at or "
+            "above the threshold."
+        ),
+    )
+
+
+def seed_spread(corpus: Corpus) -> alt.LayerChart:
+    """Each seed's PPL in every headline row, their mean, and the published figure."""
+    measured = measured_points(corpus, "best")
+    published = [
+        point
+        for point in published_points(corpus, "best")
+        if is_operating(corpus, point["threshold"])
+    ]
+    seeds = [
+        {**point, "ppl": value, "seed": seed}
+        for point in measured
+        for seed, value in zip(corpus["protocol"]["seeds"], point["values"], strict=True)
+    ]
+    names = present(corpus, measured, published)
+    colour = _colour(corpus, names).legend(None)
+    rows = {point["method"]: point["row"] for point in (*measured, *published)}
+    x = alt.X("ppl:Q", title="PPL").scale(zero=False)
+    # axis labels break where "\n" stands: names are long and the page may be narrow
+    y = alt.Y("row:N", title=None, sort=[rows[name] for name in names]).axis(
+        labelExpr="split(datum.value, '\\n')", labelLimit=0, ticks=False, grid=True
+    )
+    tooltip = _tooltip("method", "kind", "ppl", "std", "threshold")
+    dots = (
+        _chart(seeds)
+        .mark_point(filled=True, size=55, opacity=0.65)
+        .encode(x=x, y=y, color=colour, tooltip=_tooltip("method", "seed", "ppl", "threshold"))
+    )
+    means = (
+        _chart(measured)
+        .mark_tick(thickness=3, size=26, opacity=1)
+        .encode(x=x, y=y, color=colour, tooltip=tooltip)
+    )
+    marks = _marks(published, colour).encode(x=x, y=y, tooltip=tooltip)
+    return _layer(dots, means, marks).properties(
+        width=WIDTH,
+        height=46 * len(names),
+        title="PPL by seed, best epoch",
+        description=(
+            f"A dot is one seed, the upright tick their mean. {_diamonds(published)}"
+            "Where the dots of two rows overlap, the seed matters as much as the method."
+        ),
+    )
+
+
+def exit_ppl(corpus: Corpus) -> alt.LayerChart:
+    """PPL at each exit when every token leaves there, best epoch."""
+    records = exit_points(corpus)
+    names = present(corpus, records)
+    colour, y = _colour(corpus, names), _ppl_axis(records)
+    x = alt.X("exit:O", title="Exit layer").axis(labelAngle=0)
+    offset = alt.XOffset("method:N", sort=names).scale(paddingOuter=0.25)
+    bars = (
+        _chart(_banded(records))
+        .mark_rule(strokeWidth=1.5)
+        .encode(x=x, xOffset=offset, y=_low(y), y2="high:Q", color=colour)
+    )
+    dots = (
+        _chart(records)
+        .mark_point(filled=True, size=75, opacity=1)
+        .encode(x=x, xOffset=offset, y=y, color=colour)
+        .encode(tooltip=_tooltip("method", "exit", "ppl", "std"))
+    )
+    return _layer(bars, dots).properties(
+        width=WIDTH,
+        height=300,
+        title="PPL at each exit, best epoch",
+        description=(
+            "Every token leaves at the same exit: how good each exit is by itself. Bars are "
+            "± 1 standard deviation over the seeds."
+        ),
+    )
+
+
+def save_png(chart: alt.TopLevelMixin, path: Path, scale: Number = 2) -> None:
+    """Write a chart as a PNG image, `scale` pixels to a unit."""
+    spec = chart.to_dict()
+    path.write_bytes(vl_convert.vegalite_to_png(spec, vl_version=vegalite_version(), scale=scale))
+
+
+def vegalite_version() -> str:
+    """The Vega-Lite version that Altair writes for, as vl-convert names it."""
+    return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+
+
+def _chart(records: list[Record]) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=records))
+
+
+def _layer(*charts: alt.Chart) -> alt.LayerChart:
+    """One chart of those that have something to draw."""
+    drawn = [chart for chart in charts if chart.data.values]
+    return alt.LayerChart(layer=drawn or [charts[0]])
+
+
+def _banded(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if "low" in record]
+
+
+def _faded(selected: alt.Parameter, opacity: float, hidden: float = 0.12) -> alt.OpacityValue:
+    """Full opacity for the methods picked in the legend; all of them while none is picked."""
+    return alt.OpacityValue(hidden, condition={"param": selected.name, "value": opacity})
+
+
+def _marks(points: list[Record], colour: alt.Color) -> alt.Chart:
+    """Full circles for measured points, open diamonds for published ones, with a legend."""
+    shapes = {MEASURED: "circle", PUBLISHED: OPEN_DIAMOND}
+    kinds = [kind for kind in shapes if any(point["kind"] == kind for point in points)]
+    grey = "#808080"  # methods have colours, kinds have shapes
+    shape = alt.Shape("kind:N", title=None).scale(
+        domain=kinds, range=[shapes[kind] for kind in kinds]
+    )
+    legend = alt.Legend(
+        orient="top",
+        labelLimit=0,
+        symbolSize=150,
+        symbolFillColor=grey,
+        symbolStrokeColor="transparent",
+        symbolOpacity=1,
+    )
+    chart: alt.Chart = (
+        _chart(points)
+        .mark_point(filled=True, size=150, opacity=1)
+        .encode(shape=shape.legend(legend), color=colour)
+    )
+    return chart
+
+
+def _diamonds(published: list[Record]) -> str:
+    return "Diamonds are the document's published figures. " if published else ""
+
+
+def _colour(corpus: Corpus, names: list[str]) -> alt.Color:
+    """A method's colour, the same in every chart of the corpus."""
+    everyone = method_names(corpus)
+    colours = [PALETTE[everyone.index(name) % len(PALETTE)] for name in names]
+    legend = alt.Legend(orient="top", columns=2, labelLimit=0, symbolType="circle", symbolOpacity=1)
+    scale = alt.Scale(domain=names, range=colours)
+    return alt.Color("method:N", title=None, scale=scale, legend=legend)
+
+
+def _ppl_axis(records: Iterable[Record]) -> alt.Y:
+    """A PPL axis that fits these records; logarithmic where they span too much."""
+    values = [record[key] for record in records for key in ("ppl", "low", "high") if key in record]
+    wide = bool(values) and max(values) > LOG_RATIO * min(values)
+    axis = alt.Y("ppl:Q", title="PPL (logarithmic axis)" if wide else "PPL")
+    return (
+        axis.scale(type="log", domain=[min(values) * 0.85, max(values) * 1.15]).axis(tickCount=8)
+        if wide
+        else axis.scale(zero=False)
+    )
+
+
+def _low(y: alt.Y) -> alt.Y:
+    """The same axis, for the lower edge of a band."""
+    lower = y.copy()
+    lower.shorthand = "low:Q"
+    return lower
+
+
+def _tooltip(*fields: str) -> list[alt.Tooltip]:
+    titles = {"ppl": "PPL", "std": "std of PPL", "compute": "Compute%", "shallow": "Shallow%"}
+    formats = {"ppl": ".2f", "std": ".2f", "compute": ".1f", "shallow": ".1f", "threshold": ".2f"}
+    return [
+        alt.Tooltip(f"{field}:Q", title=titles.get(field, field), format=formats[field])
+        if field in formats
+        else alt.Tooltip(f"{field}:N", title=titles.get(field, field))
+        for field in fields
+    ]

@@ -1,0 +1,108 @@
+"""Figures and sentences as text, the same in every table and on every page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]
+Corpus = Mapping[str, Any]
+Number = float | int  # JSON may hold 1 for 1.0
+
+NONE = "-"
+OUTSIDE = 2.0  # published figures further than this many standard deviations are named
+VERDICTS = ("holds", "does not hold", "undecided")
+
+
+def stat_text(stat: Mapping[str, Any] | None, digits: int) -> str:
+    """`mean ± std`, or the mean alone where one seed leaves no standard deviation."""
+    if stat is None:
+        return NONE
+    mean = f"{stat['mean']:.{digits}f}"
+    return mean if stat["std"] is None else f"{mean} ± {stat['std']:.{digits}f}"
+
+
+def number_text(value: Number | None, digits: int, sign: bool = False) -> str:
+    """A figure to so many digits; a dash where there is none."""
+    return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def p_text(p: Number | None) -> str:
+    """A p-value; very small ones only as a bound."""
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def weights_text(weights: Mapping[str, Number]) -> str:
+    """Loss weights by layer, such as `1: 0.7, 3: 0.3`."""
+    return ", ".join(f"{layer}: {weight:g}" for layer, weight in weights.items()) or NONE
+
+
+def value_text(value: object) -> str:
+    """A setting's value; mappings and lists in one line."""
+    match value:
+        case None:
+            return "none"
+        case Mapping():
+            return ", ".join(f"{key} {value_text(member)}" for key, member in value.items())
+        case str():
+            return value
+        case Sequence():
+            return ", ".join(map(value_text, value))
+        case bool():
+            return str(value).lower()
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:g}"
+    return str(value)
+
+
+def count_verdicts(corpus: Corpus) -> dict[str, int]:
+    """How many findings have each verdict; every verdict is a key."""
+    found = [finding["verdict"] for finding in corpus["findings"]]
+    return {verdict: found.count(verdict) for verdict in VERDICTS}
+
+
+def headline(name: str, corpus: Corpus) -> str:
+    """The outcome on one corpus in plain words: verdicts, then the published figures."""
+    total, seeds = len(corpus["findings"]), len(corpus["protocol"]["seeds"])
+    counts = count_verdicts(corpus)
+    text = (
+        f"On {name}, over {seeds} {'seed' if seeds == 1 else 'seeds'}, {counts['holds']} of the "
+        f"document's {total} findings {'holds' if counts['holds'] == 1 else 'hold'}, "
+        f"{counts['does not hold']} {'does' if counts['does not hold'] == 1 else 'do'} not hold "
+        f"and {counts['undecided']} {'is' if counts['undecided'] == 1 else 'are'} undecided."
+    )
+    rows = compared_rows(row for rows in corpus["tables"].values() for row in rows)
+    if rows:
+        inside = sum(abs(row["distance_in_std"]) <= OUTSIDE for row in rows)
+        text += (
+            f" Of {len(rows)} published PPL figures, {inside} {'lies' if inside == 1 else 'lie'} "
+            f"within {OUTSIDE:g} standard deviations of the measured mean."
+        )
+    return text
+
+
+def compared_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose published PPL has a distance, each published figure once."""
+    found: dict[tuple[object, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        if row["distance_in_std"] is not None:
+            key = (value_text(row["loss_weights"]), row["threshold"], row["epoch"])
+            found.setdefault((*key, row["published"]["ppl"]), row)
+    return list(found.values())
+
+
+def outside_notes(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A sentence for each published PPL outside mean ± 2 std, or one that there is none."""
+    compared = compared_rows(rows)
+    far = [row for row in compared if abs(row["distance_in_std"]) > OUTSIDE]
+    if not far:
+        inside = f"Every published PPL lies inside the measured mean ± {OUTSIDE:g} std."
+        return (inside,) if compared else ()
+    return tuple(
+        f"Outside mean ± {OUTSIDE:g} std: {row['label']}"
+        + ("" if row["threshold"] is None else f" at threshold {row['threshold']:.2f}")
+        + f", published PPL {row['published']['ppl']:.2f}, lies {abs(row['distance_in_std']):.2f} "
+        f"std {'above' if row['published']['ppl'] > row['measured']['ppl']['mean'] else 'below'} "
+        f"the measured {stat_text(row['measured']['ppl'], 2)}."
+        for row in far
+    )

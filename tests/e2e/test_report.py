@@ -1,0 +1,118 @@
+"""The report as a reader opens it: from a file, in a real browser, with no network."""
+
+import os
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from offramp.report import write_report
+
+FIXTURE = Path(__file__).parents[1] / "unit" / "report" / "conftest.py"
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def find_chromium() -> str:
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found and Path(found).exists():
+        return found
+    reason = "no chromium: install it or name it in $CHROMIUM"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Opened:
+    """A page, the requests it made and what it complained of."""
+
+    def __init__(self, page: Page, path: Path):
+        self.page, self.url = page, path.as_uri()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self.note)
+        page.goto(self.url)
+        page.wait_for_selector("html[data-charts]", state="attached", timeout=30_000)
+
+    def note(self, message) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+
+@pytest.fixture(scope="module", params=["wide light", "narrow dark"])
+def opened(request, tmp_path_factory) -> Iterator[Opened]:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(runpy.run_path(str(FIXTURE))["make_results"](), path)
+    narrow = request.param == "narrow dark"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        page = browser.new_page(
+            viewport={"width": 400 if narrow else 1200, "height": 800},
+            color_scheme="dark" if narrow else "light",
+        )
+        yield Opened(page, path)
+        browser.close()
+
+
+def test_every_chart_is_drawn(opened):
+    charts = opened.page.locator(".chart")
+    assert charts.count() == 2 * 6  # two corpora; frontier and thresholds for either epoch
+    for index in range(charts.count()):
+        chart = charts.nth(index)
+        assert chart.locator("svg").count() == 1
+        assert chart.locator("svg .mark-symbol path, svg .mark-line path").count() > 0
+        box = chart.locator("svg").bounding_box()
+        assert box["height"] > 150
+        assert 250 < box["width"] <= chart.bounding_box()["width"] + 1
+
+
+def test_published_markers_are_drawn(opened):
+    published = opened.page.locator(".chart").first.locator(
+        'svg [aria-label*="kind: published in the document"]'
+    )
+    assert published.count() == 2
+    assert published.first.bounding_box()["width"] > 5
+
+
+def test_no_complaint_and_no_request_but_the_page(opened):
+    assert opened.complaints == []
+    assert opened.requests == [opened.url]
+
+
+def test_tokens_have_the_colour_of_their_exit(opened):
+    colours = opened.page.eval_on_selector_all(
+        ".passage >> nth=0 >> .token",
+        "tokens => tokens.map(token => getComputedStyle(token).backgroundColor)",
+    )
+    first, third = colours[0], colours[2]
+    assert first != third
+    assert "rgba(0, 0, 0, 0)" not in colours
+    assert colours == [first, first, third, first, third, third]
+
+
+def test_white_space_is_kept(opened):
+    passage = opened.page.locator(".passage").first
+    assert passage.inner_text() == "<b> \n&"
+    marks = passage.locator("[data-mark]")
+    assert [marks.nth(index).get_attribute("data-mark") for index in range(2)] == ["·", "↵"]
+
+
+def test_page_does_not_scroll_sideways(opened):
+    width, shown = opened.page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert width <= shown
+
+
+def test_legend_picks_one_method_out(opened):
+    chart = opened.page.locator(".chart").first
+    lines = chart.locator("svg .mark-line path")
+    opacities = "paths => paths.map(path => Number(path.getAttribute('opacity')))"
+    assert len(set(lines.evaluate_all(opacities))) == 1
+    chart.locator("svg .role-legend-symbol path").first.click()
+    opened.page.wait_for_timeout(300)
+    assert sorted(lines.evaluate_all(opacities)) == [0.12, 0.9]

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+
+from offramp import load_checkpoint
+
+
+def test_train_leaves_the_best_and_the_last_whole(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "config.json",
+        "last",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    model, about = load_checkpoint(trained)
+    assert model.exit_layers == (1, 2, 4)
+    assert about["training"]["loss_weights"] == "1=0.3,2=0,4=0.7"
+    assert about["corpus"]["name"] == "pangram"
+    load_checkpoint(trained / "last")
+
+
+def test_sweep_writes_what_it_prints(offramp, trained, tmp_path):
+    out = tmp_path / "sweep.json"
+    result = offramp(
+        *("sweep", trained, "--corpus", "pangram", "--out", out),
+        *("--thresholds", "0,0.3,0.95,1.01,0.2:0.5,inf"),
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    assert content["num_layers"] == 4
+    assert content["exit_layers"] == [1, 2, 4]
+    assert content["n_tokens"] == 110_000 - 1
+    rows = content["rows"]
+    assert [row["threshold"] for row in rows] == [0.0, 0.3, 0.95, 1.01, [0.2, 0.5], "inf"]
+    for row in rows:
+        share = row["exit_share"]
+        assert sum(share.values()) == pytest.approx(1.0)
+        assert row["compute_pct"] == pytest.approx(
+            100 * sum(int(layer) * part for layer, part in share.items()) / 4
+        )
+        assert row["shallow_pct"] == pytest.approx(100 * (share["1"] + share["2"]))
+    assert rows[0]["exit_share"] == {"1": 1.0, "2": 0.0, "4": 0.0}
+    assert rows[0]["ppl"] == pytest.approx(content["exit_ppl"]["1"])
+    for full in (rows[3], rows[5]):
+        assert full["compute_pct"] == 100.0
+        assert full["ppl"] == pytest.approx(content["exit_ppl"]["4"])
+    assert "Compute%" in result.stdout
+    assert "10,000" in result.stderr or "<unk>" in result.stderr  # the letter A
+
+
+def test_the_same_seed_gives_the_same_weights(offramp, tmp_path):
+    arguments = ["train", "--corpus", "pangram", "--layers", 2, "--dim", 16, "--heads", 2]
+    arguments += ["--steps", 6, "--seq-len", 32, "--batch-size", 4, "--threads", 1]
+    states = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        result = offramp(*arguments, "--seed", seed, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        states.append(load_checkpoint(tmp_path / name / "last")[0].state_dict())
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_recommended_brings_its_exit_and_its_threshold(offramp, tmp_path):
+    out = tmp_path / "model"
+    result = offramp(
+        *("train", "--corpus", "pangram", "--layers", 6, "--dim", 16, "--heads", 2),
+        *("--exits", "2,4", "--loss-weights", "recommended", "--steps", 2),
+        *("--seq-len", 16, "--batch-size", 4, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    model, about = load_checkpoint(out)
+    assert model.exit_layers == (1, 2, 4, 6)
+    assert about["training"]["select_at"] == 0.95
