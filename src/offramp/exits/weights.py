@@ -29,7 +29,7 @@ def asymmetric(alpha: float, *, num_layers: int, exit_layer: int = 1) -> LossWei
 
 def deep_supervision(num_layers: int) -> LossWeights:
     """The mean of all layers' CE (Lee et al. 2015)."""
-    return {layer: 1.0 / num_layers for layer in range(1, num_layers + 1)}
+    return dict.fromkeys(range(1, num_layers + 1), 1.0 / num_layers)
 
 
 def asymmetric_deep_supervision(

@@ -227,3 +227,11 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, {"ppl": 2.5})
     assert read_json(path) == {"ppl": 1.5, "word": "\u00e9"}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_new_file_takes_the_name_and_the_old_one_is_not_written_into(tmp_path):
+    """So whoever has the old file open (or linked) still reads it whole."""
+    write_json(tmp_path / "a.json", [1])
+    (tmp_path / "link.json").hardlink_to(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", [2])
+    assert (read_json(tmp_path / "link.json"), read_json(tmp_path / "a.json")) == ([1], [2])

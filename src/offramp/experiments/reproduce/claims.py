@@ -203,9 +203,9 @@ def _easier(study: Study) -> _Question:
     )
     return (
         "Are the tokens that leave early (α = 0.7) really the easy ones?",
-        f"those that left: PPL {_ppl(left['own'])} and accuracy {left['accuracy'].mean():.1%} at "
+        f"those that left: PPL {_ppl(left['own'])} and accuracy {_share(left['accuracy'])} at "
         f"layer 1, and at layer 3 they would have had PPL {_ppl(left['deep'])}; those that "
-        f"stayed: PPL {_ppl(stayed['own'])} and accuracy {stayed['accuracy'].mean():.1%} at "
+        f"stayed: PPL {_ppl(stayed['own'])} and accuracy {_share(stayed['accuracy'])} at "
         "layer 3 (tested: PPL at layer 3 of the two groups)",
         compare_below(left["deep"], stayed["deep"]),
     )
@@ -268,6 +268,12 @@ def _ppl(log_ppl: Seeds) -> str:
     """Mean PPL over the seeds where there was something to measure."""
     measured = np.exp(log_ppl[np.isfinite(log_ppl)])
     return f"{measured.mean():.2f}" if len(measured) else "none"
+
+
+def _share(shares: Seeds) -> str:
+    """Mean share, in percent, over the seeds where there was something to measure."""
+    measured = shares[np.isfinite(shares)]
+    return f"{measured.mean():.1%}" if len(measured) else "none"
 
 
 def _percent(log_ratio: Seeds) -> str:

@@ -18,9 +18,9 @@ from offramp.experiments.reproduce.methods import METHODS, Method, Study, load_s
 from offramp.experiments.reproduce.published import THRESHOLD
 from offramp.experiments.runs import Run, RunProgress, run_all
 from offramp.experiments.workflows import environment
-from offramp.models.checkpoint import claim_folder, read_json, write_json
+from offramp.models.checkpoint import claim_folder, read_json, replacing, write_json
 from offramp.models.transformer import DecoderConfig
-from offramp.report import html
+from offramp.report import html, plots
 from offramp.report import tables as report_tables
 from offramp.training import TrainConfig
 from offramp.version import __version__
@@ -240,7 +240,10 @@ def summarise(study: Study) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """results.json, tables.md and report.html, each whole or not at all."""
+    """results.json, tables.md, the main plots and report.html, each whole or not at all."""
     write_json(out / "results.json", results)
-    (out / "tables.md").write_text(report_tables.markdown(results), encoding="utf-8")
+    with replacing(out / "tables.md") as aside:
+        aside.write_text(report_tables.markdown(results), encoding="utf-8")
+    for name, corpus in results["corpora"].items():
+        plots.save_png(plots.frontier(corpus), out / f"frontier-{Path(name).name}.png")
     html.write_report(results, out / "report.html")
