@@ -37,7 +37,7 @@ def make_trace(num_layers, rng, nll, confidence):
     )
 
 
-def make_study(seeds, nll=None, confidence=None):
+def make_study(seeds, nll=None, confidence=None, corpus="pangram"):
     """Methods differ by what is added to every token's NLL and by how sure they are."""
     nll, confidence = nll or {}, confidence or {}
     runs = {}
@@ -65,7 +65,7 @@ def make_study(seeds, nll=None, confidence=None):
             trace = make_trace(*arguments)
             results.append(RunResult(about=about, best=trace, last=trace))
         runs[key] = tuple(results)
-    return Study(corpus=load_corpus("pangram"), seeds=tuple(range(seeds)), runs=runs)
+    return Study(corpus=load_corpus(corpus), seeds=tuple(range(seeds)), runs=runs)
 
 
 def all_rows(summary):
@@ -85,6 +85,11 @@ def test_every_table_of_the_document_is_there_with_its_published_figures():
     assert published["baselines"] == [34.86, 35.29]
     assert {row["epoch"] for row in tables["exp5_results"]} == {"best"}
     assert {row["epoch"] for row in tables["exp5_thresholds"]} == {"last"}
+
+
+def test_published_figures_stand_only_beside_the_corpus_they_come_from():
+    rows = all_rows(reproduction.summarise(make_study(2, corpus="python-docs")))
+    assert {row["published"] for row in rows} == {None}
 
 
 def test_compute_is_100_minus_two_thirds_of_shallow_in_every_row():

@@ -3,6 +3,9 @@
 Each table is a mapping to (PPL, Shallow%, Compute%); None where the document gives no figure.
 """
 
+CORPUS = "pangram"
+"""What they were measured on (the document names no corpus; its source falls back to this)."""
+
 Figures = tuple[float, float | None, float | None]
 
 EXPERIMENT_5: dict[float, Figures] = {  # by alpha
