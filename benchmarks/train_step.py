@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.models.transformer import DecoderConfig, Transformer
-from offramp.training import new_model, train_step
+from offramp.training import ExitLoss, new_model
 
 MODELS = {
     "seed (dim 64, 3 layers, vocabulary 30, batch 32 x 64)": (
@@ -174,14 +174,16 @@ def plain_side(
 def offramp_side(
     model: Transformer, inputs: Tensor, targets: Tensor, weights: dict[int, float]
 ) -> Callable[[], float]:
+    exit_loss = ExitLoss(model, weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> float:
-        loss, _ = train_step(model, inputs, targets, weights)
+        loss, _ = exit_loss(inputs, targets)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -13,7 +13,7 @@ from offramp.data import batches
 from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
-from offramp.exits.loss import exit_losses, weighted_sum
+from offramp.exits.loss import head_parameters, weighted_exit_loss
 from offramp.exits.weights import LossWeights, parse_loss_weights
 from offramp.models.base import EarlyExitModel, states_at, whole_step
 from offramp.models.transformer import DecoderConfig, Transformer
@@ -158,20 +158,28 @@ def train(
         weight_decay=config.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
+    exit_loss = ExitLoss(model, weights)
     validations: list[Validation] = []
     best_state: dict[str, Tensor] = {}
     best_score, since_best = math.inf, 0
     for step, (inputs, targets) in enumerate(_endless(train_ids, config), start=1):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, total_steps, config)
-        loss, losses = train_step(model, inputs.to(device), targets.to(device), weights)
+        loss, losses = exit_loss(inputs.to(device), targets.to(device))
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         epoch = (step - 1) // steps_an_epoch + 1
         if on_step:
             on_step(
-                Progress(step=step, total_steps=total_steps, epoch=epoch, loss=loss, losses=losses)
+                Progress(
+                    step=step,
+                    total_steps=total_steps,
+                    epoch=epoch,
+                    loss=loss.detach(),
+                    losses=losses,
+                )
             )
         last = step == total_steps or should_stop()
         if not last and step % eval_every:
@@ -194,21 +202,37 @@ def train(
     return TrainResult(validations=tuple(validations), best_state=best_state)
 
 
-def train_step(
-    model: EarlyExitModel,
-    inputs: Int[Tensor, "B T"],
-    targets: Int[Tensor, "B T"],
-    weights: LossWeights,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Forward and backward of one batch; returns the loss and its parts by layer, detached.
+class ExitLoss(nn.Module):
+    """The weighted loss of a batch as a module: inputs and targets in, loss out.
 
     Only the weighted layers' logits are computed, and no block above the last of them runs.
     """
-    states = states_at(model, inputs, weights, step=whole_step(inputs))
-    losses = exit_losses(states, model.unembed, targets)
-    loss = weighted_sum(losses, weights)
-    loss.backward()
-    return loss.detach(), {layer: part.detach() for layer, part in losses.items()}
+
+    def __init__(self, model: Transformer, weights: LossWeights) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = weights
+        self.heads = head_parameters(
+            model.unembed,
+            weights,
+            dict(model.named_parameters()),
+            hidden_size=model.config.hidden_size,
+        )
+
+    def forward(
+        self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The loss, and its parts by layer, detached."""
+        states = dict(states_at(self.model, inputs, self.weights, step=whole_step(inputs)))
+        parameters = dict(self.model.named_parameters())
+        return weighted_exit_loss(
+            states,
+            self.model.unembed,
+            targets,
+            self.weights,
+            [parameters[name] for name in self.heads],
+            vocab_size=self.model.config.vocab_size,
+        )
 
 
 def validate(

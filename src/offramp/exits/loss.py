@@ -1,27 +1,175 @@
-"""The training loss: a weighted sum of the exits' cross-entropies."""
+"""The training loss: a weighted sum of the exits' cross-entropies, in chunks of tokens.
 
-from collections.abc import Callable, Iterable, Mapping
+Logits of several exits over a large vocabulary never exist at once. Each chunk of tokens at each
+exit is unembedded, its loss and its gradients are taken at once, and its logits are dropped; the
+backward pass only scales what is already there. The gradients are those of the plain loss, no
+matrix product is done twice, and memory is one chunk of logits and one gradient of the head.
+(Liger's fused linear cross-entropy does the same for one linear head on a GPU; this one takes
+any head as a callable, several exits, and self-distillation.)
+"""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Unembed = Callable[[Tensor, int], Tensor]
+_ChunkLoss = tuple[int, Tensor, Tensor]
+
+CHUNK_LOGITS = 4_000_000
+"""Logits of one chunk; 16 MB in float32, about what a processor's cache holds."""
+MIN_CHUNK = 64
+"""Tokens of a chunk at the least: fewer would leave the matrix units idle."""
 
 
-def exit_losses(
-    states: Iterable[tuple[int, Float[Tensor, "B T D"]]],
-    unembed: Callable[[Tensor, int], Tensor],
+def weighted_exit_loss(
+    states: Mapping[int, Float[Tensor, "B T D"]],
+    unembed: Unembed,
     targets: Int[Tensor, "B T"],
-) -> dict[int, Float[Tensor, ""]]:
-    """Mean cross-entropy, in nats a token, at each (layer, state)."""
-    return {
-        layer: F.cross_entropy(unembed(h, layer).flatten(0, 1), targets.flatten())
-        for layer, h in states
-    }
+    weights: Mapping[int, float],
+    parameters: Sequence[Tensor],
+    *,
+    vocab_size: int,
+    distill: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, ""], dict[int, Float[Tensor, ""]]]:
+    """Sum of weight x CE over the layers, in nats a token, and each layer's CE by itself.
+
+    ``parameters`` are those of the heads that need a gradient (``head_parameters`` finds them);
+    the CEs by layer are detached. With ``distill``, every layer below the deepest of ``states``
+    adds distill x weight x temperature^2 x KL(p_deepest || p_layer) at that temperature, the
+    teacher detached (Hinton et al. 2015; Zhang et al. 2019, "Be Your Own Teacher").
+    """
+    layers = sorted(weights)
+    plan = _Plan(
+        layers=tuple(layers),
+        weights=tuple(weights[layer] for layer in layers),
+        unembed=unembed,
+        chunk=max(MIN_CHUNK, CHUNK_LOGITS // vocab_size),
+        distill=distill,
+        temperature=temperature,
+    )
+    flat = [states[layer].flatten(0, 1) for layer in layers]
+    total, *parts = cast(
+        "tuple[Tensor, ...]",
+        _ChunkedLoss.apply(plan, targets.flatten(), *flat, *parameters),  # type: ignore[no-untyped-call]
+    )
+    return total, dict(zip(layers, parts, strict=True))
 
 
-def weighted_sum(
-    losses: Mapping[int, Float[Tensor, ""]], weights: Mapping[int, float]
-) -> Float[Tensor, ""]:
-    """Sum of weight x loss over the layers; each weight must have its loss."""
-    total: Tensor = sum(weight * losses[layer] for layer, weight in weights.items())  # type: ignore[assignment]
-    return total
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What does not take part in differentiation."""
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...]
+    unembed: Unembed
+    chunk: int
+    distill: float
+    temperature: float
+
+    def chunk_losses(self, states: Sequence[Tensor], targets: Tensor) -> Iterator[_ChunkLoss]:
+        """(index of the layer, loss to minimise, CE) of one chunk, summed over its tokens."""
+        teacher: Tensor | None = None
+        if self.distill and len(states) > 1:
+            with torch.no_grad():
+                logits = _at_least_float32(self.unembed(states[-1][None], self.layers[-1])[0])
+                teacher = F.log_softmax(logits / self.temperature, dim=-1)
+        for index, (layer, h) in enumerate(zip(self.layers, states, strict=True)):
+            logits = _at_least_float32(self.unembed(h[None], layer)[0])  # (n, V)
+            cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+            loss = cross_entropy
+            if teacher is not None and index < len(states) - 1:
+                student = F.log_softmax(logits / self.temperature, dim=-1)
+                gap = F.kl_div(student, teacher, reduction="sum", log_target=True)
+                loss = loss + self.distill * self.temperature**2 * gap
+            yield index, self.weights[index] * loss, cross_entropy.detach()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradients of the states and the heads in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(plan.layers)
+        states, parameters = tensors[:count], tensors[count:]
+        wanted = ctx.needs_input_grad[2:]
+        tokens = len(targets)
+        dtype = torch.promote_types(states[0].dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=targets.device)
+        parts = [torch.zeros_like(total) for _ in states]
+        grads: list[Tensor | None] = [
+            torch.zeros_like(tensor) if want else None
+            for tensor, want in zip(tensors, wanted, strict=True)
+        ]
+        for start in range(0, tokens, plan.chunk):
+            rows = slice(start, min(start + plan.chunk, tokens))
+            with torch.set_grad_enabled(any(wanted)):
+                pieces = [state[rows].detach().requires_grad_(any(wanted)) for state in states]
+                for index, loss, cross_entropy in plan.chunk_losses(pieces, targets[rows]):
+                    total += loss.detach() / tokens
+                    parts[index] += cross_entropy / tokens
+                    if any(wanted):
+                        _accumulate(loss / tokens, pieces[index], parameters, index, rows, grads)
+        ctx.mark_non_differentiable(*parts)
+        ctx.grads = grads
+        return total, *parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if held is None else held.mul_(grad) for held in ctx.grads]
+        del ctx.grads
+        return None, None, *scaled
+
+
+def _accumulate(
+    loss: Tensor,
+    piece: Tensor,
+    parameters: Sequence[Tensor],
+    index: int,
+    rows: slice,
+    grads: list[Tensor | None],
+) -> None:
+    """Add one chunk's gradients to the state's rows and to the heads' parameters."""
+    first = len(grads) - len(parameters)
+    asked = [place for place in range(first, len(grads)) if grads[place] is not None]
+    inputs = [piece, *(parameters[place - first] for place in asked)]
+    of_piece, *of_parameters = torch.autograd.grad(loss, inputs, allow_unused=True)
+    held = grads[index]
+    if held is not None:
+        held[rows] = of_piece
+    for place, found in zip(asked, of_parameters, strict=True):
+        held = grads[place]
+        if held is not None and found is not None:
+            held += found
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def head_parameters(
+    unembed: Unembed,
+    layers: Iterable[int],
+    parameters: Mapping[str, Tensor],
+    *,
+    hidden_size: int,
+) -> tuple[str, ...]:
+    """Names of the parameters that unembedding these layers uses and that need a gradient."""
+    trained = {name: value for name, value in parameters.items() if value.requires_grad}
+    if not trained:
+        return ()
+    some = next(iter(trained.values()))
+    h = torch.zeros(1, 1, hidden_size, device=some.device, dtype=some.dtype)
+    with torch.enable_grad():
+        loss = sum((unembed(h, layer).float().sum() for layer in layers), torch.zeros(()))
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return ()
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return tuple(name for name, grad in zip(trained, grads, strict=True) if grad is not None)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from offramp.training import train_step
+from offramp.training import ExitLoss
 
 
 @pytest.fixture
@@ -14,7 +14,8 @@ def step(make_model, make_ids):
     def run(weights, **fields):
         model = make_model(**{"num_hidden_layers": 4, "exit_layers": (1, 2), **fields})
         text = make_ids(2, 9)
-        train_step(model, text[:, :-1], text[:, 1:], weights)
+        loss, _ = ExitLoss(model, weights)(text[:, :-1], text[:, 1:])
+        loss.backward()
         parameters = dict(model.named_parameters())
         learning = {name for name, p in parameters.items() if p.grad is not None}
         assert all(parameters[name].grad.abs().sum() > 0 for name in learning)
@@ -76,6 +77,7 @@ def test_only_the_weighted_exits_heads_learn(step, weights, exit_head, heads):
 
 def test_a_head_without_weight_is_never_evaluated(make_model, make_ids, monkeypatch):
     model = make_model(num_hidden_layers=4, exit_layers=(1, 2))
+    exit_loss = ExitLoss(model, {1: 0.5, 3: 0.5})
     evaluated, ran = [], []
     unembed = model.unembed
     monkeypatch.setattr(
@@ -84,5 +86,6 @@ def test_a_head_without_weight_is_never_evaluated(make_model, make_ids, monkeypa
     for i, block in enumerate(model.model.layers, start=1):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     text = make_ids(2, 9)
-    train_step(model, text[:, :-1], text[:, 1:], {1: 0.5, 3: 0.5})
+    loss, _ = exit_loss(text[:, :-1], text[:, 1:])
+    loss.backward()
     assert (evaluated, ran) == ([1, 3], [1, 2, 3])
