@@ -30,18 +30,20 @@ def sweep(
 ) -> list[SweepRow]:
     """One row for each threshold: a number for all exits, or one number for each but the last."""
     scores = trace.confidence[confidence][:-1]
+    # a product with 0 and 1 is several times faster than choosing; it must not meet infinity
+    nll = np.minimum(trace.nll.astype(np.float64), 1e300)
     rows = []
     for threshold in thresholds:
-        taken = ThresholdPolicy.of(threshold, len(trace.exit_layers)).route(scores)
-        nll, counts = trace.nll[-1], []
-        for index, exit_nll in enumerate(trace.nll):
-            here = taken == index
-            nll = np.where(here, exit_nll, nll)
-            counts.append(int(np.count_nonzero(here)))
+        here = ThresholdPolicy.of(threshold, len(trace.exit_layers)).leaving(scores)
+        counts = [int(np.count_nonzero(leaving)) for leaving in here]
+        total = sum(
+            float(np.dot(leaving.astype(np.float64), losses))
+            for leaving, losses in zip(here, nll, strict=True)
+        )
         rows.append(
             SweepRow(
                 threshold=tuple(threshold) if isinstance(threshold, Sequence) else threshold,
-                ppl=perplexity(nll),
+                ppl=perplexity(total / trace.num_tokens),
                 shallow_pct=100.0 * sum(counts[:-1]) / trace.num_tokens,
                 compute_pct=compute_pct(counts, trace.exit_layers, trace.num_layers),
                 exit_share={

@@ -43,7 +43,7 @@ class ExitTrace:
 
     def ppl(self, exit_layer: int) -> float:
         """Perplexity if every token left at this exit."""
-        return perplexity(self.nll[self._row(exit_layer)])
+        return perplexity(float(self.nll[self._row(exit_layer)].mean(dtype=np.float64)))
 
     def at(self, exit_layers: Sequence[int]) -> "ExitTrace":
         """The same tokens seen by fewer exits."""
@@ -95,10 +95,10 @@ class ExitTrace:
             )
 
 
-def perplexity(nll: NDArray[np.float32]) -> float:
-    """exp of the mean negative log-likelihood (nats), summed in float64."""
+def perplexity(mean_nll: float) -> float:
+    """exp of the mean negative log-likelihood (nats a token)."""
     with np.errstate(over="ignore"):  # infinite, as for a model that diverged
-        return float(np.exp(nll.mean(dtype=np.float64)))
+        return float(np.exp(mean_nll))
 
 
 @torch.inference_mode()

@@ -38,12 +38,20 @@ class ThresholdPolicy:
             return cls(thresholds=tuple(float(value) for value in threshold))
         return cls(thresholds=(float(threshold),) * early)
 
-    def route(self, confidence: NDArray[np.float32]) -> NDArray[np.int16]:
+    def leaving(self, confidence: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """(exits, tokens), True where a token leaves; ``confidence`` is (exits - 1, tokens)."""
+        here = np.empty((len(self.thresholds) + 1, confidence.shape[1]), dtype=np.bool_)
+        staying = np.ones(confidence.shape[1], dtype=np.bool_)
+        for index, threshold in enumerate(self.thresholds):
+            at_least = confidence[index] >= _in_precision(threshold, confidence.dtype)
+            np.logical_and(at_least, staying, out=here[index])
+            staying &= ~at_least
+        here[-1] = staying
+        return here
+
+    def route(self, confidence: NDArray[np.float32]) -> NDArray[np.intp]:
         """Index into the exits for each token; ``confidence`` is (exits - 1, tokens)."""
-        taken = np.full(confidence.shape[1], len(self.thresholds), dtype=np.int16)
-        for exit_index in reversed(range(len(self.thresholds))):
-            threshold = _in_precision(self.thresholds[exit_index], confidence.dtype)
-            taken[confidence[exit_index] >= threshold] = exit_index
+        taken: NDArray[np.intp] = self.leaving(confidence).argmax(axis=0)
         return taken
 
 

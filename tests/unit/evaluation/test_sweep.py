@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offramp.errors import ConfigError
 from offramp.evaluation.cost import compute_pct
 from offramp.evaluation.sweep import sweep
-from offramp.evaluation.trace import ExitTrace, perplexity
+from offramp.evaluation.trace import ExitTrace
 
 
 def make_trace(probabilities, scores, *, exit_layers=(1, 3), num_layers=3):
@@ -126,11 +126,30 @@ def test_layers_run_count_every_exit():
     assert compute_pct([1, 2, 1], (1, 2, 4), 4) == pytest.approx(100 * 9 / 16)
 
 
+def long_trace(shallow, deep):
+    """A trace of 3,000,000 tokens, each with the same NLL at an exit, all sure of themselves."""
+    tokens = 3_000_000
+    nll = np.stack([np.full(tokens, value, dtype=np.float32) for value in (shallow, deep)])
+    return ExitTrace(
+        num_layers=2,
+        exit_layers=(1, 2),
+        targets=np.zeros(tokens, dtype=np.int64),
+        nll=nll,
+        argmax=np.zeros((2, tokens), dtype=np.int64),
+        confidence={"max_prob": np.full((2, tokens), 0.5, dtype=np.float32)},
+    )
+
+
 def test_perplexity_sums_in_float64():
     """In float32 a long sum of small numbers loses its tail."""
-    nll = np.full(3_000_000, 0.1, dtype=np.float32)
-    assert perplexity(nll) == pytest.approx(math.exp(float(np.float32(0.1))), rel=1e-12)
+    trace = long_trace(0.1, 0.3)
+    expected = math.exp(float(np.float32(0.1)))
+    assert trace.ppl(1) == pytest.approx(expected, rel=1e-12)
+    assert sweep(trace, [0.5])[0].ppl == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_perplexity_of_a_diverged_model_is_infinite():
-    assert perplexity(np.array([1e4], dtype=np.float32)) == math.inf
+def test_an_exit_that_diverged_spoils_only_the_thresholds_that_use_it():
+    trace = long_trace(math.inf, 0.0)
+    taken, avoided = sweep(trace, [0.5, 0.6])
+    assert (taken.ppl, avoided.ppl) == (math.inf, 1.0)
+    assert trace.ppl(1) == math.inf
