@@ -1,0 +1,82 @@
+"""The whole reproduction on short texts: trained, interrupted, gone on with, reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from offramp.experiments.reproduce import study
+from offramp.models.checkpoint import read_json
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(study, "TRAIN_CHARACTERS", 4200)
+    monkeypatch.setattr(study, "VALIDATION_CHARACTERS", 2100)
+    monkeypatch.setattr(study, "PANGRAM_EPOCHS", 2)
+
+
+def figures(path):
+    content = read_json(path)
+    for volatile in ("command", "seconds", "environment"):
+        del content[volatile]
+    return content
+
+
+@pytest.mark.slow
+def test_the_same_seeds_twice_give_the_same_figures(offramp, short, tmp_path):
+    for name, jobs in (("a", 2), ("b", 1)):
+        arguments = ("reproduce", "--corpus", "pangram", "--seeds", 2, "--jobs", jobs)
+        result = offramp(*arguments, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    assert figures(tmp_path / "a" / "results.json") == figures(tmp_path / "b" / "results.json")
+    assert "Experiment 6" in result.stdout
+    corpus = figures(tmp_path / "a" / "results.json")["corpora"]["pangram"]
+    assert corpus["protocol"]["parameters"] == 200_832
+    assert len(corpus["findings"]) == 6
+    first, second = corpus["tables"]["baselines"][0]["measured"]["ppl"]["values"]
+    assert first != second  # the seeds do something
+    assert (tmp_path / "a" / "report.html").stat().st_size > 100_000
+    assert "22.95" in (tmp_path / "a" / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
+    out = tmp_path / "out"
+    script = (
+        "from offramp.experiments.reproduce import study\n"
+        "study.TRAIN_CHARACTERS, study.VALIDATION_CHARACTERS = 4200, 2100\n"
+        "study.PANGRAM_EPOCHS = 2\n"
+        "from offramp import cli\n"
+        "if __name__ == '__main__':\n"
+        "    arguments = ['reproduce', '--corpus', 'pangram', '--seeds', '2', '--out']\n"
+        f"    cli.main([*arguments, {str(out)!r}])\n"
+    )
+    path = tmp_path / "run.py"
+    path.write_text(script)
+    command = [sys.executable, str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    folder = out / "runs" / "pangram"
+    deadline = time.monotonic() + 120
+    while len([*folder.glob("*-seed0/run.json")]) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, stderr = process.communicate(timeout=120)
+    finished = {run.name for run in folder.iterdir() if not run.name.startswith(".")}
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "goes on with the rest" in stderr
+    partial = json.loads((out / "results.json").read_text())
+    assert partial["corpora"]["pangram"]["protocol"]["seeds"][0] == 0
+    kept = {name: (folder / name / "run.json").stat().st_mtime_ns for name in finished}
+
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert len(read_json(out / "results.json")["corpora"]["pangram"]["protocol"]["seeds"]) == 2
+    assert {name: (folder / name / "run.json").stat().st_mtime_ns for name in kept} == kept
+    assert not (out / study.MARKER).exists()
