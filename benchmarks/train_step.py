@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.models.transformer import DecoderConfig, Transformer
-from offramp.training import ExitLoss, new_model
+from offramp.training import ExitLoss, TrainConfig, new_model
 
 MODELS = {
     "seed (dim 64, 3 layers, vocabulary 30, batch 32 x 64)": (
@@ -172,13 +172,19 @@ def plain_side(
 
 
 def offramp_side(
-    model: Transformer, inputs: Tensor, targets: Tensor, weights: dict[int, float]
+    model: Transformer,
+    inputs: Tensor,
+    targets: Tensor,
+    weights: dict[int, float],
+    precision: str = "float32",
 ) -> Callable[[], float]:
-    exit_loss = ExitLoss(model, weights)
+    written = ",".join(f"{layer}={weight}" for layer, weight in weights.items())
+    config = TrainConfig(loss_weights=written, precision=precision)
+    exit_loss = ExitLoss(model, config, total_steps=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> float:
-        loss, _ = exit_loss(inputs, targets)
+        loss, _ = exit_loss(inputs, targets, step=1)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -208,7 +214,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, (config, shape, weights) in MODELS.items():
         torch.manual_seed(0)
         inputs = torch.randint(0, config.vocab_size, shape)
@@ -219,14 +225,18 @@ def main() -> None:
             "plain": plain_side(source, inputs, targets, weights),
             "final loss only": offramp_side(new_model(config, seed=0), inputs, targets, only_final),
             "offramp": offramp_side(source, inputs, targets, weights),
+            "offramp, bfloat16": offramp_side(
+                new_model(config, seed=0), inputs, targets, weights, "bfloat16"
+            ),
         }
         plain_loss, own_loss = sides["plain"](), sides["offramp"]()
         assert abs(plain_loss - own_loss) < 1e-4, (plain_loss, own_loss)
         seconds = measure(sides, arguments.repeats)
         print(f"\n{name}")
         for side, median in seconds.items():
-            print(f"  {side:16} {median * 1e3:8.1f} ms a step")
+            print(f"  {side:17} {median * 1e3:8.1f} ms a step")
         print(f"  plain / offramp            {seconds['plain'] / seconds['offramp']:.2f}")
+        print(f"  plain / offramp, bfloat16  {seconds['plain'] / seconds['offramp, bfloat16']:.2f}")
         print(f"  offramp / final loss only  {seconds['offramp'] / seconds['final loss only']:.2f}")
 
 

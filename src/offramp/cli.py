@@ -1,6 +1,7 @@
 """The command ``offramp``. Printing and progress happen here; the library itself is silent.
 
-A user's mistake is one sentence on standard error and exit code 2; Ctrl-C is exit code 130.
+A user's mistake is one sentence on standard error and exit code 2; Ctrl-C is exit code 130,
+SIGTERM 143.
 """
 
 import os
@@ -23,7 +24,8 @@ from offramp.evaluation.sweep import Threshold
 from offramp.experiments.reproduce.study import ReproduceConfig
 from offramp.experiments.reproduce.study import reproduce as run_reproduction
 from offramp.experiments.runs import RunProgress
-from offramp.experiments.workflows import sweep_folder, train_to_folder
+from offramp.experiments.workflows import TrainRun, resume_run, start_run, sweep_folder
+from offramp.experiments.workflows import Watcher as TrainWatcher
 from offramp.models.checkpoint import write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.report.progress import Bars, bars
@@ -34,6 +36,7 @@ from offramp.version import __version__
 
 DEFAULT_THRESHOLDS = "0.5,0.7,0.8,0.9,0.95,0.99"
 INTERRUPTED = 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FLAGS = {  # a config's field: its flag, where they differ
     "hidden_size": "dim",
     "num_hidden_layers": "layers",
@@ -149,24 +152,30 @@ class ReproductionBars:
 @app.command
 def train(
     *,
-    corpus: str,
-    out: Path,
+    corpus: str | None = None,
+    out: Path | None = None,
+    tokenizer: str | None = None,
+    resume: Path | None = None,
     model: Annotated[DecoderConfig | None, Parameter(name="*")] = None,
     training: Annotated[TrainConfig | None, Parameter(name="*")] = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Train a native decoder with exits on a corpus, one character a token.
+    """Train a native decoder with exits on a corpus; --corpus and --out, or --resume.
 
     Parameters
     ----------
     corpus
-        pangram, python-docs, or a UTF-8 text file or a folder of them.
+        pangram, python-docs, hf:DATASET, or a UTF-8 text file or a folder of them.
     out
         Folder for the model: the best by validation, and the last in last/.
+    tokenizer
+        characters (default), bytes, bpe:N, or a Hugging Face tokenizer.
+    resume
+        Go on with the unfinished run in this folder; it needs no other flag.
     """
     use(device, threads)
-    with bars(console) as drawn, stop_on_ctrl_c() as stopped:
+    with bars(console) as drawn, stop_on_signals() as stopped:
 
         def on_step(progress: Progress) -> None:
             if progress.step % 10 == 0 or progress.step == progress.total_steps:
@@ -179,22 +188,40 @@ def train(
             best = "  (best)" if validation.is_best else ""
             say(f"step {validation.step}  validation PPL by layer  {exits}{best}")
 
-        result = train_to_folder(
-            corpus,
-            model or DecoderConfig(),
-            training or TrainConfig(),
-            out,
-            device=device,
+        watcher = TrainWatcher(
             on_step=on_step,
             on_validation=on_validation,
-            should_stop=stopped,
+            on_damaged=say,
+            should_stop=lambda: stopped() is not None,
         )
+        if resume:
+            if corpus or out or tokenizer or model or training:
+                raise ConfigError(
+                    "resume: expected no other flag of the run, which keeps its own, got some"
+                )
+            folder = resume
+            result = resume_run(folder, device=device, watcher=watcher)
+        else:
+            if corpus is None or out is None:
+                raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+            folder = out
+            run = TrainRun(
+                corpus=corpus,
+                tokenizer=tokenizer or "characters",
+                model=model or DecoderConfig(),
+                training=training or TrainConfig(),
+            )
+            result = start_run(run, folder, device=device, watcher=watcher)
+    if not result.finished:
+        say(
+            f"Stopped after step {result.step}, which is kept; "
+            f"offramp train --resume {folder} goes on."
+        )
+        sys.exit(128 + (stopped() or signal.SIGINT))
     say(
-        f"{out} holds the best parameters (step {result.best.step}); "
-        f"{out / 'last'} the last (step {result.validations[-1].step})."
+        f"{folder} holds the best parameters (step {result.best.step}); "
+        f"{folder / 'last'} the last (step {result.step})."
     )
-    if stopped():
-        raise KeyboardInterrupt
 
 
 @app.command
@@ -239,6 +266,8 @@ def sweep(
             ),
         )
     output().print(sweep_table(result.content))
+    if result.unfinished:
+        say(f"{model_dir}: its run is unfinished; this is its best model so far.")
     if result.unknown_tokens:
         say(
             f"{result.unknown_tokens:,} of the tokens are <unk>: characters that the training "
@@ -290,21 +319,22 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 @contextmanager
-def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Yield a question: was Ctrl-C pressed? A second Ctrl-C interrupts at once."""
-    pressed = False
+def stop_on_signals() -> Iterator[Callable[[], int | None]]:
+    """Yield a question: which signal came, Ctrl-C's or SIGTERM? The second ends it at once."""
+    came: int | None = None
 
-    def remember(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
+    def remember(number: int, _: object) -> None:
+        nonlocal came
+        if came is not None:
             raise KeyboardInterrupt
-        pressed = True
+        came = number
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from offramp import load_checkpoint
+
 TRAIN = ["train", "--corpus", "pangram", "--steps", 2, "--dim", 16, "--heads", 2]
 
 
@@ -114,9 +116,8 @@ def test_seeds_must_be_positive(offramp, tmp_path):
     assert not out.exists()
 
 
-def test_ctrl_c_leaves_a_readable_model(tmp_path):
-    from offramp import load_checkpoint
-
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_readable_and_goes_on(offramp, tmp_path, number, code):
     out = tmp_path / "model"
     arguments = ["train", "--corpus", "pangram", "--layers", "2", "--dim", "16", "--heads", "2"]
     arguments += ["--steps", "1000000", "--eval-every", "5", "--seq-len", "16"]
@@ -128,9 +129,19 @@ def test_ctrl_c_leaves_a_readable_model(tmp_path):
     deadline = time.monotonic() + 120
     while not (out / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in stderr
+    assert f"--resume {out} goes on" in stderr
     load_checkpoint(out)
-    load_checkpoint(out / "last")
+    swept = offramp("sweep", out, "--corpus", "pangram")
+    assert swept.returncode == 0
+    assert "unfinished" in swept.stderr
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(offramp, trained, tmp_path):
+    assert refused(offramp("train", "--resume", tmp_path / "none"), "found none")
+    assert refused(offramp("train", "--resume", trained), "is finished")
+    assert refused(offramp("train", "--resume", trained, "--steps", 9), "no other flag")
+    assert refused(offramp("train", "--corpus", "pangram"), "--out")

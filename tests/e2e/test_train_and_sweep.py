@@ -1,13 +1,22 @@
 import json
+import re
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from offramp import load_checkpoint
+from offramp.experiments import workflows
+from offramp.training import TrainResult
+
+UNFINISHED_RESULT = TrainResult(step=0, validations=(), finished=False)
 
 
 def test_train_leaves_the_best_and_the_last_whole(trained):
     assert {path.name for path in trained.iterdir()} == {
+        "checkpoints",
         "config.json",
         "last",
         "model.safetensors",
@@ -73,3 +82,61 @@ def test_recommended_brings_its_exit_and_its_threshold(offramp, tmp_path):
     model, about = load_checkpoint(out)
     assert model.exit_layers == (1, 2, 4, 6)
     assert about["training"]["select_at"] == 0.95
+
+
+def test_a_killed_run_ends_where_one_left_alone_ends(offramp, tmp_path):
+    """Killed without a word (SIGKILL), in the middle of a run; the corpus is a file."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    arguments = ["train", "--corpus", corpus, "--layers", 3, "--dim", 16, "--heads", 2]
+    arguments += ["--exits", 1, "--steps", 300, "--seq-len", 16, "--batch-size", 4]
+    arguments += ["--eval-every", 50, "--checkpoint-every", 7, "--threads", 1]
+    assert offramp(*arguments, "--out", tmp_path / "alone").returncode == 0
+
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "offramp.cli", *map(str, arguments), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (out / "unfinished.json").exists()
+    result = offramp("train", "--resume", out, "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert not (out / "unfinished.json").exists()
+    for folder in ("", "last"):
+        expected = load_checkpoint(tmp_path / "alone" / folder)[0].state_dict()
+        found = load_checkpoint(out / folder)[0].state_dict()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_does_not_go_on_with_another_corpus(offramp, tmp_path):
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    out = tmp_path / "model"
+    arguments = ["train", "--corpus", corpus, "--layers", 2, "--dim", 16, "--heads", 2]
+    arguments += ["--steps", 4, "--seq-len", 16, "--batch-size", 4, "--out", out]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflows, "train", lambda *_, **__: UNFINISHED_RESULT)
+        assert offramp(*arguments).returncode == 130
+    corpus.write_text("another text altogether\n" * 400)
+    result = offramp("train", "--resume", out)
+    assert result.returncode == 2
+    assert len(re.findall(r"[0-9a-f]{64}", result.stderr)) == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_subwords_and_bytes_train_and_sweep(offramp, tmp_path, tokenizer):
+    out = tmp_path / "model"
+    result = offramp(
+        *("train", "--corpus", "python-docs", "--tokenizer", tokenizer, "--layers", 2),
+        *("--dim", 16, "--heads", 2, "--steps", 3, "--seq-len", 32, "--batch-size", 4),
+        *("--eval-every", 3, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return 'é🙂'\n" * 20, encoding="utf-8")
+    swept = offramp("sweep", out, "--corpus", text, "--out", tmp_path / "s.json")
+    assert swept.returncode == 0, swept.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["unknown_tokens"] == 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from offramp.exits.weights import asymmetric
-from offramp.training import ExitLoss
+from offramp.training import ExitLoss, TrainConfig
 
 
 def cross_entropy(logits, targets):
@@ -44,7 +44,8 @@ def test_three_ways_to_train_give_one_loss_and_one_gradient(
     assert_close(gradients(model), expected, rtol=0, atol=1e-10)
 
     weights = asymmetric(alpha, num_layers=4)
-    loss, losses = ExitLoss(model, weights)(inputs, targets)
+    config = TrainConfig(loss_weights=f"asymmetric:{alpha}")
+    loss, losses = ExitLoss(model, config, total_steps=1)(inputs, targets, step=1)
     loss.backward()
     assert_close(loss, by_all_layers.detach(), rtol=0, atol=1e-10)
     assert set(losses) == set(weights)

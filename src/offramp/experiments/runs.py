@@ -18,13 +18,14 @@ from queue import Empty
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offramp.data import Corpus, batches, character_tokenizer, count_unknown, encode
 from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.models.checkpoint import read_json, write_json
 from offramp.models.transformer import DecoderConfig
-from offramp.training import Progress, TrainConfig, new_model, train
+from offramp.training import Progress, TrainConfig, Validation, new_model, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +170,19 @@ def _work(run: Run, folder: Path) -> None:
         if progress.step % 8 == 0:
             _reports.put(_report(run.name, progress))
 
+    best_state: dict[str, Tensor] = {}
+
+    def on_validation(validation: Validation) -> None:
+        if validation.is_best:
+            best_state.update({name: value.clone() for name, value in model.state_dict().items()})
+
     result = train(
         model,
         train_ids,
         validation_ids,
         run.training,
         on_step=on_step,
+        on_validation=on_validation,
         should_stop=_stop.is_set,
     )
     if _stop.is_set():
@@ -185,7 +193,7 @@ def _work(run: Run, folder: Path) -> None:
     layers = range(1, model.num_layers + 1)
     windows = list(batches(validation_ids, seq_len=window, batch_size=batch))
     collect_trace(model, windows, layers=layers).save(aside / "last.npz")
-    model.load_state_dict(result.best_state)
+    model.load_state_dict(best_state)
     collect_trace(model, windows, layers=layers).save(aside / "best.npz")
     about = {
         "name": run.name,

@@ -1,5 +1,6 @@
 """From a corpus to a model folder, and from a model folder to a sweep."""
 
+import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,77 +10,168 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from offramp.data import batches, character_tokenizer, count_unknown, encode, load_corpus
+from offramp.data import (
+    StreamedCorpus,
+    TokenShards,
+    batches,
+    count_unknown,
+    encode,
+    load_corpus,
+    make_tokenizer,
+    stream_corpus,
+    tokenise,
+)
 from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.sweep import Threshold, sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.weights import RECOMMENDED, parse_loss_weights
-from offramp.models.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from offramp.models.checkpoint import (
+    claim_folder,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_json,
+)
 from offramp.models.transformer import DecoderConfig, Transformer
-from offramp.training import Progress, TrainConfig, TrainResult, Validation, new_model, train
+from offramp.training import (
+    Checkpoints,
+    Progress,
+    TrainConfig,
+    TrainResult,
+    Validation,
+    new_model,
+    train,
+)
 from offramp.version import __version__
 
 TOKENIZER_FILE = "tokenizer.json"
+UNFINISHED = "unfinished.json"
 SWEEP_BATCH = 32
 
 
-def resolve(model: DecoderConfig, training: TrainConfig) -> tuple[DecoderConfig, TrainConfig]:
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """A whole training run as a value."""
+
+    corpus: str
+    tokenizer: str = "characters"
+    model: DecoderConfig
+    training: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """What is told as a run goes on; see ``training.train``."""
+
+    on_step: Callable[[Progress], None] = lambda progress: None
+    on_validation: Callable[[Validation], None] = lambda validation: None
+    on_damaged: Callable[[str], None] = lambda sentence: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+NOBODY = Watcher()
+
+
+def resolve(run: TrainRun) -> TrainRun:
     """Give ``recommended`` its exit layer and its threshold; check the loss weights."""
+    model, training = run.model, run.training
     if training.loss_weights == "recommended":
-        exits = (RECOMMENDED.exit_layer, *model.exit_layers)
-        model = replace(model, exit_layers=exits)
+        model = replace(model, exit_layers=(RECOMMENDED.exit_layer, *model.exit_layers))
         if training.select_at is None:
             training = replace(training, select_at=RECOMMENDED.threshold)
     parse_loss_weights(
         training.loss_weights, num_layers=model.num_hidden_layers, exit_layers=model.exit_layers
     )
-    return model, training
+    return replace(run, model=model, training=training)
 
 
-def train_to_folder(
-    corpus_name: str,
-    model_config: DecoderConfig,
-    training: TrainConfig,
-    out: Path,
-    *,
-    device: str = "cpu",
-    on_step: Callable[[Progress], None] | None = None,
-    on_validation: Callable[[Validation], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+def start_run(
+    run: TrainRun, out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY
 ) -> TrainResult:
-    """Train a native decoder on a corpus, one character a token.
+    """Train a native decoder on a corpus into a new folder.
 
     ``out`` gets the best parameters by validation as soon as they are known
-    (``model.safetensors``, ``config.json``, ``tokenizer.json``), and the last in ``last/``.
+    (``model.safetensors``, ``config.json``, ``tokenizer.json``), the last in ``last/``, and
+    checkpoints to resume from in ``checkpoints/``. Until the run is finished it holds
+    ``unfinished.json``, all that ``resume_run`` needs.
     """
-    model_config, training = resolve(model_config, training)
-    corpus = load_corpus(corpus_name)
-    tokenizer = character_tokenizer(corpus.train)
-    train_ids, validation_ids = (
-        encode(tokenizer, text) for text in (corpus.train, corpus.validation)
-    )
-    needed = training.seq_len * training.batch_size + 1
-    if len(train_ids) < needed or len(validation_ids) < 2:
-        raise CorpusError(
-            f"{corpus_name}: expected at least {needed} training characters (one batch of "
-            f"{training.batch_size} x {training.seq_len}) and 2 to validate, "
-            f"got {len(train_ids)} and {len(validation_ids)}"
-        )
-    model_config = replace(
-        model_config,
+    run = resolve(run)
+    corpus = stream_corpus(run.corpus)
+    tokenizer = make_tokenizer(run.tokenizer, corpus.train)
+    model = replace(
+        run.model,
         vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=max(model_config.max_position_embeddings, training.seq_len),
+        max_position_embeddings=max(run.model.max_position_embeddings, run.training.seq_len),
     )
+    run = replace(run, model=model)
+    train_tokens, validation_ids = _tokens(run, corpus, tokenizer)
     claim_folder(out)
-    model = new_model(model_config, seed=training.seed).to(device)
+    tokenizer.save(str(out / TOKENIZER_FILE))
+    write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
+    return _train(run, out, corpus, tokenizer, train_tokens, validation_ids, device, watcher)
+
+
+def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> TrainResult:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+
+    Raises CheckpointError where there is no unfinished run, or the corpus is another by now.
+    """
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
+    if not (out / UNFINISHED).exists():
+        finished = "the run there is finished" if (out / "config.json").exists() else "found none"
+        raise CheckpointError(f"{out}: expected an unfinished run to go on with, but {finished}")
+    stored = read_json(out / UNFINISHED)
+    run = _stored_run(stored["run"])
+    corpus = stream_corpus(run.corpus)
+    if corpus.sha256 != stored["corpus_sha256"]:
+        raise CheckpointError(
+            f"{run.corpus}: expected the corpus that the run began with, sha256 "
+            f"{stored['corpus_sha256']}, got {corpus.sha256}"
+        )
+    tokenizer = load_tokenizer(out)
+    tokens = _tokens(run, corpus, tokenizer)
+    return _train(run, out, corpus, tokenizer, *tokens, device, watcher)
+
+
+def _tokens(
+    run: TrainRun, corpus: StreamedCorpus, tokenizer: Tokenizer
+) -> tuple[TokenShards, Tensor]:
+    """Training tokens, on disk, and validation ids; refused where there are too few."""
+    shards, validation = (
+        tokenise(text, tokenizer, cache_folder()) for text in (corpus.train, corpus.validation)
+    )
+    needed = run.training.seq_len * run.training.batch_size + 1
+    if len(shards) < needed or len(validation) < 2:
+        raise CorpusError(
+            f"{run.corpus}: expected at least {needed} training tokens (one batch of "
+            f"{run.training.batch_size} x {run.training.seq_len}) and 2 to validate, "
+            f"got {len(shards)} and {len(validation)}"
+        )
+    return shards, validation.read(0, len(validation))
+
+
+def _train(
+    run: TrainRun,
+    out: Path,
+    corpus: StreamedCorpus,
+    tokenizer: Tokenizer,
+    train_tokens: TokenShards,
+    validation_ids: Tensor,
+    device: str,
+    watcher: Watcher,
+) -> TrainResult:
+    model = new_model(run.model, seed=run.training.seed).to(device)
     about = {
-        "training": asdict(training),
+        "training": asdict(run.training),
+        "tokenizer": run.tokenizer,
         "corpus": {
             "name": corpus.name,
             "sha256": corpus.sha256,
             "split": corpus.split,
-            "train_tokens": len(train_ids),
+            "train_tokens": len(train_tokens),
             "validation_tokens": len(validation_ids),
             "unknown_validation_tokens": count_unknown(tokenizer, validation_ids),
         },
@@ -87,39 +179,57 @@ def train_to_folder(
         "offramp_version": __version__,
     }
 
-    def validated(validation: Validation) -> None:
+    def on_validation(validation: Validation) -> None:
         if validation.is_best:
-            _save(model, tokenizer, out, about, validation)
-        if on_validation:
-            on_validation(validation)
+            _save(model, out, about, validation)
+        watcher.on_validation(validation)
 
     result = train(
         model,
-        train_ids,
+        train_tokens,
         validation_ids,
-        training,
-        on_step=on_step,
-        on_validation=validated,
-        should_stop=should_stop,
+        run.training,
+        on_step=watcher.on_step,
+        on_validation=on_validation,
+        on_damaged=watcher.on_damaged,
+        should_stop=watcher.should_stop,
+        checkpoints=Checkpoints(folder=out / "checkpoints", keep=run.training.keep_checkpoints),
     )
-    aside = out / ".last.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    _save(model, tokenizer, aside, about, result.validations[-1])
-    aside.rename(out / "last")
+    if result.finished:
+        aside = out / ".last.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        tokenizer.save(str(aside / TOKENIZER_FILE))
+        _save(model, aside, about, result.validations[-1])
+        aside.rename(out / "last")
+        (out / UNFINISHED).unlink()
     return result
 
 
-def _save(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    folder: Path,
-    about: dict[str, Any],
-    validation: Validation,
-) -> None:
-    tokenizer.save(str(folder / TOKENIZER_FILE))
+def _save(model: Transformer, folder: Path, about: dict[str, Any], validation: Validation) -> None:
     where = {"step": str(validation.step), "validation_score": repr(validation.score)}
     save_checkpoint(model, folder, about=about, weights_about=where)
+
+
+def _stored_run(stored: dict[str, Any]) -> TrainRun:
+    """A run as ``asdict`` and JSON left it: infinity is a word, tuples are lists."""
+    training = dict(stored["training"])
+    if isinstance(training["select_at"], str):
+        training["select_at"] = float(training["select_at"])
+    training["alpha_steps"] = tuple(training["alpha_steps"])
+    model = {**stored["model"], "exit_layers": tuple(stored["model"]["exit_layers"])}
+    return TrainRun(
+        corpus=stored["corpus"],
+        tokenizer=stored["tokenizer"],
+        model=DecoderConfig(**model),
+        training=TrainConfig(**training),
+    )
+
+
+def cache_folder() -> Path:
+    """Where tokenised corpora are kept: OFFRAMP_CACHE, or the user's cache folder."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "offramp"
+    return Path(os.environ.get("OFFRAMP_CACHE", usual)) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +238,8 @@ class SweepResult:
 
     content: dict[str, Any]
     unknown_tokens: int
+    unfinished: bool
+    "The model is the best so far of a run that has not ended."
 
 
 def sweep_folder(
@@ -143,6 +255,11 @@ def sweep_folder(
 
     ``on_tokens`` is told (tokens done, tokens in all).
     """
+    if (folder / UNFINISHED).exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: expected a model, but the run there is unfinished and has not validated "
+            f"yet; go on with it by offramp train --resume {folder}"
+        )
     model, about = load_checkpoint(folder, device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     corpus = load_corpus(corpus_name)
@@ -170,7 +287,9 @@ def sweep_folder(
         "rows": [asdict(row) for row in sweep(trace, thresholds)],
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
     }
-    return SweepResult(content=content, unknown_tokens=unknown)
+    return SweepResult(
+        content=content, unknown_tokens=unknown, unfinished=(folder / UNFINISHED).exists()
+    )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -356,6 +356,11 @@ class Transformer(nn.Module):
             device=weight.device,
         )
 
+    def compile_blocks(self) -> None:
+        """Compile each block where it stands; parameter names stay what they are."""
+        for block in self.model.layers:
+            block.compile()
+
     # The seed document's names, as thin conveniences.
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:

@@ -1,6 +1,8 @@
 """Loss weights against tables worked out by hand."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offramp.errors import ConfigError
 from offramp.exits.weights import (
@@ -9,6 +11,11 @@ from offramp.exits.weights import (
     asymmetric_deep_supervision,
     check_loss_weights,
     deep_supervision,
+    ee_llm,
+    free,
+    layerskip,
+    linear,
+    normalized,
     parse_loss_weights,
     standard,
 )
@@ -38,6 +45,29 @@ from offramp.exits.weights import (
         ),
         (lambda: asymmetric_deep_supervision(0.7, num_layers=3, middle=0.0), {1: 0.7, 3: 0.3}),
         (lambda: asymmetric_deep_supervision(0.7, num_layers=3, exit_layer=3), {3: 1.0}),
+        (lambda: free(1, 3), {1: 1 / 4, 3: 3 / 4}),
+        (lambda: free(6, 24), {6: 0.2, 24: 0.8}),
+        (lambda: free(3, 3), {3: 1.0}),
+        (
+            lambda: ee_llm((0.25, 0.5), exit_layers=(6, 12, 24), num_layers=24),
+            {6: 0.25, 12: 0.5, 24: 1.0},
+        ),
+        (
+            lambda: ee_llm((0.1, 0.2), exit_layers=(8, 16), num_layers=32),
+            {8: 0.1, 16: 0.2, 32: 1.0},
+        ),
+        (lambda: ee_llm((0.0, 0.5), exit_layers=(1, 2, 3), num_layers=3), {2: 0.5, 3: 1.0}),
+        (lambda: ee_llm((), exit_layers=(3,), num_layers=3), {3: 1.0}),
+        (lambda: linear((1, 2, 3, 4)), {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}),
+        (lambda: linear((2, 3, 5)), {2: 0.2, 3: 0.3, 5: 0.5}),
+        (lambda: linear((4,)), {4: 1.0}),
+        # e(l), l from 0: 0, s, s (1 + 2), ..., and 3 + s (1 + 2) or 5 + s (1 + 2 + 3 + 4)
+        (lambda: layerskip(4, 1.0), {2: 1.0, 3: 3.0, 4: 6.0}),
+        (lambda: layerskip(4, 0.1), {2: 0.1, 3: 0.3, 4: 3.3}),
+        (lambda: layerskip(6, 0.2), {2: 0.2, 3: 0.6, 4: 1.2, 5: 2.0, 6: 7.0}),
+        (lambda: layerskip(2, 1.0), {2: 1.0}),
+        (lambda: layerskip(4, 0.0), {4: 3.0}),
+        (lambda: layerskip(1, 1.0), {1: 1.0}),
     ],
 )
 def test_presets_equal_the_table(make, expected):
@@ -62,6 +92,10 @@ def test_the_recommendation_is_the_seed_documents():
         ("1=0.7,4=0.3", {1: 0.7, 4: 0.3}),
         ("4=1e-1, 2 = 2", {2: 2.0, 4: 0.1}),
         ("3=1,4=0", {3: 1.0}),
+        ("free", {2: 1 / 3, 4: 2 / 3}),
+        ("ee_llm:0.25:0.5", {2: 0.25, 3: 0.5, 4: 1.0}),
+        ("linear", {2: 2 / 9, 3: 3 / 9, 4: 4 / 9}),
+        ("layerskip:0.1", {2: 0.1, 3: 0.3, 4: 3.3}),
     ],
 )
 def test_every_written_form_is_read(spec, expected):
@@ -102,6 +136,18 @@ def test_every_written_form_is_read(spec, expected):
         ("-1=1", "got '-1=1'"),
         ("²=1", "got '²=1'"),
         ("1=0.7;3=0.3", "got '0.7;3=0.3'"),
+        ("free:1", "got 'free:1'"),
+        ("linear:4", "got 'linear:4'"),
+        ("ee_llm", "expected ee_llm:WEIGHT:WEIGHT:..., a number, got ''"),
+        ("ee_llm:0.25:0.5", "expected a weight for each exit layer but the last (1), got 2"),
+        ("ee_llm:0.25:", "got ''"),
+        ("ee_llm:-0.25", "got -0.25 at layer 1"),
+        ("ee_llm:nan", "got nan at layer 1"),
+        ("layerskip", "expected layerskip:E_SCALE, a number, got ''"),
+        ("layerskip:big", "got 'big'"),
+        ("layerskip:-1", "expected E_SCALE of at least 0, got -1.0"),
+        ("layerskip:nan", "expected E_SCALE of at least 0, got nan"),
+        ("layerskip:inf", "expected E_SCALE of at least 0, got inf"),
     ],
 )
 def test_a_wrong_written_form_is_a_config_error(spec, message):
@@ -128,3 +174,37 @@ def test_zero_weights_are_left_out_and_the_input_is_not_changed():
     given = {3: 1.0, 1: 0.0, 2: 0.5}
     assert check_loss_weights(given, 3) == {2: 0.5, 3: 1.0}
     assert given == {3: 1.0, 1: 0.0, 2: 0.5}
+
+
+@given(num_layers=st.integers(2, 40), e_scale=st.floats(0, 10))
+def test_layerskip_is_the_papers_sum(num_layers, e_scale):
+    """Summed term by term, l from 0, as the paper writes it."""
+
+    def e(below: int) -> float:
+        if below < num_layers - 1:
+            return e_scale * sum(i for i in range(below + 1))
+        return num_layers - 1 + e_scale * sum(i for i in range(num_layers - 1))
+
+    weights = layerskip(num_layers, e_scale)
+    for below in range(num_layers):
+        assert weights.get(below + 1, 0.0) == pytest.approx(e(below))
+    assert 1 not in weights  # e(0) = 0: a first-layer exit is never trained
+
+
+@given(exit_layer=st.integers(1, 20), deeper=st.integers(1, 20))
+def test_free_is_asymmetric_with_alpha_s_over_s_plus_l(exit_layer, deeper):
+    num_layers = exit_layer + deeper
+    alpha = exit_layer / (exit_layer + num_layers)
+    assert free(exit_layer, num_layers) == pytest.approx(
+        asymmetric(alpha, num_layers=num_layers, exit_layer=exit_layer)
+    )
+
+
+@pytest.mark.parametrize("exit_layer", [0, 4])
+def test_frees_exit_is_a_layer_of_the_model(exit_layer):
+    with pytest.raises(ConfigError, match="layers from 1 to 3"):
+        free(exit_layer, 3)
+
+
+def test_normalized_weights_sum_to_1():
+    assert normalized({1: 1.0, 4: 3.0}) == {1: 0.25, 4: 0.75}

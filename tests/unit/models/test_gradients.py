@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from offramp.training import ExitLoss
+from offramp.training import ExitLoss, TrainConfig
 
 
 @pytest.fixture
@@ -14,7 +14,9 @@ def step(make_model, make_ids):
     def run(weights, **fields):
         model = make_model(**{"num_hidden_layers": 4, "exit_layers": (1, 2), **fields})
         text = make_ids(2, 9)
-        loss, _ = ExitLoss(model, weights)(text[:, :-1], text[:, 1:])
+        written = ",".join(f"{layer}={weight}" for layer, weight in weights.items())
+        exit_loss = ExitLoss(model, TrainConfig(loss_weights=written), total_steps=1)
+        loss, _ = exit_loss(text[:, :-1], text[:, 1:], step=1)
         loss.backward()
         parameters = dict(model.named_parameters())
         learning = {name for name, p in parameters.items() if p.grad is not None}
@@ -77,7 +79,7 @@ def test_only_the_weighted_exits_heads_learn(step, weights, exit_head, heads):
 
 def test_a_head_without_weight_is_never_evaluated(make_model, make_ids, monkeypatch):
     model = make_model(num_hidden_layers=4, exit_layers=(1, 2))
-    exit_loss = ExitLoss(model, {1: 0.5, 3: 0.5})
+    exit_loss = ExitLoss(model, TrainConfig(loss_weights="1=0.5,3=0.5"), total_steps=1)
     evaluated, ran = [], []
     unembed = model.unembed
     monkeypatch.setattr(
@@ -86,6 +88,6 @@ def test_a_head_without_weight_is_never_evaluated(make_model, make_ids, monkeypa
     for i, block in enumerate(model.model.layers, start=1):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     text = make_ids(2, 9)
-    loss, _ = exit_loss(text[:, :-1], text[:, 1:])
+    loss, _ = exit_loss(text[:, :-1], text[:, 1:], step=1)
     loss.backward()
     assert (evaluated, ran) == ([1, 3], [1, 2, 3])

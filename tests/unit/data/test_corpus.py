@@ -1,18 +1,17 @@
 import hashlib
+from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from offramp.data import (
-    UNKNOWN,
     batches,
     character_tokenizer,
     count_unknown,
     encode,
     load_corpus,
+    stream_corpus,
 )
+from offramp.data import text as text_module
 from offramp.errors import CorpusError
 from offramp.models.transformer import DecoderConfig
 from offramp.training import new_model
@@ -122,83 +121,106 @@ def test_a_name_that_is_no_corpus_is_a_corpus_error(name, tmp_path, monkeypatch)
         load_corpus(name)
 
 
-# Tokens.
+# Named splits.
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_encoding_and_decoding_give_the_text_back(text):
-    tokenizer = character_tokenizer(text)
-    ids = encode(tokenizer, text)
-    assert ids.dtype == torch.long
-    assert len(ids) == len(text)
-    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
-    assert count_unknown(tokenizer, ids) == 0
+def write(folder: Path, **files: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize("validation", ["valid", "validation"])
+def test_a_folder_with_named_files_has_named_splits(tmp_path, validation):
+    name = write(tmp_path, train="to train", test="to test", notes="other", **{validation: "to"})
+    corpus = load_corpus(name)
+    assert (corpus.train, corpus.validation, corpus.test) == ("to train", "to", "to test")
+    assert corpus.whole == "to train" + "to" + "to test"
+    assert corpus.split == (
+        f"the file train.txt trains, {validation}.txt validates, test.txt is kept for testing"
+    )
+
+
+def test_without_a_validation_file_the_training_file_is_parted_and_that_is_said(tmp_path):
+    corpus = load_corpus(write(tmp_path, train="0123456789", test="to test"))
+    assert (corpus.train, corpus.validation, corpus.test) == ("012345678", "9", "to test")
+    assert "90% of the characters of the file train.txt" in corpus.split
+    assert "test.txt is kept for testing" in corpus.split
+
+
+def test_a_test_file_alone_is_a_text_like_another(tmp_path):
+    corpus = load_corpus(write(tmp_path, a="one", test="two"))
+    assert corpus.whole == "one\ntwo"
+    assert corpus.test is None
+
+
+def test_the_hash_tells_where_named_splits_end(tmp_path):
+    parts = [("ab", "cd", "e"), ("abc", "d", "e"), ("ab", "c", "de"), ("ab", "cd", "f")]
+    hashes = []
+    for index, (train, valid, test) in enumerate(parts):
+        folder = write(tmp_path / str(index), train=train, valid=valid, test=test)
+        hashes.append(load_corpus(folder).sha256)
+    assert len(set(hashes)) == 4
+    assert hashes[0] == hashlib.sha256(b"ab\xffcd\xffe").hexdigest()
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a\nb\r\nc\n\n", "\tx\t", "\U0001f600 \U00010348", "e\u0301\u00e9", "  two  ", "<unk>", ""],
+    ("files", "message"),
+    [
+        (
+            {"valid": "a", "test": "b"},
+            "expected a file train.txt beside the others, got test.txt",
+        ),
+        ({"train": "a", "valid": " \n"}, "expected text in the file valid.txt, got none"),
+        ({"train": "", "valid": "a"}, "expected text in the file train.txt, got none"),
+        ({"train": "a", "valid": "b", "test": ""}, "expected text in the file test.txt, got none"),
+        (
+            {"train": "a", "valid": "b", "validation": "c"},
+            "expected one file of validation and valid, got both",
+        ),
+    ],
 )
-def test_awkward_characters_come_back(text):
-    tokenizer = character_tokenizer(text + "xyz")
-    ids = encode(tokenizer, text)
-    assert len(ids) == len(text)
-    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+def test_missing_empty_and_double_splits_are_named(tmp_path, files, message):
+    name = write(tmp_path, **files)
+    with pytest.raises(CorpusError) as caught:
+        load_corpus(name)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
 
 
-def test_a_long_text_is_encoded_without_seams():
-    text = "".join(chr(33 + i * i % 90) for i in range(10_000))
-    tokenizer = character_tokenizer(text)
-    ids = encode(tokenizer, text)
-    assert "".join(tokenizer.id_to_token(i) for i in ids.tolist()) == text
+# Streams.
 
 
-def test_other_characters_are_unknown_and_counted():
-    tokenizer = character_tokenizer("abc")
-    ids = encode(tokenizer, "aZb\U0001f600\n")
-    assert count_unknown(tokenizer, ids) == 3
-    assert tokenizer.id_to_token(int(ids[1])) == UNKNOWN
-    assert tokenizer.get_vocab_size() == 4
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1 << 20])
+def test_a_file_is_read_piece_by_piece_as_if_at_once(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(text_module, "_READ_BYTES", size)
+    path = tmp_path / "text.txt"
+    path.write_bytes("caf\u00e9 \U0001f600\r\nline\rend\u4e2d\r\n".encode())
+    expected = path.read_text(encoding="utf-8")
+    corpus = stream_corpus(str(path))
+    assert (corpus.train.read() + corpus.validation.read()) == expected
+    assert corpus.train.read() == expected[: len(expected) * 9 // 10]
+    assert corpus.train.read() == corpus.train.read()  # anew each time
+    assert max(map(len, corpus.train)) <= size + 1  # a held \r
+    assert corpus.sha256 == hashlib.sha256(expected.encode()).hexdigest()
+    assert corpus.read() == load_corpus(str(path))
 
 
-# Batches.
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 1 << 20])
+@pytest.mark.parametrize(("content", "offset"), [(b"ab\xc3\xa9d\xffef", 5), (b"abcde\xe4\xb8", 5)])
+def test_a_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(
+    tmp_path, monkeypatch, size, content, offset
+):
+    monkeypatch.setattr(text_module, "_READ_BYTES", size)
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(CorpusError, match=f"not UTF-8 at offset {offset}$"):
+        stream_corpus(str(tmp_path / "text.txt"))
 
 
-@given(st.integers(0, 100), st.integers(1, 12), st.integers(1, 5), st.one_of(st.none(), st.just(3)))
-def test_every_token_but_the_first_is_a_target_once(length, seq_len, batch_size, seed):
-    ids = torch.arange(length)
-    order = None if seed is None else torch.Generator().manual_seed(seed)
-    seen = []
-    for inputs, targets in batches(ids, seq_len=seq_len, batch_size=batch_size, order=order):
-        assert inputs.shape == targets.shape
-        assert 1 <= inputs.shape[0] <= batch_size
-        assert 1 <= inputs.shape[1] <= seq_len
-        assert torch.equal(inputs + 1, targets)
-        seen += targets.flatten().tolist()
-    assert (seen if order is None else sorted(seen)) == list(range(1, length))
-
-
-@given(st.integers(0, 100), st.integers(1, 12), st.integers(1, 5))
-def test_drop_last_leaves_whole_batches_of_whole_windows(length, seq_len, batch_size):
-    read = list(
-        batches(torch.arange(length), seq_len=seq_len, batch_size=batch_size, drop_last=True)
-    )
-    expected = max(length - 1, 0) // seq_len // batch_size
-    assert [x.shape for x, _ in read] == [(batch_size, seq_len)] * expected
-    targets = [t for _, y in read for t in y.flatten().tolist()]
-    assert targets == list(range(1, expected * batch_size * seq_len + 1))
-
-
-def test_a_shuffled_order_is_a_repeatable_permutation_of_the_windows():
-    ids = torch.arange(8 * 20 + 1)
-
-    def windows(order):
-        read = batches(ids, seq_len=8, batch_size=4, drop_last=True, order=order)
-        return [row.tolist() for inputs, _ in read for row in inputs]
-
-    plain = windows(None)
-    generator = torch.Generator().manual_seed(7)
-    first, second = windows(generator), windows(generator)
-    assert sorted(first) == sorted(second) == plain
-    assert len({str(plain), str(first), str(second)}) == 3  # a new order each epoch
-    assert windows(torch.Generator().manual_seed(7)) == first
+def test_the_parts_of_a_text_are_those_of_its_characters():
+    text = text_module.Text(lambda: ["ab", "", "cde", "f"])
+    for start in range(8):
+        assert text.part(start).read() == "abcdef"[start:]
+        for stop in range(8):
+            assert text.part(start, stop).read() == "abcdef"[start:stop]

@@ -1,0 +1,36 @@
+"""Corpora, their tokens, and the windows that a model reads.
+
+A corpus is text; a tokenizer (Hugging Face ``tokenizers``) makes ids of it; ids are read in
+contiguous windows, each token predicted from those before it in its window.
+"""
+
+from offramp.data.corpus import BUILT_IN, Corpus, StreamedCorpus, load_corpus, stream_corpus
+from offramp.data.text import Text
+from offramp.data.tokenizer import (
+    UNKNOWN,
+    character_tokenizer,
+    count_unknown,
+    encode,
+    make_tokenizer,
+)
+from offramp.data.tokens import TokenShards, tokenise
+from offramp.data.windows import TokenWindows, batch_indices, batches
+
+__all__ = [
+    "BUILT_IN",
+    "UNKNOWN",
+    "Corpus",
+    "StreamedCorpus",
+    "Text",
+    "TokenShards",
+    "TokenWindows",
+    "batch_indices",
+    "batches",
+    "character_tokenizer",
+    "count_unknown",
+    "encode",
+    "load_corpus",
+    "make_tokenizer",
+    "stream_corpus",
+    "tokenise",
+]

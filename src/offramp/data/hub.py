@@ -1,0 +1,179 @@
+"""Hugging Face datasets as texts, and what to do where the hub cannot be reached.
+
+The hub's clients retry an unreachable host for most of a minute, and log each try. So it is
+asked once, briefly; where it does not answer, only what is on this machine is looked at.
+"""
+
+import json
+import ssl
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from offramp.data.text import Text
+from offramp.errors import CorpusError
+
+PREFIX = "hf:"
+COLUMN = "text"
+_ANSWER_SECONDS = 5.0
+_ROWS = 1000
+
+
+def dataset_splits(name: str) -> dict[str, Text]:
+    """The splits of ``hf:PATH[/CONFIG]``, each the rows of its column ``text``, one a line.
+
+    A row that does not end in a line break gets one. PATH is a dataset on the hub, a folder
+    that ``datasets`` saved (``save_to_disk``), or one with files that it reads (``train.csv``,
+    ``test.jsonl``, ...). A dataset without splits counts as a split ``train``.
+    """
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise CorpusError(
+            f"{name}: expected the library that reads datasets, which is not installed; "
+            "pip install offramp[hf]"
+        ) from None
+    loaded = _load(name)
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    return {str(split): _rows(name, str(split), rows) for split, rows in splits.items()}
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers within a few seconds; never asked when HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers: list[bool] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(_answers(constants.ENDPOINT)), daemon=True
+    )
+    asking.start()
+    asking.join(_ANSWER_SECONDS)  # a name server may be slower than any timeout of urlopen
+    return answers == [True]
+
+
+def _answers(address: str) -> bool:
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=_ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the hub's clients may trust more
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the hub's clients look at nothing but what is on this machine."""
+    from huggingface_hub import constants
+
+    modules: list[Any] = [constants]
+    if "datasets" in sys.modules:
+        modules.append(sys.modules["datasets"].config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def one_line(error: Exception) -> str:
+    """What a library says in an error, without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _load(name: str) -> Any:
+    """A Dataset, or a dict of them by split."""
+    import datasets
+
+    path = name.removeprefix(PREFIX)
+    if path and Path(path).is_dir():
+        try:
+            saved = _saved(Path(path))
+            return datasets.load_dataset(path) if saved is None else saved
+        except Exception as error:  # every reader of files raises its own
+            raise CorpusError(
+                f"{name}: expected a readable dataset, got: {one_line(error)}"
+            ) from None
+    if not path or path.startswith((".", "/", "~")):
+        raise CorpusError(f"{name}: expected {PREFIX}DATASET or {PREFIX}FOLDER; no such folder")
+    reachable = hub_reachable()
+    with nullcontext() if reachable else offline():
+        for repository, config in _readings(path):
+            try:
+                return datasets.load_dataset(repository, config)
+            except (FileNotFoundError, ConnectionError):  # not on the hub; not on this machine
+                continue
+            except Exception as error:
+                raise CorpusError(f"{name}: expected a dataset, got: {one_line(error)}") from None
+    if reachable:
+        raise CorpusError(
+            f"{name}: expected {PREFIX}DATASET or {PREFIX}DATASET/CONFIG on the Hugging Face hub "
+            "or on disk; there is no such dataset, or it is not public"
+        )
+    raise CorpusError(
+        f"{name}: expected a dataset that is on this machine, since the Hugging Face hub cannot "
+        f"be reached; got none of this name; use a text file, a folder with train.txt and "
+        f"valid.txt, or {PREFIX}FOLDER of a dataset saved with save_to_disk"
+    )
+
+
+def _saved(folder: Path) -> Any:
+    """What ``save_to_disk`` left in a folder; None if it is none of its folders."""
+    import datasets
+
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {split: _saved(folder / split) for split in splits}
+    if not (folder / "state.json").is_file():
+        return None
+    if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        no_rows = datasets.Features({COLUMN: datasets.Value("string")})  # it cannot read its own
+        return datasets.Dataset.from_dict({COLUMN: []}, features=no_rows)
+    return datasets.load_from_disk(str(folder))
+
+
+def _readings(path: str) -> list[tuple[str, str | None]]:
+    """``a/b`` is a dataset b of an owner a, or a dataset a with a configuration b."""
+    parts = path.split("/")
+    owned = [("/".join(parts[:2]), "/".join(parts[2:]) or None)]
+    return [*owned, (parts[0], parts[1])] if len(parts) == 2 else owned
+
+
+def _rows(name: str, split: str, rows: Any) -> Text:
+    def pieces() -> Iterator[str]:
+        _check_column(name, split, rows.features)
+        texts_only = rows.select_columns(COLUMN).with_format(None)
+        for index, batch in enumerate(texts_only.iter(_ROWS)):
+            texts = batch[COLUMN]
+            if None in texts:
+                raise CorpusError(
+                    f"{name}: expected text in every row of the split {split}, "
+                    f"got none in row {index * _ROWS + texts.index(None) + 1}"
+                )
+            yield "".join(text if text.endswith("\n") else text + "\n" for text in texts)
+
+    return Text(pieces)
+
+
+def _check_column(name: str, split: str, columns: Mapping[str, Any]) -> None:
+    if COLUMN not in columns:
+        raise CorpusError(
+            f"{name}: expected a column {COLUMN!r} in the split {split}, "
+            f"got the columns {', '.join(columns)}"
+        )
+    kind = getattr(columns[COLUMN], "dtype", type(columns[COLUMN]).__name__)
+    if kind not in ("string", "large_string"):
+        raise CorpusError(f"{name}: expected strings in the column {COLUMN!r}, got {kind}")

@@ -1,0 +1,208 @@
+"""Tokenizers, and the ids of a text of any length."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from offramp.data.hub import hub_reachable, offline, one_line
+from offramp.errors import ConfigError, CorpusError
+
+UNKNOWN = "<unk>"
+TOKENIZER_FILE = "tokenizer.json"
+_BYTES = 256
+_CUT_AFTER = 1 << 14  # characters
+_CUT_BEFORE = 1 << 18
+_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
+_AT_ONCE = 64  # pieces
+
+
+def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
+    """The tokenizer that ``spec`` names; ``text`` is the training text, or its pieces.
+
+    - ``characters``: one token a character of the text, and ``<unk>`` for every other.
+    - ``bytes``: one token a byte of UTF-8, whose id is the byte; nothing is unknown.
+    - ``bpe:N``: N byte-level tokens trained on the text (Sennrich et al. 2016; Radford et al.
+      2019); nothing is unknown.
+    - the path of a ``tokenizer.json``, or of a folder with one.
+    - otherwise the name of a model on the Hugging Face hub that has one.
+
+    Raises ConfigError for a wrong N, CorpusError for a tokenizer that cannot be had.
+    """
+    if spec == "characters":
+        return character_tokenizer(text)
+    if spec == "bytes":
+        return byte_tokenizer()
+    if spec.startswith("bpe:"):
+        return train_bpe(_bpe_tokens(spec), text)
+    return _stored_tokenizer(spec)
+
+
+def character_tokenizer(text: str | Iterable[str]) -> Tokenizer:
+    """One token a character of ``text``, and ``<unk>`` for every other character."""
+    characters: set[str] = set()
+    for piece in _pieces(text):
+        characters.update(piece)
+    ordered = [UNKNOWN, *sorted(characters)]
+    vocabulary = {character: index for index, character in enumerate(ordered)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")  # m: also \n
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte of UTF-8; its id is the byte."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_bpe(tokens: int, text: str | Iterable[str]) -> Tokenizer:
+    """Byte-level BPE with this many tokens, trained on a text; the same each time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=tokens,
+        initial_alphabet=_byte_characters(),
+        special_tokens=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(cut_apart(text), trainer)
+    if (got := tokenizer.get_vocab_size()) < tokens:
+        raise ConfigError(
+            f"tokenizer: expected a training text with enough words for bpe:{tokens}, "
+            f"got one for at most bpe:{got}"
+        )
+    return tokenizer
+
+
+def _bpe_tokens(spec: str) -> int:
+    number = spec.removeprefix("bpe:")
+    if not (number.isascii() and number.isdigit() and int(number) > _BYTES):
+        raise ConfigError(f"tokenizer: expected bpe:N with N at least {_BYTES + 1}, got {spec!r}")
+    return int(number)
+
+
+def _stored_tokenizer(spec: str) -> Tokenizer:
+    path = Path(spec)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    expected = f"characters, bytes, bpe:N, or the path of a {TOKENIZER_FILE} or a folder with one"
+    try:
+        if path.is_file():
+            tokenizer = Tokenizer.from_file(str(path))
+        elif Path(spec).exists() or spec.endswith(".json") or spec.startswith((".", "/", "~")):
+            raise CorpusError(f"tokenizer {spec}: expected {expected}; there is no such file")
+        else:
+            reachable = hub_reachable()
+            expected += ", or the name of a model on the Hugging Face hub"
+            with nullcontext() if reachable else offline():
+                tokenizer = Tokenizer.from_pretrained(spec)
+    except CorpusError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        if path.is_file():
+            message = (
+                f"expected a {TOKENIZER_FILE} of the tokenizers library, got: {one_line(error)}"
+            )
+        elif reachable:
+            message = f"expected {expected}, got: {one_line(error)}"
+        else:
+            message = (
+                f"expected {expected}; the hub cannot be reached, and no tokenizer of this name "
+                "is on this machine"
+            )
+        raise CorpusError(f"tokenizer {spec}: {message}") from None
+    tokenizer.no_truncation()  # a file may ask for both: a text is whole, and nothing else
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Int[Tensor, " N"]:
+    """Token ids of a text, without special tokens before or after it.
+
+    They are those of the text encoded at once (see ``cut_apart``), in linear time.
+    """
+    ids = list(encode_pieces(tokenizer, text))
+    return torch.from_numpy(np.concatenate(ids) if ids else np.empty(0, np.int64))
+
+
+def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[NDArray[np.int64]]:
+    """``encode``, a part of the ids at a time; a text may be larger than memory."""
+    pieces = iter(cut_apart(text))
+    while some := list(islice(pieces, _AT_ONCE)):
+        for encoded in tokenizer.encode_batch_fast(some, add_special_tokens=False):
+            yield np.asarray(encoded.ids, np.int64)
+
+
+def cut_apart(text: str | Iterable[str]) -> Iterator[str]:
+    """Cut a text where its tokens part anyway, about every 16,384 characters.
+
+    That is after a line break, or before a space, that stands alone between other characters:
+    byte-level BPE, WordPiece and SentencePiece all part words there, and ``characters`` and
+    ``bytes`` part everywhere. (A tokenizer that puts something before every text, as Llama 2's
+    puts a space, puts it after each cut.) A stretch without such a place is cut after 262,144
+    characters all the same. The cuts depend on the text alone, not on its pieces.
+    """
+    held, size = [], 0
+    enough = _CUT_BEFORE + 2  # the last place to cut, and one character to see behind it
+    for piece in _pieces(text):
+        held.append(piece)
+        size += len(piece)
+        if size < enough:
+            continue
+        joined, at = "".join(held), 0
+        while len(joined) - at >= enough:
+            cut = _next_cut(joined, at)
+            yield joined[at:cut]
+            at = cut
+        held, size = [joined[at:]], len(joined) - at
+    joined, at = "".join(held), 0
+    while at < len(joined):
+        cut = _next_cut(joined, at)
+        yield joined[at:cut]
+        at = cut
+
+
+def _next_cut(text: str, at: int) -> int:
+    found = _CUT.search(text, at + _CUT_AFTER, at + _CUT_BEFORE + 2)
+    return found.end() if found else min(at + _CUT_BEFORE, len(text))
+
+
+def count_unknown(tokenizer: Tokenizer, ids: Int[Tensor, " N"]) -> int:
+    """How many of these tokens are the tokenizer's unknown token; 0 where it has none."""
+    unknown = unknown_id(tokenizer)
+    return 0 if unknown is None else int(torch.eq(ids, unknown).sum())
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the unknown token, if there is one."""
+    if isinstance(tokenizer.model, models.Unigram):  # keeps it to itself
+        stored = json.loads(tokenizer.to_str())["model"]["unk_id"]
+        return None if stored is None else int(stored)
+    token = tokenizer.model.unk_token
+    return tokenizer.token_to_id(token) if token else None
+
+
+def _pieces(text: str | Iterable[str]) -> Iterable[str]:
+    return [text] if isinstance(text, str) else text
+
+
+def _byte_characters() -> list[str]:
+    """The character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(_BYTES, 2 * _BYTES))
+    return [chr(byte if byte in own else next(others)) for byte in range(_BYTES)]

@@ -1,0 +1,225 @@
+"""Tokens on disk: a text is tokenised once and read through memory maps ever after."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from offramp.data.text import sha256
+from offramp.data.tokenizer import encode_pieces, unknown_id
+from offramp.errors import ConfigError, CorpusError
+
+FORMAT = 1
+SHARD_TOKENS = 1 << 25
+_ABOUT = "about.json"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+class TokenShards:
+    """The token ids of a text, in memory-mapped files that lie in one folder.
+
+    Raises CorpusError if the folder is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            lengths, dtype = self.about["lengths"], np.dtype(self.about["dtype"])
+            self.unknown_tokens = int(self.about["unknown_tokens"])
+            if self.about["format"] != FORMAT:
+                raise ValueError(f"format {self.about['format']}")
+            self._shards = [_open(folder / _shard(i), n, dtype) for i, n in enumerate(lengths)]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f"{folder}: expected whole token shards, got: {error}") from None
+        self._starts = np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> Int[Tensor, " N"]:
+        """The tokens from ``start`` to ``stop``, as far as there are any."""
+        start, stop = (min(max(at, 0), len(self)) for at in (start, stop))
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = [np.empty(0, np.int64)]
+        for shard, begins in zip(self._shards[first:], self._starts[first:], strict=False):
+            if begins >= stop:
+                break
+            parts.append(shard[max(start - begins, 0) : stop - begins].astype(np.int64))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def __reduce__(self) -> tuple[type["TokenShards"], tuple[Path]]:
+        return TokenShards, (self.folder,)  # another process maps the files itself
+
+
+def tokenise(
+    text: str | Iterable[str],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    on_tokens: Callable[[int], None] | None = None,
+) -> TokenShards:
+    """The tokens of a text, from ``cache_dir`` if they are there, else made and kept there.
+
+    They lie in a folder named by the hashes of the text and of the tokenizer; it appears only
+    when it is whole, and a damaged one is made anew. Nothing larger than a shard is held. A
+    text in pieces is read twice, for its hash and for its tokens. ``on_tokens`` is told how
+    many are done, while they are made.
+
+    Raises CorpusError if the text changes in between, or the folder cannot be written.
+    """
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens: expected at least 1, got {shard_tokens}")
+    if isinstance(text, Iterator):
+        raise ConfigError(
+            f"text: expected a str or pieces that can be read twice, got a {type(text).__name__}"
+        )
+    pieces: Iterable[str] = [text] if isinstance(text, str) else text
+    hashes = {
+        "text_sha256": sha256(pieces),
+        "tokenizer_sha256": sha256([tokenizer.to_str()]),
+    }
+    folder = cache_dir / sha256([f"{FORMAT} {json.dumps(hashes)}"])[:32]
+    kept = _kept(folder)
+    if kept is not None:
+        return kept
+    aside: Path | None = None
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(cache_dir)
+        aside = cache_dir / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+        aside.mkdir()
+        _write(pieces, tokenizer, aside, hashes, shard_tokens, on_tokens)
+        return _publish(aside, folder)
+    except OSError as error:
+        raise CorpusError(
+            f"{cache_dir}: expected a folder that tokens can be kept in, got: {error.strerror}"
+        ) from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _kept(folder: Path) -> TokenShards | None:
+    try:
+        return TokenShards(folder)
+    except CorpusError:
+        return None
+
+
+def _shard(index: int) -> str:
+    return f"{index:05d}.npy"
+
+
+def _open(path: Path, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    if shard.shape != (length,) or shard.dtype != dtype:
+        raise ValueError(
+            f"{path.name}: {shard.dtype} of shape {shard.shape}, not {dtype} of ({length},)"
+        )
+    return shard
+
+
+def _write(
+    pieces: Iterable[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    hashes: dict[str, str],
+    shard_tokens: int,
+    on_tokens: Callable[[int], None] | None,
+) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+    unknown, hashed = unknown_id(tokenizer), hashlib.sha256()
+
+    def hashing() -> Iterator[str]:
+        for piece in pieces:
+            hashed.update(piece.encode("utf-8"))
+            yield piece
+
+    lengths: list[int] = []
+    done = unknown_tokens = 0
+    for ids in _whole_shards(encode_pieces(tokenizer, hashing()), dtype, shard_tokens):
+        with _synced(folder / _shard(len(lengths))) as file:
+            np.save(file, ids, allow_pickle=False)
+        lengths.append(len(ids))
+        done += len(ids)
+        unknown_tokens += 0 if unknown is None else int((ids == unknown).sum())
+        if on_tokens:
+            on_tokens(done)
+    if hashed.hexdigest() != hashes["text_sha256"]:
+        raise CorpusError(
+            "corpus: expected a text that stays as it is, but it changed while it was read"
+        )
+    about = {
+        "format": FORMAT,
+        **hashes,
+        "dtype": dtype.name,
+        "lengths": lengths,
+        "unknown_tokens": unknown_tokens,
+    }
+    with _synced(folder / _ABOUT) as file:
+        file.write(json.dumps(about, indent=2).encode("utf-8"))
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_shards(
+    parts: Iterable[NDArray[np.int64]], dtype: np.dtype[Any], shard_tokens: int
+) -> Iterator[NDArray[Any]]:
+    """The same ids in arrays of ``shard_tokens``, the last of what is left."""
+    shard, filled = np.empty(shard_tokens, dtype), 0
+    for part in parts:
+        at = 0
+        while at < len(part):
+            taken = part[at : at + shard_tokens - filled]
+            shard[filled : filled + len(taken)] = taken
+            at, filled = at + len(taken), filled + len(taken)
+            if filled == shard_tokens:
+                yield shard
+                filled = 0
+    if filled:
+        yield shard[:filled]
+
+
+def _publish(aside: Path, folder: Path) -> TokenShards:
+    """Give the new folder its name, unless another process has made the same meanwhile."""
+    while True:
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            if (kept := _kept(folder)) is not None:
+                return kept
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()  # damaged
+        else:
+            return TokenShards(folder)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove what killed processes left; a day without a new shard is taken for a death."""
+    for aside in cache_dir.glob(".*.tmp"):
+        with suppress(OSError):  # gone meanwhile
+            if time.time() - aside.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(aside)

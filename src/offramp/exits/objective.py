@@ -1,0 +1,209 @@
+"""The training objective as a value: what to minimise, and what its fields mean together.
+
+How the loss weights follow from it at each step is in ``schedules``.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from offramp.errors import ConfigError
+from offramp.exits.weights import ALPHA_WEIGHTINGS, number, parse_layer_pairs
+
+AlphaSchedule = Literal["constant", "linear", "cosine", "step"]
+WeightWarmup = Literal["none", "linear", "cosine"]
+LayerDropoutSchedule = Literal["constant", "exponential"]
+
+OVER_ALL_LAYERS = ("layerskip", "deep_supervision", "asymmetric_deep_supervision", "linear")
+"""The weightings that a curriculum may mask."""
+
+NEED_EARLY_EXITS = (
+    "alpha_end",
+    "weight_warmup",
+    "curriculum",
+    "gradient_equilibrium",
+    "detach_exits",
+    "distill",
+    "backbone_steps",
+)
+"""The fields that mean nothing where only the last layer has a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What to minimise. Schedules of the loss weights count steps after --backbone-steps."""
+
+    loss_weights: str = "asymmetric:0.7"
+    """standard, asymmetric:ALPHA, deep_supervision, asymmetric_deep_supervision:ALPHA, free,
+    ee_llm:WEIGHT:... (one for each early exit), linear, layerskip:E_SCALE, recommended, or
+    LAYER=WEIGHT,..."""
+    alpha_end: float | None = None
+    "Where alpha goes from that of asymmetric:ALPHA or asymmetric_deep_supervision:ALPHA."
+    alpha_schedule: AlphaSchedule = "constant"
+    "How alpha goes there: linear, cosine, or step (in equal parts after each of --alpha-steps)."
+    alpha_steps: tuple[int, ...] = ()
+    """Linear and cosine: the step at which alpha arrives (default: the last). Step: the steps
+    after which it moves, ascending."""
+    weight_warmup: WeightWarmup = "none"
+    "Let the early exits' weights grow from 0: linear or cosine (EE-LLM)."
+    weight_warmup_steps: int = 0
+    "Steps until the early exits have their whole weight."
+    curriculum: str = "none"
+    """Which early exits count at a step (LayerSkip): none, rotational:R (every R-th layer, moving
+    up by one each step), or gradual (from the last layer down, all by half of the run)."""
+    layer_dropout: float = 0.0
+    "Share of samples that skip the last layer; lower layers less, the first never (LayerSkip)."
+    layer_dropout_schedule: LayerDropoutSchedule = "constant"
+    "Layer dropout over the run: constant, or exponential from 0."
+    gradient_equilibrium: bool = False
+    "Give each part of the trunk the mean of the losses above it, not the sum (Li et al. 2019)."
+    detach_exits: bool = False
+    "Keep the early exits' gradient out of the trunk; only the last layer's loss trains it."
+    distill: float = 0.0
+    "Weight of KL(last layer || exit) beside each early exit's cross-entropy."
+    distill_temperature: float = 1.0
+    "Temperature of that KL."
+    backbone_steps: int = 0
+    "Steps of the standard loss alone before the joint objective."
+    layer_lr: str = ""
+    """Factors of the learning rate: LAYER=FACTOR,... (0 is the embedding), or decay:F, which is F
+    to the power of the number of layers above."""
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        _check_pairs(self)
+        name = self.loss_weights.partition(":")[0]
+        if self.alpha_end is not None and name not in ALPHA_WEIGHTINGS:
+            raise ConfigError(
+                "alpha_end: expected loss_weights asymmetric:ALPHA or "
+                f"asymmetric_deep_supervision:ALPHA, got loss_weights {self.loss_weights!r}"
+            )
+        if name == "standard":
+            refuse_without_early_exits(self)
+        if self.curriculum != "none" and name not in OVER_ALL_LAYERS:
+            raise ConfigError(
+                f"curriculum: expected loss_weights over all layers "
+                f"({', '.join(OVER_ALL_LAYERS)}), got loss_weights {self.loss_weights!r}"
+            )
+        if self.detach_exits and self.gradient_equilibrium:
+            raise ConfigError(
+                "detach_exits: expected gradient_equilibrium to be off, got both on; "
+                "a detached exit sends the trunk no gradient to balance"
+            )
+
+
+def refuse_without_early_exits(config: ObjectiveConfig) -> None:
+    """ConfigError where a field asks for early exits, called when the loss weights have none."""
+    for name in NEED_EARLY_EXITS:
+        if is_set(config, name):
+            raise ConfigError(
+                f"{name}: expected loss_weights with an early exit, got loss_weights "
+                f"{config.loss_weights!r}, where only the last layer counts"
+            )
+
+
+def is_set(config: ObjectiveConfig, name: str) -> bool:
+    """Whether a field differs from its default."""
+    return bool(getattr(config, name) != getattr(ObjectiveConfig, name))
+
+
+def layer_lr_factors(config: ObjectiveConfig, num_layers: int) -> dict[int, float]:
+    """Factor of the learning rate of the embedding (0) and each layer; what is above them has 1.
+
+    ``decay:F`` is discriminative fine-tuning (Howard & Ruder 2018, section 3.2): F^(L - l) at
+    layer l; they use F = 1 / 2.6.
+    """
+    written = _parse_layer_lr(config.layer_lr)
+    if isinstance(written, float):
+        return {layer: written ** (num_layers - layer) for layer in range(num_layers + 1)}
+    for layer in written:
+        if layer > num_layers:
+            raise ConfigError(f"layer_lr: expected layers from 0 to {num_layers}, got {layer}")
+    return {layer: written.get(layer, 1.0) for layer in range(num_layers + 1)}
+
+
+def _parse_layer_lr(text: str) -> float | dict[int, float]:
+    """The F of decay:F, or {layer: factor}."""
+    name, _, factor = text.partition(":")
+    if name == "decay":
+        decay = number(factor, "layer_lr: expected decay:F")
+        if not (math.isfinite(decay) and decay > 0):
+            raise ConfigError(f"layer_lr: expected decay:F with F above 0, got {text!r}")
+        return decay
+    pairs = parse_layer_pairs(text, field="layer_lr", value="FACTOR") if text else {}
+    for layer, value in pairs.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(
+                f"layer_lr: expected factors of at least 0, got {value} at layer {layer}"
+            )
+    return pairs
+
+
+def _check_values(config: ObjectiveConfig) -> None:
+    """Each field by itself."""
+    for name, choices in (
+        ("alpha_schedule", get_args(AlphaSchedule)),
+        ("weight_warmup", get_args(WeightWarmup)),
+        ("layer_dropout_schedule", get_args(LayerDropoutSchedule)),
+    ):
+        if getattr(config, name) not in choices:
+            expected = " or ".join((", ".join(choices[:-1]), choices[-1]))
+            raise ConfigError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+    for name in ("weight_warmup_steps", "backbone_steps", "distill"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name}: expected at least 0, got {value}")
+    if config.alpha_end is not None and not 0 <= config.alpha_end <= 1:
+        raise ConfigError(f"alpha_end: expected a number from 0 to 1, got {config.alpha_end}")
+    steps = config.alpha_steps
+    if any(step < 1 for step in steps) or list(steps) != sorted(set(steps)):
+        raise ConfigError(f"alpha_steps: expected ascending steps from 1, got {_written(steps)}")
+    if not 0 <= config.layer_dropout < 1:
+        raise ConfigError(
+            f"layer_dropout: expected at least 0 and less than 1, got {config.layer_dropout}"
+        )
+    temperature = config.distill_temperature
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"distill_temperature: expected a number above 0, got {temperature}")
+    if not re.fullmatch(r"none|gradual|rotational:0*[1-9][0-9]*", config.curriculum):
+        raise ConfigError(
+            "curriculum: expected none, rotational:R with a whole R of at least 1, or gradual, "
+            f"got {config.curriculum!r}"
+        )
+    _parse_layer_lr(config.layer_lr)
+
+
+def _check_pairs(config: ObjectiveConfig) -> None:
+    """Fields of which one means nothing without the other."""
+    schedule, steps = config.alpha_schedule, config.alpha_steps
+    if (config.alpha_end is None) != (schedule == "constant"):
+        raise ConfigError(
+            "alpha_end: expected both alpha_end and an alpha_schedule other than constant, or "
+            f"neither, got alpha_end {config.alpha_end} and alpha_schedule {schedule!r}"
+        )
+    if schedule == "step" and not steps:
+        raise ConfigError("alpha_steps: expected at least one step with alpha_schedule 'step'")
+    if len(steps) > {"constant": 0, "step": len(steps)}.get(schedule, 1):
+        most = "none" if schedule == "constant" else "at most one step"
+        raise ConfigError(
+            f"alpha_steps: expected {most} with alpha_schedule {schedule!r}, got {_written(steps)}"
+        )
+    if is_set(config, "weight_warmup") != is_set(config, "weight_warmup_steps"):
+        raise ConfigError(
+            "weight_warmup: expected both weight_warmup and weight_warmup_steps, or neither, got "
+            f"{config.weight_warmup!r} and {config.weight_warmup_steps} steps"
+        )
+    for name, needed in (
+        ("layer_dropout_schedule", "layer_dropout"),
+        ("distill_temperature", "distill"),
+    ):
+        if is_set(config, name) and not is_set(config, needed):
+            raise ConfigError(
+                f"{name}: expected {needed} above 0 with it, got {name} {getattr(config, name)!r} "
+                f"and {needed} 0"
+            )
+
+
+def _written(steps: tuple[int, ...]) -> str:
+    return ",".join(map(str, steps))

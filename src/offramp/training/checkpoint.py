@@ -1,0 +1,129 @@
+"""Checkpoints to resume from: written aside, synced and renamed; the last few are kept.
+
+A checkpoint is a folder ``step-00000100`` with the parameters, the optimizer's state and
+``state.json``, which holds the hashes of the other two: a damaged one is found, named, and the
+one before it used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from offramp.errors import CheckpointError
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own."""
+
+    folder: Path
+    keep: int = 2
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Write the checkpoint of a step, whole or not at all, and drop the oldest.
+
+        Raises CheckpointError where it cannot be written; those already there stay.
+        """
+        target = self.folder / f"step-{step:08}"
+        aside = self.folder / f".{target.name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            save_file(_parameters(model), aside / MODEL)
+            save_file(_flat(optimizer), aside / OPTIMIZER)
+            hashes = {name: _sha256(aside / name) for name in (MODEL, OPTIMIZER)}
+            content = {"step": step, "sha256": hashes, **state}
+            (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
+            for path in (*aside.iterdir(), aside):
+                _sync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+            _sync(self.folder)
+        except (OSError, RuntimeError) as error:  # safetensors raises RuntimeError on a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            kept = self.paths()
+            raise CheckpointError(
+                f"{target}: the checkpoint cannot be written ({_reason(error)}); "
+                + (f"the last good one is {kept[-1].name}" if kept else "there is none before it")
+            ) from None
+        for old in self.paths()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def paths(self) -> list[Path]:
+        """The checkpoints' folders, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+
+    def load_latest(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint: (its state or None, what is wrong with newer ones)."""
+        damaged: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                state = _load(path, model, optimizer)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                damaged.append(f"{path.name} is damaged ({_reason(error)})")
+            else:
+                return state, damaged
+        return None, damaged
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, expected in state["sha256"].items():
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    parameters = load_file(path / MODEL)
+    stored: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path / OPTIMIZER).items():
+        index, key = name.split(".")
+        stored.setdefault(int(index), {})[key] = tensor
+    model.load_state_dict(parameters, strict=False)  # a tied head is stored once
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": stored, "param_groups": groups})
+    return state
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, each once."""
+    return {name: value.detach().contiguous() for name, value in model.named_parameters()}
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{key}": value.contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())

@@ -1,0 +1,140 @@
+"""The loss of a batch as one module, so that whatever wraps a module wraps the whole of it."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from offramp.exits.gradients import branch_of
+from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
+from offramp.exits.loss import head_parameters, weighted_exit_loss
+from offramp.exits.schedules import weighted_layers, weights_at
+from offramp.exits.weights import LossWeights
+from offramp.models.base import Step, whole_step
+from offramp.models.transformer import Transformer
+from offramp.training.config import TrainConfig
+
+
+class ExitLoss(nn.Module):
+    """(inputs, targets) -> (loss, its parts by layer), under a config's objective.
+
+    Only the layers that have a weight at this step are unembedded, and no block above the last
+    of them runs.
+    """
+
+    def __init__(self, model: Transformer, config: TrainConfig, *, total_steps: int) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.total_steps = total_steps
+        self.branch = branch_of(config)
+        layers = weighted_layers(config, num_layers=model.num_layers, exit_layers=model.exit_layers)
+        self.heads = head_parameters(
+            model.unembed,
+            layers,
+            dict(model.named_parameters()),
+            hidden_size=model.config.hidden_size,
+        )
+
+    def weights(self, step: int) -> LossWeights:
+        """The loss weights of a step, counted from 1."""
+        return weights_at(
+            self.config,
+            step,
+            self.total_steps,
+            num_layers=self.model.num_layers,
+            exit_layers=self.model.exit_layers,
+        )
+
+    def forward(
+        self,
+        inputs: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        *,
+        step: int,
+        rows: slice | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The loss, nats a token, and the CE of each weighted layer, detached.
+
+        ``rows`` says which rows of the whole batch these are (default: all of it).
+        """
+        weights = self.weights(step)
+        rows = rows or slice(0, len(inputs))
+        states = self._states(inputs, weights, step, rows)
+        parameters = dict(self.model.named_parameters())
+        autocast = self.config.precision == "bfloat16"
+        # a cast weight is not kept from chunk to chunk: each chunk's graph is dropped
+        with torch.autocast(
+            inputs.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
+        ):
+            return weighted_exit_loss(
+                states,
+                self.model.unembed,
+                targets,
+                weights,
+                [parameters[name] for name in self.heads],
+                vocab_size=self.model.config.vocab_size,
+                distill=self.config.distill,
+                temperature=self.config.distill_temperature,
+            )
+
+    def _states(
+        self, inputs: Tensor, weights: Mapping[int, float], step: int, rows: slice
+    ) -> dict[int, Tensor]:
+        where = whole_step(inputs)
+        rates = layer_dropout_rates(self.config, step, self.total_steps, self.model.num_layers)
+        layers = sorted(weights)
+        last = self.model.num_layers
+        branches = len({*layers, last})  # the last layer is a branch, weighted or not
+        states: dict[int, Tensor] = {}
+        autocast = self.config.precision == "bfloat16"
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
+            h = self.model.embed(inputs, step=where)
+            done = 0
+            for index, layer in enumerate(layers, start=1):
+                h = self._run(h, done, layer, where, rates, step, rows)
+                done = layer
+                branch = branches if layer == last else index
+                states[layer], h = self.branch(h, branch, branches)
+        return states
+
+    def _run(
+        self,
+        h: Tensor,
+        start: int,
+        stop: int,
+        where: Step,
+        rates: tuple[float, ...],
+        step: int,
+        rows: slice,
+    ) -> Tensor:
+        """Blocks start+1 .. stop, with layer dropout and recomputation where asked for."""
+        recompute = self.config.recompute_activations and torch.is_grad_enabled()
+        if not any(rates) and not recompute:
+            return self.model.run_layers(h, start, stop, step=where)
+        for layer in range(start + 1, stop + 1):
+            chosen = None
+            if rates[layer - 1]:
+                keep = keep_mask(
+                    rates,
+                    layer,
+                    seed=self.config.seed,
+                    step=step,
+                    rows=rows,
+                    batch_size=self.config.batch_size,
+                )
+                if not keep.any():
+                    continue
+                if not keep.all():
+                    chosen = keep.nonzero().flatten().to(h.device)
+            part = h if chosen is None else h[chosen]
+            if recompute:
+                part = checkpoint(
+                    self.model.run_layers, part, layer - 1, layer, step=where, use_reentrant=False
+                )
+            else:
+                part = self.model.run_layers(part, layer - 1, layer, step=where)
+            h = part if chosen is None else h.index_copy(0, chosen, part.to(h.dtype))
+        return h
