@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Unembed = Callable[[Tensor, int], Tensor]
-_ChunkLoss = tuple[int, Tensor, Tensor]
 
 CHUNK_LOGITS = 4_000_000
 """Logits of one chunk; 16 MB in float32, about what a processor's cache holds."""
@@ -50,7 +49,7 @@ def weighted_exit_loss(
         layers=tuple(layers),
         weights=tuple(weights[layer] for layer in layers),
         unembed=unembed,
-        chunk=max(MIN_CHUNK, CHUNK_LOGITS // vocab_size),
+        chunk_tokens=max(MIN_CHUNK, CHUNK_LOGITS // vocab_size),
         distill=distill,
         temperature=temperature,
     )
@@ -63,32 +62,69 @@ def weighted_exit_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
+class _ChunkLoss:
+    """One layer's part on a chunk; ``grad`` is the gradient of ``loss`` by ``logits``."""
+
+    index: int
+    logits: Tensor
+    grad: Tensor
+    loss: Tensor
+    cross_entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What does not take part in differentiation."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
     unembed: Unembed
-    chunk: int
+    chunk_tokens: int
     distill: float
     temperature: float
 
-    def chunk_losses(self, states: Sequence[Tensor], targets: Tensor) -> Iterator[_ChunkLoss]:
-        """(index of the layer, loss to minimise, CE) of one chunk, summed over its tokens."""
+    def chunk(self, states: Sequence[Tensor], targets: Tensor) -> Iterator[_ChunkLoss]:
+        """One layer after the other on one chunk of tokens, summed over them."""
         teacher: Tensor | None = None
         if self.distill and len(states) > 1:
             with torch.no_grad():
-                logits = _at_least_float32(self.unembed(states[-1][None], self.layers[-1])[0])
-                teacher = F.log_softmax(logits / self.temperature, dim=-1)
-        for index, (layer, h) in enumerate(zip(self.layers, states, strict=True)):
-            logits = _at_least_float32(self.unembed(h[None], layer)[0])  # (n, V)
-            cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-            loss = cross_entropy
-            if teacher is not None and index < len(states) - 1:
-                student = F.log_softmax(logits / self.temperature, dim=-1)
-                gap = F.kl_div(student, teacher, reduction="sum", log_target=True)
-                loss = loss + self.distill * self.temperature**2 * gap
-            yield index, self.weights[index] * loss, cross_entropy.detach()
+                logits = self.logits(states[-1], len(states) - 1)
+                teacher = F.softmax(logits / self.temperature, dim=-1)
+        for index, (h, weight) in enumerate(zip(states, self.weights, strict=True)):
+            logits = self.logits(h, index)
+            taught = teacher if index < len(states) - 1 else None
+            yield self.loss(index, weight, logits, targets, taught)
+
+    def logits(self, h: Tensor, index: int) -> Tensor:
+        """(n, D) -> (n, V), at least float32."""
+        logits = self.unembed(h[None], self.layers[index])[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def loss(
+        self, index: int, weight: float, logits: Tensor, targets: Tensor, teacher: Tensor | None
+    ) -> _ChunkLoss:
+        """The loss and its gradient written out: p - 1 at the target, T (q_T - p_T) to a teacher.
+
+        The automatic gradient of a cross-entropy passes over the logits three times more.
+        """
+        grad = F.log_softmax(logits, dim=-1)
+        cross_entropy = -grad.gather(1, targets[:, None]).sum()
+        grad.exp_()
+        grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+        loss = cross_entropy
+        if teacher is not None:
+            student = F.log_softmax(logits / self.temperature, dim=-1)
+            gap = F.kl_div(student, teacher, reduction="sum")
+            loss = loss + self.distill * self.temperature**2 * gap
+            grad += student.exp_().sub_(teacher).mul_(self.distill * self.temperature)
+        return _ChunkLoss(
+            index=index,
+            logits=logits,
+            grad=grad.mul_(weight),
+            loss=weight * loss,
+            cross_entropy=cross_entropy,
+        )
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -107,15 +143,16 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(tensor) if want else None
             for tensor, want in zip(tensors, wanted, strict=True)
         ]
-        for start in range(0, tokens, plan.chunk):
-            rows = slice(start, min(start + plan.chunk, tokens))
+        for start in range(0, tokens, plan.chunk_tokens):
+            rows = slice(start, min(start + plan.chunk_tokens, tokens))
             with torch.set_grad_enabled(any(wanted)):
                 pieces = [state[rows].detach().requires_grad_(any(wanted)) for state in states]
-                for index, loss, cross_entropy in plan.chunk_losses(pieces, targets[rows]):
-                    total += loss.detach() / tokens
-                    parts[index] += cross_entropy / tokens
+                for part in plan.chunk(pieces, targets[rows]):
+                    total += part.loss / tokens
+                    parts[part.index] += part.cross_entropy / tokens
                     if any(wanted):
-                        _accumulate(loss / tokens, pieces[index], parameters, index, rows, grads)
+                        part.grad.div_(tokens)
+                        _accumulate(part, pieces[part.index], parameters, rows, grads)
         ctx.mark_non_differentiable(*parts)
         ctx.grads = grads
         return total, *parts
@@ -129,10 +166,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _accumulate(
-    loss: Tensor,
+    part: _ChunkLoss,
     piece: Tensor,
     parameters: Sequence[Tensor],
-    index: int,
     rows: slice,
     grads: list[Tensor | None],
 ) -> None:
@@ -140,18 +176,16 @@ def _accumulate(
     first = len(grads) - len(parameters)
     asked = [place for place in range(first, len(grads)) if grads[place] is not None]
     inputs = [piece, *(parameters[place - first] for place in asked)]
-    of_piece, *of_parameters = torch.autograd.grad(loss, inputs, allow_unused=True)
-    held = grads[index]
+    of_piece, *of_parameters = torch.autograd.grad(
+        part.logits, inputs, part.grad, allow_unused=True
+    )
+    held = grads[part.index]
     if held is not None:
         held[rows] = of_piece
     for place, found in zip(asked, of_parameters, strict=True):
         held = grads[place]
         if held is not None and found is not None:
             held += found
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def head_parameters(
