@@ -242,7 +242,8 @@ def sweep(
     model_dir
         A folder that ``offramp train`` wrote.
     corpus
-        The text, which is read whole: pangram, python-docs, or a text file or folder.
+        The text: pangram, python-docs, hf:DATASET, or a text file or folder. It is read
+        whole, or its test split where it has named ones.
     thresholds
         Numbers between commas; one for each exit but the last is written 0.9:0.8.
     out

@@ -71,8 +71,9 @@ def stream_corpus(name: str) -> StreamedCorpus:
     ``pangram``, ``python-docs``, the path of a UTF-8 text file or of a folder, or
     ``hf:PATH[/CONFIG]``: a Hugging Face dataset with a column ``text``, on the hub or on disk.
 
-    A folder with ``train.txt``, ``valid.txt`` (or ``validation.txt``) and ``test.txt`` has named
-    splits, as a dataset has; its other files are left out, and the last two may be missing.
+    A folder with ``train.txt`` has named splits, as a dataset has: ``train.txt``, ``valid.txt``
+    (or ``validation.txt``) and ``test.txt``, of which the last two may be missing; its other
+    files are left out.
     Without a validation split the training text is parted by position: the first 90% of its
     characters train, the last 10% validate. So is every other corpus. A folder without such
     files is read in the order of their names, its subfolders included; files and folders whose
@@ -95,7 +96,7 @@ def stream_corpus(name: str) -> StreamedCorpus:
     if not path.is_dir():
         return _parted(name, files_text([path]))
     splits = {file: path / file for file in _FILES if (path / file).is_file()}
-    if splits.keys() - {"test.txt"}:
+    if "train.txt" in splits:
         named = {Path(file).stem: files_text([at]) for file, at in splits.items()}
         return _named(name, named, "file")
     return _parted(name, files_text(_files_in(path)))

@@ -251,7 +251,9 @@ def sweep_folder(
     dtype: torch.dtype | None = None,
     on_tokens: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
-    """Sweep the thresholds over the whole text of a corpus; one pass of the model.
+    """Sweep the thresholds over a text in one pass of the model.
+
+    The text is the corpus's test split if it has a named one, else the whole corpus.
 
     ``on_tokens`` is told (tokens done, tokens in all).
     """
@@ -263,7 +265,7 @@ def sweep_folder(
     model, about = load_checkpoint(folder, device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     corpus = load_corpus(corpus_name)
-    ids = encode(tokenizer, corpus.whole)
+    ids = encode(tokenizer, corpus.whole if corpus.test is None else corpus.test)
     if len(ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
     done = 0
@@ -283,7 +285,11 @@ def sweep_folder(
         "n_tokens": trace.num_tokens,
         "unknown_tokens": unknown,
         "missing_kv": "recompute",
-        "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "read": "whole" if corpus.test is None else "test split",
+        },
         "rows": [asdict(row) for row in sweep(trace, thresholds)],
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
     }

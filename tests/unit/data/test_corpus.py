@@ -165,13 +165,18 @@ def test_the_hash_tells_where_named_splits_end(tmp_path):
     assert hashes[0] == hashlib.sha256(b"ab\xffcd\xffe").hexdigest()
 
 
+def test_a_folder_without_training_text_of_that_name_is_a_folder_of_texts(tmp_path):
+    """As the validation and test splits of WikiText-2 are when they stand alone."""
+    name = write(tmp_path, valid="abcdefgh", test="ijklmnopq")
+    corpus = load_corpus(name)
+    assert sorted(corpus.whole) == sorted("abcdefgh" + "ijklmnopq" + "\n")
+    assert corpus.test is None
+    assert "first 90%" in corpus.split
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (
-            {"valid": "a", "test": "b"},
-            "expected a file train.txt beside the others, got test.txt",
-        ),
         ({"train": "a", "valid": " \n"}, "expected text in the file valid.txt, got none"),
         ({"train": "", "valid": "a"}, "expected text in the file train.txt, got none"),
         ({"train": "a", "valid": "b", "test": ""}, "expected text in the file test.txt, got none"),
