@@ -229,7 +229,7 @@ def sweep(
     model_dir: Path,
     *,
     corpus: str,
-    thresholds: str = DEFAULT_THRESHOLDS,
+    thresholds: Annotated[str, Parameter(allow_leading_hyphen=True)] = DEFAULT_THRESHOLDS,
     out: Path | None = None,
     device: Device = "cpu",
     threads: Threads = None,

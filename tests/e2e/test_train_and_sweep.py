@@ -33,7 +33,7 @@ def test_sweep_writes_what_it_prints(offramp, trained, tmp_path):
     out = tmp_path / "sweep.json"
     result = offramp(
         *("sweep", trained, "--corpus", "pangram", "--out", out),
-        *("--thresholds", "0,0.3,0.95,1.01,0.2:0.5,inf"),
+        *("--thresholds", "-inf,0.3,0.95,1.01,0.2:0.5,inf"),
     )
     assert result.returncode == 0, result.stderr
     content = json.loads(out.read_text())
@@ -41,7 +41,7 @@ def test_sweep_writes_what_it_prints(offramp, trained, tmp_path):
     assert content["exit_layers"] == [1, 2, 4]
     assert content["n_tokens"] == 110_000 - 1
     rows = content["rows"]
-    assert [row["threshold"] for row in rows] == [0.0, 0.3, 0.95, 1.01, [0.2, 0.5], "inf"]
+    assert [row["threshold"] for row in rows] == ["-inf", 0.3, 0.95, 1.01, [0.2, 0.5], "inf"]
     for row in rows:
         share = row["exit_share"]
         assert sum(share.values()) == pytest.approx(1.0)
