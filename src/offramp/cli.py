@@ -50,6 +50,9 @@ FLAGS = {  # a config's field: its flag, where they differ
 
 def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     """Cyclopts' own conversion, with a list written as one word: 2,4."""
+    for token in tokens if type_ in (int, int | None) else ():
+        if not re.fullmatch(r"\s*[+-]?[0-9_]+\s*", token.value):
+            raise cyclopts.CoercionError(token=token, target_type=int)
     if get_origin(type_) is tuple:
         tokens = [
             token.evolve(value=part.strip()) for token in tokens for part in token.value.split(",")
@@ -253,8 +256,8 @@ def sweep(
     """
     use(device, threads)
     parsed = parse_thresholds(thresholds)
-    if out and not out.parent.is_dir():
-        raise CheckpointError(f"{out}: expected an existing folder to write into")
+    if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise CheckpointError(f"{out}: expected the name of a file in a folder to write into")
     with bars(console) as drawn:
         result = sweep_folder(
             model_dir,
@@ -292,8 +295,10 @@ def parse_thresholds(text: str) -> list[Threshold]:
 def use(device: str, threads: int | None) -> None:
     """Check that the device is there, and set the threads."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()
+        if torch.device(device).type == "cpu" and torch.device(device).index:
+            raise RuntimeError(device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ConfigError(f"device: expected one that is here, such as cpu, got {device}") from None
     if threads is not None:
         if threads < 1:

@@ -81,6 +81,8 @@ def stream_corpus(name: str) -> StreamedCorpus:
 
     Raises CorpusError: no such corpus, not UTF-8, empty, or a split that is missing or empty.
     """
+    if not name.strip():
+        raise CorpusError("corpus: expected a name or a path, got an empty one")
     if name == "pangram":
         return _pangram()
     if name == "python-docs":

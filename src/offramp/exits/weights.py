@@ -204,7 +204,7 @@ def _check_alpha(alpha: float) -> None:
 def _ends(alpha: float, exit_layer: int, num_layers: int) -> LossWeights:
     if exit_layer == num_layers:
         return {num_layers: 1.0}
-    return {exit_layer: alpha, num_layers: 1.0 - alpha}
+    return {exit_layer: alpha, num_layers: round(1.0 - alpha, 12)}
 
 
 def number(text: str, expected: str) -> float:

@@ -37,8 +37,8 @@ def paired_test(differences: Seeds) -> float | None:
     """p of a two-sided paired t test on one difference a seed; None with one seed."""
     if len(differences) < 2:
         return None
-    if np.ptp(differences) == 0.0:  # the same difference with every seed
-        return 1.0 if differences[0] == 0.0 else 0.0
+    if np.ptp(differences) == 0.0:  # no spread, no test
+        return 1.0 if differences[0] == 0.0 else None
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -23,9 +24,10 @@ from offramp.data import (
     stream_corpus,
     tokenise,
 )
-from offramp.errors import CheckpointError, CorpusError
+from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.sweep import Threshold, sweep
 from offramp.evaluation.trace import collect_trace
+from offramp.exits.policy import ThresholdPolicy
 from offramp.exits.weights import RECOMMENDED, parse_loss_weights
 from offramp.models.checkpoint import (
     claim_folder,
@@ -107,6 +109,10 @@ def start_run(
     )
     run = replace(run, model=model)
     train_tokens, validation_ids = _tokens(run, corpus, tokenizer)
+    try:
+        new_model(run.model, seed=run.training.seed)  # what cannot be made claims no folder
+    except RuntimeError as error:
+        raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
     claim_folder(out)
     tokenizer.save(str(out / TOKENIZER_FILE))
     write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
@@ -264,6 +270,19 @@ def sweep_folder(
         )
     model, about = load_checkpoint(folder, device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder)
+    training = about.get("training")
+    seq_len = training.get("seq_len") if isinstance(training, dict) else None
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected training.seq_len of at least 1, got {seq_len!r}"
+        )
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FILE}: expected at most {model.config.vocab_size} tokens, as "
+            f"the model has, got {tokenizer.get_vocab_size()}"
+        )
+    for threshold in thresholds:
+        ThresholdPolicy.of(threshold, len(model.exit_layers))
     corpus = load_corpus(corpus_name)
     ids = encode(tokenizer, corpus.whole if corpus.test is None else corpus.test)
     if len(ids) < 2:
@@ -276,8 +295,10 @@ def sweep_folder(
         if on_tokens:
             on_tokens(done, len(ids) - 1)
 
-    windows = batches(ids, seq_len=about["training"]["seq_len"], batch_size=SWEEP_BATCH)
+    windows = batches(ids, seq_len=seq_len, batch_size=SWEEP_BATCH)
     trace = collect_trace(model, windows, on_tokens=count)
+    if not np.isfinite(trace.nll).any():
+        raise CheckpointError(f"{folder}: expected finite losses, got none; are the weights NaN?")
     unknown = count_unknown(tokenizer, ids)
     content = {
         "num_layers": model.num_layers,
@@ -298,9 +319,9 @@ def sweep_folder(
     )
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a model folder."""
-    path = folder / TOKENIZER_FILE
+    path = Path(folder) / TOKENIZER_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: expected the model's tokenizer, found none")
     try:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,14 +67,14 @@ def read_json(path: Path) -> Any:
 
 def claim_folder(out: Path) -> None:
     """Make a new folder for a run, or take an empty one; a CheckpointError says what is wrong."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: expected a folder to write to, got a file")
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(
-            f"{out}: expected a new or empty folder, but it holds another run; "
-            "choose another --out, or remove it first"
-        )
     try:
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out}: expected a folder to write to, got a file")
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(
+                f"{out}: expected a new or empty folder, but it holds another run or other files; "
+                "choose another --out, or remove it first"
+            )
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
@@ -97,9 +100,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
     """Load a model folder: the model in eval mode, and the content of its config.json."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none")
     about = read_json(folder / "config.json")

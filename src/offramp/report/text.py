@@ -71,7 +71,7 @@ def headline(name: str, corpus: Corpus) -> str:
         f"{counts['does not hold']} {'does' if counts['does not hold'] == 1 else 'do'} not hold "
         f"and {counts['undecided']} {'is' if counts['undecided'] == 1 else 'are'} undecided."
     )
-    rows = compared_rows(row for rows in corpus["tables"].values() for row in rows)
+    rows = published_once(row for rows in corpus["tables"].values() for row in rows)
     if rows:
         inside = sum(abs(row["distance_in_std"]) <= OUTSIDE for row in rows)
         text += (
@@ -81,19 +81,22 @@ def headline(name: str, corpus: Corpus) -> str:
     return text
 
 
-def compared_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows whose published PPL has a distance, each published figure once."""
+def published_once(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose published PPL has a distance, each of the document's figures once.
+
+    A figure that stands at two thresholds counts where it stands first.
+    """
     found: dict[tuple[object, ...], Mapping[str, Any]] = {}
     for row in rows:
         if row["distance_in_std"] is not None:
-            key = (value_text(row["loss_weights"]), row["threshold"], row["epoch"])
-            found.setdefault((*key, row["published"]["ppl"]), row)
+            key = (value_text(row["loss_weights"]), row["epoch"], row["published"]["ppl"])
+            found.setdefault(key, row)
     return list(found.values())
 
 
 def outside_notes(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """A sentence for each published PPL outside mean ± 2 std, or one that there is none."""
-    compared = compared_rows(rows)
+    compared = [row for row in rows if row["distance_in_std"] is not None]
     far = [row for row in compared if abs(row["distance_in_std"]) > OUTSIDE]
     if not far:
         inside = f"Every published PPL lies inside the measured mean ± {OUTSIDE:g} std."

@@ -71,6 +71,8 @@ class TrainConfig(ObjectiveConfig):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}: expected at least 0, got {value}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed: expected less than 2^63, got {self.seed}")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"accumulate: expected a divisor of batch_size {self.batch_size}, "

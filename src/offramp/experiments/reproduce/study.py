@@ -44,7 +44,7 @@ class ReproduceConfig:
     seeds: int | None = None
     "Seeds a method (default: 5 on the pangram, 3 on text)."
     quick: bool = False
-    "The pangram only, with 2 seeds: the same protocol in about half a minute."
+    "The pangram only, with 2 seeds: the same protocol in about a minute."
 
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
@@ -53,7 +53,7 @@ class ReproduceConfig:
     def plan(self) -> list[tuple[str, int]]:
         """(corpus, number of seeds) in the order in which they run."""
         default = ["pangram"] if self.quick else ["pangram", "python-docs"]
-        names = [self.corpus] if self.corpus else default
+        names = default if self.corpus is None else [self.corpus]
         usual = QUICK_SEEDS if self.quick else None
         return [(name, self.seeds or usual or SEEDS.get(name, TEXT_SEEDS)) for name in names]
 
