@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

@@ -205,7 +205,9 @@ def test_a_folder_is_gone_on_with_only_under_the_same_settings(tmp_path):
     finished = tmp_path / "finished"
     finished.mkdir()
     write_json(finished / "results.json", {})
-    with pytest.raises(CheckpointError, match="holds another run or other files; choose another --out"):
+    with pytest.raises(
+        CheckpointError, match="holds another run or other files; choose another --out"
+    ):
         reproduction.go_on_or_claim(finished, ReproduceConfig(quick=True), corpora)
 
 

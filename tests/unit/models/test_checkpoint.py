@@ -198,7 +198,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_files(make_model, folder, mo
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         save(make_model(dtype=torch.float32, seed=1), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -223,7 +223,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         write_json(path, {"ppl": 2.5})
     assert read_json(path) == {"ppl": 1.5, "word": "\u00e9"}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
