@@ -102,21 +102,21 @@ def start_run(
     run = resolve(run)
     corpus = stream_corpus(run.corpus)
     tokenizer = make_tokenizer(run.tokenizer, corpus.train)
-    model = replace(
+    shape = replace(
         run.model,
         vocab_size=tokenizer.get_vocab_size(),
         max_position_embeddings=max(run.model.max_position_embeddings, run.training.seq_len),
     )
-    run = replace(run, model=model)
+    run = replace(run, model=shape)
     train_tokens, validation_ids = _tokens(run, corpus, tokenizer)
     try:
-        new_model(run.model, seed=run.training.seed)  # what cannot be made claims no folder
+        model = new_model(run.model, seed=run.training.seed)  # before a folder is claimed
     except RuntimeError as error:
         raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
     claim_folder(out)
     tokenizer.save(str(out / TOKENIZER_FILE))
     write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
-    return _train(run, out, corpus, tokenizer, train_tokens, validation_ids, device, watcher)
+    return _train(run, model, out, corpus, tokenizer, train_tokens, validation_ids, device, watcher)
 
 
 def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> TrainResult:
@@ -139,7 +139,8 @@ def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> 
         )
     tokenizer = load_tokenizer(out)
     tokens = _tokens(run, corpus, tokenizer)
-    return _train(run, out, corpus, tokenizer, *tokens, device, watcher)
+    model = new_model(run.model, seed=run.training.seed)
+    return _train(run, model, out, corpus, tokenizer, *tokens, device, watcher)
 
 
 def _tokens(
@@ -161,6 +162,7 @@ def _tokens(
 
 def _train(
     run: TrainRun,
+    model: Transformer,
     out: Path,
     corpus: StreamedCorpus,
     tokenizer: Tokenizer,
@@ -169,7 +171,7 @@ def _train(
     device: str,
     watcher: Watcher,
 ) -> TrainResult:
-    model = new_model(run.model, seed=run.training.seed).to(device)
+    model = model.to(device)
     about = {
         "training": asdict(run.training),
         "tokenizer": run.tokenizer,

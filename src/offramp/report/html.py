@@ -1,8 +1,6 @@
 """The report of a reproduction as one self-contained HTML page."""
 
 import functools
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+from offramp.models.checkpoint import replacing
 from offramp.report import plots
 from offramp.report.tables import (
     VERDICT_STYLES,
@@ -84,16 +83,8 @@ def write_report(results: Results, path: Path) -> None:
     """Write the report to `path`, whole or not at all; it needs no other file and no network."""
     page = render(results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        temporary.chmod(0o644)  # a page to be read by others, not a private file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as aside:
+        aside.write_text(page, encoding="utf-8", newline="\n")
 
 
 def render(results: Results) -> str:

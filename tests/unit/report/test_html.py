@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from offramp.errors import CheckpointError
 from offramp.report import html, write_report
 
 
@@ -70,7 +71,7 @@ def test_failed_write_leaves_the_old_page(results, tmp_path, monkeypatch):
         raise OSError("no room")
 
     monkeypatch.setattr(html.Path, "replace", fail)
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(CheckpointError, match="cannot be written: no room"):
         write_report(results, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -245,5 +245,6 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     with replacing(out / "tables.md") as aside:
         aside.write_text(report_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
-        plots.save_png(plots.frontier(corpus), out / f"frontier-{Path(name).name}.png")
+        with replacing(out / f"frontier-{Path(name).name}.png") as aside:
+            plots.save_png(plots.frontier(corpus), aside)
     html.write_report(results, out / "report.html")
