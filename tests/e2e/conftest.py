@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offramp import cli
+from offramp.cli.base import console
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def offramp() -> Command:
     def run(*arguments: object) -> Outcome:
         stdout, stderr = io.StringIO(), io.StringIO()
         code = 0
-        cli.console.file = stderr
+        console.file = stderr
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
                 cli.main([str(argument) for argument in arguments])

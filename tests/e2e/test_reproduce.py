@@ -53,7 +53,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
         "study.PANGRAM_EPOCHS = 2\n"
         "from offramp import cli\n"
         "if __name__ == '__main__':\n"
-        "    arguments = ['reproduce', '--corpus', 'pangram', '--seeds', '2', '--out']\n"
+        "    arguments = ['reproduce', '--corpus', 'pangram', '--seeds', '4', '--out']\n"
         f"    cli.main([*arguments, {str(out)!r}])\n"
     )
     path = tmp_path / "run.py"
@@ -77,6 +77,6 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     kept = {name: (folder / name / "run.json").stat().st_mtime_ns for name in finished}
 
     subprocess.run(command, check=True, capture_output=True, timeout=240)
-    assert len(read_json(out / "results.json")["corpora"]["pangram"]["protocol"]["seeds"]) == 2
+    assert len(read_json(out / "results.json")["corpora"]["pangram"]["protocol"]["seeds"]) == 4
     assert {name: (folder / name / "run.json").stat().st_mtime_ns for name in kept} == kept
     assert not (out / study.MARKER).exists()

@@ -22,7 +22,7 @@ Unembed = Callable[[Tensor, int], Tensor]
 
 CHUNK_LOGITS = 4_000_000
 """Logits of one chunk; 16 MB in float32, about what a processor's cache holds."""
-MIN_CHUNK = 64
+MIN_CHUNK = 512
 """Tokens of a chunk at the least: fewer would leave the matrix units idle."""
 
 

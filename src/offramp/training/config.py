@@ -16,9 +16,9 @@ class TrainConfig(ObjectiveConfig):
     """How to train. Lengths are in steps (optimizer updates) or epochs (passes over the text)."""
 
     steps: int | None = None
-    "Number of steps; without it, --epochs counts."
-    epochs: int = 1
-    "Passes over the training text."
+    "Number of steps, instead of --epochs."
+    epochs: int | None = None
+    "Passes over the training text (default: 1, where --steps is not given)."
     seq_len: int = 128
     "Tokens a window."
     batch_size: int = 32
@@ -71,6 +71,10 @@ class TrainConfig(ObjectiveConfig):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}: expected at least 0, got {value}")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"steps: expected steps or epochs, got both, {self.steps} and {self.epochs}"
+            )
         if self.seed >= 2**63:
             raise ConfigError(f"seed: expected less than 2^63, got {self.seed}")
         if self.batch_size % self.accumulate:
@@ -84,6 +88,10 @@ class TrainConfig(ObjectiveConfig):
             raise ConfigError(f"schedule: expected constant or cosine, got {self.schedule!r}")
         if self.select_at is not None and math.isnan(self.select_at):
             raise ConfigError("select_at: expected a number, got nan")
+
+    def total_steps(self, steps_an_epoch: int) -> int:
+        """Number of steps of the run, where a pass over the training text has so many."""
+        return self.steps or (self.epochs or 1) * steps_an_epoch
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -101,7 +101,7 @@ def train(
             f"corpus: expected at least {config.seq_len * config.batch_size + 1} training tokens "
             f"({config.batch_size} x {config.seq_len} and one more), got {len(train_tokens)}"
         )
-    total_steps = config.steps or config.epochs * steps_an_epoch
+    total_steps = config.total_steps(steps_an_epoch)
     num_layers, exit_layers = model.num_layers, model.exit_layers
     check_objective(config, total_steps=total_steps, num_layers=num_layers, exit_layers=exit_layers)
     weights = target_weights(config, num_layers=num_layers, exit_layers=exit_layers)

@@ -1,0 +1,63 @@
+"""``--config FILE``: a command's flags from a TOML or JSON file.
+
+Keys are the flags' names (``loss-weights`` or ``loss_weights``); a flag on the command line wins
+over the file. The values are read as the flags' are.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+from cyclopts.argument import ArgumentCollection
+from cyclopts.config import Dict
+
+from offramp.errors import ConfigError
+
+NOT_IN_A_FILE = {"config", "resume"}
+
+
+def read_config_file(
+    app: cyclopts.App, commands: tuple[str, ...], arguments: ArgumentCollection
+) -> None:
+    """Add what the file of ``--config``, if there is one, says to the command's arguments."""
+    named = arguments.get("--config", None)
+    if named is None or not named.tokens:
+        return
+    path = Path(named.tokens[0].value)
+    settings = _settings(path)
+    known = {
+        name.removeprefix("--") for argument in arguments for name in argument.names
+    } - NOT_IN_A_FILE
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(
+            f"{path}: expected keys that are flags of offramp {' '.join(commands)}, "
+            f"got {', '.join(unknown)}"
+        )
+    from_file = Dict(settings, use_commands_as_keys=False, source=str(path))
+    from_file(app, commands, arguments)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """{flag: value}; lists as one word between commas, as a flag has them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"config: expected a TOML or JSON file, found no {path}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected TOML, or JSON in a .json file, got: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(content).__name__}")
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        flag = key.replace("_", "-")
+        if flag in settings:
+            raise ConfigError(f"{path}: expected {flag} once, got it twice")
+        if isinstance(value, dict):
+            raise ConfigError(f"{path}: expected a value for {key}, got a table")
+        if value is not None:
+            settings[flag] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return settings

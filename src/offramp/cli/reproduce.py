@@ -1,0 +1,91 @@
+"""offramp reproduce."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from offramp.cli.base import Device, app, console, new_folder, output, say, use
+from offramp.errors import ConfigError
+from offramp.experiments.reproduce.study import ReproduceConfig
+from offramp.experiments.reproduce.study import reproduce as run_reproduction
+from offramp.experiments.runs import RunProgress
+from offramp.report.progress import Bars, bars
+from offramp.report.tables import rich_tables
+
+
+@app.command
+def reproduce(
+    config: Annotated[ReproduceConfig | None, Parameter(name="*")] = None,
+    *,
+    out: Path | None = None,
+    device: Device = "cpu",
+    threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
+    jobs: int | None = None,
+) -> None:
+    """Reproduce Experiments 5 and 6 of the seed document, with a verdict on each claim.
+
+    Parameters
+    ----------
+    out
+        Folder for results.json, tables.md and report.html (default: a new one in runs/).
+    jobs
+        Processes that train at a time (default: one a core).
+    """
+    config = config or ReproduceConfig()
+    use(device, threads)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    out = out or new_folder(Path("runs"), "reproduce")
+    with bars(console) as drawn:
+        watcher = ReproductionBars(drawn, out)
+        try:
+            results = run_reproduction(
+                config,
+                out,
+                command=shlex.join(["offramp", *sys.argv[1:]]),
+                watcher=watcher,
+                jobs=jobs or max(1, (os.cpu_count() or 1) // threads),
+                threads=threads,
+                device=device,
+            )
+        except KeyboardInterrupt:
+            say(
+                f"Stopped. The finished runs ({watcher.done} of {watcher.total} on "
+                f"{watcher.corpus}) are kept in {out}; the same command with --out {out} "
+                "goes on with the rest."
+            )
+            raise
+    for table in rich_tables(results):
+        output().print(table)
+    say(f"{results['seconds']:.0f} s. The report: {out / 'report.html'}")
+
+
+class ReproductionBars:
+    """One bar for the corpus, and one for each run under way."""
+
+    def __init__(self, drawn: Bars, out: Path) -> None:
+        self.drawn, self.out = drawn, out
+        self.corpus, self.total, self.done = "", 0, 0
+
+    def on_corpus(self, name: str, total: int) -> None:
+        """A corpus begins."""
+        say(f"{name}: {total} training runs into {self.out}")
+        self.drawn.drop(self.corpus)
+        self.corpus, self.total, self.done = name, total, 0
+        self.drawn.show(name, done=0, total=total, text="runs")
+
+    def on_progress(self, progress: RunProgress) -> None:
+        """A run goes on."""
+        text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
+        name = f"  {progress.name}"
+        self.drawn.show(name, done=progress.step, total=progress.total_steps, text=text)
+
+    def on_done(self, name: str) -> None:
+        """A run is finished."""
+        self.done += 1
+        self.drawn.drop(f"  {name}")
+        self.drawn.show(self.corpus, done=self.done, total=self.total, text="runs")

@@ -1,0 +1,91 @@
+"""offramp sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from cyclopts import Parameter
+
+from offramp.cli.base import (
+    Device,
+    Dtype,
+    Threads,
+    app,
+    check_out_file,
+    console,
+    output,
+    say,
+    use,
+)
+from offramp.errors import ConfigError
+from offramp.evaluation.sweep import Threshold
+from offramp.experiments.workflows import sweep_folder
+from offramp.models.checkpoint import write_json
+from offramp.report.progress import bars
+from offramp.report.sweep import sweep_table
+
+DEFAULT_THRESHOLDS = "0.5,0.7,0.8,0.9,0.95,0.99"
+
+
+@app.command
+def sweep(
+    model_dir: Path,
+    *,
+    corpus: str,
+    thresholds: Annotated[str, Parameter(allow_leading_hyphen=True)] = DEFAULT_THRESHOLDS,
+    out: Path | None = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """PPL, Shallow% and Compute% of any number of thresholds, from one pass over a text.
+
+    Parameters
+    ----------
+    model_dir
+        A folder that ``offramp train`` wrote.
+    corpus
+        The text: pangram, python-docs, hf:DATASET, or a text file or folder. It is read
+        whole, or its test split where it has named ones.
+    thresholds
+        Numbers between commas; one for each exit but the last is written 0.9:0.8.
+    out
+        Write the table to this JSON file, too.
+    dtype
+        Precision of the model.
+    """
+    use(device, threads)
+    parsed = parse_thresholds(thresholds)
+    check_out_file(out)
+    with bars(console) as drawn:
+        result = sweep_folder(
+            model_dir,
+            corpus,
+            parsed,
+            device=device,
+            dtype=getattr(torch, dtype),
+            on_tokens=lambda done, total: drawn.show(
+                "trace", done=done, total=total, text="tokens"
+            ),
+        )
+    output().print(sweep_table(result.content))
+    if result.unfinished:
+        say(f"{model_dir}: its run is unfinished; this is its best model so far.")
+    if result.unknown_tokens:
+        say(
+            f"{result.unknown_tokens:,} of the tokens are <unk>: characters that the training "
+            "text does not have."
+        )
+    if out:
+        write_json(out, result.content)
+
+
+def parse_thresholds(text: str) -> list[Threshold]:
+    """Thresholds from their written form; 0.9:0.8 is one for each exit but the last."""
+    try:
+        numbers = [[float(number) for number in part.split(":")] for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"thresholds: expected numbers between commas, such as 0.8,0.95, got {text!r}"
+        ) from None
+    return [tuple(part) if len(part) > 1 else part[0] for part in numbers]

@@ -1,0 +1,94 @@
+"""offramp train."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from offramp.cli.base import Device, Threads, app, console, say, stop_on_signals, use
+from offramp.errors import ConfigError
+from offramp.experiments.workflows import TrainRun, resume_run, start_run
+from offramp.experiments.workflows import Watcher as TrainWatcher
+from offramp.models.transformer import DecoderConfig
+from offramp.report.progress import bars
+from offramp.training import Progress, TrainConfig, Validation
+
+
+@app.command
+def train(
+    *,
+    corpus: str | None = None,
+    out: Path | None = None,
+    tokenizer: str | None = None,
+    resume: Path | None = None,
+    config: Path | None = None,
+    model: Annotated[DecoderConfig | None, Parameter(name="*")] = None,
+    training: Annotated[TrainConfig | None, Parameter(name="*")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Train a native decoder with exits on a corpus; --corpus and --out, or --resume.
+
+    Parameters
+    ----------
+    corpus
+        pangram, python-docs, hf:DATASET, or a UTF-8 text file or a folder of them.
+    out
+        Folder for the model: the best by validation, and the last in last/.
+    tokenizer
+        characters (default), bytes, bpe:N, or a Hugging Face tokenizer.
+    resume
+        Go on with the unfinished run in this folder; it needs no other flag.
+    config
+        Take flags from this TOML or JSON file; those on the command line win.
+    """
+    use(device, threads)
+    with bars(console) as drawn, stop_on_signals() as stopped:
+
+        def on_step(progress: Progress) -> None:
+            if progress.step % 10 == 0 or progress.step == progress.total_steps:
+                ppl = progress.losses[max(progress.losses)].exp()
+                text = f"loss {progress.loss:.3f}  PPL {ppl:.2f}"
+                drawn.show("train", done=progress.step, total=progress.total_steps, text=text)
+
+        def on_validation(validation: Validation) -> None:
+            exits = "  ".join(f"{layer}: {ppl:.3f}" for layer, ppl in validation.exit_ppl.items())
+            best = "  (best)" if validation.is_best else ""
+            say(f"step {validation.step}  validation PPL by layer  {exits}{best}")
+
+        watcher = TrainWatcher(
+            on_step=on_step,
+            on_validation=on_validation,
+            on_damaged=say,
+            should_stop=lambda: stopped() is not None,
+        )
+        if resume:
+            if corpus or out or tokenizer or model or training or config:
+                raise ConfigError(
+                    "resume: expected no other flag of the run, which keeps its own, got some"
+                )
+            folder = resume
+            result = resume_run(folder, device=device, watcher=watcher)
+        else:
+            if corpus is None or out is None:
+                raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+            folder = out
+            run = TrainRun(
+                corpus=corpus,
+                tokenizer=tokenizer or "characters",
+                model=model or DecoderConfig(),
+                training=training or TrainConfig(),
+            )
+            result = start_run(run, folder, device=device, watcher=watcher)
+    if not result.finished:
+        say(
+            f"Stopped after step {result.step}, which is kept; "
+            f"offramp train --resume {folder} goes on."
+        )
+        sys.exit(128 + (stopped() or signal.SIGINT))
+    say(
+        f"{folder} holds the best parameters (step {result.best.step}); "
+        f"{folder / 'last'} the last (step {result.step})."
+    )
