@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from offramp.cli import reproduce, sweep, train  # noqa: F401  (they register themselves)
+from offramp.cli import reproduce, study, sweep, train  # noqa: F401  (they register themselves)
 from offramp.cli.base import FLAGS, app
 from offramp.errors import OfframpError
 

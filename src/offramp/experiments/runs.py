@@ -1,7 +1,7 @@
 """Training runs side by side in worker processes, each kept in a folder of its own.
 
-A run's folder appears only when it is whole (``run.json`` and the traces of its best and last
-parameters on the validation text), so a study that was stopped does only what is missing.
+A run's folder appears only when it is whole, so a study that was stopped does only what is
+missing. What a run does and leaves in its folder is its own business (``Run.work``).
 """
 
 import math
@@ -10,34 +10,36 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from offramp.data import Corpus, batches, character_tokenizer, count_unknown, encode
-from offramp.errors import CorpusError
-from offramp.evaluation.trace import ExitTrace, collect_trace
-from offramp.models.checkpoint import read_json, write_json
-from offramp.models.transformer import DecoderConfig
-from offramp.training import Progress, TrainConfig, Validation, new_model, train
+from offramp.training import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One model to train. ``model.vocab_size`` is set from the corpus."""
+class Run(Protocol):
+    """One run; it travels to a worker process as a pickle."""
 
-    name: str
-    "Its folder."
-    corpus: Corpus
-    model: DecoderConfig
-    training: TrainConfig
-    device: str = "cpu"
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+
+    def work(
+        self,
+        folder: Path,
+        *,
+        on_step: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Do it, and leave everything in ``folder``, which is there and empty.
+
+        Where ``should_stop`` says yes, return soon: the folder is then dropped.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,6 @@ class RunProgress:
     "Weighted training loss, nats."
     ppl: float
     "Training PPL of the deepest weighted layer."
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run left in its folder."""
-
-    about: dict[str, Any]
-    best: ExitTrace
-    last: ExitTrace
 
 
 def run_all(
@@ -76,7 +69,7 @@ def run_all(
     Figures do not depend on ``jobs``. On KeyboardInterrupt the runs under way are dropped,
     those that are done stay, and the interrupt goes on to the caller.
     """
-    missing = [run for run in runs if not (folder / run.name / "run.json").exists()]
+    missing = [run for run in runs if not (folder / run.name).exists()]
     for run in runs:
         if run not in missing:
             on_done(run.name)
@@ -105,15 +98,6 @@ def run_all(
             stop.set()
             workers.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def load_run(folder: Path) -> RunResult:
-    """Read what ``run_all`` left in a run's folder."""
-    return RunResult(
-        about=read_json(folder / "run.json"),
-        best=ExitTrace.load(folder / "best.npz"),
-        last=ExitTrace.load(folder / "last.npz"),
-    )
 
 
 class _StoppedError(Exception):
@@ -151,60 +135,16 @@ def _report(name: str, progress: Progress) -> RunProgress:
 
 
 def _work(run: Run, folder: Path) -> None:
-    """Train one model and leave its folder, whole."""
-    tokenizer = character_tokenizer(run.corpus.train)
-    train_ids = encode(tokenizer, run.corpus.train)
-    window, batch = run.training.seq_len, run.training.batch_size
-    validation_ids = encode(tokenizer, run.corpus.validation)
-    whole = (len(validation_ids) - 1) // (window * batch) * window * batch
-    if whole < 1:
-        raise CorpusError(
-            f"{run.corpus.name}: expected at least {window * batch + 1} validation characters, "
-            f"got {len(validation_ids)}"
-        )
-    validation_ids = validation_ids[: whole + 1]  # whole batches only: the seed's protocol
-    config = replace(run.model, vocab_size=tokenizer.get_vocab_size())
-    model = new_model(config, seed=run.training.seed).to(run.device)
+    """Do a run and leave its folder, whole."""
+    aside = folder / f".{run.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
 
     def on_step(progress: Progress) -> None:
         if progress.step % 8 == 0:
             _reports.put(_report(run.name, progress))
 
-    best_state: dict[str, Tensor] = {}
-
-    def on_validation(validation: Validation) -> None:
-        if validation.is_best:
-            best_state.update({name: value.clone() for name, value in model.state_dict().items()})
-
-    result = train(
-        model,
-        train_ids,
-        validation_ids,
-        run.training,
-        on_step=on_step,
-        on_validation=on_validation,
-        should_stop=_stop.is_set,
-    )
+    run.work(aside, on_step=on_step, should_stop=_stop.is_set)
     if _stop.is_set():
         raise _StoppedError(run.name)
-    aside = folder / f".{run.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    layers = range(1, model.num_layers + 1)
-    windows = list(batches(validation_ids, seq_len=window, batch_size=batch))
-    collect_trace(model, windows, layers=layers).save(aside / "last.npz")
-    model.load_state_dict(best_state)
-    collect_trace(model, windows, layers=layers).save(aside / "best.npz")
-    about = {
-        "name": run.name,
-        "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
-        "model": asdict(config),
-        "training": asdict(run.training),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_tokens": len(train_ids),
-        "validation_tokens": len(validation_ids),
-        "unknown_tokens": count_unknown(tokenizer, validation_ids),
-        "validations": [asdict(validation) for validation in result.validations],
-    }
-    write_json(aside / "run.json", about)
     aside.rename(folder / run.name)

@@ -39,23 +39,23 @@ def frontier(corpus: Corpus, *, epoch: str = "best") -> alt.LayerChart:
     tooltip = _tooltip("method", "kind", "threshold", "ppl", "std", "compute", "shallow", "weights")
     selected = alt.selection_point(fields=["method"], bind="legend")
     band = (
-        _chart(_banded(curves))
+        data_chart(_banded(curves))
         .mark_area(strokeWidth=0)
         .encode(x=x, y=_low(y), y2="high:Q", color=colour, opacity=_faded(selected, 0.1, 0.0))
     )
     line = (
-        _chart(curves)
+        data_chart(curves)
         .mark_line(strokeWidth=2)
         .encode(x=x, y=y, color=colour, order="threshold:Q", tooltip=tooltip)
         .encode(opacity=_faded(selected, 0.9))
     )
     bars = (
-        _chart(_banded(points))
+        data_chart(_banded(points))
         .mark_rule(strokeWidth=1.5)
         .encode(x=x, y=_low(y), y2="high:Q", color=colour, opacity=_faded(selected, 1.0))
     )
     marks = _marks(points, colour).encode(x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0))
-    chart = _layer(band, line, bars, marks).add_params(selected)
+    chart = layer(band, line, bars, marks).add_params(selected)
     return chart.properties(
         width=WIDTH,
         height=400,
@@ -83,14 +83,14 @@ def threshold_curves(corpus: Corpus, *, epoch: str = "best") -> alt.VConcatChart
     panels: list[alt.LayerChart] = []
     for field, y in (("ppl", _ppl_axis([*curves, *published])), ("shallow", shallow)):
         line = (
-            _chart(curves)
+            data_chart(curves)
             .mark_line(strokeWidth=2)
             .encode(x=x, y=y, color=colour, tooltip=tooltip, opacity=_faded(selected, 0.9))
         )
         marks = _marks([point for point in published if point[field] is not None], colour).encode(
             x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0)
         )
-        panels.append(_layer(line, marks).properties(width=WIDTH, height=210))
+        panels.append(layer(line, marks).properties(width=WIDTH, height=210))
     panels[0] = panels[0].add_params(selected)  # one selection for both panels
     return alt.VConcatChart(vconcat=panels, resolve=alt.Resolve(scale=shared)).properties(
         title=f"PPL and Shallow% against the threshold, {epoch} epoch",
@@ -124,17 +124,17 @@ def seed_spread(corpus: Corpus) -> alt.LayerChart:
     )
     tooltip = _tooltip("method", "kind", "ppl", "std", "threshold")
     dots = (
-        _chart(seeds)
+        data_chart(seeds)
         .mark_point(filled=True, size=55, opacity=0.65)
         .encode(x=x, y=y, color=colour, tooltip=_tooltip("method", "seed", "ppl", "threshold"))
     )
     means = (
-        _chart(measured)
+        data_chart(measured)
         .mark_tick(thickness=3, size=26, opacity=1)
         .encode(x=x, y=y, color=colour, tooltip=tooltip)
     )
     marks = _marks(published, colour).encode(x=x, y=y, tooltip=tooltip)
-    return _layer(dots, means, marks).properties(
+    return layer(dots, means, marks).properties(
         width=WIDTH,
         height=46 * len(names),
         title="PPL by seed, best epoch",
@@ -153,17 +153,17 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
     x = alt.X("exit:O", title="Exit layer").axis(labelAngle=0)
     offset = alt.XOffset("method:N", sort=names).scale(paddingOuter=0.25)
     bars = (
-        _chart(_banded(records))
+        data_chart(_banded(records))
         .mark_rule(strokeWidth=1.5)
         .encode(x=x, xOffset=offset, y=_low(y), y2="high:Q", color=colour)
     )
     dots = (
-        _chart(records)
+        data_chart(records)
         .mark_point(filled=True, size=75, opacity=1)
         .encode(x=x, xOffset=offset, y=y, color=colour)
         .encode(tooltip=_tooltip("method", "exit", "ppl", "std"))
     )
-    return _layer(bars, dots).properties(
+    return layer(bars, dots).properties(
         width=WIDTH,
         height=300,
         title="PPL at each exit, best epoch",
@@ -185,11 +185,12 @@ def vegalite_version() -> str:
     return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 
 
-def _chart(records: list[Record]) -> alt.Chart:
+def data_chart(records: list[Record]) -> alt.Chart:
+    """A chart of flat records."""
     return alt.Chart(alt.InlineData(values=records))
 
 
-def _layer(*charts: alt.Chart) -> alt.LayerChart:
+def layer(*charts: alt.Chart) -> alt.LayerChart:
     """One chart of those that have something to draw."""
     drawn = [chart for chart in charts if chart.data.values]
     return alt.LayerChart(layer=drawn or [charts[0]])
@@ -221,7 +222,7 @@ def _marks(points: list[Record], colour: alt.Color) -> alt.Chart:
         symbolOpacity=1,
     )
     chart: alt.Chart = (
-        _chart(points)
+        data_chart(points)
         .mark_point(filled=True, size=150, opacity=1)
         .encode(shape=shape.legend(legend), color=colour)
     )

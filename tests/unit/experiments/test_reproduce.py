@@ -16,8 +16,8 @@ from offramp.experiments.reproduce.methods import (
     Study,
     load_study,
 )
+from offramp.experiments.reproduce.run import RunResult
 from offramp.experiments.reproduce.study import ReproduceConfig
-from offramp.experiments.runs import RunResult
 from offramp.models.checkpoint import write_json
 
 TOKENS = 700

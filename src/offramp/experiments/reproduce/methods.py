@@ -13,7 +13,7 @@ from offramp.evaluation.sweep import SweepRow, sweep
 from offramp.evaluation.trace import ExitTrace
 from offramp.exits.weights import parse_loss_weights
 from offramp.experiments.reproduce.published import THRESHOLD
-from offramp.experiments.runs import RunResult, load_run
+from offramp.experiments.reproduce.run import RunResult, load_run
 from offramp.experiments.statistics import Seeds
 
 Epoch = Literal["best", "last"]

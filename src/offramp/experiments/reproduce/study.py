@@ -16,7 +16,8 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.experiments.reproduce import claims, tables
 from offramp.experiments.reproduce.methods import METHODS, Method, Study, load_study
 from offramp.experiments.reproduce.published import THRESHOLD
-from offramp.experiments.runs import Run, RunProgress, run_all
+from offramp.experiments.reproduce.run import SeedRun
+from offramp.experiments.runs import RunProgress, run_all
 from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import claim_folder, read_json, replacing, write_json
 from offramp.models.transformer import DecoderConfig
@@ -102,11 +103,11 @@ def seed_training(method: Method, *, seed: int, epochs: int) -> TrainConfig:
     )
 
 
-def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[Run]:
+def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
     """Every method with every seed, seed by seed, so that a study cut short has whole seeds."""
     epochs = PANGRAM_EPOCHS if corpus.name == "pangram" else TEXT_EPOCHS
     return [
-        Run(
+        SeedRun(
             name=f"{method.key}-seed{seed}",
             corpus=corpus,
             model=seed_model(method),
@@ -217,7 +218,7 @@ def go_on_or_claim(
         )
 
 
-def whole_seeds(runs: Sequence[Run], folder: Path) -> list[int]:
+def whole_seeds(runs: Sequence[SeedRun], folder: Path) -> list[int]:
     """The seeds with which every method is done."""
     missing = {run.training.seed for run in runs if not (folder / run.name).exists()}
     return sorted({run.training.seed for run in runs} - missing)

@@ -1,0 +1,117 @@
+"""One training run of a study, and what is kept of it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from offramp.data import batches, encode, make_tokenizer
+from offramp.data.text import Text
+from offramp.errors import CorpusError
+from offramp.evaluation.trace import collect_trace
+from offramp.models.checkpoint import save_checkpoint, write_json
+from offramp.models.transformer import DecoderConfig
+from offramp.training import Progress, TrainConfig, new_model, train
+
+FORMAT = 1
+HELD_OUT = 0.05
+"""Share of the training text, its end, that no run trains on: there thresholds are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyText:
+    """What the runs train on, choose on and are judged on."""
+
+    train: str
+    held_out: str
+    test: str
+    about: dict[str, Any]
+    "Names, hashes and the split; belongs beside every figure."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One model to train; its folder's name is the hash of all that its figures depend on."""
+
+    label: str
+    text: StudyText
+    tokenizer: str
+    test_tokens: int
+    model: DecoderConfig
+    training: TrainConfig
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that the figures depend on."""
+        return {
+            "format": FORMAT,
+            "text": self.text.about,
+            "tokenizer": self.tokenizer,
+            "test_tokens": self.test_tokens,
+            "model": asdict(self.model),
+            "training": asdict(self.training),
+        }
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return (self.training.steps or 0) * self.training.batch_size * self.training.seq_len
+
+    @cached_property
+    def name(self) -> str:
+        """The run's folder."""
+        written = json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+    def work(
+        self,
+        folder: Path,
+        *,
+        on_step: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Train; keep ``run.json``, ``timing.json``, the model and its two traces."""
+        tokenizer = make_tokenizer(self.tokenizer, Text(lambda: [self.text.train]))
+        train_ids, held_out, test = (
+            encode(tokenizer, text)
+            for text in (self.text.train, self.text.held_out, self.text.test)
+        )
+        test = test[: self.test_tokens + 1]
+        if min(len(held_out), len(test)) < 2:
+            raise CorpusError(
+                f"{self.text.about['corpus']}: expected at least 2 tokens to choose and to judge "
+                f"on, got {len(held_out)} and {len(test)}"
+            )
+        config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
+        model = new_model(config, seed=self.training.seed)
+        start = time.perf_counter()
+        result = train(
+            model,
+            train_ids,
+            held_out,
+            self.training,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+        if not result.finished:
+            return
+        trained = time.perf_counter()
+        model.eval()
+        for name, ids in (("held_out", held_out), ("test", test)):
+            windows = batches(ids, seq_len=self.training.seq_len, batch_size=32)
+            collect_trace(model, windows).save(folder / f"{name}.npz")
+        about = {
+            "label": self.label,
+            "config": self.config,
+            "train_tokens": self.tokens,
+            "test_tokens": len(test) - 1,
+            "validations": [asdict(validation) for validation in result.validations],
+        }
+        save_checkpoint(model, folder, about=about, weights_about={})
+        seconds = {"train": trained - start, "traces": time.perf_counter() - trained}
+        write_json(folder / "timing.json", {"seconds": seconds})
+        write_json(folder / "run.json", about)

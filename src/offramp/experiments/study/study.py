@@ -1,0 +1,178 @@
+"""``offramp study``: do what is missing of a study's runs, then summarise all of them."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from offramp.data import load_corpus
+from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.experiments.runs import RunProgress, run_all
+from offramp.experiments.study.plan import STANDARD, STUDIES, Recipe, Study
+from offramp.experiments.study.run import FORMAT, HELD_OUT, StudyRun, StudyText
+from offramp.experiments.study.summary import summarise
+from offramp.experiments.workflows import environment
+from offramp.models.checkpoint import claim_folder, read_json, write_json
+from offramp.report import study as report
+from offramp.version import __version__
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What ``offramp study`` is asked for, beside the study's name."""
+
+    corpus: str
+    "The text to train on: pangram, python-docs, hf:DATASET, or a text file or a folder of them."
+    test: str | None = None
+    """The text to report on (default: the corpus's test split, or its last 10% where it has
+    none)."""
+    seeds: int | None = None
+    "Seeds of each recipe (default: the study's own, 3)."
+    tokens: int | None = None
+    "Training tokens of each run (default: the study's own)."
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+
+
+class Watcher(Protocol):
+    """What is told as a study goes on."""
+
+    def on_plan(self, total: int, tokens: int) -> None:
+        """It has so many runs, of so many training tokens in all."""
+
+    def on_progress(self, progress: RunProgress) -> None:
+        """A run goes on."""
+
+    def on_done(self, name: str) -> None:
+        """A run is finished."""
+
+
+def run_study(
+    name: str, config: StudyConfig, out: Path, *, watcher: Watcher, jobs: int, threads: int = 1
+) -> dict[str, Any]:
+    """Train what is missing, summarise; returns the content of ``study.json``.
+
+    ``out`` gets a folder for each run in ``runs/`` and study.json. The same call goes on with a
+    study that was stopped or killed.
+    """
+    study = study_named(name)
+    text = study_text(config)
+    runs = plan_runs(study, config, text)
+    go_on_or_claim(out, study, config, text)
+    watcher.on_plan(len(runs), sum(run.tokens for run in runs))
+    run_all(
+        runs,
+        out / "runs",
+        jobs=jobs,
+        threads=threads,
+        on_progress=watcher.on_progress,
+        on_done=watcher.on_done,
+    )
+    content = {
+        "study": study.name,
+        "question": study.question,
+        "text": text.about,
+        "offramp_version": __version__,
+        **summarise(study, runs, out / "runs"),
+    }
+    write_json(out / "study.json", content)
+    report.write(content, out)
+    write_json(out / "environment.json", {**environment("cpu"), "jobs": jobs, "threads": threads})
+    return content
+
+
+def study_named(name: str) -> Study:
+    """The study of that name; a ConfigError names those there are."""
+    if name not in STUDIES:
+        raise ConfigError(f"study: expected one of {', '.join(STUDIES)}, got {name!r}")
+    return STUDIES[name]
+
+
+def study_text(config: StudyConfig) -> StudyText:
+    """Part the corpus into what trains, what is held out of it, and what is reported on."""
+    corpus = load_corpus(config.corpus)
+    if config.test is not None:
+        other = load_corpus(config.test)
+        whole, test, where = corpus.whole, other.whole, f"all of {Path(other.name).name}"
+        sha256 = other.sha256
+    elif corpus.test is not None:
+        whole, test, where = corpus.train + corpus.validation, corpus.test, "the test split"
+        sha256 = corpus.sha256
+    else:
+        whole, test, where = corpus.train, corpus.validation, "the last 10% of the corpus"
+        sha256 = corpus.sha256
+    cut = int(len(whole) * (1 - HELD_OUT))
+    if not whole[:cut] or not test:
+        raise CorpusError(f"{config.corpus}: expected text to train and to report on, got too few")
+    return StudyText(
+        train=whole[:cut],
+        held_out=whole[cut:],
+        test=test,
+        about={
+            "corpus": Path(corpus.name).name,
+            "sha256": corpus.sha256,
+            "test_sha256": sha256,
+            "split": f"trained on the first {100 * (1 - HELD_OUT):g}% of the training text, "
+            f"chosen on the rest of it, reported on {where}",
+        },
+    )
+
+
+def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyRun]:
+    """Every recipe and every static model with every seed, seed by seed."""
+    tokens_a_step = study.training.batch_size * study.training.seq_len
+    steps = math.ceil((config.tokens or study.tokens) / tokens_a_step)
+    recipes = (*static_recipes(study), *study.recipes)
+    return [
+        StudyRun(
+            label=recipe.label,
+            text=text,
+            tokenizer=study.tokenizer,
+            test_tokens=study.test_tokens,
+            model=replace(study.model, **recipe.model),
+            training=replace(study.training, **{**recipe.training, "steps": steps, "seed": seed}),
+        )
+        for seed in range(config.seeds or study.seeds)
+        for recipe in recipes
+    ]
+
+
+def static_recipes(study: Study) -> list[Recipe]:
+    """The models without exits, deepest first."""
+    return [
+        Recipe(
+            label=STANDARD if layers == study.model.num_hidden_layers else f"static {layers}",
+            model={"num_hidden_layers": layers, "exit_layers": ()},
+        )
+        for layers in sorted(study.static_layers, reverse=True)
+    ]
+
+
+def go_on_or_claim(out: Path, study: Study, config: StudyConfig, text: StudyText) -> None:
+    """Make ``out``, or go on with what the same study left there."""
+    marker = out / SETTINGS
+    mine = {
+        "format": FORMAT,
+        "study": study.name,
+        "seeds": config.seeds or study.seeds,
+        "tokens": config.tokens or study.tokens,
+        "text": text.about,
+    }
+    if not marker.exists():
+        claim_folder(out)
+        write_json(marker, mine)
+        return
+    stored = read_json(marker)
+    if stored != mine:
+        different = [key for key in mine if stored.get(key) != mine[key]]
+        raise CheckpointError(
+            f"{out}: expected the same study to go on with, but {', '.join(different)} differ: "
+            f"stored {[stored.get(key) for key in different]}, now "
+            f"{[mine[key] for key in different]}; choose another --out"
+        )

@@ -1,0 +1,131 @@
+"""Studies: what is compared, and that a study goes on where it was stopped."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from offramp.errors import CheckpointError, ConfigError
+from offramp.experiments.study import STUDIES, Recipe, StudyConfig, run_study
+from offramp.experiments.study.study import plan_runs, study_text
+from offramp.experiments.study.summary import check_equal_tokens, ppl_at
+from offramp.models.checkpoint import read_json
+
+TEXT = "The exits of a model stand after its blocks. " * 80
+
+
+class Watcher:
+    def __init__(self):
+        self.done = []
+
+    def on_plan(self, total, tokens):
+        self.planned = (total, tokens)
+
+    def on_progress(self, progress):
+        pass
+
+    def on_done(self, name):
+        self.done.append(name)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    study = STUDIES["objectives"]
+    model = replace(
+        study.model,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        exit_layers=(1,),
+    )
+    study = replace(
+        study,
+        name="tiny",
+        tokenizer="characters",
+        model=model,
+        training=replace(study.training, seq_len=16, batch_size=4, warmup_steps=0),
+        tokens=640,
+        test_tokens=200,
+        recipes=(
+            Recipe(label="half", training={"loss_weights": "asymmetric:0.5"}),
+            Recipe(label="all", training={"loss_weights": "deep_supervision"}),
+        ),
+        static_layers=(1, 3),
+        seeds=2,
+    )
+    monkeypatch.setitem(STUDIES, "tiny", study)
+    return study
+
+
+def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    out = tmp_path / "study"
+    config = StudyConfig(corpus=str(path))
+    watcher = Watcher()
+    first = run_study("tiny", config, out, watcher=watcher, jobs=2)
+    assert watcher.planned == (8, 8 * 640)
+    assert len(watcher.done) == 8
+    written = read_json(out / "study.json")
+    assert [row["label"] for row in written["summary"]] == ["half", "all"]
+    assert {entry["layers"] for entry in written["static"]} == {1, 3}
+    for entry in first["runs"]:
+        frontier = entry["frontier"]["recompute"]
+        assert frontier[0][0] == pytest.approx(100 / 3)  # everybody leaves after 1 of 3 layers
+        assert frontier[0][1] == pytest.approx(entry["exit_ppl"][1])
+        assert frontier[-1][:2] == (100.0, pytest.approx(entry["exit_ppl"][3]))
+    seconds = {entry["name"]: entry["seconds"] for entry in first["runs"]}
+    gone = first["runs"][0]["name"]
+    shutil.rmtree(out / "runs" / gone)
+    again = run_study("tiny", config, out, watcher=Watcher(), jobs=1)
+    for before, after in zip(first["runs"], again["runs"], strict=True):
+        assert before["frontier"] == after["frontier"]
+        assert (after["seconds"] == seconds[after["name"]]) == (after["name"] != gone)
+    assert (out / "table.md").read_text().count("| static") == 2
+    assert (out / "figure.png").stat().st_size > 1000
+    with pytest.raises(CheckpointError, match="tokens differ: stored"):
+        run_study("tiny", replace(config, tokens=64), out, watcher=Watcher(), jobs=1)
+
+
+def test_runs_are_named_by_what_their_figures_depend_on(tiny, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    config = StudyConfig(corpus=str(path))
+    runs = plan_runs(tiny, config, study_text(config))
+    assert len({run.name for run in runs}) == len(runs)
+    assert [run.name for run in plan_runs(tiny, config, study_text(config))] == [
+        run.name for run in runs
+    ]
+    relabelled = replace(runs[0], label="other")
+    assert relabelled.name == runs[0].name
+    path.write_text(TEXT + "More.")
+    assert plan_runs(tiny, config, study_text(config))[0].name != runs[0].name
+
+
+def test_no_summary_compares_different_budgets(tiny, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    config = StudyConfig(corpus=str(path))
+    runs = plan_runs(tiny, config, study_text(config))
+    check_equal_tokens(runs)
+    longer = replace(runs[0], training=replace(runs[0].training, steps=99))
+    with pytest.raises(ValueError, match="one budget"):
+        check_equal_tokens([*runs, longer])
+
+
+def test_ppl_between_points_is_interpolated_in_logs_and_unknown_beyond_them():
+    points = [(40.0, 16.0), (80.0, 4.0)]
+    assert ppl_at(points, 60) == pytest.approx(8.0)
+    assert ppl_at(points, 80) == pytest.approx(4.0)
+    assert math.isnan(ppl_at(points, 39.9))
+    assert math.isnan(ppl_at(points, 80.1))
+
+
+def test_what_is_no_study_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected one of objectives, got 'x'"):
+        run_study("x", StudyConfig(corpus="pangram"), tmp_path / "o", watcher=Watcher(), jobs=1)
+    with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
+        StudyConfig(corpus="pangram", tokens=0)
