@@ -6,11 +6,14 @@ and ``exit_layer = num_layers`` is the full model.
 
 from offramp.data import Corpus, load_corpus
 from offramp.errors import (
+    CertificateError,
     CheckpointError,
     ConfigError,
     CorpusError,
+    GenerationError,
     OfframpError,
     TrainingError,
+    UnsupportedArchitectureError,
 )
 from offramp.evaluation.sweep import SweepRow, sweep
 from offramp.evaluation.trace import ExitTrace, collect_trace
@@ -24,13 +27,19 @@ from offramp.exits.weights import (
 )
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.checkpoint import load_checkpoint, save_checkpoint
+from offramp.models.exit_heads import UntrainedExitsWarning
+from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.kv_cache import KVCache
+from offramp.models.loading import load_model
+from offramp.models.native import load_native
+from offramp.models.pretrained import from_pretrained, save_exits
 from offramp.models.transformer import DecoderConfig, Transformer
 from offramp.training import TrainConfig, train
 from offramp.version import __version__
 
 __all__ = [
     "RECOMMENDED",
+    "CertificateError",
     "CheckpointError",
     "ConfigError",
     "Corpus",
@@ -38,6 +47,8 @@ __all__ = [
     "DecoderConfig",
     "EarlyExitModel",
     "ExitTrace",
+    "GenerationError",
+    "HuggingFaceModel",
     "KVCache",
     "OfframpError",
     "Step",
@@ -46,14 +57,20 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "Transformer",
+    "UnsupportedArchitectureError",
+    "UntrainedExitsWarning",
     "__version__",
     "asymmetric",
     "asymmetric_deep_supervision",
     "collect_trace",
     "deep_supervision",
+    "from_pretrained",
     "load_checkpoint",
     "load_corpus",
+    "load_model",
+    "load_native",
     "save_checkpoint",
+    "save_exits",
     "standard",
     "sweep",
     "train",

@@ -19,5 +19,17 @@ class CheckpointError(OfframpError):
     """A model folder is missing, damaged or of another kind; or an output folder is taken."""
 
 
+class UnsupportedArchitectureError(OfframpError):
+    """A model is of a kind that offramp cannot run, or not in the way that is asked for."""
+
+
 class TrainingError(OfframpError):
     """A training run cannot go on: its loss is not finite."""
+
+
+class GenerationError(OfframpError):
+    """A text cannot be generated: the model's logits are not finite."""
+
+
+class CertificateError(OfframpError):
+    """A certificate is none, was edited, or belongs to another model."""

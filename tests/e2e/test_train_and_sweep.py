@@ -19,6 +19,7 @@ def test_train_leaves_the_best_and_the_last_whole(trained):
         "checkpoints",
         "config.json",
         "last",
+        "logs",
         "model.safetensors",
         "tokenizer.json",
     }

@@ -136,8 +136,8 @@ def test_a_loss_that_is_not_finite_names_step_layer_and_windows(tmp_path, monkey
     folder = tmp_path / "nan"
     real = loop._backward
 
-    def sometimes(exit_loss, windows, indices, step, config):
-        loss, losses = real(exit_loss, windows, indices, step, config)
+    def sometimes(exit_loss, windows, indices, step, *rest):
+        loss, losses = real(exit_loss, windows, indices, step, *rest)
         return (loss * torch.nan, {3: losses[3] * torch.nan}) if step == 8 else (loss, losses)
 
     monkeypatch.setattr(loop, "_backward", sometimes)

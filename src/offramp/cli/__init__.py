@@ -5,15 +5,17 @@ SIGTERM 143. A module a command.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 
 import cyclopts
 
 from offramp.cli import reproduce, study, sweep, train  # noqa: F401  (they register themselves)
-from offramp.cli.base import FLAGS, app
+from offramp.cli.base import FLAGS, app, console
 from offramp.errors import OfframpError
 
 INTERRUPTED = 130
+LAUNCHER_SECONDS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (cyclopts.CycloptsError, OfframpError) as error:
         sentence = " ".join(str(error).split())
         field, colon, rest = sentence.partition(":")  # a config's field, by its flag's name
+        if console.quiet:  # rank 0 says it, and its launcher ends this process meanwhile,
+            time.sleep(LAUNCHER_SECONDS)  # unless only this one failed
         print(f"offramp: {FLAGS.get(field, field)}{colon}{rest}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -54,7 +54,7 @@ app = App(
         parse=re.compile(r"^(?!vocab_size$)"),  # the tokenizer sets it
     ),
 )
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, Parameter(help="Threads of PyTorch (default: PyTorch's own).")]

@@ -43,7 +43,8 @@ def sweep(
     Parameters
     ----------
     model_dir
-        A folder that ``offramp train`` wrote.
+        A folder that ``offramp train`` wrote, a Hugging Face checkpoint (a folder, or a name on
+        the hub), one with exits, or smollm2-135m.
     corpus
         The text: pangram, python-docs, hf:DATASET, or a text file or folder. It is read
         whole, or its test split where it has named ones.
@@ -71,6 +72,8 @@ def sweep(
     output().print(sweep_table(result.content))
     if result.unfinished:
         say(f"{model_dir}: its run is unfinished; this is its best model so far.")
+    if result.untrained:
+        say(f"{model_dir}: its exits were never trained.")
     if result.unknown_tokens:
         say(
             f"{result.unknown_tokens:,} of the tokens are <unk>: characters that the training "

@@ -13,7 +13,7 @@ from offramp.experiments.workflows import TrainRun, resume_run, start_run
 from offramp.experiments.workflows import Watcher as TrainWatcher
 from offramp.models.transformer import DecoderConfig
 from offramp.report.progress import bars
-from offramp.training import Progress, TrainConfig, Validation
+from offramp.training import Progress, TrackerName, TrainConfig, Validation, local_device
 
 
 @app.command
@@ -24,6 +24,7 @@ def train(
     tokenizer: str | None = None,
     resume: Path | None = None,
     config: Path | None = None,
+    tracker: TrackerName | None = None,
     model: Annotated[DecoderConfig | None, Parameter(name="*")] = None,
     training: Annotated[TrainConfig | None, Parameter(name="*")] = None,
     device: Device = "cpu",
@@ -43,7 +44,10 @@ def train(
         Go on with the unfinished run in this folder; it needs no other flag.
     config
         Take flags from this TOML or JSON file; those on the command line win.
+    tracker
+        Where to log losses and validations: tensorboard (default; in OUT/logs), wandb or none.
     """
+    device = local_device(device)
     use(device, threads)
     with bars(console) as drawn, stop_on_signals() as stopped:
 
@@ -65,7 +69,7 @@ def train(
             should_stop=lambda: stopped() is not None,
         )
         if resume:
-            if corpus or out or tokenizer or model or training or config:
+            if corpus or out or tokenizer or model or training or config or tracker:
                 raise ConfigError(
                     "resume: expected no other flag of the run, which keeps its own, got some"
                 )
@@ -80,6 +84,7 @@ def train(
                 tokenizer=tokenizer or "characters",
                 model=model or DecoderConfig(),
                 training=training or TrainConfig(),
+                tracker=tracker or "tensorboard",
             )
             result = start_run(run, folder, device=device, watcher=watcher)
     if not result.finished:

@@ -1,6 +1,19 @@
-"""What a routed token costs."""
+"""What a routed token costs: layers run, and floating-point operations (FLOPs)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from offramp.errors import ConfigError
+from offramp.exits.confidence import confidence_named
+from offramp.exits.gate import FittedExits
+from offramp.models.base import EarlyExitModel, whole_step
+
+_PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it sees
 
 
 def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: int) -> float:
@@ -10,3 +23,115 @@ def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: i
     """
     layers_run = sum(count * layer for count, layer in zip(counts, exit_layers, strict=True))
     return 100.0 * layers_run / (sum(counts) * num_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """FLOPs of a token in each part of a model: those of matrix products, 2 for a multiply-add.
+
+    As in "recompute", the keys and values that a token leaves out are not counted.
+    """
+
+    exit_layers: tuple[int, ...]
+    context: float
+    "Keys that a token sees in its attention."
+    layers: tuple[float, ...]
+    "Of each block, 1..L."
+    heads: Mapping[int, float]
+    "Of the norm, adapter and LM head by exit layer."
+    gates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    "Of each gate, by kind and exit layer."
+
+    @property
+    def full(self) -> float:
+        """The full model with one head, and no question asked on the way."""
+        return sum(self.layers) + self.heads[self.exit_layers[-1]]
+
+    def at(self, exit_layers: Sequence[int]) -> "ModelCost":
+        """The same model with fewer exits."""
+        return replace(self, exit_layers=tuple(exit_layers))
+
+    def flops_pct_by_exit(
+        self, confidence: str, *, asked: Sequence[bool] | None = None
+    ) -> tuple[float, ...]:
+        """What a token costs that leaves at each exit, in percent of the full model.
+
+        A measure that reads logits costs the head of every exit where it is ``asked`` (default:
+        at each but the last), and a gate costs the gate; whoever leaves needs its head once.
+        ``patience`` counts over all exits, so it is asked at each that comes before the last one
+        that it is asked at.
+        """
+        measure = confidence_named(confidence)
+        early = self.exit_layers[:-1]
+        asked = [True] * len(early) if asked is None else list(asked)
+        if confidence == "patience":
+            asked = [any(asked[index:]) for index in range(len(asked))]
+        passed, costs = 0.0, []
+        for layer, question in zip(early, asked, strict=True):
+            head = self.heads[layer]
+            gate = self._gate(confidence, layer) if measure.needs_gate and question else 0.0
+            costs.append(sum(self.layers[:layer]) + passed + gate + head)
+            passed += gate + (head if measure.needs_head and question else 0.0)
+        last = self.exit_layers[-1]
+        costs.append(sum(self.layers[:last]) + passed + self.heads[last])
+        return tuple(100.0 * cost / self.full for cost in costs)
+
+    def _gate(self, kind: str, layer: int) -> float:
+        try:
+            return self.gates[kind][layer]
+        except KeyError:
+            raise ConfigError(
+                f"cost: expected that of a {kind} at exit layer {layer}, found none"
+            ) from None
+
+
+@torch.no_grad()
+def model_cost(
+    model: EarlyExitModel, *, context: float, fitted: FittedExits | None = None
+) -> ModelCost:
+    """Count the FLOPs of every block, exit and gate, by running each on a few tokens.
+
+    ``context`` is the mean number of keys that a token sees: (T + 1) / 2 in windows of T tokens.
+    Works through the waist alone, so for any model.
+    """
+    if context < 1:
+        raise ConfigError(f"context: expected at least 1 key, got {context}")
+    few, many = (_flops_a_token(model, tokens) for tokens in (_PROBE, 2 * _PROBE))
+    layers = tuple(
+        first + (context - _PROBE) * (second - first) / _PROBE
+        for first, second in zip(few, many, strict=True)
+    )
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    h = model.embed(ids, step=whole_step(ids))
+    heads = {}
+    for layer in model.exit_layers:
+        with FlopCounterMode(display=False) as counter:
+            model.unembed(h, layer)
+        heads[layer] = float(counter.get_total_flops())
+    gates: dict[str, dict[int, float]] = {}
+    for kind, by_layer in (fitted.gates if fitted else {}).items():
+        gates[kind] = {}
+        for layer, gate in by_layer.items():
+            with FlopCounterMode(display=False) as counter:
+                gate(h)
+            gates[kind][layer] = float(counter.get_total_flops())
+    return ModelCost(
+        exit_layers=tuple(model.exit_layers),
+        context=context,
+        layers=layers,
+        heads=heads,
+        gates=gates,
+    )
+
+
+def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
+    """Of each block, where a token sees ``tokens`` keys."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    step = whole_step(ids)
+    h: Tensor = model.embed(ids, step=step)
+    flops = []
+    for layer in range(model.num_layers):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            h = model.run_layers(h, layer, layer + 1, step=step)  # math: as matrix products
+        flops.append(counter.get_total_flops() / tokens)
+    return flops

@@ -1,13 +1,16 @@
-"""Threshold sweeps: PPL, Shallow% and Compute% of any number of thresholds from one trace."""
+"""Threshold sweeps: PPL, Shallow%, Compute% and FLOPs% of many thresholds from one trace."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from offramp.evaluation.cost import compute_pct
+from offramp.errors import ConfigError
+from offramp.evaluation.cost import ModelCost, compute_pct
 from offramp.evaluation.trace import ExitTrace, perplexity
-from offramp.exits.policy import ThresholdPolicy
+from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 
 Threshold = float | tuple[float, ...]
 
@@ -17,39 +20,86 @@ class SweepRow:
     """One policy on one text, under ``missing_kv="recompute"``."""
 
     threshold: Threshold
+    "Of the gain policy: its price, in nats for one percent of the full model's FLOPs."
     ppl: float
     shallow_pct: float
     "Share of tokens that left before the last layer, in percent."
     compute_pct: float
     exit_share: dict[int, float]
     "Share of tokens, 0 to 1, by exit layer."
+    flops_pct: float | None = None
+    "FLOPs of layers, heads and gates relative to the full model; None where no cost was given."
 
 
 def sweep(
-    trace: ExitTrace, thresholds: Iterable[float | Sequence[float]], *, confidence: str = "max_prob"
+    trace: ExitTrace,
+    thresholds: Iterable[float | Sequence[float]],
+    *,
+    confidence: str = "max_prob",
+    cost: ModelCost | None = None,
+    decay: Decay | None = None,
 ) -> list[SweepRow]:
-    """One row for each threshold: a number for all exits, or one number for each but the last."""
-    scores = trace.confidence[confidence][:-1]
-    # a product with 0 and 1 is several times faster than choosing; it must not meet infinity
-    nll = np.minimum(trace.nll.astype(np.float64), 1e300)
+    """One row for each threshold: a number for all exits, or one number for each but the last.
+
+    At an exit whose threshold is infinite nobody asks for the confidence, which costs nothing.
+    """
+    scores = trace.scores(confidence)[:-1]
+    nll = finite_nll(trace)
     rows = []
     for threshold in thresholds:
-        here = ThresholdPolicy.of(threshold, len(trace.exit_layers)).leaving(scores)
-        counts = [int(np.count_nonzero(leaving)) for leaving in here]
-        total = sum(
-            float(np.dot(leaving.astype(np.float64), losses))
-            for leaving, losses in zip(here, nll, strict=True)
-        )
+        policy = ThresholdPolicy.of(threshold, len(trace.exit_layers), decay=decay)
+        asked = [math.isfinite(value) for value in policy.thresholds]
         rows.append(
-            SweepRow(
-                threshold=tuple(threshold) if isinstance(threshold, Sequence) else threshold,
-                ppl=perplexity(total / trace.num_tokens),
-                shallow_pct=100.0 * sum(counts[:-1]) / trace.num_tokens,
-                compute_pct=compute_pct(counts, trace.exit_layers, trace.num_layers),
-                exit_share={
-                    layer: count / trace.num_tokens
-                    for layer, count in zip(trace.exit_layers, counts, strict=True)
-                },
+            _row(
+                trace,
+                nll,
+                policy.leaving(scores, trace.position),
+                tuple(threshold) if isinstance(threshold, Sequence) else threshold,
+                None if cost is None else cost.flops_pct_by_exit(confidence, asked=asked),
             )
         )
     return rows
+
+
+def sweep_prices(trace: ExitTrace, prices: Iterable[float], *, cost: ModelCost) -> list[SweepRow]:
+    """One row for each price of the gain policy, in nats for one percent of the FLOPs."""
+    if trace.expected_kl is None:
+        raise ConfigError("confidence: expected a trace with gain, got one without")
+    costs = cost.flops_pct_by_exit("gain")
+    expected = [losses[index:] for index, losses in enumerate(trace.expected_kl)]
+    nll = finite_nll(trace)
+    return [
+        _row(trace, nll, GainPolicy(price=price, costs=costs).leaving(expected), price, costs)
+        for price in prices
+    ]
+
+
+def finite_nll(trace: ExitTrace) -> NDArray[np.float64]:
+    """(E, N) in float64, to be multiplied by 0 and 1: a product must not meet infinity."""
+    return np.minimum(trace.nll.astype(np.float64), 1e300)
+
+
+def _row(
+    trace: ExitTrace,
+    nll: NDArray[np.float64],
+    here: NDArray[np.bool_],
+    threshold: Threshold,
+    costs: Sequence[float] | None,
+) -> SweepRow:
+    """A product with 0 and 1 is several times faster than choosing."""
+    counts = [int(np.count_nonzero(leaving)) for leaving in here]
+    total = sum(
+        float(np.dot(leaving.astype(np.float64), losses))
+        for leaving, losses in zip(here, nll, strict=True)
+    )
+    tokens = trace.num_tokens
+    return SweepRow(
+        threshold=threshold,
+        ppl=perplexity(total / tokens),
+        shallow_pct=100.0 * sum(counts[:-1]) / tokens,
+        compute_pct=compute_pct(counts, trace.exit_layers, trace.num_layers),
+        exit_share={
+            layer: count / tokens for layer, count in zip(trace.exit_layers, counts, strict=True)
+        },
+        flops_pct=None if costs is None else float(np.dot(costs, counts)) / tokens,
+    )

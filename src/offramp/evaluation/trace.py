@@ -1,20 +1,25 @@
 """The trace: what each exit said about each token, from one pass of the model."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.errors import ConfigError, CorpusError
-from offramp.exits.confidence import CONFIDENCE
+from offramp.evaluation.reader import ChunkReader
+from offramp.exits.confidence import confidence_named
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, states_at, whole_step
+
+_PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
+_PER_TOKEN = ("sequence", "position")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,7 @@ class ExitTrace:
     """Arrays over (exits, tokens) in the order in which the tokens were read.
 
     It describes ``missing_kv="recompute"``: every state was computed with exact keys and
-    values below it.
+    values below it. What was not asked for, or is not in a file of an earlier version, is None.
     """
 
     num_layers: int
@@ -33,13 +38,31 @@ class ExitTrace:
     "(E, N) negative log-likelihood of the target, in nats."
     argmax: NDArray[np.int64]
     "(E, N) the exit's first choice."
-    confidence: dict[str, NDArray[np.float32]]
-    "(E, N) for each measure, by its name."
+    confidence: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """(E, N) for each measure, by its name. A gate has nothing to say at the last layer: there
+    ``gate`` is 1 and ``gain`` 0."""
+    sequence: NDArray[np.int32] | None = None
+    "(N,) the window that the token is in, counted from 0."
+    position: NDArray[np.int32] | None = None
+    "(N,) where it is predicted from: the position in the window, from 0."
+    kl: NDArray[np.float32] | None = None
+    "(E, N) KL(p_L || p_e) in nats."
+    expected_kl: NDArray[np.float32] | None = None
+    "(E - 1, E - 1, N) what the ``gain`` gate at exit i expects of KL(p_L || p_j); NaN for j < i."
 
     @property
     def num_tokens(self) -> int:
         """Number of predicted tokens, N."""
         return len(self.targets)
+
+    def scores(self, confidence: str) -> NDArray[np.float32]:
+        """(E, N) scores of a measure; ConfigError where it was not recorded."""
+        if confidence not in self.confidence:
+            recorded = ", ".join(self.confidence) or "none"
+            raise ConfigError(
+                f"confidence: expected one that the trace has ({recorded}), got {confidence!r}"
+            )
+        return self.confidence[confidence]
 
     def ppl(self, exit_layer: int) -> float:
         """Perplexity if every token left at this exit."""
@@ -48,13 +71,29 @@ class ExitTrace:
     def at(self, exit_layers: Sequence[int]) -> "ExitTrace":
         """The same tokens seen by fewer exits."""
         rows = [self._row(layer) for layer in exit_layers]
-        return ExitTrace(
-            num_layers=self.num_layers,
+        confidence = {name: scores[rows] for name, scores in self.confidence.items()}
+        if "patience" in confidence:  # it counts over the exits that there are
+            confidence["patience"] = _patience(self.argmax[rows])
+        early = rows[:-1]
+        expected = self.expected_kl
+        return replace(
+            self,
             exit_layers=tuple(exit_layers),
-            targets=self.targets,
             nll=self.nll[rows],
             argmax=self.argmax[rows],
-            confidence={name: scores[rows] for name, scores in self.confidence.items()},
+            confidence=confidence,
+            kl=None if self.kl is None else self.kl[rows],
+            expected_kl=None if expected is None else expected[np.ix_(early, early)],
+        )
+
+    def tokens(self, chosen: NDArray[Any] | slice) -> "ExitTrace":
+        """The chosen tokens only, by a mask, indices or a slice."""
+        names = (*_PER_EXIT, *_PER_TOKEN, "targets")
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            confidence={name: scores[:, chosen] for name, scores in self.confidence.items()},
+            **{name: array[..., chosen] for name, array in arrays.items() if array is not None},
         )
 
     def _row(self, exit_layer: int) -> int:
@@ -66,11 +105,10 @@ class ExitTrace:
 
     def save(self, path: Path) -> None:
         """Write an uncompressed ``.npz``."""
-        arrays: dict[str, Any] = {
-            "targets": self.targets,
-            "nll": self.nll,
-            "argmax": self.argmax,
-        }
+        arrays: dict[str, Any] = {"targets": self.targets}
+        for name in (*_PER_EXIT, *_PER_TOKEN):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
         arrays |= {f"confidence.{name}": scores for name, scores in self.confidence.items()}
         layers = np.asarray([self.num_layers, *self.exit_layers])
         np.savez(path, layers=layers, **arrays)
@@ -80,19 +118,18 @@ class ExitTrace:
         """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as stored:
             num_layers, *exit_layers = stored["layers"].tolist()
-            prefix = "confidence."
-            return cls(
-                num_layers=num_layers,
-                exit_layers=tuple(exit_layers),
-                targets=stored["targets"],
-                nll=stored["nll"],
-                argmax=stored["argmax"],
-                confidence={
-                    name.removeprefix(prefix): stored[name]
-                    for name in stored.files
-                    if name.startswith(prefix)
-                },
-            )
+            arrays = {name: stored[name] for name in stored.files if name != "layers"}
+        prefix = "confidence."
+        return cls(
+            num_layers=num_layers,
+            exit_layers=tuple(exit_layers),
+            confidence={
+                name.removeprefix(prefix): arrays.pop(name)
+                for name in list(arrays)
+                if name.startswith(prefix)
+            },
+            **arrays,
+        )
 
 
 def perplexity(mean_nll: float) -> float:
@@ -107,44 +144,64 @@ def collect_trace(
     batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
     *,
     layers: Sequence[int] | None = None,
+    measures: Sequence[str] = ("max_prob",),
+    fitted: FittedExits = NOTHING_FITTED,
+    kl: bool = False,
     on_tokens: Callable[[int], None] | None = None,
+    on_states: Callable[[Mapping[int, Tensor]], None] | None = None,
 ) -> ExitTrace:
     """Run the model once over (inputs, targets) and record every exit.
 
-    ``layers`` are the layers to record (default: the model's exits); ``on_tokens`` is told
-    after each batch how many tokens it had.
+    ``layers`` are the layers to record (default: the model's exits) and ``measures`` the
+    confidence to record there, some of which need what was ``fitted``. ``kl`` records the
+    divergence from the last layer, which must be among the layers. ``on_tokens`` is told after
+    each batch how many tokens it had, and ``on_states`` gets its states, (B T, D) by layer.
     """
     layers = tuple(model.exit_layers if layers is None else sorted(layers))
     if not all(1 <= layer <= model.num_layers for layer in layers):
         raise ConfigError(f"layers: expected layers from 1 to {model.num_layers}, got {layers}")
-    target_parts: list[Tensor] = []
-    nll_parts: list[Tensor] = []
-    argmax_parts: list[Tensor] = []
-    confidence_parts: dict[str, list[Tensor]] = {name: [] for name in CONFIDENCE}
+    if kl and model.num_layers not in layers:
+        raise ConfigError(f"layers: expected the last, {model.num_layers}, for kl, got {layers}")
+    chosen = {name: confidence_named(name) for name in measures}
+    wanted = {*layers}
+    if any(measure.needs_previous_state for measure in chosen.values()):
+        wanted |= {layer - 1 for layer in layers}
+    read = ChunkReader(model=model, layers=layers, measures=chosen, fitted=fitted, kl=kl)
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    sequences = 0
     for inputs, targets in batches:
-        inputs, wanted = inputs.to(model.device), targets.to(model.device).flatten()
-        nll, argmax = [], []
-        scores: dict[str, list[Tensor]] = {name: [] for name in CONFIDENCE}
-        for layer, h in states_at(model, inputs, layers, step=whole_step(inputs)):
-            logits = model.unembed(h, layer).flatten(0, 1).float()  # (B T, V)
-            nll.append(F.cross_entropy(logits, wanted, reduction="none"))
-            argmax.append(logits.argmax(dim=-1))
-            for name, measure in CONFIDENCE.items():
-                scores[name].append(measure(logits))
-        target_parts.append(wanted.cpu())
-        nll_parts.append(torch.stack(nll).cpu())
-        argmax_parts.append(torch.stack(argmax).cpu())
-        for name in CONFIDENCE:
-            confidence_parts[name].append(torch.stack(scores[name]).cpu())
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
+        states = {
+            layer: h.flatten(0, 1)
+            for layer, h in states_at(model, inputs, sorted(wanted), step=whole_step(inputs))
+        }
+        if on_states:
+            on_states({layer: states[layer] for layer in layers})
+        for name, part in read.batch(states, targets.flatten()):
+            parts[name].append(part.cpu())
+        rows, length = targets.shape
+        index = torch.arange(sequences, sequences + rows, dtype=torch.int32)
+        parts["sequence"].append(index.repeat_interleave(length))
+        parts["position"].append(torch.arange(length, dtype=torch.int32).repeat(rows))
+        parts["targets"].append(targets.flatten().cpu())
+        sequences += rows
         if on_tokens:
-            on_tokens(len(wanted))
-    if not target_parts:
+            on_tokens(targets.numel())
+    if not parts:
         raise CorpusError("corpus: expected at least 2 tokens, got too few to predict any")
+    arrays = {name: torch.cat(tensors, dim=-1).numpy() for name, tensors in parts.items()}
     return ExitTrace(
         num_layers=model.num_layers,
         exit_layers=layers,
-        targets=torch.cat(target_parts).numpy(),
-        nll=torch.cat(nll_parts, dim=1).numpy(),
-        argmax=torch.cat(argmax_parts, dim=1).numpy(),
-        confidence={name: torch.cat(parts, 1).numpy() for name, parts in confidence_parts.items()},
+        confidence={name: arrays.pop(f"confidence.{name}") for name in chosen},
+        **arrays,
     )
+
+
+def _patience(argmax: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(E, N): how many exits in a row, up to each, have the same first choice."""
+    counts = np.ones(argmax.shape, dtype=np.float32)
+    for index in range(1, len(argmax)):
+        same = argmax[index] == argmax[index - 1]
+        counts[index] += same * counts[index - 1]
+    return counts

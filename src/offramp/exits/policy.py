@@ -1,13 +1,47 @@
-"""Policies: where each token leaves, given its confidence at every exit."""
+"""Policies: where each token leaves, given its confidence at every exit.
+
+Each has ``leaving``, over arrays of all exits and tokens (a trace), and ``leaves``, one exit at a
+time over tensors (a decoder). Both compare in the scores' own precision.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from offramp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay:
+    """CALM's decaying threshold (Schuster et al. 2022, section 3.4): early tokens of a sequence,
+    on which the most others depend, must be surer.
+
+    clip(0.9 threshold + 0.1 exp(-tau t / N), 0, 1) at position t, from 0, of ``length`` = N. A
+    threshold outside [0, 1], which no probability meets or all do, stays what it is.
+    """
+
+    tau: float
+    length: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tau) and self.tau >= 0):
+            raise ConfigError(f"tau: expected a number of at least 0, got {self.tau}")
+        if self.length < 1:
+            raise ConfigError(f"length: expected at least 1, got {self.length}")
+
+    def threshold(self, threshold: float, positions: NDArray[Any]) -> NDArray[np.float64]:
+        """The threshold at each position."""
+        if not 0 <= threshold <= 1:
+            return np.full(positions.shape, threshold, dtype=np.float64)
+        added = 0.1 * np.exp(-self.tau * np.asarray(positions, dtype=np.float64) / self.length)
+        return np.clip(0.9 * threshold + added, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +53,7 @@ class ThresholdPolicy:
     """
 
     thresholds: tuple[float, ...]
+    decay: Decay | None = None
 
     def __post_init__(self) -> None:
         for threshold in self.thresholds:
@@ -26,7 +61,9 @@ class ThresholdPolicy:
                 raise ConfigError("threshold: expected a number, got nan")
 
     @classmethod
-    def of(cls, threshold: float | Sequence[float], num_exits: int) -> "ThresholdPolicy":
+    def of(
+        cls, threshold: float | Sequence[float], num_exits: int, *, decay: Decay | None = None
+    ) -> "ThresholdPolicy":
         """One threshold for all ``num_exits`` exits, or one for each but the last."""
         early = num_exits - 1
         if isinstance(threshold, Sequence):
@@ -35,34 +72,125 @@ class ThresholdPolicy:
                     f"thresholds: expected {early}, one for each exit but the last, "
                     f"got {len(threshold)}"
                 )
-            return cls(thresholds=tuple(float(value) for value in threshold))
-        return cls(thresholds=(float(threshold),) * early)
+            return cls(thresholds=tuple(float(value) for value in threshold), decay=decay)
+        return cls(thresholds=(float(threshold),) * early, decay=decay)
 
-    def leaving(self, confidence: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """(exits, tokens), True where a token leaves; ``confidence`` is (exits - 1, tokens)."""
-        here = np.empty((len(self.thresholds) + 1, confidence.shape[1]), dtype=np.bool_)
-        staying = np.ones(confidence.shape[1], dtype=np.bool_)
-        for index, threshold in enumerate(self.thresholds):
-            at_least = confidence[index] >= _in_precision(threshold, confidence.dtype)
-            np.logical_and(at_least, staying, out=here[index])
-            staying &= ~at_least
-        here[-1] = staying
-        return here
+    def leaving(
+        self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
+    ) -> NDArray[np.bool_]:
+        """(exits, tokens), True where a token leaves.
 
-    def route(self, confidence: NDArray[np.float32]) -> NDArray[np.intp]:
+        ``confidence`` is (exits - 1, tokens); ``positions`` (tokens,), from 0 in each sequence,
+        are needed where the threshold decays.
+        """
+        scores = list(confidence[: len(self.thresholds)])
+        bounds = [self.bound(index, confidence.dtype, positions) for index in range(len(scores))]
+        return _first(scores, bounds, tokens=confidence.shape[1])
+
+    def route(
+        self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
+    ) -> NDArray[np.intp]:
         """Index into the exits for each token; ``confidence`` is (exits - 1, tokens)."""
-        taken: NDArray[np.intp] = self.leaving(confidence).argmax(axis=0)
+        taken: NDArray[np.intp] = self.leaving(confidence, positions).argmax(axis=0)
         return taken
 
+    def leaves(
+        self, index: int, scores: Float[Tensor, "*B"], positions: Int[Tensor, "*B"] | None = None
+    ) -> Bool[Tensor, "*B"]:
+        """Which tokens leave at the ``index``-th exit (from 0), of those that reached it.
 
-def _in_precision(threshold: float, dtype: np.dtype[np.float32]) -> np.float32:
+        Without a decay it compares with a plain number: the device is not waited for.
+        """
+        dtype = np.dtype(str(scores.dtype).removeprefix("torch."))
+        at = None if positions is None else positions.cpu().numpy()
+        bound = self.bound(index, dtype, at)
+        if isinstance(bound, np.ndarray):
+            return scores >= torch.from_numpy(bound).to(scores.device)
+        return scores >= float(bound)
+
+    def bound(self, index: int, dtype: np.dtype[Any], positions: NDArray[Any] | None = None) -> Any:
+        """What a score of this precision must reach at the ``index``-th exit, from 0.
+
+        A number, or one for each of ``positions`` where the threshold decays.
+        """
+        threshold = self.thresholds[index]
+        if self.decay is None:
+            return _in_precision(threshold, dtype)
+        if positions is None:
+            raise ConfigError("decay: expected the positions of the tokens, got none")
+        return _in_precision(self.decay.threshold(threshold, positions), dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainPolicy:
+    """A token leaves where expected loss + price x cost is least, as the exit's gate sees it.
+
+    The exit's ``gain`` gate expects of a token a loss here, m_e = E[KL(p_L || p_e)], and at each
+    later exit, m_e'; at the last there is none. The token leaves if m_e is no more than the
+    least of m_e' + price x (cost_e' - cost_e): than the best plan that names its exit now. A
+    later gate knows more and decides again, so going on is worth a little more than that; where
+    the expectations are right, the rule does at least as well as every such plan. With one exit
+    before the last it is the threshold -price x (cost_L - cost_e) on ``gain``.
+
+    ``price`` is in nats for a unit of cost; ``costs`` holds what leaving at each exit costs, the
+    last included (such as flops_pct), ascending.
+    """
+
+    price: float
+    costs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.price >= 0:
+            raise ConfigError(f"price: expected a number of at least 0, got {self.price}")
+
+    def advantage(self, index: int, expected_kl: Any) -> Any:
+        """What going on from the ``index``-th exit saves at most, less what it costs; nats.
+
+        ``expected_kl`` is (K, tokens): this exit's gate on this exit and each one after it but
+        the last. A token leaves where there is nothing to save. NumPy or torch.
+        """
+        here, *later = expected_kl
+        extra = [self.price * (cost - self.costs[index]) for cost in self.costs[index + 1 :]]
+        best = here - extra[-1]
+        for loss, cost in zip(later, extra, strict=False):
+            saved = here - loss - cost
+            best = np.maximum(best, saved) if isinstance(best, np.ndarray) else best.maximum(saved)
+        return best
+
+    def leaving(self, expected_kl: Sequence[NDArray[np.float32]]) -> NDArray[np.bool_]:
+        """(exits, tokens), True where a token leaves.
+
+        ``expected_kl`` holds for each exit but the last what ``advantage`` takes.
+        """
+        savings = [-self.advantage(index, losses) for index, losses in enumerate(expected_kl)]
+        return _first(savings, [0.0] * len(savings), tokens=expected_kl[0].shape[1])
+
+    def leaves(self, index: int, expected_kl: Float[Tensor, "*B K"]) -> Bool[Tensor, "*B"]:
+        """Which tokens leave at the ``index``-th exit (from 0), of those that reached it."""
+        leaving: Tensor = self.advantage(index, expected_kl.unbind(dim=-1)) <= 0
+        return leaving
+
+
+def _first(scores: Sequence[Any], bounds: Sequence[Any], *, tokens: int) -> NDArray[np.bool_]:
+    """(exits, tokens): the first exit whose score reaches its bound, or the last."""
+    here = np.empty((len(bounds) + 1, tokens), dtype=np.bool_)
+    staying = np.ones(tokens, dtype=np.bool_)
+    for index, bound in enumerate(bounds):
+        at_least = scores[index] >= bound
+        np.logical_and(at_least, staying, out=here[index])
+        staying &= ~at_least
+    here[-1] = staying
+    return here
+
+
+def _in_precision(threshold: Any, dtype: np.dtype[Any]) -> Any:
     """The threshold in the scores' own precision.
 
     So a score equal to the threshold as written leaves, here and in a router that compares
     tensors. A threshold above 1 stays above it: no probability reaches it.
     """
     with np.errstate(over="ignore"):  # beyond the largest float32: infinite
-        rounded: np.float32 = dtype.type(threshold)
-    if threshold > 1.0 >= rounded:
-        rounded = np.nextafter(rounded, dtype.type(np.inf))
-    return rounded
+        rounded = np.asarray(threshold, dtype=np.float64).astype(dtype)
+    above = np.nextafter(dtype.type(1), dtype.type(np.inf))
+    rounded = np.where((np.asarray(threshold) > 1) & (rounded <= 1), above, rounded)
+    return rounded if rounded.ndim else rounded[()]

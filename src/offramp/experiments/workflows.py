@@ -1,6 +1,5 @@
 """From a corpus to a model folder, and from a model folder to a sweep."""
 
-import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from offramp.cache import cache_folder
 from offramp.data import (
     StreamedCorpus,
     TokenShards,
@@ -29,28 +29,33 @@ from offramp.evaluation.sweep import Threshold, sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.policy import ThresholdPolicy
 from offramp.exits.weights import RECOMMENDED, parse_loss_weights
-from offramp.models.checkpoint import (
-    claim_folder,
-    load_checkpoint,
-    read_json,
-    save_checkpoint,
-    write_json,
-)
+from offramp.models.base import EarlyExitModel
+from offramp.models.checkpoint import claim_folder, read_json, save_checkpoint, write_json
+from offramp.models.loading import is_native, load_model, load_tokenizer
 from offramp.models.transformer import DecoderConfig, Transformer
 from offramp.training import (
     Checkpoints,
+    Processes,
     Progress,
+    RunLog,
+    TrackerName,
     TrainConfig,
     TrainResult,
     Validation,
+    check_processes,
+    check_tracker,
+    join,
     new_model,
     train,
+    whole_model,
 )
 from offramp.version import __version__
 
 TOKENIZER_FILE = "tokenizer.json"
 UNFINISHED = "unfinished.json"
 SWEEP_BATCH = 32
+SWEEP_SEQ_LEN = 256
+LARGEST_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class TrainRun:
     tokenizer: str = "characters"
     model: DecoderConfig
     training: TrainConfig
+    tracker: TrackerName = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,26 +103,36 @@ def start_run(
     ``out`` gets the best parameters by validation as soon as they are known
     (``model.safetensors``, ``config.json``, ``tokenizer.json``), the last in ``last/``, and
     checkpoints to resume from in ``checkpoints/``. Until the run is finished it holds
-    ``unfinished.json``, all that ``resume_run`` needs.
+    ``unfinished.json``, all that ``resume_run`` needs. A tracker writes into ``logs/``.
+
+    Of several processes (see ``training.train``) rank 0 reads the corpus first and writes all
+    files; every one of them calls the watcher.
     """
     run = resolve(run)
-    corpus = stream_corpus(run.corpus)
-    tokenizer = make_tokenizer(run.tokenizer, corpus.train)
+    check_tracker(run.tracker)
+    processes = join(device)
+    check_processes(run.training, processes)
+    corpus = processes.main_first(lambda: stream_corpus(run.corpus))
+    tokenizer = processes.on_main(lambda: make_tokenizer(run.tokenizer, corpus.train))
     shape = replace(
         run.model,
         vocab_size=tokenizer.get_vocab_size(),
         max_position_embeddings=max(run.model.max_position_embeddings, run.training.seq_len),
     )
     run = replace(run, model=shape)
-    train_tokens, validation_ids = _tokens(run, corpus, tokenizer)
+    tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     try:
         model = new_model(run.model, seed=run.training.seed)  # before a folder is claimed
     except RuntimeError as error:
         raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
-    claim_folder(out)
-    tokenizer.save(str(out / TOKENIZER_FILE))
-    write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
-    return _train(run, model, out, corpus, tokenizer, train_tokens, validation_ids, device, watcher)
+
+    def claim() -> None:
+        claim_folder(out)
+        tokenizer.save(str(out / TOKENIZER_FILE))
+        write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
+
+    processes.on_main(claim)
+    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
 
 
 def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> TrainResult:
@@ -131,16 +147,19 @@ def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> 
         raise CheckpointError(f"{out}: expected an unfinished run to go on with, but {finished}")
     stored = read_json(out / UNFINISHED)
     run = _stored_run(stored["run"])
-    corpus = stream_corpus(run.corpus)
+    check_tracker(run.tracker)
+    processes = join(device)
+    check_processes(run.training, processes)
+    corpus = processes.main_first(lambda: stream_corpus(run.corpus))
     if corpus.sha256 != stored["corpus_sha256"]:
         raise CheckpointError(
             f"{run.corpus}: expected the corpus that the run began with, sha256 "
             f"{stored['corpus_sha256']}, got {corpus.sha256}"
         )
     tokenizer = load_tokenizer(out)
-    tokens = _tokens(run, corpus, tokenizer)
+    tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     model = new_model(run.model, seed=run.training.seed)
-    return _train(run, model, out, corpus, tokenizer, *tokens, device, watcher)
+    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
 
 
 def _tokens(
@@ -148,7 +167,8 @@ def _tokens(
 ) -> tuple[TokenShards, Tensor]:
     """Training tokens, on disk, and validation ids; refused where there are too few."""
     shards, validation = (
-        tokenise(text, tokenizer, cache_folder()) for text in (corpus.train, corpus.validation)
+        tokenise(text, tokenizer, cache_folder("tokens"))
+        for text in (corpus.train, corpus.validation)
     )
     needed = run.training.seq_len * run.training.batch_size + 1
     if len(shards) < needed or len(validation) < 2:
@@ -168,10 +188,11 @@ def _train(
     tokenizer: Tokenizer,
     train_tokens: TokenShards,
     validation_ids: Tensor,
-    device: str,
+    processes: Processes,
     watcher: Watcher,
 ) -> TrainResult:
-    model = model.to(device)
+    if processes.size == 1:  # else training moves it, whole or in shards
+        model = model.to(processes.device)
     about = {
         "training": asdict(run.training),
         "tokenizer": run.tokenizer,
@@ -183,35 +204,53 @@ def _train(
             "validation_tokens": len(validation_ids),
             "unknown_validation_tokens": count_unknown(tokenizer, validation_ids),
         },
-        "environment": environment(device),
+        "environment": {**environment(str(processes.device)), "processes": processes.size},
         "offramp_version": __version__,
     }
 
+    log = RunLog(run.tracker if processes.is_main else "none", out / "logs", run.training)
+
+    def on_step(progress: Progress) -> None:
+        log.on_step(progress)
+        watcher.on_step(progress)
+
     def on_validation(validation: Validation) -> None:
         if validation.is_best:
-            _save(model, out, about, validation)
+            best = whole_model(model, processes)
+            processes.on_main(lambda: _save(best, out, about, validation))
+        log.on_validation(validation)
         watcher.on_validation(validation)
 
-    result = train(
-        model,
-        train_tokens,
-        validation_ids,
-        run.training,
-        on_step=watcher.on_step,
-        on_validation=on_validation,
-        on_damaged=watcher.on_damaged,
-        should_stop=watcher.should_stop,
-        checkpoints=Checkpoints(folder=out / "checkpoints", keep=run.training.keep_checkpoints),
-    )
+    try:
+        result = train(
+            model,
+            train_tokens,
+            validation_ids,
+            run.training,
+            on_step=on_step,
+            on_validation=on_validation,
+            on_damaged=watcher.on_damaged,
+            should_stop=watcher.should_stop,
+            checkpoints=Checkpoints(folder=out / "checkpoints", keep=run.training.keep_checkpoints),
+        )
+    finally:
+        log.close()
     if result.finished:
-        aside = out / ".last.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        tokenizer.save(str(aside / TOKENIZER_FILE))
-        _save(model, aside, about, result.validations[-1])
-        aside.rename(out / "last")
-        (out / UNFINISHED).unlink()
+        last = whole_model(model, processes)
+        processes.on_main(lambda: _finish(last, out, tokenizer, about, result))
     return result
+
+
+def _finish(
+    model: Transformer, out: Path, tokenizer: Tokenizer, about: dict[str, Any], result: TrainResult
+) -> None:
+    aside = out / ".last.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    tokenizer.save(str(aside / TOKENIZER_FILE))
+    _save(model, aside, about, result.validations[-1])
+    aside.rename(out / "last")
+    (out / UNFINISHED).unlink()
 
 
 def _save(model: Transformer, folder: Path, about: dict[str, Any], validation: Validation) -> None:
@@ -231,13 +270,8 @@ def _stored_run(stored: dict[str, Any]) -> TrainRun:
         tokenizer=stored["tokenizer"],
         model=DecoderConfig(**model),
         training=TrainConfig(**training),
+        tracker=stored.get("tracker", "none"),
     )
-
-
-def cache_folder() -> Path:
-    """Where tokenised corpora are kept: OFFRAMP_CACHE, or the user's cache folder."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "offramp"
-    return Path(os.environ.get("OFFRAMP_CACHE", usual)) / "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +282,8 @@ class SweepResult:
     unknown_tokens: int
     unfinished: bool
     "The model is the best so far of a run that has not ended."
+    untrained: bool = False
+    "Nobody has trained the model's exits."
 
 
 def sweep_folder(
@@ -259,7 +295,7 @@ def sweep_folder(
     dtype: torch.dtype | None = None,
     on_tokens: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
-    """Sweep the thresholds over a text in one pass of the model.
+    """Sweep the thresholds over a text in one pass of any model that ``load_model`` takes.
 
     The text is the corpus's test split if it has a named one, else the whole corpus.
 
@@ -270,19 +306,10 @@ def sweep_folder(
             f"{folder}: expected a model, but the run there is unfinished and has not validated "
             f"yet; go on with it by offramp train --resume {folder}"
         )
-    model, about = load_checkpoint(folder, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder)
-    training = about.get("training")
-    seq_len = training.get("seq_len") if isinstance(training, dict) else None
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: expected training.seq_len of at least 1, got {seq_len!r}"
-        )
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder / TOKENIZER_FILE}: expected at most {model.config.vocab_size} tokens, as "
-            f"the model has, got {tokenizer.get_vocab_size()}"
-        )
+    model, tokenizer = load_model(folder, device=device, dtype=dtype)
+    untrained = not model.exits.trained
+    model.exits.warned = True  # it is in the result
+    seq_len = window_length(folder, model)
     for threshold in thresholds:
         ThresholdPolicy.of(threshold, len(model.exit_layers))
     corpus = load_corpus(corpus_name)
@@ -297,7 +324,8 @@ def sweep_folder(
         if on_tokens:
             on_tokens(done, len(ids) - 1)
 
-    windows = batches(ids, seq_len=seq_len, batch_size=SWEEP_BATCH)
+    rows = max(1, min(SWEEP_BATCH, LARGEST_LOGITS // (seq_len * model.vocab_size)))
+    windows = batches(ids, seq_len=seq_len, batch_size=rows)
     trace = collect_trace(model, windows, on_tokens=count)
     if not np.isfinite(trace.nll).any():
         raise CheckpointError(f"{folder}: expected finite losses, got none; are the weights NaN?")
@@ -317,19 +345,24 @@ def sweep_folder(
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
     }
     return SweepResult(
-        content=content, unknown_tokens=unknown, unfinished=(folder / UNFINISHED).exists()
+        content=content,
+        unknown_tokens=unknown,
+        unfinished=(folder / UNFINISHED).exists(),
+        untrained=untrained,
     )
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a model folder."""
-    path = Path(folder) / TOKENIZER_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path}: expected the model's tokenizer, found none")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path}: expected a tokenizer, got: {error}") from None
+def window_length(folder: Path, model: EarlyExitModel) -> int:
+    """How many tokens a window has: what the model was trained on, or 256."""
+    if not is_native(folder):
+        return min(SWEEP_SEQ_LEN, model.max_length)
+    training = read_json(folder / "config.json").get("training")
+    seq_len = training.get("seq_len") if isinstance(training, dict) else None
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected training.seq_len of at least 1, got {seq_len!r}"
+        )
+    return seq_len
 
 
 def environment(device: str) -> dict[str, Any]:

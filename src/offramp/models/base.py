@@ -48,6 +48,17 @@ class EarlyExitModel(Protocol):
     def device(self) -> torch.device:
         """Where the parameters are, and so where inputs belong."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model knows: the longest sequence."""
+
+    def make_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for this many rows and positions."""
+
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
         """Token (and learned position) embeddings."""
 
@@ -92,7 +103,22 @@ def whole_step(input_ids: Int[Tensor, "B T"], *, real: Bool[Tensor, "B T"] | Non
 def states_at(
     model: EarlyExitModel, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
 ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
-    """Yield (layer, state) at each of ``layers``, ascending; blocks above the last never run."""
+    """Yield (layer, state) at each of ``layers``, ascending; blocks above the last never run.
+
+    A model whose blocks cannot be run one by one brings a ``states_at`` of its own, which takes
+    the states from one whole pass.
+    """
+    own = getattr(model, "states_at", None)
+    if own is None:
+        yield from walk(model, input_ids, layers, step=step)
+    else:
+        yield from own(input_ids, layers, step=step)
+
+
+def walk(
+    model: EarlyExitModel, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
+) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
+    """``states_at`` by ``embed`` and ``run_layers``."""
     h = model.embed(input_ids, step=step)
     done = 0
     for layer in sorted(layers):

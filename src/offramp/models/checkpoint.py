@@ -117,7 +117,7 @@ def load_checkpoint(
         model = Transformer(config)
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    state = _read_tensors(folder / "model.safetensors")
+    state = read_tensors(folder / "model.safetensors")
     if config.tie_word_embeddings:
         state[_TIED] = state.get("model.embed_tokens.weight", torch.empty(0))
     try:
@@ -146,10 +146,23 @@ def _config_of(stored: Any, folder: Path) -> DecoderConfig:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors file; a CheckpointError names what is wrong with it."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_tensors(path: Path) -> None:
+    """Raise a CheckpointError unless this is a whole safetensors file; its header says so."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a file, found none") from None
     except (OSError, SafetensorError) as error:

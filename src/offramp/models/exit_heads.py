@@ -2,29 +2,100 @@
 
 - ``shared``: the final norm and the LM head (no parameters of its own);
 - ``norm``: a norm of its own, the shared LM head;
+- ``adapter``: a small residual block and a norm of its own, the shared LM head;
 - ``full``: a norm and an LM head of its own.
+
+A new head of kind ``norm``, ``adapter`` or ``full`` in a pretrained model says what ``shared``
+would: its norm and its LM head are copies of the final ones, its residual block adds nothing.
 """
 
-from typing import Literal, get_args
+import warnings
+from typing import Literal, cast, get_args
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ExitHeadKind = Literal["shared", "norm", "full"]
+ExitHeadKind = Literal["shared", "norm", "adapter", "full"]
 EXIT_HEAD_KINDS: tuple[str, ...] = get_args(ExitHeadKind)
 
 
-class ExitHead(nn.Module):
-    """An exit's own norm and, for kind ``full``, its own LM head."""
+class UntrainedExitsWarning(UserWarning):
+    """The model is asked to leave at exits that nobody has trained."""
 
-    def __init__(self, kind: ExitHeadKind, *, hidden_size: int, vocab_size: int, eps: float):
+
+class ExitAdapter(nn.Module):
+    """h + SwiGLU(norm(h)), as wide inside as the model; it begins as the identity."""
+
+    def __init__(self, hidden_size: int, *, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.lm_head: nn.Linear | None = None
-        if kind == "full":
-            self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.norm = norm
+        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.down_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what is read, and add nothing yet."""
+        for projection in (self.gate_proj, self.up_proj):
+            nn.init.trunc_normal_(projection.weight, std=projection.in_features**-0.5)
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """A state in the final layer's stead."""
+        x = self.norm(h)
+        out: Tensor = h + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class ExitHead(nn.Module):
+    """An exit's own norm and, by its kind, its residual block or its LM head."""
+
+    def __init__(
+        self,
+        *,
+        norm: nn.Module,
+        adapter: ExitAdapter | None = None,
+        lm_head: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.norm = norm
+        self.lm_head = lm_head
+
+    def start_from(self, norm: nn.Module, lm_head: nn.Linear) -> None:
+        """Say what the final norm and LM head say, by copies of their parameters."""
+        self.norm.load_state_dict(norm.state_dict())
+        if self.adapter is not None:
+            self.adapter.norm.load_state_dict(norm.state_dict())
+            self.adapter.reset_parameters()
+        if self.lm_head is not None:
+            self.lm_head.load_state_dict(lm_head.state_dict())
 
     def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The normalised state that the LM head reads."""
-        normalised: Tensor = self.norm(h)
+        normalised: Tensor = self.norm(h if self.adapter is None else self.adapter(h))
         return normalised
+
+
+class ExitHeads(nn.ModuleDict):
+    """The exits' own heads, by layer, and whether any exit (``shared`` ones too) was trained."""
+
+    def __init__(self, *, num_layers: int) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.warned = False
+        self.trained = True
+        "False: the first use below the last layer, outside training, is warned of."
+
+    def at(self, layer: int) -> ExitHead | None:
+        """The head of a layer, or None where it has none of its own."""
+        silent = self.trained or self.warned or self.training or layer == self.num_layers
+        if not silent:
+            self.warned = True
+            warnings.warn(
+                f"the exit at layer {layer} was never trained: what it says is not what it could",
+                UntrainedExitsWarning,
+                stacklevel=3,
+            )
+        return cast(ExitHead, self[str(layer)]) if str(layer) in self else None

@@ -13,7 +13,8 @@ from torch import Tensor
 class KVCache:
     """Per-layer keys and values, (B, H, capacity, D) each, with per-layer, per-row lengths.
 
-    ``lengths`` (L, B) counts the positions written in each layer and row.
+    ``lengths`` (L, B) counts the positions written in each layer and row. ``value_dim`` is the
+    width of a value where it is not a key's (``head_dim``).
     """
 
     def __init__(
@@ -23,13 +24,14 @@ class KVCache:
         batch_size: int,
         num_heads: int,
         head_dim: int,
+        value_dim: int | None = None,
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, batch_size, num_heads, capacity + 1, head_dim)  # + 1: see write
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_layers, batch_size, num_heads, capacity + 1)  # + 1: see write
+        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.capacity = capacity
 
@@ -42,7 +44,7 @@ class KVCache:
         self,
         layer: int,
         k: Float[Tensor, "B H T Dh"],
-        v: Float[Tensor, "B H T Dh"],
+        v: Float[Tensor, "B H T Dv"],
         *,
         positions: Int[Tensor, "#B T"],
         real: Tensor | None = None,
@@ -66,7 +68,7 @@ class KVCache:
 
     def read(
         self, layer: int, *, end: int, rows: Int[Tensor, " B"] | None = None
-    ) -> tuple[Float[Tensor, "B H S Dh"], Float[Tensor, "B H S Dh"]]:
+    ) -> tuple[Float[Tensor, "B H S Dh"], Float[Tensor, "B H S Dv"]]:
         """Keys and values of a layer at positions 0 .. end - 1."""
         k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
         return (k, v) if rows is None else (k[rows], v[rows])

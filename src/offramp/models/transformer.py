@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError
 from offramp.models.base import Step, states_at, whole_step
-from offramp.models.exit_heads import EXIT_HEAD_KINDS, ExitHead, ExitHeadKind
+from offramp.models.exit_heads import (
+    EXIT_HEAD_KINDS,
+    ExitAdapter,
+    ExitHead,
+    ExitHeadKind,
+    ExitHeads,
+)
 from offramp.models.kv_cache import KVCache
 
 NormOrder = Literal["pre", "post"]
@@ -43,12 +49,14 @@ class DecoderConfig:
     "Attention heads; must divide the width."
     num_key_value_heads: int | None = None
     "Key and value heads; must divide the attention heads."
+    head_dim: int | None = None
+    "Width of one attention head; by default the width divided by the attention heads."
     intermediate_size: int | None = None
     "Hidden units of the SwiGLU."
     exit_layers: tuple[int, ...] = (1,)
     "Layers where a token may leave, counted from 1."
     exit_head: ExitHeadKind = "shared"
-    "What an exit has of its own: shared (nothing), norm, or full (norm and LM head)."
+    "What an exit has of its own: shared (nothing), norm, adapter, or full (norm and LM head)."
     norm: NormOrder = "pre"
     "RMSNorm before each sublayer (pre) or after each residual sum (post)."
     tie_word_embeddings: bool = False
@@ -73,7 +81,9 @@ class DecoderConfig:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}: expected a number above 0, got {value}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
-        if self.hidden_size % (2 * heads):
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ConfigError(f"head_dim: expected an even number above 0, got {self.head_dim}")
+        if self.head_dim is None and self.hidden_size % (2 * heads):
             raise ConfigError(
                 f"hidden_size: expected a multiple of 2 x {heads} attention heads, "
                 f"got {self.hidden_size}"
@@ -103,11 +113,8 @@ class DecoderConfig:
             object.__setattr__(self, "intermediate_size", units)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", heads)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
 
 
 def rotate(
@@ -133,14 +140,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         assert config.num_key_value_heads is not None
+        assert config.head_dim is not None
+        self.head_dim = config.head_dim
+        size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -249,19 +258,15 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.exits = nn.ModuleDict()
+        self.exits = ExitHeads(num_layers=config.num_hidden_layers)
         if config.exit_head != "shared":
             for layer in config.exit_layers[:-1]:
-                self.exits[str(layer)] = ExitHead(
-                    config.exit_head,
-                    hidden_size=config.hidden_size,
-                    vocab_size=config.vocab_size,
-                    eps=config.rms_norm_eps,
-                )
-        angles = torch.outer(
-            torch.arange(config.max_position_embeddings, dtype=torch.float64),
-            config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim).double(),
-        )  # (P, Dh / 2)
+                self.exits[str(layer)] = _exit_head(config)
+        assert config.head_dim is not None
+        with torch.device("cpu"):  # real numbers, even where the parameters are on "meta"
+            places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
+            exponents = (torch.arange(0, config.head_dim, 2) / config.head_dim).double()
+        angles = torch.outer(places, config.rope_theta**-exponents)  # (P, Dh / 2)
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
@@ -278,6 +283,15 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
+        for head in self.exits.values():
+            if isinstance(adapter := getattr(head, "adapter", None), ExitAdapter):
+                nn.init.zeros_(adapter.down_proj.weight)
+
+    def start_exits(self) -> None:
+        """Let the exits say what the final norm and head would, whatever they said."""
+        for head in self.exits.values():
+            head.to_empty(device=self.device)
+            cast(ExitHead, head).start_from(self.model.norm, self.lm_head)
 
     # The waist.
 
@@ -295,6 +309,16 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.lm_head.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return self.config.max_position_embeddings
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
         """Token embeddings (positions are rotary, so the step is not needed)."""
@@ -334,8 +358,8 @@ class Transformer(nn.Module):
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
-        own = self.exits[str(exit_layer)] if str(exit_layer) in self.exits else None
-        head = getattr(own, "lm_head", None) or self.lm_head
+        own = self.exits.at(exit_layer)
+        head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         normalised = self.model.norm(h) if own is None else own(h)
         return F.linear(normalised, head.weight if vocab is None else head.weight[vocab])
 
@@ -346,6 +370,7 @@ class Transformer(nn.Module):
         """An empty cache for this model, of its dtype and on its device."""
         weight = self.lm_head.weight
         assert self.config.num_key_value_heads is not None
+        assert self.config.head_dim is not None
         return KVCache(
             num_layers=self.num_layers,
             batch_size=batch_size,
@@ -396,6 +421,18 @@ class Transformer(nn.Module):
         cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
         sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
         return _Context(cos=cos, sin=sin, mask=_attention_mask(step, end), end=end)
+
+
+def _exit_head(config: DecoderConfig) -> ExitHead:
+    def norm() -> nn.Module:
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    adapter = head = None
+    if config.exit_head == "adapter":
+        adapter = ExitAdapter(config.hidden_size, norm=norm())
+    elif config.exit_head == "full":
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    return ExitHead(norm=norm(), adapter=adapter, lm_head=head)
 
 
 def _attention_mask(step: Step, end: int) -> Tensor | None:

@@ -13,7 +13,9 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
         title=f"{result['n_tokens']:,} tokens of {result['corpus']['name']}",
         caption=f'PPL by exit layer  {ppl}  (missing_kv="{result["missing_kv"]}")',
     )
-    for column in ("threshold", "PPL", "Shallow%", "Compute%", "share by exit layer"):
+    costed = any(row.get("flops_pct") is not None for row in result["rows"])
+    flops = ("FLOPs%",) if costed else ()
+    for column in ("threshold", "PPL", "Shallow%", "Compute%", *flops, "share by exit layer"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         shares = "  ".join(
@@ -24,6 +26,7 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
             f"{row['ppl']:.3f}",
             f"{row['shallow_pct']:.1f}",
             f"{row['compute_pct']:.1f}",
+            *([f"{row['flops_pct']:.1f}"] if costed else []),
             shares,
         )
     return table

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offramp.errors import CheckpointError
+from offramp.training.distributed import ALONE, Processes, sharded_like, whole
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -31,20 +32,37 @@ class Checkpoints:
     keep: int = 2
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        processes: Processes = ALONE,
     ) -> None:
         """Write the checkpoint of a step, whole or not at all, and drop the oldest.
 
+        Every process must call it; rank 0 writes what a run in one process would write.
         Raises CheckpointError where it cannot be written; those already there stay.
         """
+        parameters = whole(_parameters(model), processes)
+        moments = whole(_flat(optimizer), processes)
+        processes.on_main(lambda: self._write(step, parameters, moments, state))
+
+    def _write(
+        self,
+        step: int,
+        parameters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
         target = self.folder / f"step-{step:08}"
         aside = self.folder / f".{target.name}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            save_file(_parameters(model), aside / MODEL)
-            save_file(_flat(optimizer), aside / OPTIMIZER)
+            save_file(parameters, aside / MODEL)
+            save_file(moments, aside / OPTIMIZER)
             hashes = {name: _sha256(aside / name) for name in (MODEL, OPTIMIZER)}
             content = {"step": step, "sha256": hashes, **state}
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
@@ -69,9 +87,28 @@ class Checkpoints:
         return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
 
     def load_latest(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        processes: Processes = ALONE,
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint: (its state or None, what is wrong with newer ones).
+
+        Every process reads it for itself, and keeps its shard where the model is sharded.
+        Raises CheckpointError where they do not see the same one.
+        """
+        state, damaged = self._newest(model, optimizer)
+        step = state["step"] if state else 0
+        if processes.any(step != processes.from_main(step)):
+            raise CheckpointError(
+                f"{self.folder}: expected a folder that every process reads, but they see "
+                "different checkpoints in it"
+            )
+        return state, damaged
+
+    def _newest(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint: (its state or None, what is wrong with newer ones)."""
         damaged: list[str] = []
         for path in reversed(self.paths()):
             try:
@@ -88,11 +125,17 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name, expected in state["sha256"].items():
         if _sha256(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
-    parameters = load_file(path / MODEL)
+    held = dict(model.named_parameters())
+    parameters = {
+        name: sharded_like(tensor, held[name]) for name, tensor in load_file(path / MODEL).items()
+    }
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stored: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(path / OPTIMIZER).items():
         index, key = name.split(".")
-        stored.setdefault(int(index), {})[key] = tensor
+        stored.setdefault(int(index), {})[key] = (
+            sharded_like(tensor, trained[int(index)]) if tensor.dim() else tensor
+        )
     model.load_state_dict(parameters, strict=False)  # a tied head is stored once
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": stored, "param_groups": groups})

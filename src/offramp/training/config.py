@@ -9,6 +9,7 @@ from offramp.exits.objective import ObjectiveConfig
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
+Sharding = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class TrainConfig(ObjectiveConfig):
     "Compute each layer's activations again in the backward pass instead of keeping them."
     compile: bool = False
     "Compile the blocks with torch.compile: pays on long runs of larger models."
+    sharding: Sharding = "ddp"
+    "Of several processes, each holds the whole model (ddp) or a part of it (fsdp)."
     checkpoint_every: int | None = None
     "Keep a checkpoint to resume from every so many steps (default: at each validation)."
     keep_checkpoints: int = 2
@@ -84,6 +87,8 @@ class TrainConfig(ObjectiveConfig):
             )
         if self.precision not in get_args(Precision):
             raise ConfigError(f"precision: expected float32 or bfloat16, got {self.precision!r}")
+        if self.sharding not in get_args(Sharding):
+            raise ConfigError(f"sharding: expected ddp or fsdp, got {self.sharding!r}")
         if self.schedule not in get_args(Schedule):
             raise ConfigError(f"schedule: expected constant or cosine, got {self.schedule!r}")
         if self.select_at is not None and math.isnan(self.select_at):

@@ -21,7 +21,7 @@ class ExitLoss(nn.Module):
     """(inputs, targets) -> (loss, its parts by layer), under a config's objective.
 
     Only the layers that have a weight at this step are unembedded, and no block above the last
-    of them runs.
+    of them runs. With ``in_step`` a block runs in every process or in none, as FSDP2 needs it.
     """
 
     def __init__(self, model: Transformer, config: TrainConfig, *, total_steps: int) -> None:
@@ -30,6 +30,7 @@ class ExitLoss(nn.Module):
         self.config = config
         self.total_steps = total_steps
         self.branch = branch_of(config)
+        self.in_step = False
         layers = weighted_layers(config, num_layers=model.num_layers, exit_layers=model.exit_layers)
         self.heads = head_parameters(
             model.unembed,
@@ -117,24 +118,27 @@ class ExitLoss(nn.Module):
         for layer in range(start + 1, stop + 1):
             chosen = None
             if rates[layer - 1]:
-                keep = keep_mask(
+                kept = keep_mask(
                     rates,
                     layer,
                     seed=self.config.seed,
                     step=step,
-                    rows=rows,
+                    rows=slice(0, self.config.batch_size),
                     batch_size=self.config.batch_size,
                 )
-                if not keep.any():
+                keep = kept[rows]
+                if not (kept if self.in_step else keep).any():
                     continue
                 if not keep.all():
                     chosen = keep.nonzero().flatten().to(h.device)
-            part = h if chosen is None else h[chosen]
+            idle = chosen is not None and not len(chosen)  # here; other processes have rows
+            part = h if chosen is None else h[:1] if idle else h[chosen]
             if recompute:
                 part = checkpoint(
                     self.model.run_layers, part, layer - 1, layer, step=where, use_reentrant=False
                 )
             else:
                 part = self.model.run_layers(part, layer - 1, layer, step=where)
+            part = part[:0] if idle else part  # a row for the collectives, without effect
             h = part if chosen is None else h.index_copy(0, chosen, part.to(h.dtype))
         return h

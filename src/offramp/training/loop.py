@@ -20,6 +20,14 @@ from offramp.models.base import EarlyExitModel
 from offramp.models.transformer import DecoderConfig, Transformer
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.config import TrainConfig
+from offramp.training.distributed import (
+    Processes,
+    averaging,
+    callable_in_parts,
+    check_processes,
+    distribute,
+    join,
+)
 from offramp.training.exit_loss import ExitLoss
 from offramp.training.optimizer import make_optimizer, set_learning_rate
 
@@ -38,6 +46,8 @@ class Progress:
     "The weighted loss of this step, nats a token."
     losses: dict[int, Tensor]
     "Its parts: the cross-entropy at each weighted layer."
+    lr: float
+    "The learning rate, but for the factors of --layer-lr."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +103,13 @@ def train(
     one, if there is any (``on_damaged`` is told of those that are not), to the same parameters
     that it would have reached in one go. ``should_stop`` is asked after each step; when it says
     yes, a checkpoint is written and the run ends unfinished.
+
+    Started by torchrun or ``accelerate launch``, each process computes its share of every batch
+    on the device that is its own, and makes all these calls; only rank 0 writes checkpoints. A
+    yes of one process stops all. Sharded, the model is left in shards: see ``whole_model``.
     """
+    processes = join(model.device)
+    check_processes(config, processes)
     windows = TokenWindows(train_tokens, seq_len=config.seq_len)
     steps_an_epoch = len(windows) // config.batch_size
     if steps_an_epoch < 1:
@@ -106,11 +122,14 @@ def train(
     check_objective(config, total_steps=total_steps, num_layers=num_layers, exit_layers=exit_layers)
     weights = target_weights(config, num_layers=num_layers, exit_layers=exit_layers)
     exit_loss = ExitLoss(model, config, total_steps=total_steps)
+    if config.compile:
+        model.compile_blocks()
+    module = distribute(exit_loss, config, processes)
     optimizer = make_optimizer(model, config, num_layers=num_layers)
     validations: list[Validation] = []
     done = 0
     if checkpoints:
-        state, damaged = checkpoints.load_latest(model, optimizer)
+        state, damaged = checkpoints.load_latest(model, optimizer, processes)
         for sentence in damaged:
             on_damaged(sentence)
         if state:
@@ -118,21 +137,19 @@ def train(
             validations = [_validation(stored) for stored in state["validations"]]
     eval_every = config.eval_every or steps_an_epoch
     checkpoint_every = config.checkpoint_every or eval_every
-    if config.compile:
-        model.compile_blocks()
 
     def save(step: int) -> None:
         if checkpoints:
             about = {"validations": [asdict(validation) for validation in validations]}
-            checkpoints.save(step, model, optimizer, about)
+            checkpoints.save(step, model, optimizer, about, processes)
 
     if _stale(validations, config):  # it was stopped right there
         return TrainResult(step=done, validations=tuple(validations), finished=True)
     for step, indices in _order(windows, config, first=done + 1):
         if step > total_steps:
             break
-        set_learning_rate(optimizer, step, total_steps, config)
-        loss, losses = _backward(exit_loss, windows, indices, step, config)
+        lr = set_learning_rate(optimizer, step, total_steps, config)
+        loss, losses = _backward(module, windows, indices, step, config, processes)
         bad = [str(layer) for layer, part in losses.items() if not torch.isfinite(part)]
         if bad:
             save(step - 1)
@@ -148,10 +165,19 @@ def train(
         epoch = (step - 1) // steps_an_epoch + 1
         if on_step:
             on_step(
-                Progress(step=step, total_steps=total_steps, epoch=epoch, loss=loss, losses=losses)
+                Progress(
+                    step=step,
+                    total_steps=total_steps,
+                    epoch=epoch,
+                    loss=loss,
+                    losses=losses,
+                    lr=lr,
+                )
             )
         if step == total_steps or step % eval_every == 0:
-            score, exit_ppl = validate(model, validation_ids, weights, config)
+            with callable_in_parts(module):
+                found = validate(model, validation_ids, weights, config)
+            score, exit_ppl = processes.from_main(found)
             if not math.isfinite(score):
                 save(step)
                 raise TrainingError(f"step {step}: expected a finite validation score, got {score}")
@@ -163,7 +189,7 @@ def train(
             if on_validation:
                 on_validation(latest)
         ended = step == total_steps or _stale(validations, config)
-        stopped = should_stop() and not ended
+        stopped = processes.any(should_stop()) and not ended
         if step % checkpoint_every == 0 or ended or stopped:
             save(step)
         if ended or stopped:
@@ -172,28 +198,32 @@ def train(
 
 
 def _backward(
-    exit_loss: ExitLoss,
+    module: nn.Module,
     windows: TokenWindows,
     indices: Tensor,
     step: int,
     config: TrainConfig,
+    processes: Processes,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Forward and backward of one batch, in ``accumulate`` parts; (loss, CE by layer)."""
-    device = exit_loss.model.device
-    part_size = len(indices) // config.accumulate
+    """Forward and backward of this process's rows of a batch, in ``accumulate`` parts; the
+    (loss, CE by layer) of the whole batch.
+    """
+    mine = processes.rows(len(indices))
+    part_size = (mine.stop - mine.start) // config.accumulate
+    share = part_size / (mine.stop - mine.start)
     total: Tensor | float = 0.0
     losses: dict[int, Tensor] = {}
-    for start in range(0, len(indices), part_size):
+    for start in range(mine.start, mine.stop, part_size):
         rows = slice(start, start + part_size)
-        inputs, targets = windows.batch(indices[rows])
-        loss, parts = exit_loss(inputs.to(device), targets.to(device), step=step, rows=rows)
-        share = part_size / len(indices)
-        (loss * share).backward()
+        inputs, targets = (ids.to(processes.device) for ids in windows.batch(indices[rows]))
+        with averaging(module, last=rows.stop == mine.stop):
+            loss, parts = module(inputs, targets, step=step, rows=rows)
+            (loss * share).backward()
         total = total + loss.detach() * share
         for layer, part in parts.items():
             losses[layer] = losses.get(layer, torch.zeros_like(part)) + part * share
     assert isinstance(total, Tensor)
-    return total, losses
+    return processes.mean(total, losses)
 
 
 def _order(

@@ -28,11 +28,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, num_layers: int) ->
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig
-) -> None:
-    """Give every group its rate at a step, counted from 1."""
+) -> float:
+    """Give every group its rate at a step, counted from 1; what it is but for its factor."""
     rate = config.lr * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+    return rate
 
 
 def _factor(name: str, factors: dict[int, float]) -> float:

@@ -1,6 +1,7 @@
 """Sweeps against figures worked out by hand, and against their definition on random traces."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.errors import ConfigError
-from offramp.evaluation.cost import compute_pct
-from offramp.evaluation.sweep import sweep
+from offramp.evaluation.cost import ModelCost
+from offramp.evaluation.sweep import sweep, sweep_prices
 from offramp.evaluation.trace import ExitTrace
+from offramp.exits.policy import Decay
 
 
 def make_trace(probabilities, scores, *, exit_layers=(1, 3), num_layers=3):
@@ -122,10 +124,6 @@ def test_compute_follows_from_shallow_with_exit_1_of_3_layers(scores, threshold)
     assert sum(row.exit_share.values()) == pytest.approx(1)
 
 
-def test_layers_run_count_every_exit():
-    assert compute_pct([1, 2, 1], (1, 2, 4), 4) == pytest.approx(100 * 9 / 16)
-
-
 def long_trace(shallow, deep):
     """A trace of 3,000,000 tokens, each with the same NLL at an exit, all sure of themselves."""
     tokens = 3_000_000
@@ -153,3 +151,53 @@ def test_an_exit_that_diverged_spoils_only_the_thresholds_that_use_it():
     taken, avoided = sweep(trace, [0.5, 0.6])
     assert (taken.ppl, avoided.ppl) == (math.inf, 1.0)
     assert trace.ppl(1) == math.inf
+
+
+COST = ModelCost(
+    exit_layers=(1, 3),
+    context=1.0,
+    layers=(20.0, 20.0, 20.0),
+    heads={1: 40.0, 3: 40.0},
+    gates={"gain": {1: 10.0}},
+)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "flops_pct"),
+    [
+        (0.5, (60 + 140 + 60) / 3),  # token 1 pays for both heads
+        (1.01, 140),
+        (math.inf, 100),  # nobody asks
+        (-math.inf, 60),
+        (0.0, 60),
+    ],
+)
+def test_the_flops_of_a_threshold_count_heads(three_tokens, threshold, flops_pct):
+    [row] = sweep(three_tokens, [threshold], cost=COST)
+    assert row.flops_pct == pytest.approx(flops_pct)
+    assert sweep(three_tokens, [threshold])[0].flops_pct is None
+
+
+def test_the_rows_of_a_gain_policy_by_hand(three_tokens):
+    """Leaving costs 70, going on 110: at 0.01 nats a percent, 0.4 nats more."""
+    expected = np.array([[[0.3, 0.41, 0.39]]], dtype=np.float32)
+    [row] = sweep_prices(replace(three_tokens, expected_kl=expected), [0.01], cost=COST)
+    assert row.threshold == 0.01
+    assert row.exit_share == pytest.approx({1: 2 / 3, 3: 1 / 3})
+    assert row.ppl == pytest.approx(2 ** ((1 + 1 + 3) / 3))
+    assert row.flops_pct == pytest.approx((70 + 110 + 70) / 3)
+    with pytest.raises(ConfigError, match="expected a trace with gain"):
+        sweep_prices(three_tokens, [0.01], cost=COST)
+
+
+def test_a_decay_reads_the_positions_of_the_trace(three_tokens):
+    trace = replace(three_tokens, position=np.array([0, 1, 2], dtype=np.int32))
+    decay = Decay(tau=100.0, length=2)  # 0.9 x 0.95 = 0.855, and 0.1 more at the first position
+    assert sweep(trace, [0.95], decay=decay)[0].exit_share == pytest.approx({1: 1 / 3, 3: 2 / 3})
+    late = replace(trace, position=np.array([1, 1, 2], dtype=np.int32))
+    assert sweep(late, [0.95], decay=decay)[0].exit_share == pytest.approx({1: 2 / 3, 3: 1 / 3})
+
+
+def test_a_measure_that_was_not_recorded_is_a_config_error(three_tokens):
+    with pytest.raises(ConfigError, match=r"one that the trace has \(max_prob\), got 'gain'"):
+        sweep(three_tokens, [0.5], confidence="gain")

@@ -1,0 +1,221 @@
+"""Find the boldest thresholds that keep a promise, and check a promise on new text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from offramp.calibration.bounds import (
+    check_levels,
+    conformal_steps,
+    drift_p_value,
+    fixed_sequence,
+    hoeffding_bentkus,
+    sequences_needed,
+)
+from offramp.calibration.certificate import Certificate, finite_or_word
+from offramp.calibration.risk import (
+    DEFAULT_BOUND,
+    RISKS,
+    ThresholdPath,
+    check_path,
+    sequence_losses,
+    threshold_path,
+    whole_sequences,
+)
+from offramp.errors import ConfigError
+from offramp.evaluation.cost import ModelCost
+from offramp.evaluation.sweep import sweep
+from offramp.evaluation.trace import ExitTrace
+
+Method = Literal["ltt", "crc"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+DEFAULT_DELTA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What is promised of the risk, and how sure it is to be."""
+
+    risk: str = "disagreement"
+    "disagreement (with the last layer's first choice) or nll-gap (nats a token)."
+    epsilon: float = 0.02
+    "Risk at most: a share of tokens, or nats."
+    delta: float = DEFAULT_DELTA
+    "How often the promise may fail; conformal risk control promises an average and has none."
+    method: Method = "ltt"
+    "ltt (Learn-then-Test) or crc (conformal risk control)."
+    bound: float = DEFAULT_BOUND
+    "Nats at which nll-gap is clipped for each token."
+
+    def __post_init__(self) -> None:
+        check_levels(epsilon=self.epsilon, delta=self.delta)
+        if self.risk not in RISKS:
+            raise ConfigError(f"risk: expected one of {', '.join(RISKS)}, got {self.risk!r}")
+        if self.method not in METHODS:
+            raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if not (math.isfinite(self.bound) and self.bound > 0):
+            raise ConfigError(f"bound: expected a number of nats above 0, got {self.bound}")
+        if not self.scaled_epsilon < 1:
+            raise ConfigError(
+                f"epsilon: expected less than the bound of {self.bound} nats, got {self.epsilon}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What losses in [0, 1] are multiplied by to be shares or nats."""
+        return self.bound if self.risk == "nll-gap" else 1.0
+
+    @property
+    def scaled_epsilon(self) -> float:
+        """Epsilon for losses in [0, 1]."""
+        return self.epsilon / self.scale
+
+    @property
+    def sequences_needed(self) -> int:
+        """Fewest sequences that can certify anything."""
+        return sequences_needed(self.scaled_epsilon, self.delta if self.method == "ltt" else None)
+
+
+def certify(
+    trace: ExitTrace,
+    promise: Promise,
+    *,
+    model_sha256: str,
+    corpus_sha256: str,
+    confidence: str = "max_prob",
+    path: Sequence[Sequence[float]] | None = None,
+    cost: ModelCost | None = None,
+) -> Certificate:
+    """The boldest step of the path that keeps the promise; the full model where none does.
+
+    The path of thresholds must be fixed without a look at this trace (default:
+    ``threshold_path``). Windows shorter than the others are left out.
+    """
+    trace = whole_sequences(trace)
+    num_exits = len(trace.exit_layers)
+    if path is None:
+        path = threshold_path(confidence, num_exits)
+    steps = check_path(path, num_exits)
+    losses = sequence_losses(
+        trace, steps, confidence=confidence, risk=promise.risk, bound=promise.bound
+    )
+    n = len(losses)
+    p_values: tuple[float, ...] | None = None
+    if promise.method == "ltt":
+        found = hoeffding_bentkus(losses.mean(axis=0), n, promise.scaled_epsilon)
+        certified = int(fixed_sequence(found, promise.delta))
+        p_values = tuple(found[: certified + 1].tolist())
+    else:
+        certified = int(conformal_steps(losses, promise.scaled_epsilon))
+    thresholds = steps[certified - 1] if certified else (math.inf,) * (num_exits - 1)
+    [row] = sweep(trace, [thresholds], confidence=confidence, cost=cost)
+    return Certificate(
+        model_sha256=model_sha256,
+        corpus_sha256=corpus_sha256,
+        risk=promise.risk,
+        epsilon=promise.epsilon,
+        delta=promise.delta if promise.method == "ltt" else None,
+        method=promise.method,
+        confidence=confidence,
+        missing_kv="recompute",
+        n=n,
+        thresholds=thresholds,
+        p_values=p_values,
+        expected_compute_pct=row.compute_pct,
+        expected_flops_pct=row.flops_pct,
+        assumptions=_assumptions(promise, steps, sequence_tokens=trace.num_tokens // n),
+    ).signed()
+
+
+def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int) -> dict[str, Any]:
+    if promise.risk == "disagreement":
+        what = f"the share of tokens whose first choice differs is at most {promise.epsilon}"
+    else:
+        what = (
+            f"the mean NLL gap, from 0 to {promise.bound} nats a token, is at most "
+            f"{promise.epsilon} nats"
+        )
+    if promise.method == "ltt":
+        sure = f"With probability at least {1 - promise.delta:g} over the calibration text, "
+    else:
+        sure = "On average over calibration texts, "
+    return {
+        "promise": f"{sure}{what}, against the full model.",
+        "text": (
+            "It holds for sequences drawn as the calibration sequences were, independently of "
+            "each other; contiguous windows of one document are so only in part."
+        ),
+        "not_covered": (
+            "Free-running generation: the promise is about text that is given, token by token, "
+            "not about text that the model writes and goes on from."
+        ),
+        "unit": "sequence",
+        "sequence_tokens": sequence_tokens,
+        "bound": promise.scale,
+        "path": [finite_or_word(step) for step in path],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftCheck:
+    """What new text says about a promise."""
+
+    n: int
+    risk: float
+    "Measured on the new text, in the certificate's unit."
+    epsilon: float
+    p_broken: float
+    "p-value of 'the promise holds': small where it is broken."
+    p_holds: float
+    "p-value of 'the promise is broken': small where the new text certifies it again."
+    level: float
+    verdict: Literal["broken", "holds", "undecided"]
+    compute_pct: float
+    flops_pct: float | None
+
+
+def check_drift(
+    certificate: Certificate,
+    trace: ExitTrace,
+    *,
+    level: float = DEFAULT_DELTA,
+    cost: ModelCost | None = None,
+) -> DriftCheck:
+    """Test on new text whether the risk is still at most epsilon; the unit is the sequence.
+
+    ``level`` is how often a promise that holds may be called broken, and one that does not may
+    be said to hold.
+    """
+    check_levels(level=level)
+    trace = whole_sequences(trace)
+    scale = certificate.bound
+    losses = sequence_losses(
+        trace,
+        (certificate.thresholds,),
+        confidence=certificate.confidence,
+        risk=certificate.risk,
+        bound=scale,
+    )
+    n, risk = len(losses), float(losses.mean())
+    epsilon = certificate.epsilon / scale
+    p_broken = drift_p_value(risk, n, epsilon)
+    p_holds = float(hoeffding_bentkus(risk, n, epsilon))
+    verdict: Literal["broken", "holds", "undecided"] = "undecided"
+    if p_broken <= level:
+        verdict = "broken"
+    elif p_holds <= level:
+        verdict = "holds"
+    [row] = sweep(trace, [certificate.thresholds], confidence=certificate.confidence, cost=cost)
+    return DriftCheck(
+        n=n,
+        risk=risk * scale,
+        epsilon=certificate.epsilon,
+        p_broken=p_broken,
+        p_holds=p_holds,
+        level=level,
+        verdict=verdict,
+        compute_pct=row.compute_pct,
+        flops_pct=row.flops_pct,
+    )

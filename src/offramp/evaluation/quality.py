@@ -1,0 +1,161 @@
+"""How good a confidence measure is: does it know which tokens an exit gets right?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from offramp.errors import ConfigError
+from offramp.evaluation.cost import ModelCost
+from offramp.evaluation.sweep import SweepRow, sweep
+from offramp.evaluation.trace import ExitTrace
+from offramp.exits.confidence import confidence_named
+
+Scores = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RiskCoverage:
+    """The error rate among the surest tokens, for every share of them."""
+
+    coverage: NDArray[np.float64]
+    "(N,) from 1 / N to 1."
+    risk: NDArray[np.float64]
+    "(N,) mean loss of the tokens with the highest scores."
+
+    @property
+    def area(self) -> float:
+        """AURC, the mean risk over coverages (Geifman & El-Yaniv 2017); smaller is better."""
+        return float(self.risk.mean())
+
+
+def risk_coverage(scores: Scores, losses: NDArray[Any]) -> RiskCoverage:
+    """The curve of a score; ``losses`` (N,) are 0 or 1, or any number.
+
+    Tokens with equal scores have no order: each counts with their mean loss.
+    """
+    if not len(scores):
+        raise ConfigError("risk_coverage: expected at least one token, got none")
+    order = np.argsort(-scores, kind="stable")
+    _, group = np.unique(-scores[order], return_inverse=True)
+    sums = np.bincount(group, weights=losses[order].astype(np.float64))
+    ordered = (sums / np.bincount(group))[group]
+    count = np.arange(1, len(scores) + 1)
+    return RiskCoverage(coverage=count / len(scores), risk=np.cumsum(ordered) / count)
+
+
+def auroc(scores: Scores, right: NDArray[np.bool_]) -> float:
+    """The chance that a token that is right scores above one that is not; equal scores count half.
+
+    NaN where all are right, or none.
+    """
+    positive = int(np.count_nonzero(right))
+    negative = len(right) - positive
+    if not (positive and negative):
+        return math.nan
+    ranks = rankdata(scores)  # the mean rank where scores are equal
+    return float((ranks[right].sum() - positive * (positive + 1) / 2) / positive / negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """What a probability says against how often it comes true, in bins of equal width."""
+
+    count: NDArray[np.int64]
+    "(bins,) tokens."
+    confidence: NDArray[np.float64]
+    "(bins,) mean score; NaN where a bin is empty."
+    accuracy: NDArray[np.float64]
+    "(bins,) share that is right; NaN where a bin is empty."
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error (Naeini et al. 2015): the mean gap, weighted by tokens."""
+        gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
+        return float(np.average(gaps, weights=self.count))
+
+
+def reliability(scores: Scores, right: NDArray[np.bool_], *, bins: int = 15) -> Reliability:
+    """Bins over [0, 1]; a score on an edge belongs to the bin above, 1 to the last."""
+    if not len(scores):
+        raise ConfigError("reliability: expected at least one token, got none")
+    index = np.clip((scores.astype(np.float64) * bins).astype(np.int64), 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        said = np.bincount(index, weights=scores, minlength=bins) / count
+        true = np.bincount(index, weights=right, minlength=bins) / count
+    return Reliability(count=count, confidence=said, accuracy=true)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How good a measure is at one exit."""
+
+    confidence: str
+    exit_layer: int
+    agreement: float
+    "Share of tokens at which the exit's first choice is the last layer's."
+    aurc: float
+    "Area under risk and coverage; the risk is disagreement with the last layer."
+    auroc: float
+    "Of 'the exit agrees with the last layer'."
+    curve: RiskCoverage
+    reliability: Reliability | None
+    "Against agreement; None where the score is no probability."
+
+
+def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
+    """One for each exit but the last, which must be the model's last layer."""
+    if trace.exit_layers[-1] != trace.num_layers:
+        raise ConfigError(
+            f"exit layers: expected the last layer, {trace.num_layers}, among the trace's, "
+            f"got {trace.exit_layers}"
+        )
+    found = []
+    for row, layer in enumerate(trace.exit_layers[:-1]):
+        scores = trace.scores(confidence)[row]
+        agrees = trace.argmax[row] == trace.argmax[-1]
+        curve = risk_coverage(scores, ~agrees)
+        said = reliability(scores, agrees) if confidence_named(confidence).is_probability else None
+        found.append(
+            Quality(
+                confidence=confidence,
+                exit_layer=layer,
+                agreement=float(agrees.mean()),
+                aurc=curve.area,
+                auroc=auroc(scores, agrees),
+                curve=curve,
+                reliability=said,
+            )
+        )
+    return found
+
+
+def frontier(
+    trace: ExitTrace,
+    confidence: str,
+    *,
+    cost: ModelCost | None = None,
+    shares: Sequence[float] = tuple(np.linspace(0.0, 1.0, 21)),
+) -> list[SweepRow]:
+    """PPL against cost: a row for each share of the tokens at an exit that could leave there.
+
+    At every exit the threshold is that quantile of its scores; share 0 is the full model, where
+    nobody asks, and 1 the first exit.
+    """
+    scores = trace.scores(confidence)[:-1]
+    thresholds: list[tuple[float, ...]] = []
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"shares: expected numbers from 0 to 1, got {share}")
+        if share in (0.0, 1.0):
+            threshold = math.inf if share == 0.0 else -math.inf
+            thresholds.append((threshold,) * len(scores))
+        else:
+            cut = np.quantile(scores, 1.0 - share, axis=1, method="higher")
+            thresholds.append(tuple(float(value) for value in cut))
+    return sweep(trace, thresholds, confidence=confidence, cost=cost)

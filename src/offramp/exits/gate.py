@@ -1,0 +1,178 @@
+"""Gates: small networks on an exit's state that say, without the LM head, whether to leave.
+
+- ``gate`` asks "will the last layer agree?": a logistic regression of argmax_e == argmax_L,
+  class-balanced (CALM, Schuster et al. 2022, section 3.3; FREE, Bae et al. 2023).
+- ``gain`` asks "how much would the deep layers change the prediction?": a regression of
+  KL(p_L || p_e) in nats. Confidence asks whether a token is easy; but an uncertain token that
+  more layers don't make less uncertain should leave too.
+
+A gate costs less than D x D multiplications, and an exit with one needs the LM head only for the
+tokens that leave there.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from offramp.errors import ConfigError
+
+GateKind = Literal["gate", "gain"]
+GATE_KINDS: tuple[str, ...] = get_args(GateKind)
+
+LARGEST_HIDDEN = 128
+"""Hidden units of a gate at the most, however wide the model is."""
+
+
+class Gate(nn.Module):
+    """RMSNorm -> Linear(D, hidden) -> SiLU -> Linear(hidden, outputs), on the state at an exit."""
+
+    def __init__(self, hidden_size: int, *, outputs: int = 1, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = hidden or min(hidden_size, LARGEST_HIDDEN)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.up_proj = nn.Linear(hidden_size, hidden)
+        self.out_proj = nn.Linear(hidden, outputs)
+
+    def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
+        """The outputs before their link; computed in the gate's own precision, float32."""
+        h = self.norm(h.to(self.up_proj.weight.dtype))
+        out: Tensor = self.out_proj(F.silu(self.up_proj(h)))
+        return out
+
+
+def gate_of(state: Mapping[str, Tensor]) -> Gate:
+    """The gate with these parameters, which say its shape; an error if they are not whole."""
+    hidden, hidden_size = state["up_proj.weight"].shape
+    gate = Gate(hidden_size, outputs=len(state["out_proj.bias"]), hidden=hidden)
+    gate.load_state_dict(dict(state))
+    return gate.to(torch.float32).eval().requires_grad_(False)
+
+
+def agreement_probability(out: Float[Tensor, "*B 1"]) -> Float[Tensor, "*B"]:
+    """Of a ``gate``: the chance that the last layer has the same first choice."""
+    return torch.sigmoid(out[..., 0])
+
+
+def expected_kl(out: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
+    """Of a ``gain`` gate: the expected KL(p_L || p) in nats at this exit and each later one."""
+    return F.softplus(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedExits:
+    """What was fitted to the exits of a trained model: gates and temperatures.
+
+    The gate at exit e of kind ``gain`` has an output for e and one for each exit between e and
+    the last, in their order; that of kind ``gate`` has one.
+    """
+
+    gates: Mapping[str, Mapping[int, Gate]] = field(default_factory=dict)
+    "By kind, then by exit layer."
+    temperatures: Mapping[int, float] = field(default_factory=dict)
+    "By exit layer; a layer without one has 1."
+
+    def gate(self, kind: str, exit_layer: int) -> Gate:
+        """ConfigError where none was fitted."""
+        try:
+            return self.gates[kind][exit_layer]
+        except KeyError:
+            raise ConfigError(
+                f"confidence: expected a fitted {kind} at exit layer {exit_layer}, found none"
+            ) from None
+
+    def temperature(self, exit_layer: int) -> float:
+        """What the exit's logits are divided by before they are read as probabilities."""
+        return self.temperatures.get(exit_layer, 1.0)
+
+
+NOTHING_FITTED = FittedExits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How to fit a gate."""
+
+    steps: int = 1000
+    "Steps of AdamW."
+    batch_size: int = 1024
+    "Tokens a step."
+    lr: float = 3e-3
+    "Peak learning rate; cosine to zero."
+    weight_decay: float = 0.01
+    "AdamW's weight decay."
+    hidden: int | None = None
+    "Hidden units (default: the model's width, at most LARGEST_HIDDEN)."
+    seed: int = 0
+    "Seed of the parameters and of the order."
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr: expected a number above 0, got {self.lr}")
+        for name in ("weight_decay", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: expected at least 0, got {value}")
+
+
+def fit_gate(
+    kind: str,
+    states: Float[Tensor, "N D"],
+    targets: Float[Tensor, "N K"],
+    config: GateConfig | None = None,
+) -> Gate:
+    """A gate of this kind, fitted to states of any precision; the same for the same seed.
+
+    ``targets`` of ``gate`` are 1 where the last layer agrees, else 0; of ``gain`` the divergence
+    in nats at this exit and each later one but the last.
+    """
+    config = config or GateConfig()
+    if kind not in GATE_KINDS:
+        raise ConfigError(f"gate: expected one of {', '.join(GATE_KINDS)}, got {kind!r}")
+    if not (len(states) and torch.isfinite(targets).all()):
+        raise ConfigError("gate: expected states with finite targets to fit it to, got others")
+    size, outputs = states.shape[1], targets.shape[1]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(config.seed)
+        gate = Gate(size, outputs=outputs, hidden=config.hidden).to(states.device)
+        loss_of = _balanced_logistic(targets) if kind == "gate" else _mean_loss
+        optimizer = torch.optim.AdamW(
+            gate.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        for step in range(config.steps):
+            rate = 0.5 * config.lr * (1 + math.cos(math.pi * step / config.steps))
+            optimizer.param_groups[0]["lr"] = rate
+            rows = torch.randint(len(states), (config.batch_size,)).to(states.device)
+            loss = loss_of(gate(states[rows].float()), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return gate.eval().requires_grad_(False)
+
+
+def _balanced_logistic(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy in which both classes weigh the same in all."""
+    agree = targets.mean().clamp(1e-6, 1 - 1e-6)
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        weight = torch.where(target > 0.5, 0.5 / agree, 0.5 / (1 - agree))
+        return F.binary_cross_entropy_with_logits(out, target, weight=weight)
+
+    return loss
+
+
+def _mean_loss(out: Tensor, target: Tensor) -> Tensor:
+    """m - y ln m: least at the mean of y, whatever its distribution, and a few large y do not
+    rule it as they would a squared error (a quasi-likelihood whose variance is the mean).
+    """
+    mean = expected_kl(out).clamp(min=1e-6)
+    return (mean - target * mean.log()).mean()

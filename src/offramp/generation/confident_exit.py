@@ -1,0 +1,281 @@
+"""Confident exit: each token leaves at the first exit that is sure of it.
+
+A token that left at layer e has no keys and values above e. They are owed until a later token
+of its row goes deeper; then, before that token runs the layers to the next exit,
+
+- ``propagate`` projects them there from the state at the exit (Elbayad et al. 2020; CALM),
+- ``recompute`` runs those layers for all tokens that owe them, together with the later token.
+
+Either way one call serves every token that owes, and those that nobody looks back at cost
+nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.models.base import EarlyExitModel, Step
+from offramp.models.kv_cache import KVCache
+
+MissingKV = Literal["propagate", "recompute"]
+MISSING_KV: tuple[str, ...] = get_args(MissingKV)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule:
+    """A policy and the measure of confidence that it reads."""
+
+    policy: ThresholdPolicy | GainPolicy
+    confidence: str = "max_prob"
+    fitted: FittedExits = NOTHING_FITTED
+
+    @property
+    def measure(self) -> Confidence:
+        """The measure itself."""
+        return confidence_named(self.confidence)
+
+    def ask(
+        self, index: int, view: ExitView, positions: list[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Of each token at the ``index``-th exit its confidence, and whether it leaves."""
+        scores = self.measure.score(view)
+        if isinstance(self.policy, GainPolicy):
+            leaving = self.policy.leaves(index, view.expected_kl)
+        else:
+            decaying = torch.tensor(positions) if self.policy.decay else None
+            leaving = self.policy.leaves(index, scores, decaying)
+        return scores.tolist(), leaving.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exits:
+    """Where one token of each row left, and what its exit says of the next token."""
+
+    logits: Float[Tensor, "B V"]
+    exit_layers: list[int]
+    confidence: list[float]
+    "At the exit where the token left; at the last layer its largest probability."
+
+
+@dataclass
+class _Owing:
+    """A row's tokens that owe keys and values above an exit: their states (D,) there."""
+
+    states: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+
+class ExitDecoder:
+    """Decodes one token of each row at a time; each row leaves where it is sure.
+
+    ``rule`` None is full depth. ``layers_run`` counts the blocks that new tokens ran through,
+    deferred ones included; prompts and mere projections of keys and values are not counted.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        cache: KVCache,
+        *,
+        batch_size: int,
+        rule: ExitRule | None = None,
+        missing_kv: MissingKV = "propagate",
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.rule, self.missing_kv = rule, missing_kv
+        self.batch_size, self.lengths = batch_size, [0] * batch_size
+        self.layers_run = 0
+        self.acceptance_rate: float | None = None  # nothing is drafted
+        self.exits = model.exit_layers if rule else (model.num_layers,)
+        self._owing = {exit: [_Owing() for _ in range(batch_size)] for exit in self.exits[:-1]}
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Exits:
+        """Run the prompts at full depth; rows are padded on the left."""
+        model, width = self.model, max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        real = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            real[row, width - len(prompt) :] = True
+        self.lengths = [len(prompt) for prompt in prompts]
+        step = Step(
+            positions=(real.cumsum(dim=1) - 1).clamp(min=0).to(model.device),
+            real=None if bool(real.all()) else real.to(model.device),
+            cache=self.cache,
+        )
+        h = model.embed(ids.to(model.device), step=step)
+        h = model.run_layers(h, 0, model.num_layers, step=step)
+        return self._at_last_layer(h[:, -1:])
+
+    @torch.inference_mode()
+    def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
+        """The next token of each of ``rows``, ascending, runs until it leaves."""
+        step = self._step(rows)
+        h = self.model.embed(torch.tensor(ids, device=self.model.device)[:, None], step=step)
+        if self.rule is None:
+            h = self._run(h, 0, self.model.num_layers, step=step)
+            exits = self._at_last_layer(h)
+        else:
+            exits = self._route(h, list(rows), self.rule)
+        for row in rows:
+            self.lengths[row] += 1
+        return exits
+
+    def _route(self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule) -> Exits:
+        """Run from exit to exit with the rows that go on."""
+        left: dict[int, tuple[Tensor, int, float]] = {}  # by row: logits, exit layer, confidence
+        going, before, agreement = list(rows), 0, None
+        for index, layer in enumerate(self.exits[:-1]):
+            previous, h = self._to_exit(h, before, layer, going)
+            before = layer
+            unembed = partial(self._unembed, h, layer)
+            view = ExitView(
+                exit_layer=layer,
+                logits=unembed,
+                state=h[:, 0],
+                previous_state=previous[:, 0],
+                earlier=agreement,
+                fitted=rule.fitted,
+            )
+            places = [self.lengths[row] for row in going]
+            scores, leaving = rule.ask(index, view, places)
+            if any(leaving):
+                out = [i for i, leaves in enumerate(leaving) if leaves]
+                on = [i for i, leaves in enumerate(leaving) if not leaves]
+                logits = view.logits if rule.measure.needs_head else self._unembed(h, layer, out)
+                for n, i in enumerate(out):
+                    at = logits[i if rule.measure.needs_head else n]
+                    left[going[i]] = (at, layer, scores[i])
+                    owing = self._owing[layer][going[i]]
+                    owing.states.append(h[i, 0])
+                    owing.positions.append(places[i])
+                if not on:
+                    break
+                h = h[on]
+            else:
+                on = list(range(len(going)))
+            if rule.confidence == "patience":
+                agreement = Agreement(*(part[on] for part in view.agreement))
+            going = [going[i] for i in on]
+        else:
+            _, h = self._to_exit(h, before, self.exits[-1], going)
+            last = self._at_last_layer(h)
+            for row, *found in zip(
+                going, last.logits, last.exit_layers, last.confidence, strict=True
+            ):
+                left[row] = (found[0], found[1], found[2])
+        ordered = [left[row] for row in rows]
+        return Exits(
+            logits=torch.stack([logits for logits, _, _ in ordered]),
+            exit_layers=[layer for _, layer, _ in ordered],
+            confidence=[score for _, _, score in ordered],
+        )
+
+    def _to_exit(
+        self, h: Float[Tensor, "B 1 D"], start: int, stop: int, rows: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' tokens from one exit to the next, after what others owe there.
+
+        Returns the states one block before the exit, if the measure needs them, and at it.
+        """
+        step, batch = self._step(rows), len(rows)
+        owing = [self._owing[start][row] for row in rows] if start else []
+        if any(owed.states for owed in owing):
+            if self.missing_kv == "propagate":
+                self._project(owing, rows, start, stop)
+            else:
+                h, step = self._joined(owing, rows, h)
+        cut = stop - 1 if self.rule and self.rule.measure.needs_previous_state else start
+        previous = self._run(h, start, cut, step=step) if cut > start else h
+        h = self._run(previous, cut, stop, step=step)
+        for i, owed in enumerate(owing):
+            if n := len(owed.states):
+                if self.missing_kv == "recompute":
+                    owed.states = list(h[i, -n - 1 : -1])
+                if stop in self._owing:  # they still owe what is above
+                    self._owing[stop][rows[i]].states += owed.states
+                    self._owing[stop][rows[i]].positions += owed.positions
+                owed.states, owed.positions = [], []
+        assert len(h) == batch
+        return previous[:, -1:], h[:, -1:]
+
+    def _project(self, owing: list[_Owing], rows: list[int], start: int, stop: int) -> None:
+        some = [i for i, owed in enumerate(owing) if owed.states]
+        h, step = self._joined([owing[i] for i in some], [rows[i] for i in some], None)
+        self.model.project_kv(h, start, stop, step=step)
+
+    def _joined(
+        self, owing: list[_Owing], rows: list[int], h: Tensor | None
+    ) -> tuple[Tensor, Step]:
+        """What each row owes and then its token (h), padded on the left."""
+        states, places = [], []
+        for i, owed in enumerate(owing):
+            states.append(owed.states if h is None else [*owed.states, h[i, 0]])
+            places.append(owed.positions if h is None else [*owed.positions, self.lengths[rows[i]]])
+        width = max(map(len, places))
+        device = self.model.device
+        if all(len(place) == width for place in places):
+            joined = torch.stack([torch.stack(row) for row in states])
+            return joined, self._step(rows, torch.tensor(places, device=device))
+        joined = states[0][0].new_zeros(len(rows), width, states[0][0].shape[-1])
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        real = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (row, place) in enumerate(zip(states, places, strict=True)):
+            joined[i, width - len(row) :] = torch.stack(row)
+            positions[i, width - len(row) :] = torch.tensor(place)
+            real[i, width - len(row) :] = True
+        return joined, self._step(rows, positions.to(device), real.to(device))
+
+    def _run(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> Tensor:
+        tokens = h.shape[0] * h.shape[1] if step.real is None else int(step.real.sum())
+        self.layers_run += (stop - start) * tokens
+        return self.model.run_layers(h, start, stop, step=step)
+
+    def _unembed(
+        self, h: Float[Tensor, "B 1 D"], layer: int, rows: list[int] | None = None
+    ) -> Float[Tensor, "B V"]:
+        return self.model.unembed(h if rows is None else h[rows], layer)[:, 0]
+
+    def _at_last_layer(self, h: Float[Tensor, "B 1 D"]) -> Exits:
+        logits = self._unembed(h, self.model.num_layers)
+        sure = logits.float().softmax(dim=-1).amax(dim=-1)
+        layers = [self.model.num_layers] * len(h)
+        return Exits(logits=logits, exit_layers=layers, confidence=sure.tolist())
+
+    def _step(
+        self, rows: Sequence[int], positions: Tensor | None = None, real: Tensor | None = None
+    ) -> Step:
+        device = self.model.device
+        if positions is None:
+            positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
+        chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
+        return Step(positions=positions, real=real, cache=self.cache, rows=chosen)
+
+
+def forced_exits(
+    model: EarlyExitModel,
+    input_ids: Int[Tensor, "B T"],
+    rule: ExitRule | None,
+    *,
+    missing_kv: MissingKV = "propagate",
+) -> tuple[Float[Tensor, "B T V"], Int[Tensor, "B T"]]:
+    """Force the router along a text: decode it token by token, whatever the exits say.
+
+    Returns the logits at the exit where each token left, and its exit layer: what an evaluation
+    of the same text must equal.
+    """
+    batch, length = input_ids.shape
+    cache = model.make_cache(batch, length)
+    decoder = ExitDecoder(model, cache, batch_size=batch, rule=rule, missing_kv=missing_kv)
+    steps = [decoder.decode_one_token(ids, range(batch)) for ids in input_ids.T.tolist()]
+    logits = torch.stack([exits.logits for exits in steps], dim=1)
+    return logits, torch.tensor([exits.exit_layers for exits in steps]).T

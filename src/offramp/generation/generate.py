@@ -1,0 +1,182 @@
+"""generate: prefill, then decode one token after another, or several at once speculatively."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from offramp.errors import ConfigError
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.options import (
+    GenerateConfig,
+    check_prompt,
+    check_tokens,
+    draft_exit,
+    exit_rule,
+)
+from offramp.generation.rows import Completion, Row, Token
+from offramp.generation.speculative import SpeculativeDecoder
+from offramp.models.base import EarlyExitModel
+
+
+class Generation(Iterator[Token]):
+    """New tokens as they come, with what they cost so far. Leaving it early harms nothing."""
+
+    def __init__(
+        self,
+        tokens: Iterator[Token],
+        *,
+        completion: Completion,
+        decoder: ExitDecoder | SpeculativeDecoder,
+    ) -> None:
+        self._tokens, self._decoder = tokens, decoder
+        self.completion = completion
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    @property
+    def mean_layers(self) -> float:
+        """Layers run for each new token so far; the first one's are those of the prefill."""
+        run = self._decoder.layers_run + self._decoder.model.num_layers
+        return run / max(1, len(self.completion.tokens))
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that the whole model chose too; None where none was."""
+        return self._decoder.acceptance_rate
+
+
+def generate(
+    model: EarlyExitModel,
+    prompt: Sequence[int] | Int[Tensor, " T"],
+    config: GenerateConfig | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    policy: ThresholdPolicy | GainPolicy | None = None,
+    fitted: FittedExits = NOTHING_FITTED,
+    draft_vocab: Int[Tensor, " W"] | None = None,
+) -> Generation:
+    """Generate one text, token by token, as the result is iterated.
+
+    ``tokenizer`` gives tokens their text. ``policy`` takes the threshold's place and ``fitted``
+    holds the gates and temperatures that the confidence reads. ``draft_vocab`` are the tokens
+    that a draft may choose from (the most frequent ones; default: all).
+
+    Raises ConfigError for an empty or too long prompt and for options that the model cannot
+    follow; while iterating, GenerationError for logits that are not finite.
+    """
+    config = config or GenerateConfig()
+    prompt = [int(token) for token in prompt]
+    rule = exit_rule(model, config, policy=policy, fitted=fitted)
+    _check(model, config, [prompt], tokenizer)
+    row = Row(prompt, config, model=model, tokenizer=tokenizer, row=0)
+    cache = model.make_cache(1, len(prompt) + row.limit)
+    if not config.speculative:
+        decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=config.missing_kv)
+        tokens = (token for _, token in _decode(decoder, [prompt], [row]))
+        return Generation(tokens, completion=row.completion, decoder=decoder)
+    drafting = SpeculativeDecoder(
+        model,
+        cache,
+        config=config,
+        draft_exit=draft_exit(model, config, fitted),
+        draft_vocab=draft_vocab,
+        fitted=fitted,
+    )
+    return Generation(
+        _decode_speculatively(drafting, prompt, row), completion=row.completion, decoder=drafting
+    )
+
+
+def generate_batch(
+    model: EarlyExitModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    policy: ThresholdPolicy | GainPolicy | None = None,
+    fitted: FittedExits = NOTHING_FITTED,
+    on_token: Callable[[int, Token], None] | None = None,
+) -> tuple[list[Completion], float]:
+    """Generate a text for each prompt, all at once; each row takes its own exits.
+
+    Row i is what ``generate`` gives for it alone with seed + i. ``on_token`` is told the row and
+    the token as they come. Returns the completions and the layers run for each new token.
+    Raises what ``generate`` does, and ConfigError for speculative decoding, which takes one row.
+    """
+    config = config or GenerateConfig()
+    if config.speculative:
+        raise ConfigError("speculative: expected one prompt at a time, got a batch")
+    texts = [[int(token) for token in prompt] for prompt in prompts]
+    rule = exit_rule(model, config, policy=policy, fitted=fitted)
+    _check(model, config, texts, tokenizer)
+    rows = [
+        Row(prompt, config, model=model, tokenizer=tokenizer, row=i)
+        for i, prompt in enumerate(texts)
+    ]
+    capacity = max(len(prompt) + row.limit for prompt, row in zip(texts, rows, strict=True))
+    decoder = ExitDecoder(
+        model,
+        model.make_cache(len(texts), capacity),
+        batch_size=len(texts),
+        rule=rule,
+        missing_kv=config.missing_kv,
+    )
+    for place, token in _decode(decoder, texts, rows):
+        if on_token:
+            on_token(place, token)
+    run = decoder.layers_run + len(rows) * model.num_layers
+    return [row.completion for row in rows], run / sum(row.count for row in rows)
+
+
+def _check(
+    model: EarlyExitModel,
+    config: GenerateConfig,
+    prompts: list[list[int]],
+    tokenizer: Tokenizer | None,
+) -> None:
+    if not prompts:
+        raise ConfigError("prompts: expected at least 1, got none")
+    for prompt in prompts:
+        check_prompt(prompt, model)
+        check_tokens("prompt", prompt, model.vocab_size)
+    check_tokens("stop_tokens", config.stop_tokens, model.vocab_size)
+    if config.stop_strings and tokenizer is None:
+        raise ConfigError("stop_strings: expected a tokenizer with them, got none")
+
+
+def _decode(
+    decoder: ExitDecoder, prompts: list[list[int]], rows: list[Row]
+) -> Iterator[tuple[int, Token]]:
+    exits, going = decoder.prefill(prompts), list(range(len(rows)))
+    while True:
+        chosen = [
+            rows[place].sampler.choose(exits.logits[i], rows[place].count)
+            for i, place in enumerate(going)
+        ]
+        for i, place in enumerate(going):
+            yield place, rows[place].take(chosen[i], exits.exit_layers[i], exits.confidence[i])
+        on = [i for i, place in enumerate(going) if not rows[place].finished()]
+        if not on:
+            return
+        going = [going[i] for i in on]
+        exits = decoder.decode_one_token([chosen[i] for i in on], going)
+
+
+def _decode_speculatively(
+    decoder: SpeculativeDecoder, prompt: list[int], row: Row
+) -> Iterator[Token]:
+    [chosen] = decoder.prefill(prompt, row.sampler)
+    yield row.take(*chosen)
+    while not row.finished():
+        last = row.completion.tokens[-1].id
+        for chosen in decoder.speculative_decode(
+            last, row.sampler, row.count, at_most=row.limit - row.count
+        ):
+            yield row.take(*chosen)
+            if row.finished():
+                return

@@ -1,0 +1,91 @@
+"""The new tokens of a row, while they come and when they are complete."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from offramp.generation.options import GenerateConfig
+from offramp.generation.sampling import Sampler
+from offramp.generation.text import TextStream
+from offramp.models.base import EarlyExitModel
+
+FinishReason = Literal["stop_token", "stop_string", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One new token."""
+
+    id: int
+    text: str
+    "What it adds to the text, which may lag behind: see TextStream."
+    exit_layer: int
+    "Where it left; the layer that drafted it, if the verification agreed."
+    confidence: float
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """The new tokens of one row."""
+
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        """The new text."""
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        """The new tokens' ids."""
+        return [token.id for token in self.tokens]
+
+
+class Row:
+    """One row under way."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        config: GenerateConfig,
+        *,
+        model: EarlyExitModel,
+        tokenizer: Tokenizer | None,
+        row: int,
+    ) -> None:
+        self.config, self.completion = config, Completion()
+        self.limit = min(config.max_new_tokens, model.max_length - len(prompt) + 1)
+        self.sampler = Sampler(config, prompt, vocab_size=model.vocab_size, row=row)
+        self.stream = TextStream(tokenizer, config.stop_strings)
+
+    def take(self, id: int, exit_layer: int, confidence: float) -> Token:
+        """Add a token that was chosen; the row may be finished then."""
+        self.sampler.keep(id)
+        count = len(self.completion.tokens) + 1
+        text = ""
+        reason: FinishReason | None = None
+        if id in self.config.stop_tokens:
+            reason = "stop_token"
+        else:
+            text = self.stream.push(id)
+            reason = "stop_string" if self.stream.stopped else None
+        if reason is None and count == self.limit:
+            reason = "length"
+        if reason:
+            text += self.stream.flush()
+        token = Token(id=id, text=text, exit_layer=exit_layer, confidence=confidence)
+        self.completion.tokens.append(token)
+        self.completion.finish_reason = reason
+        return token
+
+    def finished(self) -> bool:
+        """No token follows."""
+        return self.completion.finish_reason is not None
+
+    @property
+    def count(self) -> int:
+        """New tokens so far."""
+        return len(self.completion.tokens)

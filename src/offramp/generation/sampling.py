@@ -1,0 +1,131 @@
+"""From logits to a token: greedy, temperature, top-k, top-p, repetition penalty, seeds.
+
+A token is drawn by an exponential race: with E_v ~ Exp(1), argmax_v p(v) / E_v has distribution
+p. The E of the n-th new token of a row depend on the row's seed and n alone, so that a draft and
+the model that verifies it draw with the same luck: see speculative.py.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.errors import ConfigError, GenerationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a token is chosen."""
+
+    temperature: float = 0.0
+    "Divides the logits; 0 always takes the likeliest token (greedy)."
+    top_k: int | None = None
+    "Draw from the k likeliest tokens only."
+    top_p: float | None = None
+    "Draw from the fewest likeliest tokens whose probabilities sum to at least this."
+    repetition_penalty: float = 1.0
+    "Above 1, tokens that stand in the prompt or the output become less likely (CTRL)."
+    seed: int = 0
+    "Seed of the draws; row i of a batch has seed + i."
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature: expected at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(
+                f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected at least 0, got {self.seed}")
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature == 0
+
+
+def penalise(logits: Float[Tensor, " V"], seen: Tensor, penalty: float) -> Float[Tensor, " V"]:
+    """Divide the positive and multiply the negative logits of ``seen`` tokens (Keskar 2019)."""
+    there = logits[seen]
+    return logits.index_put((seen,), torch.where(there > 0, there / penalty, there * penalty))
+
+
+def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[Tensor, " V"]:
+    """The probabilities from which a token is drawn; temperature, then top-k, then top-p."""
+    logits = logits / config.temperature
+    if config.top_k is not None and config.top_k < len(logits):
+        least = logits.topk(config.top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probs = logits.softmax(dim=-1)
+    if config.top_p is not None and config.top_p < 1:
+        ordered, order = probs.sort(descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # of the likelier ones: the first always stays
+        probs = probs.index_fill(0, order[before >= config.top_p], 0.0)
+        probs = probs / probs.sum()
+    return probs
+
+
+class Sampler:
+    """Chooses the tokens of one row, the n-th by the n-th draw."""
+
+    def __init__(
+        self, config: SamplingConfig, prompt: Iterable[int], *, vocab_size: int, row: int = 0
+    ) -> None:
+        self.config, self.vocab_size = config, vocab_size
+        self._seen = set(prompt)
+        self._generator = torch.Generator().manual_seed(config.seed + row)
+        self._races: deque[Tensor] = deque()  # of the tokens from _kept on
+        self._kept = 0
+
+    def choose(
+        self,
+        logits: Float[Tensor, " W"],
+        index: int,
+        *,
+        after: Sequence[int] = (),
+        vocab: Int[Tensor, " W"] | None = None,
+    ) -> int:
+        """The ``index``-th new token (from 0), where the tokens ``after`` follow the kept ones.
+
+        ``vocab`` names the tokens that the logits are of, where they are not of all. Raises
+        GenerationError for logits that are not finite.
+        """
+        config = self.config
+        if config.repetition_penalty != 1.0:
+            seen = torch.zeros(self.vocab_size, dtype=torch.bool)
+            seen[[*self._seen, *after]] = True
+            seen = seen.to(logits.device)
+            here = seen if vocab is None else seen[vocab]
+            logits = penalise(logits, here.nonzero()[:, 0], config.repetition_penalty)
+        best, place = logits.max(dim=-1)
+        if not math.isfinite(best):
+            raise GenerationError(
+                f"logits: expected finite numbers for new token {index + 1}, got {float(best)}: "
+                "the weights of the model or its precision are at fault"
+            )
+        if not config.greedy:
+            race = self._race(index).to(logits.device)
+            race = race if vocab is None else race[vocab]
+            place = (distribution(logits.float(), config) / race).argmax()
+        return int(place if vocab is None else vocab[place])
+
+    def keep(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+        self._seen.add(token)
+        self._kept += 1
+        if self._races:
+            self._races.popleft()
+
+    def _race(self, index: int) -> Float[Tensor, " V"]:
+        while self._kept + len(self._races) <= index:
+            race = torch.empty(self.vocab_size).exponential_(generator=self._generator)
+            self._races.append(race)
+        return self._races[index - self._kept]

@@ -1,0 +1,149 @@
+"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024): lossless, whatever the drafts.
+
+The first layers draft, up to an exit whose head names the next token; then the layers above run
+once over the states of all drafted tokens. Draft and verification are parts of one pass of the
+model: they share the cache, and no layer runs twice for a token.
+
+The accept rule: a drafted token stays if it is the one that the whole model chooses. Where tokens
+are drawn, both draw the n-th token in the same exponential race (sampling.py), so they agree as
+often as their distributions do, and every token is a draw of the whole model's own. So the output
+is that of decoding without drafts, for every seed, and its distribution the model's (Daliri,
+Musco and Suresh 2024, "drafter-invariant speculative decoding").
+"""
+
+from time import perf_counter
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.exits.confidence import ExitView, confidence_named
+from offramp.exits.gate import FittedExits
+from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.options import GenerateConfig
+from offramp.generation.payoff import Payoff
+from offramp.generation.sampling import Sampler
+from offramp.models.base import EarlyExitModel, Step
+from offramp.models.kv_cache import KVCache
+
+Chosen = tuple[int, int, float]
+"""A token, its exit layer and its confidence."""
+
+
+class SpeculativeDecoder:
+    """Decodes one row, several tokens at a time."""
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        cache: KVCache,
+        *,
+        config: GenerateConfig,
+        draft_exit: int,
+        draft_vocab: Int[Tensor, " W"] | None,
+        fitted: FittedExits,
+    ) -> None:
+        self.model, self.cache, self.config = model, cache, config
+        self.draft_exit, self.draft_vocab, self.fitted = draft_exit, draft_vocab, fitted
+        self.measure = confidence_named(config.confidence)
+        self.payoff = Payoff()
+        self.layers_run = self.drafted = self.accepted = self.length = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that the whole model chose too; None where none was."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def prefill(self, prompt: list[int], sampler: Sampler) -> list[Chosen]:
+        """Run the prompt at full depth and choose the first new token."""
+        exits = ExitDecoder(self.model, self.cache, batch_size=1).prefill([prompt])
+        self.length = len(prompt)
+        token = sampler.choose(exits.logits[0], 0)
+        return [(token, self.model.num_layers, exits.confidence[0])]
+
+    @torch.inference_mode()
+    def speculative_decode(
+        self, token: int, sampler: Sampler, index: int, *, at_most: int
+    ) -> list[Chosen]:
+        """The new tokens from the ``index``-th on that one draft and its verification give.
+
+        ``token`` is the last one chosen; no more than ``at_most`` tokens come back.
+        """
+        model, payoff = self.model, self.payoff
+        began = perf_counter()
+        drafting = (payoff.drafting or not self.config.adaptive) and at_most > 1
+        if drafting:
+            states, drafts, scores = self._draft(token, sampler, index, at_most - 1)
+            h = torch.cat(states, dim=1)
+        else:
+            h, drafts, scores = self._shallow(token, 0, model.num_layers), [], []
+        if drafting:
+            step = self._step(0, len(drafts) + 1)
+            h = model.run_layers(h, self.draft_exit, model.num_layers, step=step)
+            self.layers_run += (model.num_layers - self.draft_exit) * (len(drafts) + 1)
+        logits = model.unembed(h, model.num_layers)[0]
+        chosen = self._verify(logits, drafts, scores, sampler, index)
+        self.length += len(chosen)
+        self.cache.crop(self.length)
+        self.drafted += len(drafts)
+        self.accepted += len(chosen) - 1
+        payoff.note(
+            drafts=len(drafts) if drafting else None,
+            tokens=len(chosen),
+            seconds=perf_counter() - began,
+        )
+        return chosen
+
+    def _draft(
+        self, token: int, sampler: Sampler, index: int, at_most: int
+    ) -> tuple[list[Tensor], list[int], list[float]]:
+        """States (1, 1, D) at the exit of the token and of each draft; drafts; confidence."""
+        states = [self._shallow(token, 0, self.draft_exit)]
+        drafts: list[int] = []
+        scores: list[float] = []
+        while len(drafts) < min(self.config.max_drafts, at_most):
+            logits = self.model.unembed(states[-1], self.draft_exit, vocab=self.draft_vocab)[0, 0]
+            score = self._confidence(logits, states[-1][0, 0])
+            if not score >= self.config.draft_threshold:
+                break
+            drafts.append(
+                sampler.choose(logits, index + len(drafts), after=drafts, vocab=self.draft_vocab)
+            )
+            scores.append(score)
+            states.append(self._shallow(drafts[-1], len(drafts), self.draft_exit))
+        return states, drafts, scores
+
+    def _confidence(self, logits: Float[Tensor, " W"], state: Float[Tensor, " D"]) -> float:
+        view = ExitView(exit_layer=self.draft_exit, logits=logits, state=state, fitted=self.fitted)
+        return float(self.measure.score(view))
+
+    def _shallow(self, token: int, ahead: int, stop: int) -> Float[Tensor, "1 1 D"]:
+        step = self._step(ahead, 1)
+        ids = torch.tensor([[token]], device=self.model.device)
+        self.layers_run += stop
+        return self.model.run_layers(self.model.embed(ids, step=step), 0, stop, step=step)
+
+    def _step(self, ahead: int, tokens: int) -> Step:
+        first = self.length + ahead
+        positions = torch.arange(first, first + tokens, device=self.model.device)[None]
+        return Step(positions=positions, cache=self.cache)
+
+    def _verify(
+        self,
+        logits: Float[Tensor, "T V"],
+        drafts: list[int],
+        scores: list[float],
+        sampler: Sampler,
+        index: int,
+    ) -> list[Chosen]:
+        """Accept drafts up to the first that the whole model does not choose, then its choice."""
+        sure = logits.float().softmax(dim=-1).amax(dim=-1).tolist()
+        chosen: list[Chosen] = []
+        for n, draft in enumerate(drafts):
+            token = sampler.choose(logits[n], index + n, after=drafts[:n])
+            if token != draft:
+                return [*chosen, (token, self.model.num_layers, sure[n])]
+            chosen.append((token, self.draft_exit, scores[n]))
+        n = len(drafts)
+        token = sampler.choose(logits[n], index + n, after=drafts)
+        return [*chosen, (token, self.model.num_layers, sure[n])]

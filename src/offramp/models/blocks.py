@@ -1,0 +1,298 @@
+"""What one watched forward pass tells about a Hugging Face causal language model.
+
+No model class is known by name. A handful of tokens goes through the model while every
+module's inputs and outputs are noted: which list of modules is the blocks, what each block is
+given beside the state (mask, positions, rotary tables, cache), and which modules stand between
+the last block and the LM head. ``huggingface.py`` then checks that these ways lead to the
+model's own figures; where they do not, the blocks count as unknown.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.data.hub import one_line
+from offramp.errors import UnsupportedArchitectureError
+
+TOKENS = 6
+STATE, POSITIONS, MASK, CACHE = "<state>", "<positions>", "<mask>", "<cache>"
+"What a module is given anew in each call, as it stands among its arguments."
+_MASKS = ("attention_mask", "causal_mask", "causal_attention_mask")
+_UNUSED = ("cache_position",)  # for caches of the library's own kinds
+_CONSTANT = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotary:
+    """The call of a module that makes tables from a state's type and the positions."""
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    "STATE, POSITIONS or constants."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One block, and what it is given beside the state."""
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    "POSITIONS, MASK, CACHE, a Rotary or constants."
+    window: int | None
+    "How many positions back a token sees, its own among them; None: all."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The ways through a model."""
+
+    blocks: tuple[Block, ...]
+    "Empty where what the blocks are given is not understood."
+    why_no_blocks: str
+    norm: nn.Module | None
+    "The final norm."
+    after_norm: tuple[nn.Module, ...]
+    "What else stands between the last block and the LM head."
+    head: nn.Linear
+    embedding: nn.Module | None
+    "What makes the first block's state, if it is the input embedding and nothing else."
+    ids: Tensor
+    "(1, TOKENS): the tokens of the watched pass."
+    logits: Tensor
+    "(1, TOKENS, V): what the model itself said about them."
+    head_output: Tensor
+    "The same before any scaling or soft cap."
+    last_state: Tensor
+    "(1, TOKENS, D): what the last block handed on."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    output: Any
+
+    @property
+    def state(self) -> Any:
+        """The first argument."""
+        return next(iter(self.arguments.values()), None)
+
+    @property
+    def result(self) -> Any:
+        return self.output[0] if isinstance(self.output, tuple | list) else self.output
+
+
+def watch(lm: Any, config: Any) -> Layout:
+    """Watch a ``transformers`` causal language model run; ``config`` is that of its decoder.
+
+    Raises UnsupportedArchitectureError where it is no decoder-only language model, or where the
+    way from its last state to its logits is not understood.
+    """
+    kind = config.model_type
+    head = lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedArchitectureError(f"{kind}: expected a language model with an LM head")
+    ids = (torch.arange(TOKENS, device=head.weight.device)[None] * 7 + 11) % head.out_features
+    positions = torch.arange(TOKENS, device=ids.device)[None]
+    calls, logits, cache = _watched_pass(lm, ids, positions, kind)
+    blocks, outside, way, last_state = _ways(lm, config.num_hidden_layers, calls, head)
+    is_norm = bool(way) and "norm" in type(way[0]).__name__.lower()
+    if last_state is None or not (blocks or is_norm):
+        raise UnsupportedArchitectureError(
+            f"{kind}: the way from its last state to its logits is not understood, "
+            "so exits cannot be read"
+        )
+    given: list[Block] = []
+    tables: dict[int, Rotary] = {}
+    why = "" if blocks else "no list of blocks hands its last state on"
+    for index, call in enumerate(blocks):
+        try:
+            arguments = _block_arguments(call, positions, cache, outside, tables)
+            window = _window(config, index)
+        except LookupError as unknown:
+            given, why = [], f"its blocks need {unknown.args[0]}"
+            break
+        given.append(Block(module=call.module, arguments=arguments, window=window))
+    embedding = lm.get_input_embeddings()
+    with torch.no_grad():
+        plain = bool(blocks) and torch.equal(embedding(ids), blocks[0].state)
+    return Layout(
+        blocks=tuple(given),
+        why_no_blocks=why,
+        norm=way[0] if is_norm else None,
+        after_norm=tuple(way[1:] if is_norm else way),
+        head=head,
+        embedding=embedding if plain else None,
+        ids=ids,
+        logits=logits,
+        head_output=next(call.output for call in calls if call.module is head).detach(),
+        last_state=last_state.detach(),
+    )
+
+
+def _watched_pass(
+    lm: Any, ids: Tensor, positions: Tensor, kind: str
+) -> tuple[list[_Call], Tensor, Any]:
+    """Every call of a module, in the order in which they ended; the logits; the cache."""
+    from transformers import DynamicCache
+
+    calls: list[_Call] = []
+    embedded: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls.append(_Call(module=module, arguments=named(module, args, kwargs), output=out))
+
+    def lead(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+
+    failed: Exception | None = None
+    for cache in (DynamicCache(), None):
+        calls.clear()
+        embedded.clear()
+        where = {"past_key_values": cache, "use_cache": cache is not None}
+        with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(lm.get_input_embeddings().register_forward_hook(lead))
+            for module in lm.modules():
+                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            try:
+                logits = lm(**accepted(lm, input_ids=ids, position_ids=positions, **where)).logits
+                break
+            except Exception as error:  # any architecture's own
+                failed = error
+    else:
+        raise UnsupportedArchitectureError(
+            f"{kind}: expected a language model that reads token ids alone, got one that fails: "
+            f"{one_line(failed or ValueError())}"
+        )
+    if _sees_later_tokens(lm, ids, logits, embedded):
+        raise UnsupportedArchitectureError(
+            f"{kind}: expected a decoder-only (causal) language model, got one whose first token "
+            "sees later ones"
+        )
+    return calls, logits.detach(), cache
+
+
+def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tensor]) -> bool:
+    """Whether the first token's logits depend on the others."""
+    try:
+        [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
+    except RuntimeError:  # the pass overwrites what a gradient needs
+        with torch.no_grad():
+            others = ids.flip(1).index_copy(1, torch.zeros_like(ids[0, :1]), ids[:, :1])
+            again = lm(input_ids=others).logits
+        return not torch.allclose(again[0, 0], logits[0, 0], rtol=1e-3, atol=1e-4)
+    return later is None or bool(later[0, 1:].any())
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that a module's forward names."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by their names, in the order of the signature."""
+    signature = inspect.signature(module.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
+def _ways(
+    lm: nn.Module, layers: int, calls: Sequence[_Call], head: nn.Linear
+) -> tuple[list[_Call], list[_Call], list[nn.Module], Tensor | None]:
+    """The blocks' calls, the calls outside of blocks, what leads to the head, and from where."""
+    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    for each in (*lists, nn.ModuleList()):
+        blocks = [call for call in calls if call.module in set(each)]
+        if [call.module for call in blocks] != list(each):
+            continue
+        inside = set(each.modules())
+        around = {m for m in lm.modules() if not inside.isdisjoint(m.modules())}
+        outside = [call for call in calls if call.module not in around]
+        way, first = _way_to(head, outside)
+        if not blocks or _same(first, blocks[-1].result):
+            return blocks, outside, way, first
+    return [], list(calls), [], None
+
+
+def _way_to(head: nn.Linear, outside: Sequence[_Call]) -> tuple[list[nn.Module], Tensor | None]:
+    """The modules that lead to the head, one after another, and what the first is given."""
+    way: list[nn.Module] = []
+    state = next((call.state for call in outside if call.module is head), None)
+    for call in reversed(outside):  # what contains a module ends after it
+        if _same(call.result, state) and not _same(call.state, state):
+            way.insert(0, call.module)
+            state = call.state
+    return way, state
+
+
+def _block_arguments(
+    call: _Call,
+    positions: Tensor,
+    cache: Any,
+    outside: Sequence[_Call],
+    tables: dict[int, Rotary],
+) -> dict[str, Any]:
+    _, *others = call.arguments.items()
+    found: dict[str, Any] = {}
+    for name, value in others:
+        if name in _MASKS:
+            found[name] = MASK
+        elif value is cache and cache is not None:
+            found[name] = CACHE
+        elif isinstance(value, _CONSTANT):
+            found[name] = value
+        elif _is_positions(value, positions):
+            found[name] = POSITIONS
+        elif name not in _UNUSED:
+            if id(value) not in tables:
+                tables[id(value)] = _rotary(name, value, positions, outside)
+            found[name] = tables[id(value)]
+    return found
+
+
+def _rotary(name: str, value: Any, positions: Tensor, outside: Sequence[_Call]) -> Rotary:
+    made = next((call for call in outside if call.output is value), None)
+    if made is None:
+        raise LookupError(name)
+    arguments: dict[str, Any] = {}
+    for each, given in made.arguments.items():
+        if isinstance(given, _CONSTANT):
+            arguments[each] = given
+        elif _is_positions(given, positions):
+            arguments[each] = POSITIONS
+        elif isinstance(given, Tensor) and given.is_floating_point():
+            arguments[each] = STATE
+        else:
+            raise LookupError(name)
+    return Rotary(module=made.module, arguments=arguments)
+
+
+def _window(config: Any, index: int) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return window if getattr(config, "use_sliding_window", True) else None
+    if kinds[index] not in ("full_attention", "sliding_attention"):
+        raise LookupError(kinds[index])
+    return window if kinds[index] == "sliding_attention" else None
+
+
+def _is_positions(value: Any, positions: Tensor) -> bool:
+    return isinstance(value, Tensor) and torch.equal(value, positions)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()

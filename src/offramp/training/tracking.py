@@ -1,0 +1,116 @@
+"""A run's figures against the step, for TensorBoard or Weights & Biases (accelerate's trackers)."""
+
+import time
+import uuid
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from offramp.errors import ConfigError
+from offramp.training.config import TrainConfig
+from offramp.training.loop import Progress, Validation
+
+TrackerName = Literal["tensorboard", "wandb", "none"]
+LOG_EVERY = 10
+"""Steps between two entries; an entry holds the means since the one before."""
+_INSTALL = {"tensorboard": "tensorboard", "wandb": "'offramp[wandb]'"}
+
+
+def check_tracker(name: TrackerName) -> None:
+    """ConfigError where the tracker's package is missing."""
+    if name == "none":
+        return
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"tracker: expected {name} to be installed, and it is not: pip install {_INSTALL[name]}"
+        ) from None
+
+
+class RunLog:
+    """Writes a run's loss, CE by layer, learning rate, tokens/s and validations into a folder.
+
+    A resumed run goes on in the same log: entries of steps that it takes again are replaced.
+    With tracker ``none`` nothing is written.
+    """
+
+    def __init__(self, tracker: TrackerName, folder: Path, config: TrainConfig) -> None:
+        check_tracker(tracker)
+        self.name, self.folder, self.config = tracker, folder, config
+        self._tracker: Any = None
+        self._first: int | None = None
+        self._recent: list[Progress] = []
+        self._last = 0.0  # when the last step ended; 0 where other things were done since
+        self._timed, self._seconds = 0, 0.0
+
+    def on_step(self, progress: Progress) -> None:
+        """Take note of a step."""
+        if self.name == "none":
+            return
+        now = time.perf_counter()
+        if self._last:
+            self._timed, self._seconds = self._timed + 1, self._seconds + now - self._last
+        self._last = now
+        self._first = self._first or progress.step
+        self._recent.append(progress)
+        if progress.step % LOG_EVERY == 0 or progress.step == progress.total_steps:
+            self._write_steps()
+
+    def on_validation(self, validation: Validation) -> None:
+        """Write a validation."""
+        if self.name == "none":
+            return
+        ppl = {f"validation/ppl_{layer}": ppl for layer, ppl in validation.exit_ppl.items()}
+        self._write(validation.step, {"validation/score": validation.score, **ppl})
+        self._last = 0.0
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._recent:
+            self._write_steps()
+        if self._tracker is not None:
+            self._tracker.finish()
+            self._tracker = None
+
+    def _write_steps(self) -> None:
+        recent, latest = self._recent, self._recent[-1]
+        values = {
+            "train/loss": _mean([progress.loss for progress in recent]),
+            "train/learning_rate": latest.lr,
+        }
+        for layer in sorted({layer for progress in recent for layer in progress.losses}):
+            parts = [p.losses[layer] for p in recent if layer in p.losses]
+            values[f"train/cross_entropy_{layer}"] = _mean(parts)
+        if self._timed:
+            tokens = self._timed * self.config.batch_size * self.config.seq_len
+            values["train/tokens_per_second"] = tokens / self._seconds
+        self._recent, self._timed, self._seconds = [], 0, 0.0
+        self._write(latest.step, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._tracker is None:
+            self._tracker = self._start()
+        self._tracker.log(values, step=step)
+
+    def _start(self) -> Any:
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.name == "tensorboard":
+            tracker = TensorBoardTracker("", self.folder, purge_step=self._first)
+        else:
+            id_file = self.folder / "wandb-id.txt"
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+            about = {"id": id_file.read_text(encoding="utf-8"), "config": asdict(self.config)}
+            tracker = WandBTracker("offramp", dir=self.folder, resume="allow", **about)
+        tracker.start()
+        return tracker
+
+
+def _mean(values: list[torch.Tensor]) -> float:
+    return float(torch.stack(values).mean())

@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from offramp.calibration.fitting import (
+    fit_exits,
+    fit_gates,
+    fit_temperatures,
+    load_fitted,
+    save_fitted,
+)
+from offramp.data import batches
+from offramp.errors import CheckpointError
+from offramp.evaluation.quality import auroc
+from offramp.evaluation.sample import collect_sample
+from offramp.evaluation.trace import collect_trace
+from offramp.exits.gate import FittedExits, GateConfig
+from offramp.exits.temperature import fit_temperature
+from offramp.models.sources import file_sha256
+
+QUICK = GateConfig(steps=20, batch_size=64)
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model(dtype=torch.float32, num_hidden_layers=4, exit_layers=(1, 3))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # spread the predictions
+    return model
+
+
+@pytest.fixture
+def ids(make_ids):
+    return make_ids(1, 1000)[0]
+
+
+def read(ids):
+    return batches(ids, seq_len=16, batch_size=4)
+
+
+@pytest.fixture
+def fitted(model, ids):
+    return fit_exits(model, read(ids), temperatures=True, config=QUICK)
+
+
+def test_every_exit_but_the_last_gets_what_is_asked_for(fitted, model, ids):
+    assert {kind: sorted(gates) for kind, gates in fitted.gates.items()} == {
+        "gate": [1, 3],
+        "gain": [1, 3],
+    }
+    assert sorted(fitted.temperatures) == [1, 3]
+    outputs = [fitted.gate("gain", layer).out_proj.out_features for layer in (1, 3)]
+    assert outputs == [2, 1]  # exit 1 foresees exit 3, too
+    only = fit_exits(model, read(ids), kinds=("gate",), config=QUICK)
+    assert (list(only.gates), only.temperatures) == (["gate"], {})
+
+
+def test_fitting_leaves_the_model_as_it_is(model, ids):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit_exits(model, read(ids), temperatures=True, config=QUICK)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_one_pass_of_the_model_is_all(model, ids):
+    ran = []
+    model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    fit_exits(model, read(ids), temperatures=True, config=QUICK)
+    assert len(ran) == len(list(read(ids)))
+
+
+def test_gates_learn_from_the_divergence_of_their_own_exit(model, ids):
+    """Against labels shifted by one exit or layer: what a gate says correlates with what is."""
+    sample = collect_sample(model, read(ids), max_tokens=10_000)
+    gates = fit_gates("gain", sample, GateConfig(steps=600, batch_size=256, hidden=256))
+    trace = collect_trace(
+        model, read(ids), measures=("gain",), fitted=FittedExits(gates={"gain": gates}), kl=True
+    )
+    for i, j, other in [(0, 0, 1), (0, 1, 0), (1, 1, 0)]:
+        said = trace.expected_kl[i, j]
+        own, shifted = (np.corrcoef(said, trace.kl[row])[0, 1] for row in (j, other))
+        assert own > max(0.5, shifted + 0.1)
+        assert said.mean() == pytest.approx(trace.kl[j].mean(), rel=0.1)
+
+
+def test_the_gate_says_who_agrees(model, ids):
+    fitted = fit_exits(
+        model, read(ids), kinds=("gate",), config=GateConfig(steps=600, batch_size=256, hidden=256)
+    )
+    trace = collect_trace(model, read(ids), measures=("gate",), fitted=fitted)
+    agrees = trace.argmax[:2] == trace.argmax[2]
+    for row, other in [(0, 1), (1, 0)]:
+        own, shifted = (auroc(trace.scores("gate")[row], agrees[label]) for label in (row, other))
+        assert own > max(0.75, shifted + 0.1)
+
+
+def test_the_temperature_is_that_of_the_exits_own_logits(model, ids):
+    sample = collect_sample(model, read(ids), max_tokens=10_000)
+    for layer, found in fit_temperatures(model, sample).items():
+        every = [model.forward_all_layers(inputs)[layer - 1] for inputs, _ in read(ids)]
+        logits = torch.cat([logits.flatten(0, 1) for logits in every]).detach()
+        assert found == pytest.approx(fit_temperature(logits, ids[1:]), rel=0.01)
+
+
+def test_what_was_fitted_comes_back(fitted, model, ids, tmp_path):
+    save_fitted(fitted, tmp_path)
+    back = load_fitted(tmp_path)
+    assert back.temperatures == fitted.temperatures
+    measures = ("max_prob", "gate", "gain")
+    first, second = (
+        collect_trace(model, read(ids), measures=measures, fitted=which) for which in (fitted, back)
+    )
+    for name in measures:
+        assert np.array_equal(first.scores(name), second.scores(name))
+    assert np.array_equal(first.expected_kl, second.expected_kl, equal_nan=True)
+
+
+def test_a_folder_without_gates_has_none(tmp_path):
+    assert load_fitted(tmp_path).gates == {}
+
+
+def test_saving_keeps_exit_heads_and_drops_earlier_gates(fitted, model, ids, tmp_path):
+    path = tmp_path / "exits.safetensors"
+    save_file({"exits.1.norm.weight": torch.ones(3)}, path, metadata={"step": "7"})
+    (tmp_path / "offramp.json").write_text(json.dumps({"format": 1, "exits_sha256": "old"}))
+    save_fitted(fitted, tmp_path)
+    save_fitted(fit_exits(model, read(ids), kinds=("gate",), config=QUICK), tmp_path)
+    stored = load_file(path)
+    assert torch.equal(stored["exits.1.norm.weight"], torch.ones(3))
+    assert {name.split(".")[0] for name in stored} == {"exits", "gate"}
+    about = json.loads((tmp_path / "offramp.json").read_text())
+    assert about == {"format": 1, "exits_sha256": file_sha256(path)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"gate.1.up_proj.weight": torch.ones(2, 2)}, "a whole gate at exit layer 1"),
+        ({"gate.x.up_proj.weight": torch.ones(2, 2)}, "by layer, got gate.x.up_proj.weight"),
+        ({"gain.1": torch.ones(2)}, "by layer, got gain.1"),
+        ({"temperature.1.more": torch.ones(1)}, "by layer, got temperature.1.more"),
+    ],
+)
+def test_damaged_gates_are_a_checkpoint_error(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "exits.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_fitted(tmp_path)

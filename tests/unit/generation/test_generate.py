@@ -1,0 +1,356 @@
+import gc
+import itertools
+import math
+import tracemalloc
+
+import pytest
+import torch
+
+from offramp.data.tokenizer import byte_tokenizer, character_tokenizer
+from offramp.errors import ConfigError, GenerationError
+from offramp.exits.gate import FittedExits, Gate
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation import ExitRule, GenerateConfig, forced_exits, generate, generate_batch
+from offramp.generation.payoff import Payoff
+
+PROMPT = [3, 1, 4]
+MODES = [
+    {},
+    {"threshold": 0.3, "missing_kv": "propagate"},
+    {"threshold": 0.3, "missing_kv": "recompute"},
+    {"speculative": True, "draft_threshold": -1.0, "adaptive": False},
+]
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(num_hidden_layers=4, exit_layers=(1, 2))
+
+
+def ids(model, prompt=PROMPT, **options):
+    return [token.id for token in generate(model, prompt, GenerateConfig(**options))]
+
+
+# How it ends.
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("new", [1, 2, 7])
+def test_no_more_tokens_come_than_were_asked_for(model, mode, new):
+    generation = generate(model, PROMPT, GenerateConfig(max_new_tokens=new, **mode))
+    assert len(list(generation)) == new
+    assert generation.completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_token_is_the_last_and_has_no_text(model, mode):
+    tokenizer = character_tokenizer("abcdefghijkl")
+    whole = ids(model, max_new_tokens=20, **mode)
+    stop = next(token for token in whole if token != whole[0])
+    config = GenerateConfig(max_new_tokens=20, stop_tokens=(stop,), **mode)
+    generation = generate(model, PROMPT, config, tokenizer=tokenizer)
+    tokens = list(generation)
+    assert [token.id for token in tokens] == whole[: whole.index(stop) + 1]
+    assert tokens[-1].text == ""
+    assert generation.completion.finish_reason == "stop_token"
+    assert generation.completion.text == tokenizer.decode(whole[: whole.index(stop)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_text_ends_before_a_stop_string(model, mode):
+    tokenizer = character_tokenizer("abcdefghijkl")
+    text = tokenizer.decode(ids(model, max_new_tokens=20, **mode))
+    stop = text[4:6]
+    config = GenerateConfig(max_new_tokens=20, stop_strings=(stop,), **mode)
+    generation = generate(model, PROMPT, config, tokenizer=tokenizer)
+    list(generation)
+    assert generation.completion.text == text[: text.index(stop)]
+    assert generation.completion.finish_reason == "stop_string"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_context_ends_the_text(make_model, mode):
+    model = make_model(num_hidden_layers=4, exit_layers=(1, 2), max_position_embeddings=10)
+    assert len(ids(model, [3] * 6, max_new_tokens=50, **mode)) == 5  # the last is not read again
+    assert len(ids(model, [3] * 10, max_new_tokens=50, **mode)) == 1
+
+
+# What it costs.
+
+
+def test_mean_layers_count_every_layer_that_ran(model):
+    ran = []
+    run_layers = model.run_layers
+
+    def counted(h, start, stop, *, step, active=None):
+        real = h.shape[0] * h.shape[1] if step.real is None else int(step.real.sum())
+        ran.append((stop - start) * real)
+        return run_layers(h, start, stop, step=step, active=active)
+
+    model.run_layers = counted
+    for mode in [{"threshold": 0.3, **kv} for kv in ({"missing_kv": "recompute"}, {})] + MODES:
+        for prompts in ([PROMPT], [PROMPT, [5], [7, 2, 6, 8]]):
+            if mode.get("speculative") and len(prompts) > 1:
+                continue
+            ran.clear()
+            config = GenerateConfig(max_new_tokens=15, **mode)
+            if len(prompts) == 1:
+                generation = generate(model, PROMPT, config)
+                count, mean = len(list(generation)), generation.mean_layers
+            else:
+                completions, mean = generate_batch(model, prompts, config)
+                count = sum(len(completion.tokens) for completion in completions)
+            assert mean == pytest.approx((sum(ran[1:]) + 4 * len(prompts)) / count)
+
+
+def test_full_depth_is_every_layer_once(model):
+    generation = generate(model, PROMPT, GenerateConfig(max_new_tokens=9))
+    list(generation)
+    assert generation.mean_layers == 4.0
+
+
+def test_tokens_that_leave_early_run_no_layer_above(model):
+    everyone = {"threshold": -math.inf, "max_new_tokens": 11}
+    for missing_kv in ("propagate", "recompute"):
+        config = GenerateConfig(missing_kv=missing_kv, **everyone)
+        generation = generate(model, PROMPT, config)
+        assert [token.exit_layer for token in generation] == [4] + [1] * 10
+        assert generation.mean_layers == (4 + 10) / 11
+
+
+def test_a_measure_without_logits_asks_the_head_only_of_those_that_leave(model):
+    asked = []
+    unembed = model.unembed
+
+    def counted(h, exit_layer, *, vocab=None):
+        asked.append(exit_layer)
+        return unembed(h, exit_layer, vocab=vocab)
+
+    model.unembed = counted
+    config = GenerateConfig(max_new_tokens=20, threshold=0.6, confidence="saturation")
+    tokens = list(generate(model, PROMPT, config))
+    assert asked == [token.exit_layer for token in tokens]
+
+
+def test_gates_and_policies_of_gain_decide(model):
+    torch.manual_seed(0)
+    gates = {
+        "gain": {1: Gate(16, outputs=2).double(), 2: Gate(16).double()},
+        "gate": {1: Gate(16).double(), 2: Gate(16).double()},
+    }
+    fitted = FittedExits(gates=gates)
+    config = GenerateConfig(max_new_tokens=9, confidence="gain", missing_kv="recompute")
+    seen = set()
+    for price in (0.0, 0.004, 10.0):
+        policy = GainPolicy(price=price, costs=(25.0, 50.0, 100.0))
+        tokens = list(generate(model, PROMPT, config, policy=policy, fitted=fitted))
+        seen.update(token.exit_layer for token in tokens[1:])
+        if price != 0.004:
+            assert {token.exit_layer for token in tokens[1:]} == {4 if price == 0 else 1}
+    always = GenerateConfig(max_new_tokens=9, confidence="gate", threshold=0.0)
+    assert {t.exit_layer for t in list(generate(model, PROMPT, always, fitted=fitted))[1:]} == {1}
+
+
+def test_temperatures_of_exits_change_confidence_but_no_choice(model):
+    rule = ExitRule(policy=ThresholdPolicy(thresholds=(0.4, 0.4)))
+    text = torch.tensor([[1, 5, 2, 7, 3, 9, 4]])
+    _, layers = forced_exits(model, text, rule)
+    hot = ExitRule(policy=rule.policy, fitted=FittedExits(temperatures={1: 50.0, 2: 50.0}))
+    _, hotter = forced_exits(model, text, hot)
+    assert (hotter == 4).all()
+    assert (layers < 4).any()
+
+
+# Bad input: one sentence each.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "^prompt: expected at least 1 token, got none$"),
+        ([1] * 65, {}, "^prompt: expected at most 64 tokens, the model's longest sequence, got 65"),
+        ([13], {}, "^prompt: expected token ids from 0 to 12, got 13$"),
+        ([-1], {}, "^prompt: expected token ids from 0 to 12, got -1$"),
+        (PROMPT, {"stop_tokens": (99,)}, "^stop_tokens: expected token ids from 0 to 12, got 99$"),
+        (PROMPT, {"stop_strings": ("a",)}, "^stop_strings: expected a tokenizer"),
+        (PROMPT, {"threshold": (0.5,)}, "^thresholds: expected 2, one for each exit but the last"),
+        (PROMPT, {"threshold": math.nan}, "^threshold: expected a number, got nan$"),
+        (PROMPT, {"speculative": True, "draft_exit": 4}, "expected one of the exits 1, 2, got 4"),
+        (
+            PROMPT,
+            {"threshold": 0.5, "confidence": "gate"},
+            "expected a fitted gate at exit layer 1, found none",
+        ),
+        (
+            PROMPT,
+            {"speculative": True, "confidence": "gain"},
+            "expected a fitted gain at exit layer 1, found none",
+        ),
+        (
+            PROMPT,
+            {"speculative": True, "confidence": "patience"},
+            "^confidence: expected a measure that reads one exit alone for drafts, got 'patience'$",
+        ),
+    ],
+)
+def test_what_the_model_cannot_follow_is_one_sentence(make_model, prompt, options, message):
+    model = make_model(num_hidden_layers=4, exit_layers=(1, 2), max_position_embeddings=64)
+    with pytest.raises(ConfigError, match=message):
+        generate(model, prompt, GenerateConfig(**options))
+    if not options.get("speculative"):
+        with pytest.raises(ConfigError, match=message):
+            generate_batch(model, [PROMPT, prompt], GenerateConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "^max_new_tokens: expected at least 1, got 0$"),
+        ({"max_drafts": 0}, "^max_drafts: expected at least 1, got 0$"),
+        ({"missing_kv": "forget"}, "^missing_kv: expected propagate or recompute, got 'forget'$"),
+        ({"confidence": "mood"}, "^confidence: expected one of max_prob, .* got 'mood'$"),
+        ({"stop_strings": ("",)}, "^stop_strings: expected strings of at least 1 character"),
+        ({"draft_threshold": math.nan}, "^draft_threshold: expected a number, got nan$"),
+        ({"speculative": True, "threshold": 0.5}, "^threshold: expected none with speculative"),
+    ],
+)
+def test_options_out_of_range_are_one_sentence(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerateConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"speculative": True}])
+def test_exits_are_asked_of_a_model_without_any(make_model, options):
+    model = make_model(exit_layers=())
+    with pytest.raises(ConfigError, match="expected a model with an exit before its last layer"):
+        generate(model, PROMPT, GenerateConfig(**options))
+
+
+def test_a_batch_is_not_empty_and_not_speculative(model):
+    with pytest.raises(ConfigError, match=r"^prompts: expected at least 1, got none$"):
+        generate_batch(model, [])
+    with pytest.raises(ConfigError, match=r"^speculative: expected one prompt at a time"):
+        generate_batch(model, [PROMPT], GenerateConfig(speculative=True))
+    policy = ThresholdPolicy(thresholds=(0.5, 0.5))
+    with pytest.raises(ConfigError, match=r"^policy: expected none with speculative"):
+        generate(model, PROMPT, GenerateConfig(speculative=True), policy=policy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_that_are_not_numbers_are_one_sentence(model, mode):
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(GenerationError, match=r"^logits: expected finite numbers for new token 1,"):
+        ids(model, **mode)
+
+
+# Nothing is left behind.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_after_a_failure_or_a_stop_everything_is_as_before(model, mode):
+    expected = ids(model, max_new_tokens=15, **mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generation = generate(model, PROMPT, GenerateConfig(max_new_tokens=15, **mode))
+    assert [token.id for token in itertools.islice(generation, 4)] == expected[:4]
+    block = model.model.layers[0]
+    for failing_call in (1, 2, 7):
+        calls = itertools.count(1)
+
+        def fail(*_, last=failing_call, calls=calls):
+            if next(calls) >= last:
+                raise KeyboardInterrupt
+
+        handle = block.mlp.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            ids(model, max_new_tokens=15, **mode)
+        handle.remove()
+        assert not torch.is_inference_mode_enabled()
+        assert ids(model, max_new_tokens=15, **mode) == expected
+    assert [token.id for token in generation] == expected[4:]  # the other one goes on
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_can_be_trained_after_it_has_generated(model):
+    ids(model)
+    model(torch.tensor([PROMPT])).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_does_not_grow_with_the_number_of_calls(model, mode):
+    config = GenerateConfig(max_new_tokens=12, **mode)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    list(generate(model, PROMPT, config))
+    count = tensors()
+    tracemalloc.start()
+    list(generate(model, PROMPT, config))
+    gc.collect()
+    size, _ = tracemalloc.get_traced_memory()
+    for _ in range(5):
+        list(generate(model, PROMPT, config))
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tensors() == count
+    assert grown - size < 20_000
+
+
+def test_an_interrupted_generation_leaves_no_inference_mode_to_its_reader(model):
+    generation = generate(model, PROMPT, GenerateConfig(max_new_tokens=5))
+    next(generation)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.ones(1, requires_grad=True).sum().requires_grad
+
+
+def test_text_streams_as_it_comes(make_model):
+    model = make_model(vocab_size=256)
+    tokenizer = byte_tokenizer()
+    config = GenerateConfig(max_new_tokens=30, temperature=1.5)
+    generation = generate(model, tokenizer.encode("ä").ids, config, tokenizer=tokenizer)
+    tokens = list(generation)
+    assert generation.completion.text == tokenizer.decode([token.id for token in tokens])
+
+
+# Whether drafting pays.
+
+
+def rounds(payoff, accepted, count, *, plain=1.0, seconds=1.3):
+    """Play rounds of one draft each; returns how many of them drafted."""
+    drafted = 0
+    for round_ in range(count):
+        if payoff.drafting:
+            drafted += 1
+            payoff.note(drafts=1, tokens=1 + accepted(round_), seconds=seconds)
+        else:
+            payoff.note(drafts=None, tokens=1, seconds=plain)
+    return drafted
+
+
+def test_drafting_that_pays_goes_on():
+    payoff = Payoff()
+    assert rounds(payoff, lambda n: n % 2 == 0, 200) == 198
+
+
+def test_drafting_that_does_not_pay_stops_and_tries_again_less_and_less():
+    payoff = Payoff()
+    assert rounds(payoff, lambda n: False, 1000) < 40
+    lost = 0.3 * rounds(payoff, lambda n: False, 2000)
+    assert 0 < lost < 20  # one percent
+
+
+def test_drafting_comes_back_when_the_text_changes():
+    payoff = Payoff()
+    rounds(payoff, lambda n: False, 300)
+    assert rounds(payoff, lambda n: True, 2000) > 1000
+
+
+def test_one_slow_round_does_not_stop_drafting():
+    payoff = Payoff()
+    rounds(payoff, lambda n: n % 2 == 0, 50)
+    rounds(payoff, lambda n: n % 2 == 0, 1, seconds=30.0)
+    assert rounds(payoff, lambda n: n % 2 == 0, 100) == 100
