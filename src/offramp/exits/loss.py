@@ -50,6 +50,7 @@ def weighted_exit_loss(
         weights=tuple(weights[layer] for layer in layers),
         unembed=unembed,
         chunk_tokens=max(MIN_CHUNK, CHUNK_LOGITS // vocab_size),
+        vocab_size=vocab_size,
         distill=distill,
         temperature=temperature,
     )
@@ -80,11 +81,18 @@ class _Plan:
     weights: tuple[float, ...]
     unembed: Unembed
     chunk_tokens: int
+    vocab_size: int
     distill: float
     temperature: float
 
-    def chunk(self, states: Sequence[Tensor], targets: Tensor) -> Iterator[_ChunkLoss]:
-        """One layer after the other on one chunk of tokens, summed over them."""
+    def chunk(
+        self, states: Sequence[Tensor], targets: Tensor, tokens: int, room: Tensor
+    ) -> Iterator[_ChunkLoss]:
+        """One layer after the other on a chunk of a batch of so many ``tokens``.
+
+        ``room`` holds the gradient by the logits of one of them at a time: memory that is taken
+        anew for each costs as much as the softmax.
+        """
         teacher: Tensor | None = None
         if self.distill and len(states) > 1:
             with torch.no_grad():
@@ -93,24 +101,32 @@ class _Plan:
         for index, (h, weight) in enumerate(zip(states, self.weights, strict=True)):
             logits = self.logits(h, index)
             taught = teacher if index < len(states) - 1 else None
-            yield self.loss(index, weight, logits, targets, taught)
+            yield self.loss(index, weight, logits, targets, taught, tokens, room)
 
     def logits(self, h: Tensor, index: int) -> Tensor:
         """(n, D) -> (n, V), at least float32."""
-        logits = self.unembed(h[None], self.layers[index])[0]
+        logits = self.unembed(h[None], self.layers[index]).squeeze(0)  # [0] would copy its gradient
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def loss(
-        self, index: int, weight: float, logits: Tensor, targets: Tensor, teacher: Tensor | None
+        self,
+        index: int,
+        weight: float,
+        logits: Tensor,
+        targets: Tensor,
+        teacher: Tensor | None,
+        tokens: int,
+        room: Tensor,
     ) -> _ChunkLoss:
         """The loss and its gradient written out: p - 1 at the target, T (q_T - p_T) to a teacher.
 
-        The automatic gradient of a cross-entropy passes over the logits three times more.
+        The automatic gradient of a cross-entropy passes over the logits five times more. The log
+        of the normaliser is read at the largest logit, whose probability is at least 1 / V.
         """
-        grad = F.log_softmax(logits, dim=-1)
-        cross_entropy = -grad.gather(1, targets[:, None]).sum()
-        grad.exp_()
+        grad = torch.softmax(logits, dim=-1, out=room[: len(logits)])
+        normaliser = logits.amax(dim=-1, keepdim=True) - grad.amax(dim=-1, keepdim=True).log()
+        cross_entropy = (normaliser - logits.gather(1, targets[:, None])).sum()
         grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
         loss = cross_entropy
         if teacher is not None:
@@ -121,9 +137,9 @@ class _Plan:
         return _ChunkLoss(
             index=index,
             logits=logits,
-            grad=grad.mul_(weight),
-            loss=weight * loss,
-            cross_entropy=cross_entropy,
+            grad=grad.mul_(weight / tokens),
+            loss=weight * loss / tokens,
+            cross_entropy=cross_entropy / tokens,
         )
 
 
@@ -140,18 +156,22 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=targets.device)
         parts = [torch.zeros_like(total) for _ in states]
         grads: list[Tensor | None] = [
-            torch.zeros_like(tensor) if want else None
-            for tensor, want in zip(tensors, wanted, strict=True)
+            torch.empty_like(tensor) if want else None
+            for tensor, want in zip(states, wanted[:count], strict=True)
         ]
+        grads += [
+            torch.zeros_like(tensor) if want else None
+            for tensor, want in zip(parameters, wanted[count:], strict=True)
+        ]
+        room = states[0].new_empty(min(tokens, plan.chunk_tokens), plan.vocab_size, dtype=dtype)
         for start in range(0, tokens, plan.chunk_tokens):
             rows = slice(start, min(start + plan.chunk_tokens, tokens))
             with torch.set_grad_enabled(any(wanted)):
                 pieces = [state[rows].detach().requires_grad_(any(wanted)) for state in states]
-                for part in plan.chunk(pieces, targets[rows]):
-                    total += part.loss / tokens
-                    parts[part.index] += part.cross_entropy / tokens
+                for part in plan.chunk(pieces, targets[rows], tokens, room):
+                    total += part.loss
+                    parts[part.index] += part.cross_entropy
                     if any(wanted):
-                        part.grad.div_(tokens)
                         _accumulate(part, pieces[part.index], parameters, rows, grads)
         ctx.mark_non_differentiable(*parts)
         ctx.grads = grads

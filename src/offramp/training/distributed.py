@@ -122,7 +122,8 @@ def join(device: torch.device | str) -> Processes:
         raise ConfigError(f"device: expected cpu or cuda for {size} processes, got {device}")
     if new:
         atexit.register(state.destroy_process_group)
-    own = device if device.type == "cpu" else state.device
+    own = state.device  # a model may still be on the CPU when the processes are on GPUs
+    own = torch.device("cpu") if own.type == "cpu" else own  # not cpu:0
     return Processes(rank=state.process_index, size=size, device=own)
 
 

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from offramp.errors import ConfigError
-from offramp.training import Processes, TrainConfig, check_processes, local_device
+from offramp.training import Processes, TrainConfig, check_processes, join, local_device
 
 WORKER = Path(__file__).with_name("worker.py")
 spec = importlib.util.spec_from_file_location("worker", WORKER)
@@ -183,6 +185,28 @@ def test_a_batch_that_cannot_be_shared_is_a_config_error_with_all_numbers():
     check_processes(config, Processes(size=16))
     with pytest.raises(ConfigError, match=r"6 \(accumulate 2 x 3 processes\), got 32"):
         check_processes(config, Processes(size=3))
+
+
+def connected(monkeypatch, *, size, device):
+    """Let accelerate have connected so many processes, this one on that device."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    state = SimpleNamespace(process_index=1, num_processes=size, device=torch.device(device))
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+
+
+def test_a_model_on_the_cpu_goes_where_its_process_is(monkeypatch):
+    assert join("cpu") == Processes(device=torch.device("cpu"))
+    connected(monkeypatch, size=2, device="cuda:1")
+    assert join("cpu") == Processes(rank=1, size=2, device=torch.device("cuda:1"))
+    connected(monkeypatch, size=2, device="cpu:0")
+    assert join("cpu").device == torch.device("cpu")
+
+
+def test_processes_that_cannot_be_connected_do_not_train_side_by_side(monkeypatch):
+    connected(monkeypatch, size=1, device="mps")
+    with pytest.raises(ConfigError, match="expected cpu or cuda for 2 processes, got mps"):
+        join("mps")
 
 
 def test_each_of_several_processes_needs_a_gpu_of_its_own(monkeypatch):
