@@ -58,24 +58,22 @@ SMALL = DecoderConfig(
 USUAL = TrainConfig(
     loss_weights="standard",
     seq_len=128,
-    batch_size=8,
+    batch_size=4,
     lr=2e-3,
-    warmup_steps=25,
+    warmup_steps=50,
     schedule="cosine",
 )
 
 OBJECTIVES = Study(
     name="objectives",
     question="What does each objective of the field do to the exit, the last layer and between?",
-    tokenizer="bpe:2048",
+    tokenizer="bpe:512",
     model=SMALL,
     training=USUAL,
-    tokens=262_144,
+    tokens=524_288,
     test_tokens=32_768,
     recipes=(
-        Recipe(label="asymmetric 0.3", training={"loss_weights": "asymmetric:0.3"}),
         Recipe(label="asymmetric 0.5", training={"loss_weights": "asymmetric:0.5"}),
-        Recipe(label="asymmetric 0.7", training={"loss_weights": "asymmetric:0.7"}),
         Recipe(
             label="asymmetric 0.9 to 0.3, cosine",
             training={
@@ -99,7 +97,7 @@ OBJECTIVES = Study(
             training={
                 "loss_weights": "ee_llm:0.25",
                 "weight_warmup": "linear",
-                "weight_warmup_steps": 64,
+                "weight_warmup_steps": 256,
             },
         ),
         Recipe(
@@ -130,8 +128,8 @@ OBJECTIVES = Study(
             training={"loss_weights": "asymmetric:0.5", "distill": 0.3},
         ),
         Recipe(
-            label="asymmetric 0.5 after 64 steps of standard",
-            training={"loss_weights": "asymmetric:0.5", "backbone_steps": 64},
+            label="asymmetric 0.5 after 256 steps of standard",
+            training={"loss_weights": "asymmetric:0.5", "backbone_steps": 256},
         ),
         Recipe(
             label="asymmetric 0.5, learning rate decay 0.9 a layer",
