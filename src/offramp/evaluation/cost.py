@@ -27,10 +27,7 @@ def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: i
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """FLOPs of a token in each part of a model: those of matrix products, 2 for a multiply-add.
-
-    As in "recompute", the keys and values that a token leaves out are not counted.
-    """
+    """FLOPs of a token in each part of a model: those of matrix products, 2 for a multiply-add."""
 
     exit_layers: tuple[int, ...]
     context: float
@@ -41,6 +38,8 @@ class ModelCost:
     "Of the norm, adapter and LM head by exit layer."
     gates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     "Of each gate, by kind and exit layer."
+    keys_values: tuple[float, ...] = ()
+    "Of each block's projections of keys and values alone, where the model can run those alone."
 
     @property
     def full(self) -> float:
@@ -52,9 +51,16 @@ class ModelCost:
         return replace(self, exit_layers=tuple(exit_layers))
 
     def flops_pct_by_exit(
-        self, confidence: str, *, asked: Sequence[bool] | None = None
+        self,
+        confidence: str,
+        *,
+        asked: Sequence[bool] | None = None,
+        missing_kv: str = "recompute",
     ) -> tuple[float, ...]:
         """What a token costs that leaves at each exit, in percent of the full model.
+
+        Under "recompute" the keys and values that it leaves out are not counted; "propagate"
+        projects them in every block above.
 
         A measure that reads logits costs the head of every exit where it is ``asked`` (default:
         at each but the last), and a gate costs the gate; whoever leaves needs its head once.
@@ -70,7 +76,8 @@ class ModelCost:
         for layer, question in zip(early, asked, strict=True):
             head = self.heads[layer]
             gate = self._gate(confidence, layer) if measure.needs_gate and question else 0.0
-            costs.append(sum(self.layers[:layer]) + passed + gate + head)
+            above = sum(self.keys_values[layer:]) if missing_kv == "propagate" else 0.0
+            costs.append(sum(self.layers[:layer]) + passed + gate + head + above)
             passed += gate + (head if measure.needs_head and question else 0.0)
         last = self.exit_layers[-1]
         costs.append(sum(self.layers[:last]) + passed + self.heads[last])
@@ -121,7 +128,21 @@ def model_cost(
         layers=layers,
         heads=heads,
         gates=gates,
+        keys_values=_keys_values(model),
     )
+
+
+def _keys_values(model: EarlyExitModel) -> tuple[float, ...]:
+    """FLOPs of projecting one token's keys and values in each block."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    step = replace(whole_step(ids), cache=model.make_cache(1, 1))
+    h = model.embed(ids, step=step)
+    flops = []
+    for layer in range(model.num_layers):
+        with FlopCounterMode(display=False) as counter:
+            model.project_kv(h, layer, layer + 1, step=step)
+        flops.append(float(counter.get_total_flops()))
+    return tuple(flops)
 
 
 def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:

@@ -89,13 +89,7 @@ def write_report(results: Results, path: Path) -> None:
 
 def render(results: Results) -> str:
     """The report's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("offramp.report", package_path=""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment, vega = page_environment()
     sections = [
         make_section(name, f"corpus-{number}", corpus)
         for number, (name, corpus) in enumerate(results["corpora"].items(), start=1)
@@ -107,9 +101,21 @@ def render(results: Results) -> str:
         environment=environment_table(results),
         verdict_styles=VERDICT_STYLES,
         exit_hues={layer: exit_hue(layer, depth) for layer in sorted(layers)},
-        vega=javascript(),
+        vega=vega,
         version=results["offramp_version"],
     )
+
+
+def page_environment() -> tuple[jinja2.Environment, Markup]:
+    """What renders the templates, and the script that draws their charts."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("offramp.report", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment, javascript()
 
 
 @functools.cache

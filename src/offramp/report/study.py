@@ -1,131 +1,226 @@
-"""A study's table and plot, from the content of its study.json."""
+"""A study's tables, plots and page, from the content of its study.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import altair as alt
-
 from offramp.models.checkpoint import replacing
-from offramp.report.plots import PALETTE, WIDTH, data_chart, layer, save_png
+from offramp.report import study_plots
+from offramp.report.html import make_figure, page_environment
+from offramp.report.plots import save_png
+from offramp.report.tables import Column, Table, markdown_table
+from offramp.report.text import p_text
 
 Content = Mapping[str, Any]
-ROUTED_AT = "80"
-KINDS = ("exit", f"routed, {ROUTED_AT}% of compute", "last layer")
+Row = Mapping[str, Any]
 
 
 def write(content: Content, out: Path) -> None:
-    """``table.md`` and ``figure.png``, each whole or not at all."""
+    """The tables, two pictures and the page, each whole or not at all."""
     with replacing(out / "table.md") as aside:
         aside.write_text(markdown(content), encoding="utf-8")
     with replacing(out / "figure.png") as aside:
-        save_png(figure(content), aside)
+        save_png(study_plots.recipes(content), aside)
+    with replacing(out / "frontier.png") as aside:
+        save_png(study_plots.frontiers(content, _usual(content), "recompute"), aside)
+    with replacing(out / "report.html") as aside:
+        aside.write_text(page(content), encoding="utf-8", newline="\n")
+
+
+def page(content: Content) -> str:
+    """One self-contained page: the answers, the tables, and frontiers to point at."""
+    environment, javascript = page_environment()
+    figures = [study_plots.recipes(content)]
+    figures += [
+        study_plots.frontiers(content, confidence, missing_kv)
+        for confidence, missing_kv in _families(content)
+    ]
+    return environment.get_template("study.html.jinja").render(
+        content=content,
+        how=how(content),
+        tables=tables(content),
+        figures=[make_figure(chart) for chart in figures],
+        vega=javascript,
+        version=content["offramp_version"],
+    )
 
 
 def markdown(content: Content) -> str:
-    """What was asked, how, and a row for each recipe and static model."""
-    rows = [
-        "| recipe | exit PPL | last layer's PPL | PPL at 65% | PPL at 80% | "
-        "ratio to static at 80% | p (Holm) |",
-        "|---|---|---|---|---|---|---|",
+    """What was asked and answered, how, and the tables."""
+    lines = [f"# Study: {content['study']}", "", content["question"], ""]
+    for answer in content["answers"]:
+        lines += [f"- {answer}"]
+    lines += ["", how(content), ""]
+    for table in tables(content):
+        lines += [*markdown_table(table, 2), ""]
+    return "\n".join(lines)
+
+
+def how(content: Content) -> str:
+    """How the figures came about, in words."""
+    return (
+        f"Text: {content['text']['corpus']}; {content['text']['split']}. "
+        f"{content['train_tokens']:,} training tokens a run, {len(content['seeds'])} seeds, "
+        f"{content['test_tokens']:,} test tokens; mean ± sample standard deviation of the PPL. "
+        "FLOPs% counts layers, exit heads and gates relative to the standard model; Compute% is "
+        "layers run / layers in the model. Thresholds are quantiles on held-out training text; "
+        "PPL between them is interpolated in logs. Static: a shallower model without exits, "
+        "trained on the same tokens, interpolated between its depths. A ratio below 1 is better; "
+        "in brackets its 95% bootstrap interval over seeds and sequences; p: paired t test over "
+        "the seeds' log ratios, Holm's correction over the recipes."
+    )
+
+
+def tables(content: Content) -> list[Table]:
+    """The exits, a table of routed figures for each measure and convention, the static models."""
+    routed = [
+        _routed_table(content, confidence, missing_kv)
+        for confidence, missing_kv in _families(content)
     ]
-    for row in by_final(content):
-        exits = " / ".join(_spread(stat) for _, stat in early_exits(row))
-        p_value = "" if row["p_value"] is None else f"{row['p_value']:.3f}"
-        rows.append(
-            f"| {row['label']} | {exits} | {_spread(row['final_ppl'])} | "
-            f"{_spread(row['ppl_at']['65'])} | {_spread(row['ppl_at']['80'])} | "
-            f"{_spread(row['ratio_to_static_at']['80'], digits=3)} | {p_value} |"
-        )
-    for layers, ppls in static_ppls(content).items():
-        mean = sum(ppls) / len(ppls)
-        compute = next(
-            entry["compute_pct"] for entry in content["static"] if entry["layers"] == layers
-        )
-        rows.append(
-            f"| static, {layers} layers ({compute:.0f}% of compute) | | {mean:.2f} | | | | |"
-        )
-    return "\n".join(
-        [
-            f"# Study: {content['study']}",
-            "",
-            content["question"],
-            "",
-            f"Text: {content['text']['corpus']}; {content['text']['split']}. "
-            f"{content['train_tokens']:,} training tokens a run, {len(content['seeds'])} seeds; "
-            "mean ± sample standard deviation. Compute is layers run / layers in the model, "
-            f'missing_kv = "{content["missing_kv"]}". Thresholds are quantiles on the held-out '
-            "text; PPL between them is interpolated. Static: a shallower model trained on the "
-            "same tokens, interpolated between its depths.",
-            "",
-            *rows,
-            "",
+    return [_exit_table(content), *routed, _static_table(content)]
+
+
+def rows_of(content: Content, confidence: str, missing_kv: str) -> list[Row]:
+    """The recipes' rows under one measure and convention, in the study's order."""
+    return [
+        row
+        for row in content["summary"]
+        if (row["confidence"], row["missing_kv"]) == (confidence, missing_kv)
+    ]
+
+
+def _families(content: Content) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["confidence"], row["missing_kv"]) for row in content["summary"]))
+
+
+def _usual(content: Content) -> str:
+    """The measure of the picture that stands beside the table: the last, such as a gate."""
+    return str(_families(content)[-1][0])
+
+
+def _exit_table(content: Content) -> Table:
+    baseline = any("final_to_baseline" in row for row in content["summary"])
+    header = [
+        Column(title="Recipe"),
+        Column(title="Loss weights"),
+        Column(title="Exit PPL", kind="number"),
+        Column(title="Last layer's PPL", kind="number"),
+        Column(title="to standard", kind="number"),
+        Column(title="p", kind="number"),
+    ]
+    if baseline:
+        header += [Column(title="to baseline", kind="number"), Column(title="p", kind="number")]
+    rows = []
+    for row in rows_of(content, *_families(content)[0]):
+        cells = [
+            row["label"],
+            row["loss_weights"],
+            _exits(row),
+            spread(row["final_ppl"]),
+            *_tested(row["final_to_standard"]),
         ]
-    )
+        rows.append((*cells, *(_tested(row["final_to_baseline"]) if baseline else ())))
+    return Table(title="The exits and the last layer", header=tuple(header), rows=tuple(rows))
 
 
-def figure(content: Content) -> alt.LayerChart:
-    """Exit, routed and last PPL of each recipe, and the static models as lines."""
-    records = list(_records(content))
-    order = [row["label"] for row in by_final(content)]
-    y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=0)
-    x = alt.X("ppl:Q", title="PPL (logarithmic axis)").scale(type="log", nice=False, padding=12)
-    colour = alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=list(PALETTE[:3]))
-    base = data_chart(records)
-    marks = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=x, y=y, color=colour.legend(alt.Legend(orient="top", labelLimit=0))
-    )
-    bars = base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q", y=y, color=colour)
-    bars = bars.encode(x=alt.X("low:Q", title="PPL (logarithmic axis)").scale(type="log"))
-    static = [
-        {"ppl": sum(ppls) / len(ppls), "text": f"static {layers}"}
-        for layers, ppls in static_ppls(content).items()
+def _routed_table(content: Content, confidence: str, missing_kv: str) -> Table:
+    points = list(content["summary"][0]["ppl_at"])
+    compared = content["compared_at"]
+    header = [
+        Column(title="Recipe"),
+        *(Column(title=f"PPL at {point}%", kind="number") for point in points),
+        Column(title=f"Compute% at {compared}%", kind="number"),
+        Column(title=f"to static at {compared}%", kind="number"),
+        Column(title="p", kind="number"),
+        Column(title="area to static", kind="number"),
+        Column(title="to standard at 100%", kind="number"),
     ]
-    lines = data_chart(static)
-    rules = lines.mark_rule(strokeDash=[4, 4], color="#808080").encode(x="ppl:Q")
-    words = lines.mark_text(align="left", dx=3, dy=-6, color="#808080").encode(
-        x="ppl:Q", y=alt.value(0), text="text:N"
+    rows = tuple(
+        (
+            row["label"],
+            *(spread(row["ppl_at"][point]) for point in points),
+            _number(row["compute_pct_at"][str(compared)], ".1f"),
+            *_tested(row["to_static"]),
+            _ratio(row["area"]),
+            _ratio(row["to_standard_at"][str(compared)]),
+        )
+        for row in rows_of(content, confidence, missing_kv)
     )
-    return layer(rules, words, bars, marks).properties(
-        width=WIDTH, height=24 * len(order), title=content["question"]
+    title = f'Routed by {confidence}, missing_kv = "{missing_kv}", at shares of FLOPs%'
+    notes = (
+        f"To standard at 100%: the recipe at {compared}% of FLOPs against the standard model. "
+        f"Area: mean log PPL from {content['area'][0]:g} to {content['area'][1]:g}% of FLOPs.",
     )
+    return Table(title=title, header=tuple(header), rows=rows, notes=notes)
 
 
-def by_final(content: Content) -> list[Mapping[str, Any]]:
-    """The summary's rows, the best last layer first."""
-    return sorted(content["summary"], key=lambda row: row["final_ppl"]["mean"])
+def _static_table(content: Content) -> Table:
+    header = (
+        Column(title="Layers", kind="number"),
+        Column(title="Compute%", kind="number"),
+        Column(title="FLOPs%", kind="number"),
+        Column(title="PPL", kind="number"),
+    )
+    rows = tuple(
+        (
+            str(layers),
+            _number(entries[0]["compute_pct"], ".1f"),
+            _number(entries[0]["flops_pct"], ".1f"),
+            spread(_stat([entry["ppl"] for entry in entries])),
+        )
+        for layers, entries in statics(content).items()
+    )
+    return Table(title="Static models", header=header, rows=rows)
 
 
-def early_exits(row: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """(layer, PPL) of the exits below the last layer."""
-    exits = sorted((int(layer), stat) for layer, stat in row["exit_ppl"].items())
-    return exits[:-1]
-
-
-def static_ppls(content: Content) -> dict[int, list[float]]:
-    """{layers: a PPL for each seed}, deepest first."""
-    found: dict[int, list[float]] = {}
-    for entry in sorted(content["static"], key=lambda entry: -entry["layers"]):
-        found.setdefault(entry["layers"], []).append(entry["ppl"])
+def statics(content: Content) -> dict[int, list[Row]]:
+    """The static models' entries, one a seed, by depth, the deepest first."""
+    found: dict[int, list[Row]] = {}
+    for entry in sorted(content["static"], key=lambda entry: -int(entry["layers"])):
+        found.setdefault(entry["layers"], []).append(entry)
     return found
 
 
-def _records(content: Content) -> Iterator[dict[str, Any]]:
-    for row in content["summary"]:
-        shown = [(KINDS[0], stat) for _, stat in early_exits(row)]
-        shown += [(KINDS[1], row["ppl_at"][ROUTED_AT]), (KINDS[2], row["final_ppl"])]
-        for kind, stat in shown:
-            std = stat["std"] or 0.0
-            yield {
-                "recipe": row["label"],
-                "kind": kind,
-                "ppl": stat["mean"],
-                "low": stat["mean"] - std,
-                "high": stat["mean"] + std,
-            }
+def early_exits(row: Row) -> list[tuple[int, Row]]:
+    """(layer, PPL) of the exits below the last layer."""
+    return sorted((int(layer), stat) for layer, stat in row["exit_ppl"].items())[:-1]
 
 
-def _spread(stat: Mapping[str, Any], *, digits: int = 2) -> str:
-    if stat["std"] is None:
-        return f"{stat['mean']:.{digits}f}"
-    return f"{stat['mean']:.{digits}f} ± {stat['std']:.{digits}f}"
+def spread(stat: Row, *, digits: int = 3) -> str:
+    """Mean ± standard deviation; a dash where there is nothing to say."""
+    if stat["mean"] is None:
+        return "–"
+    mean = _number(stat["mean"], f".{digits}f")
+    return mean if stat["std"] is None else f"{mean} ± {_number(stat['std'], f'.{digits}f')}"
+
+
+def _exits(row: Row) -> str:
+    return " / ".join(f"{layer}: {spread(stat)}" for layer, stat in early_exits(row))
+
+
+def _tested(ratio: Row) -> Iterator[str]:
+    yield _ratio(ratio)
+    yield p_text(ratio["p_holm"])
+
+
+def _ratio(ratio: Row) -> str:
+    if ratio["mean"] is None:
+        return "–"
+    if ratio["interval"] is None:
+        return _number(ratio["mean"], ".3f")
+    low, high = ratio["interval"]
+    return f"{_number(ratio['mean'], '.3f')} [{_number(low, '.3f')}, {_number(high, '.3f')}]"
+
+
+def _number(value: float | str | None, form: str) -> str:
+    """A figure of study.json, where infinity is written as "inf"."""
+    return "–" if value is None else format(float(value), form)
+
+
+def _stat(values: Sequence[float] | Iterable[float]) -> dict[str, Any]:
+    numbers = [float(value) for value in values]
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return {"mean": mean, "std": None}
+    variance = sum((value - mean) ** 2 for value in numbers) / (len(numbers) - 1)
+    return {"mean": mean, "std": variance**0.5}

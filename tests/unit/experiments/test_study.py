@@ -9,7 +9,7 @@ import pytest
 from offramp.errors import CheckpointError, ConfigError
 from offramp.experiments.study import STUDIES, Recipe, StudyConfig, run_study
 from offramp.experiments.study.study import plan_runs, study_text
-from offramp.experiments.study.summary import check_equal_tokens, ppl_at
+from offramp.experiments.study.summary import check_equal_tokens
 from offramp.models.checkpoint import read_json
 
 TEXT = "The exits of a model stand after its blocks. " * 80
@@ -70,21 +70,27 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert watcher.planned == (8, 8 * 640)
     assert len(watcher.done) == 8
     written = read_json(out / "study.json")
-    assert [row["label"] for row in written["summary"]] == ["half", "all"]
+    assert [row["label"] for row in written["summary"]] == ["half", "half", "all", "all"]
     assert {entry["layers"] for entry in written["static"]} == {1, 3}
+    assert len(written["summary"]) == 2 * 2  # recipes x meanings of the missing cache
     for entry in first["runs"]:
-        frontier = entry["frontier"]["recompute"]
-        assert frontier[0][0] == pytest.approx(100 / 3)  # everybody leaves after 1 of 3 layers
-        assert frontier[0][1] == pytest.approx(entry["exit_ppl"][1])
-        assert frontier[-1][:2] == (100.0, pytest.approx(entry["exit_ppl"][3]))
-    seconds = {entry["name"]: entry["seconds"] for entry in first["runs"]}
-    gone = first["runs"][0]["name"]
-    shutil.rmtree(out / "runs" / gone)
-    again = run_study("tiny", config, out, watcher=Watcher(), jobs=1)
-    for before, after in zip(first["runs"], again["runs"], strict=True):
-        assert before["frontier"] == after["frontier"]
-        assert (after["seconds"] == seconds[after["name"]]) == (after["name"] != gone)
-    assert (out / "table.md").read_text().count("| static") == 2
+        for frontier in entry["frontiers"].values():
+            ends = frontier[0], frontier[-1]
+            assert [end["threshold"] for end in ends] == [-math.inf, math.inf]
+            assert ends[0]["compute_pct"] == pytest.approx(100 / 3)  # all leave after 1 of 3
+            assert ends[0]["ppl"] == pytest.approx(entry["exit_ppl"][1])
+            assert ends[1]["flops_pct"] == pytest.approx(100)
+            assert ends[1]["ppl"] == pytest.approx(entry["exit_ppl"][3])
+    written = (out / "study.json").read_bytes()
+    shutil.rmtree(out / "runs" / first["runs"][0]["name"])
+    run_study("tiny", config, out, watcher=Watcher(), jobs=1)
+    assert (out / "study.json").read_bytes() == written
+    assert "seconds" not in written.decode()
+    assert (out / "report.html").read_text().count("<figure>") == 3
+    assert (
+        read_json(out / "runs" / first["runs"][1]["name"] / "timing.json")["seconds"]["train"] > 0
+    )
+    assert "## Static models" in (out / "table.md").read_text()
     assert (out / "figure.png").stat().st_size > 1000
     with pytest.raises(CheckpointError, match="tokens differ: stored"):
         run_study("tiny", replace(config, tokens=64), out, watcher=Watcher(), jobs=1)
@@ -116,16 +122,10 @@ def test_no_summary_compares_different_budgets(tiny, tmp_path):
         check_equal_tokens([*runs, longer])
 
 
-def test_ppl_between_points_is_interpolated_in_logs_and_unknown_beyond_them():
-    points = [(40.0, 16.0), (80.0, 4.0)]
-    assert ppl_at(points, 60) == pytest.approx(8.0)
-    assert ppl_at(points, 80) == pytest.approx(4.0)
-    assert math.isnan(ppl_at(points, 39.9))
-    assert math.isnan(ppl_at(points, 80.1))
-
-
 def test_what_is_no_study_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected one of objectives, got 'x'"):
+    with pytest.raises(
+        ConfigError, match="expected one of objectives, alpha, middle, exits, heads, got 'x'"
+    ):
         run_study("x", StudyConfig(corpus="pangram"), tmp_path / "o", watcher=Watcher(), jobs=1)
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
         StudyConfig(corpus="pangram", tokens=0)

@@ -4,7 +4,8 @@
 runs and ``summary`` is array work on their traces.
 """
 
-from offramp.experiments.study.plan import STUDIES, Recipe, Study
+from offramp.experiments.study.plan import Recipe, Study
+from offramp.experiments.study.studies import STUDIES
 from offramp.experiments.study.study import StudyConfig, run_study
 
 __all__ = ["STUDIES", "Recipe", "Study", "StudyConfig", "run_study"]

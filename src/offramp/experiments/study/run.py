@@ -9,15 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from offramp.data import batches, encode, make_tokenizer
+from offramp.data import encode, make_tokenizer
 from offramp.data.text import Text
 from offramp.errors import CorpusError
-from offramp.evaluation.trace import collect_trace
+from offramp.experiments.study.evaluate import evaluate
 from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
 
-FORMAT = 1
+FORMAT = 2
+FRONTIERS = "frontiers.npz"
 HELD_OUT = 0.05
 """Share of the training text, its end, that no run trains on: there thresholds are chosen."""
 
@@ -41,6 +42,7 @@ class StudyRun:
     text: StudyText
     tokenizer: str
     test_tokens: int
+    measures: tuple[str, ...]
     model: DecoderConfig
     training: TrainConfig
 
@@ -52,6 +54,7 @@ class StudyRun:
             "text": self.text.about,
             "tokenizer": self.tokenizer,
             "test_tokens": self.test_tokens,
+            "measures": self.measures if len(self.model.exit_layers) > 1 else (),
             "model": asdict(self.model),
             "training": asdict(self.training),
         }
@@ -74,7 +77,7 @@ class StudyRun:
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        """Train; keep ``run.json``, ``timing.json``, the model and its two traces."""
+        """Train; keep ``run.json``, ``timing.json``, the model and its frontiers."""
         tokenizer = make_tokenizer(self.tokenizer, Text(lambda: [self.text.train]))
         train_ids, held_out, test = (
             encode(tokenizer, text)
@@ -101,17 +104,25 @@ class StudyRun:
             return
         trained = time.perf_counter()
         model.eval()
-        for name, ids in (("held_out", held_out), ("test", test)):
-            windows = batches(ids, seq_len=self.training.seq_len, batch_size=32)
-            collect_trace(model, windows).save(folder / f"{name}.npz")
+        evaluation = evaluate(
+            model,
+            train_ids,
+            {"held_out": held_out, "test": test},
+            measures=self.measures,
+            seq_len=self.training.seq_len,
+            seed=self.training.seed,
+        )
+        evaluation.save(folder / FRONTIERS)
         about = {
             "label": self.label,
             "config": self.config,
             "train_tokens": self.tokens,
             "test_tokens": len(test) - 1,
+            "exit_ppl": evaluation.exit_ppl,
+            "flops": evaluation.flops,
             "validations": [asdict(validation) for validation in result.validations],
         }
         save_checkpoint(model, folder, about=about, weights_about={})
-        seconds = {"train": trained - start, "traces": time.perf_counter() - trained}
+        seconds = {"train": trained - start, "evaluate": time.perf_counter() - trained}
         write_json(folder / "timing.json", {"seconds": seconds})
         write_json(folder / "run.json", about)

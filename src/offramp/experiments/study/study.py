@@ -8,8 +8,10 @@ from typing import Any, Protocol
 from offramp.data import load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.experiments.runs import RunProgress, run_all
-from offramp.experiments.study.plan import STANDARD, STUDIES, Recipe, Study
+from offramp.experiments.study.answers import answers
+from offramp.experiments.study.plan import STANDARD, Recipe, Study
 from offramp.experiments.study.run import FORMAT, HELD_OUT, StudyRun, StudyText
+from offramp.experiments.study.studies import STUDIES
 from offramp.experiments.study.summary import summarise
 from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import claim_folder, read_json, write_json
@@ -74,13 +76,14 @@ def run_study(
         on_progress=watcher.on_progress,
         on_done=watcher.on_done,
     )
-    content = {
+    content: dict[str, Any] = {
         "study": study.name,
         "question": study.question,
         "text": text.about,
         "offramp_version": __version__,
         **summarise(study, runs, out / "runs"),
     }
+    content["answers"] = answers(study, content)
     write_json(out / "study.json", content)
     report.write(content, out)
     write_json(out / "environment.json", {**environment("cpu"), "jobs": jobs, "threads": threads})
@@ -135,6 +138,7 @@ def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyR
             text=text,
             tokenizer=study.tokenizer,
             test_tokens=study.test_tokens,
+            measures=study.measures,
             model=replace(study.model, **recipe.model),
             training=replace(study.training, **{**recipe.training, "steps": steps, "seed": seed}),
         )

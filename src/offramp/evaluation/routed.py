@@ -1,0 +1,110 @@
+"""One policy on a text under ``missing_kv="propagate"``: where each token left, and its loss.
+
+Later states depend on who left, so every policy needs a pass of its own; within it tokens stay
+parallel (models/propagate.py).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp.evaluation.reader import CHUNK_LOGITS
+from offramp.exits.confidence import Agreement, ExitView, confidence_named
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.models.base import EarlyExitModel, whole_step
+from offramp.models.propagate import run_propagated
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTrace:
+    """Arrays over tokens, in the order in which they were read."""
+
+    exit_layers: tuple[int, ...]
+    exits: NDArray[np.intp]
+    "(N,) index of the exit where the token left."
+    nll: NDArray[np.float32]
+    "(N,) negative log-likelihood of the target there, in nats."
+    sequence: NDArray[np.int32]
+    "(N,) the window that the token is in, counted from 0."
+
+
+@torch.inference_mode()
+def collect_routed(
+    model: EarlyExitModel,
+    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    policy: ThresholdPolicy | GainPolicy,
+    *,
+    confidence: str = "max_prob",
+    fitted: FittedExits = NOTHING_FITTED,
+) -> RoutedTrace:
+    """Run the model over (inputs, targets), each token leaving where the policy says."""
+    measure = confidence_named(confidence)
+    exit_layers = tuple(model.exit_layers)
+    exits, nll, sequence, sequences = [], [], [], 0
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
+        positions = torch.arange(inputs.shape[1]).expand(inputs.shape)
+        agreement: Agreement | None = None
+
+        def leaves(layer: int, h: Tensor, previous: Tensor, at: Tensor = positions) -> Tensor:
+            nonlocal agreement
+            index = exit_layers.index(layer)
+            view = ExitView(
+                exit_layer=layer,
+                logits=partial(model.unembed, h, layer),
+                state=h,
+                previous_state=previous,
+                earlier=agreement,
+                fitted=fitted,
+            )
+            if isinstance(policy, GainPolicy):
+                return policy.leaves(index, view.expected_kl)
+            if math.isinf(policy.thresholds[index]):
+                return torch.full(h.shape[:2], policy.thresholds[index] < 0, device=h.device)
+            scores = measure.score(view)
+            if confidence == "patience":
+                agreement = view.agreement
+            return policy.leaves(index, scores, at if policy.decay else None)
+
+        h, layers = run_propagated(
+            model,
+            inputs,
+            leaves,
+            step=whole_step(inputs),
+            needs_previous_state=measure.needs_previous_state,
+        )
+        nll.append(_nll(model, h.flatten(0, 1), layers.flatten(), targets.flatten()).cpu())
+        places = torch.tensor(exit_layers, device=layers.device)
+        exits.append(torch.searchsorted(places, layers.flatten()).cpu())
+        rows, length = targets.shape
+        sequence.append(torch.arange(sequences, sequences + rows).repeat_interleave(length))
+        sequences += rows
+    return RoutedTrace(
+        exit_layers=exit_layers,
+        exits=torch.cat(exits).numpy(),
+        nll=torch.cat(nll).numpy(),
+        sequence=torch.cat(sequence).int().numpy(),
+    )
+
+
+def _nll(
+    model: EarlyExitModel, h: Float[Tensor, "N D"], layers: Int[Tensor, " N"], targets: Tensor
+) -> Float[Tensor, " N"]:
+    """Each token's loss by the head of the exit where it left."""
+    nll = torch.empty(len(h), device=h.device)
+    size = max(1, CHUNK_LOGITS // model.vocab_size)
+    for layer in model.exit_layers:
+        here = (layers == layer).nonzero()[:, 0]
+        for rows in here.split(size) if len(here) else ():
+            logits = model.unembed(h[None, rows], layer)[0].float()
+            nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+    return nll

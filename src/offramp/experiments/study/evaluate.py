@@ -1,0 +1,179 @@
+"""What a trained model of a study is worth: its frontiers on held-out and on test text.
+
+Thresholds are quantiles of the confidence on the held-out training text, so nothing is chosen on
+the test text. Gates are fitted on the training text.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp.calibration.fitting import fit_exits
+from offramp.data import batches
+from offramp.evaluation.cost import ModelCost, model_cost
+from offramp.evaluation.routed import collect_routed
+from offramp.evaluation.trace import ExitTrace, collect_trace
+from offramp.exits.confidence import confidence_named
+from offramp.exits.gate import NOTHING_FITTED, FittedExits, GateConfig
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.experiments.study.frontier import Frontier, join, routed, traced
+from offramp.models.base import EarlyExitModel
+
+SHARES = np.linspace(0.0, 1.0, 41)[1:-1]
+"""Shares of held-out tokens that a policy of the frontier lets leave at the first exit."""
+PROPAGATED_AT = (0.15, 0.35, 0.55, 0.75, 0.9)
+"""The same under ``propagate``, where each policy takes a pass of its own."""
+GATE_TOKENS = 131_072
+BATCH = 32
+
+Texts = Mapping[str, Int[Tensor, " N"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of one model."""
+
+    exit_ppl: dict[int, float]
+    "On the test text."
+    flops: dict[str, float]
+    "A token's, in the full model with one head; of the first gate, if there is one."
+    frontiers: dict[str, Frontier]
+    "By text/confidence/missing_kv; a model without early exits has one point, full/recompute."
+
+    def save(self, path: Path) -> None:
+        """Write the frontiers."""
+        arrays: dict[str, Any] = {}
+        for name, frontier in self.frontiers.items():
+            frontier.save(arrays, name)
+        np.savez(path, **arrays)
+
+
+def evaluate(
+    model: EarlyExitModel,
+    train_ids: Int[Tensor, " N"],
+    texts: Texts,
+    *,
+    measures: Sequence[str],
+    seq_len: int,
+    seed: int,
+) -> Evaluation:
+    """Trace and route a model on ``texts``: held_out and test."""
+
+    def windows(ids: Int[Tensor, " N"], order: torch.Generator | None = None) -> Any:
+        return batches(ids, seq_len=seq_len, batch_size=BATCH, order=order)
+
+    early = len(model.exit_layers) > 1
+    measures = measures if early else ()
+    fitted = NOTHING_FITTED
+    if kinds := [name for name in measures if confidence_named(name).needs_gate]:
+        order = torch.Generator().manual_seed(seed)
+        fitted = fit_exits(
+            model,
+            windows(train_ids, order),
+            kinds=kinds,
+            max_tokens=GATE_TOKENS,
+            config=GateConfig(seed=seed),
+        )
+    cost = model_cost(model, context=(seq_len + 1) / 2, fitted=fitted)
+    traces = {
+        name: collect_trace(model, windows(ids), measures=measures, fitted=fitted)
+        for name, ids in texts.items()
+    }
+    frontiers: dict[str, Frontier] = {}
+    for name, trace in traces.items():
+        full = [np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)]
+        full[0][-1] = True
+        ends = (100.0,) * len(trace.exit_layers)
+        frontiers[f"{name}/full/recompute"] = traced(trace, full, [math.inf], [ends])
+    for measure in measures:
+        for name, trace in traces.items():
+            policies = list(_policies(traces["held_out"], measure, cost, SHARES))
+            frontiers[f"{name}/{measure}/recompute"] = _recompute(trace, measure, policies, cost)
+        policies = list(_policies(traces["held_out"], measure, cost, PROPAGATED_AT))
+        frontiers[f"test/{measure}/propagate"] = _propagate(
+            model, windows, texts["test"], measure, policies, cost, fitted, traces["test"]
+        )
+    return Evaluation(
+        exit_ppl={layer: traces["test"].ppl(layer) for layer in model.exit_layers},
+        flops={
+            "full": cost.full,
+            **{f"{kind} gate": min(by.values()) for kind, by in cost.gates.items()},
+        },
+        frontiers=frontiers,
+    )
+
+
+def _policies(
+    held_out: ExitTrace,
+    measure: str,
+    cost: ModelCost,
+    shares: NDArray[np.float64] | Sequence[float],
+) -> Iterator[tuple[float, ThresholdPolicy | GainPolicy]]:
+    """(threshold at the first exit, policy), from the one that most tokens leave by."""
+    first = held_out.confidence[measure][0].astype(np.float64)
+    early = len(held_out.exit_layers) - 1
+    for threshold in np.unique(np.quantile(first, 1.0 - np.asarray(shares))):
+        if measure != "gain":
+            yield float(threshold), ThresholdPolicy(thresholds=(float(threshold),) * early)
+            continue
+        costs = cost.flops_pct_by_exit("gain")
+        price = max(0.0, -float(threshold)) / (costs[-1] - costs[0])
+        yield float(threshold), GainPolicy(price=price, costs=costs)
+
+
+def _recompute(
+    trace: ExitTrace,
+    measure: str,
+    policies: Sequence[tuple[float, ThresholdPolicy | GainPolicy]],
+    cost: ModelCost,
+) -> Frontier:
+    leaving = []
+    for _, policy in policies:
+        if isinstance(policy, GainPolicy):
+            assert trace.expected_kl is not None
+            expected = [losses[index:] for index, losses in enumerate(trace.expected_kl)]
+            leaving.append(policy.leaving(expected))
+        else:
+            leaving.append(policy.leaving(trace.scores(measure)[:-1], trace.position))
+    costs = [cost.flops_pct_by_exit(measure)] * len(policies)
+    inner = traced(trace, leaving, [threshold for threshold, _ in policies], costs)
+    return join([_end(trace, measure, cost, 0), inner, _end(trace, measure, cost, -1)])
+
+
+def _propagate(
+    model: EarlyExitModel,
+    windows: Any,
+    ids: Int[Tensor, " N"],
+    measure: str,
+    policies: Sequence[tuple[float, ThresholdPolicy | GainPolicy]],
+    cost: ModelCost,
+    fitted: FittedExits,
+    test: ExitTrace,
+) -> Frontier:
+    """Where every token or none leaves the states are exact, so the ends need no pass."""
+    traces = [
+        collect_routed(model, windows(ids), policy, confidence=measure, fitted=fitted)
+        for _, policy in policies
+    ]
+    costs = [cost.flops_pct_by_exit(measure, missing_kv="propagate")] * len(policies)
+    thresholds = [threshold for threshold, _ in policies]
+    inner = routed(traces, thresholds, costs, model.num_layers)
+    first = _end(test, measure, cost, 0)  # nobody reads the keys and values above the exit
+    return join([first, inner, _end(test, measure, cost, -1)])
+
+
+def _end(trace: ExitTrace, measure: str, cost: ModelCost, exit_index: int) -> Frontier:
+    """Every token leaves at the first exit (0), or at the last (-1), and nobody is asked."""
+    here = np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)
+    here[exit_index] = True
+    asked = [False] * (len(trace.exit_layers) - 1)
+    costs = cost.flops_pct_by_exit(measure, asked=asked)
+    return traced(trace, [here], [-math.inf if exit_index == 0 else math.inf], [costs])

@@ -1,0 +1,167 @@
+"""The plots of a study: pure functions from the content of study.json to an Altair chart."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
+
+Content = Mapping[str, Any]
+GREY = "#808080"
+KINDS = ("exit", "routed", "last layer")
+LARGEST_RATIO = 3.0  # to the best PPL; what is worse is left out of a frontier's picture
+
+
+def recipes(content: Content) -> alt.LayerChart:
+    """Exit, routed and last PPL of each recipe, and the static models as lines."""
+    compared = str(content["compared_at"])
+    records = list(_recipe_records(content, compared))
+    order = list(dict.fromkeys(record["recipe"] for record in records))
+    title = "PPL (logarithmic axis)"
+    y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=0)
+    x = alt.X("ppl:Q", title=title).scale(type="log", nice=False, padding=12)
+    colour = alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=list(PALETTE[:3]))
+    colour = colour.legend(alt.Legend(orient="top", labelLimit=0))
+    tooltip = [alt.Tooltip("recipe:N"), alt.Tooltip("kind:N"), alt.Tooltip("ppl:Q", format=".3f")]
+    base = data_chart(records)
+    marks = base.mark_point(filled=True, size=90, opacity=1)
+    marks = marks.encode(x=x, y=y, color=colour, tooltip=tooltip)
+    bars = base.mark_rule(strokeWidth=2).encode(y=y, color=colour, x2="high:Q")
+    bars = bars.encode(x=alt.X("low:Q", title=title).scale(type="log"))
+    static = [{"ppl": ppl, "text": f"static {layers}"} for layers, ppl in _static_means(content)]
+    lines = data_chart(static)
+    rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
+    words = lines.mark_text(align="left", dx=3, dy=-6, color=GREY, angle=0).encode(
+        x="ppl:Q", y=alt.value(0), text="text:N"
+    )
+    return layer(rules, words, bars, marks).properties(
+        width=WIDTH,
+        height=24 * len(order),
+        title=content["question"],
+        description=(
+            "The exit's PPL if every token leaves there, the routed PPL at "
+            f"{compared}% of FLOPs, and the last layer's; means over the seeds ± 1 standard "
+            "deviation. Dashed: static models of that many layers."
+        ),
+    )
+
+
+def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerChart:
+    """PPL against FLOPs%: a curve a recipe, and the static models."""
+    best = min(ppl for _, ppl in _static_means(content))
+    records = [
+        record
+        for record in _frontier_records(content, f"{confidence}, {missing_kv}")
+        if record["ppl"] < LARGEST_RATIO * best
+    ]
+    names = list(dict.fromkeys(record["recipe"] for record in records))
+    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
+    legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
+    selected = alt.selection_point(fields=["recipe"], bind="legend")
+    x = alt.X("flops_pct:Q", title="FLOPs% (heads and gates counted)").scale(zero=False)
+    y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
+    tooltip = [
+        alt.Tooltip("recipe:N"),
+        alt.Tooltip("loss_weights:N", title="loss weights"),
+        *(
+            alt.Tooltip(f"{name}:Q", title=title, format=".3f")
+            for name, title in (
+                ("ppl", "PPL"),
+                ("flops_pct", "FLOPs%"),
+                ("compute_pct", "Compute%"),
+                ("threshold", "threshold"),
+            )
+        ),
+    ]
+    lines = (
+        data_chart(records)
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
+        .encode(x=x, y=y, tooltip=tooltip, order="place:Q")
+        .encode(color=alt.Color("recipe:N", title=None, scale=scale, legend=legend))
+        .encode(opacity=alt.when(selected).then(alt.value(0.9)).otherwise(alt.value(0.1)))
+    )
+    static = [
+        {"flops_pct": entry, "ppl": ppl, "text": f"static {layers}"}
+        for (layers, ppl), entry in zip(_static_means(content), _static_flops(content), strict=True)
+        if ppl < LARGEST_RATIO * best
+    ]
+    dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
+    dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
+    words = data_chart(static).mark_text(dy=-9, color=GREY).encode(x=x, y=y, text="text:N")
+    chart = layer(dashed, words, lines).add_params(selected)
+    return chart.properties(
+        width=WIDTH,
+        height=420,
+        title=f'PPL against FLOPs%, tokens leave by {confidence}, missing_kv = "{missing_kv}"',
+        description=(
+            "Lower and further left is better; means over the seeds at equal quantiles of the "
+            "confidence. Dashed: static models. Point at a curve for its threshold and loss "
+            "weights; click a recipe in the legend to see it alone."
+        ),
+    )
+
+
+def _recipe_records(content: Content, compared: str) -> Iterator[dict[str, Any]]:
+    rows = content["summary"]
+    first = [
+        row
+        for row in rows
+        if (row["confidence"], row["missing_kv"]) == (rows[0]["confidence"], "recompute")
+    ]
+    for row in sorted(first, key=lambda row: float(row["final_ppl"]["mean"])):
+        exits = sorted((int(layer), stat) for layer, stat in row["exit_ppl"].items())[:-1]
+        shown = [(KINDS[0], stat) for _, stat in exits]
+        shown += [(KINDS[1], row["ppl_at"][compared]), (KINDS[2], row["final_ppl"])]
+        for kind, stat in shown:
+            if stat["mean"] is None:
+                continue
+            mean, std = float(stat["mean"]), float(stat["std"] or 0.0)
+            yield {
+                "recipe": row["label"],
+                "kind": kind,
+                "ppl": mean,
+                "low": max(mean - std, mean / 2),
+                "high": mean + std,
+            }
+
+
+def _frontier_records(content: Content, family: str) -> Iterator[dict[str, Any]]:
+    weights = {row["label"]: row["loss_weights"] for row in content["summary"]}
+    by_label: dict[str, list[Any]] = {}
+    for run in content["runs"]:
+        by_label.setdefault(run["label"], []).append(run["frontiers"][family])
+    for label, frontiers in by_label.items():
+        length = min(map(len, frontiers))  # equal thresholds are one policy
+        for place in range(length):
+            points = [frontier[place] for frontier in frontiers]
+            yield {
+                "recipe": label,
+                "loss_weights": weights[label],
+                "place": place,
+                **{
+                    name: float(np.mean([float(point[name]) for point in points]))
+                    for name in ("ppl", "flops_pct", "compute_pct")
+                },
+                "threshold": _finite(np.mean([float(point["threshold"]) for point in points])),
+            }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _static_means(content: Content) -> list[tuple[int, float]]:
+    """(layers, mean PPL), the shallowest first."""
+    depths = sorted({entry["layers"] for entry in content["static"]})
+    return [(depth, _mean(content, depth, "ppl")) for depth in depths]
+
+
+def _static_flops(content: Content) -> list[float]:
+    return [_mean(content, depth, "flops_pct") for depth, _ in _static_means(content)]
+
+
+def _mean(content: Content, depth: int, field: str) -> float:
+    values = [float(entry[field]) for entry in content["static"] if entry["layers"] == depth]
+    return float(np.mean(values))
