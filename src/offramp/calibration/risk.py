@@ -87,7 +87,7 @@ def sequence_losses(
     return np.stack(columns, axis=1)
 
 
-def threshold_path(confidence: str, num_exits: int, *, steps: int = 50) -> ThresholdPath:
+def threshold_path(confidence: str, num_exits: int, *, steps: int = 100) -> ThresholdPath:
     """The path of a measure when nothing is known of its scores: all exits share a threshold.
 
     ``gain``: prices from 0.001 to 3 nats, in equal ratios. ``patience``: from all exits agreeing

@@ -106,6 +106,8 @@ class Quality:
     curve: RiskCoverage
     reliability: Reliability | None
     "Against agreement; None where the score is no probability."
+    reliability_target: Reliability | None
+    "Against being right, which is what temperature scaling mends."
 
 
 def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
@@ -120,7 +122,10 @@ def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
         scores = trace.scores(confidence)[row]
         agrees = trace.argmax[row] == trace.argmax[-1]
         curve = risk_coverage(scores, ~agrees)
-        said = reliability(scores, agrees) if confidence_named(confidence).is_probability else None
+        said = of_target = None
+        if confidence_named(confidence).is_probability:
+            said = reliability(scores, agrees)
+            of_target = reliability(scores, trace.argmax[row] == trace.targets)
         found.append(
             Quality(
                 confidence=confidence,
@@ -130,6 +135,7 @@ def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
                 auroc=auroc(scores, agrees),
                 curve=curve,
                 reliability=said,
+                reliability_target=of_target,
             )
         )
     return found

@@ -127,6 +127,7 @@ def _quality(part: Quality) -> dict[str, Any]:
         "aurc": part.aurc,
         "auroc": _number(part.auroc),
         "ece": None if part.reliability is None else part.reliability.ece,
+        "ece_target": None if part.reliability_target is None else part.reliability_target.ece,
         "risk_coverage": {
             "coverage": part.curve.coverage[shown].tolist(),
             "risk": part.curve.risk[shown].tolist(),

@@ -138,7 +138,7 @@ def test_the_certificate_says_what_it_does_not_cover(make_trace):
     found = sealed(make_trace(), Promise())
     assert "Free-running generation" in found.assumptions["not_covered"]
     assert found.assumptions["unit"] == "sequence"
-    assert len(found.assumptions["path"]) == 50
+    assert len(found.assumptions["path"]) == 100
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_trace_without_sequences_or_without_the_last_layer_is_refused(make_tra
 def test_the_usual_path_goes_from_conservative_to_bold(name, exits):
     path = threshold_path(name, exits)
     assert check_path(path, exits) == path
-    assert len(path) == (exits - 1 if name == "patience" else 50)
+    assert len(path) == (exits - 1 if name == "patience" else 100)
     assert all(len(step) == exits - 1 for step in path)
     assert path[0] > path[-1] or len(path) == 1
 

@@ -86,6 +86,8 @@ def test_each_exit_is_held_against_the_last_layer(trace):
     assert (second.exit_layer, second.agreement, second.auroc) == (2, 0.75, 1.0)
     assert first.reliability is not None
     assert first.reliability.ece == pytest.approx((0.1 + 0.2 + 0.2 + 0.4) / 4)
+    assert first.reliability_target is not None  # the target is token 0, which nobody says
+    assert first.reliability_target.ece == pytest.approx((0.9 + 0.2 + 0.8 + 0.4) / 4)
     assert [part.reliability for part in quality(trace, "gain")] == [None, None]
     with pytest.raises(ConfigError, match="the last layer, 3, among"):
         quality(trace.at((1, 2)), "max_prob")

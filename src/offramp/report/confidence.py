@@ -1,0 +1,202 @@
+"""The tables and the plot of ``offramp confidence``, ``calibrate`` and its check."""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from rich.table import Table
+
+from offramp.report.plots import PALETTE, data_chart, layer, save_png
+
+Content = Mapping[str, Any]
+Record = dict[str, Any]
+PANEL = 340
+
+
+def confidence_table(content: Content) -> Table:
+    """One row for each measure and exit."""
+    ppl = "  ".join(f"{layer}: {value:.3f}" for layer, value in content["exit_ppl"].items())
+    table = Table(
+        title=f"{content['n_tokens']:,} tokens of {content['corpus']['name']}",
+        caption=(
+            "agreement: of the exit's first choice with the last layer's; AURC, AUROC and ECE are "
+            f'of that\nPPL by exit layer  {ppl}  (missing_kv="{content["missing_kv"]}")'
+        ),
+    )
+    for column in ("confidence", "exit", "agreement", "AURC", "AUROC", "ECE", "ECE (target)"):
+        table.add_column(column, justify="left" if column == "confidence" else "right")
+    for measure in content["measures"]:
+        for part in measure["exits"]:
+            table.add_row(
+                measure["confidence"],
+                str(part["exit_layer"]),
+                f"{100 * part['agreement']:.1f}%",
+                f"{part['aurc']:.4f}",
+                _or_dash(part["auroc"], ".3f"),
+                _or_dash(part["ece"], ".3f"),
+                _or_dash(part["ece_target"], ".3f"),
+            )
+    return table
+
+
+def frontier_table(content: Content) -> Table:
+    """PPL of each measure at the costs of its frontier, interpolated at round FLOPs%."""
+    measures = content["measures"]
+    by = "flops_pct" if measures[0]["frontier"][0]["flops_pct"] is not None else "compute_pct"
+    table = Table(title=f"PPL at {'FLOPs%' if by == 'flops_pct' else 'Compute%'}")
+    table.add_column("", justify="right")
+    for measure in measures:
+        table.add_column(measure["confidence"], justify="right")
+    for share in range(95, 0, -5):
+        cells = [_or_dash(ppl_at(measure["frontier"], share, by), ".3f") for measure in measures]
+        if set(cells) != {"-"}:
+            table.add_row(str(share), *cells)
+    return table
+
+
+def ppl_at(frontier: list[Record], share: float, by: str) -> float | None:
+    """The least PPL of a frontier at this cost, between neighbours; None beyond its ends."""
+    found = []
+    for before, after in pairwise(frontier):
+        low, high = sorted((before, after), key=lambda row: float(row[by]))
+        if low[by] <= share <= high[by]:
+            weight = (share - low[by]) / (high[by] - low[by]) if high[by] > low[by] else 0.0
+            found.append(low["ppl"] + weight * (high["ppl"] - low["ppl"]))
+    return min(found, default=None)
+
+
+def save_confidence_png(content: Content, path: Path) -> None:
+    """Write ``confidence_plot`` as a picture."""
+    save_png(confidence_plot(content), path)
+
+
+def confidence_plot(content: Content) -> alt.VConcatChart:
+    """PPL against both costs; risk and coverage, and reliability, of the first exit."""
+    names = [measure["confidence"] for measure in content["measures"]]
+    colours = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
+    colour = alt.Color("confidence:N", title=None).scale(domain=names, range=colours)
+    points = list(_frontier_points(content))
+    costed = any(point["flops_pct"] is not None for point in points)
+    costs = {"compute_pct": "Compute% (layers run)"}
+    if costed:
+        costs["flops_pct"] = "FLOPs% (layers, heads and gates)"
+    frontiers = alt.hconcat(*(_frontier(points, by, title, colour) for by, title in costs.items()))
+    exit_layer = content["measures"][0]["exits"][0]["exit_layer"]
+    parts = [(measure["confidence"], measure["exits"][0]) for measure in content["measures"]]
+    below = alt.hconcat(_risk_coverage(parts, colour), _reliability(parts, colour))
+    chart: alt.VConcatChart = alt.vconcat(frontiers, below).properties(
+        title=alt.Title(
+            f"Confidence on {content['n_tokens']:,} tokens of {content['corpus']['name']}",
+            subtitle=f"below: exit layer {exit_layer} against the last layer; "
+            f'missing_kv="{content["missing_kv"]}"',
+        )
+    )
+    return chart
+
+
+def _frontier_points(content: Content) -> Iterator[Record]:
+    for measure in content["measures"]:
+        for order, row in enumerate(measure["frontier"]):
+            costs = {name: row[name] for name in ("ppl", "compute_pct", "flops_pct")}
+            yield {"confidence": measure["confidence"], "order": order, **costs}
+
+
+def _frontier(points: list[Record], by: str, title: str, colour: alt.Color) -> alt.Chart:
+    chart: alt.Chart = (
+        data_chart(points)
+        .mark_line(point=alt.OverlayMarkDef(size=18))
+        .encode(
+            x=alt.X(f"{by}:Q", title=title).scale(zero=False),
+            y=alt.Y("ppl:Q", title="PPL").scale(zero=False),
+            color=colour,
+            order="order:Q",
+        )
+        .properties(width=PANEL, height=PANEL * 0.8, title="PPL against cost")
+    )
+    return chart
+
+
+def _risk_coverage(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.Chart:
+    points = [
+        {"confidence": name, "coverage": coverage, "risk": risk}
+        for name, part in parts
+        for coverage, risk in zip(*part["risk_coverage"].values(), strict=True)
+    ]
+    chart: alt.Chart = (
+        data_chart(points)
+        .mark_line()
+        .encode(
+            x=alt.X("coverage:Q", title="coverage: share of tokens that leave"),
+            y=alt.Y("risk:Q", title="risk: share of those that disagree"),
+            color=colour,
+            order="coverage:Q",
+        )
+        .properties(width=PANEL, height=PANEL * 0.8, title="Risk and coverage")
+    )
+    return chart
+
+
+def _reliability(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.LayerChart:
+    points = [
+        {"confidence": name, "said": said, "true": true}
+        for name, part in parts
+        if part["reliability"]
+        for said, true in zip(
+            part["reliability"]["confidence"], part["reliability"]["accuracy"], strict=True
+        )
+        if said is not None
+    ]
+    ideal = data_chart([{"said": 0, "true": 0}, {"said": 1, "true": 1}]).mark_line(
+        strokeDash=[4, 4], color="#808080"
+    )
+    drawn = data_chart(points).mark_line(point=True).encode(color=colour)
+    x = alt.X("said:Q", title="score").scale(domain=[0, 1])
+    y = alt.Y("true:Q", title="share that agrees").scale(domain=[0, 1])
+    return layer(ideal.encode(x=x, y=y), drawn.encode(x=x, y=y)).properties(
+        width=PANEL, height=PANEL * 0.8, title="Reliability"
+    )
+
+
+def certificate_table(certificate: Content) -> Table:
+    """What a certificate promises, from its JSON."""
+    table = Table(title="Certificate", show_header=False, caption=certificate["sha256"])
+    table.add_column()
+    table.add_column(overflow="fold")
+    flops = certificate["expected_flops_pct"]
+    rows = {
+        "promise": certificate["assumptions"]["promise"],
+        "text": certificate["assumptions"]["text"],
+        "not covered": certificate["assumptions"]["not_covered"],
+        "sequences": f"{certificate['n']:,} of {certificate['assumptions']['sequence_tokens']} "
+        "tokens",
+        "confidence": certificate["confidence"],
+        "thresholds": ", ".join(str(threshold) for threshold in certificate["thresholds"]),
+        "cost": f"Compute% {certificate['expected_compute_pct']:.1f}"
+        + ("" if flops is None else f", FLOPs% {flops:.1f}")
+        + f' (missing_kv="{certificate["missing_kv"]}")',
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def drift_sentence(check: Content) -> str:
+    """The verdict of ``calibrate --check``, in one sentence."""
+    measured = (
+        f"risk {check['risk']:.4f} on {check['n']:,} new sequences, promised at most "
+        f"{check['epsilon']:g}"
+    )
+    if check["verdict"] == "broken":
+        return f"The promise is broken: {measured} (p = {check['p_broken']:.2g} if it held)."
+    if check["verdict"] == "holds":
+        return f"The promise holds: {measured} (p = {check['p_holds']:.2g} if it were broken)."
+    return (
+        f"Not decided: {measured}; neither that it is broken (p = {check['p_broken']:.2g}) nor "
+        f"that it holds (p = {check['p_holds']:.2g}) is sure at level {check['level']:g}."
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
