@@ -25,6 +25,7 @@ from offramp.models.exit_heads import (
     ExitHeadKind,
     ExitHeads,
 )
+from offramp.models.fast_step import FastSteps
 from offramp.models.kv_cache import KVCache
 
 NormOrder = Literal["pre", "post"]
@@ -270,6 +271,13 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
+        self._fast = FastSteps(
+            self.model.layers,
+            eps=config.rms_norm_eps,
+            head_dim=config.head_dim,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            post=config.norm == "post",
+        )
         self.reset_parameters()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -336,6 +344,9 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
         context = self._context(step, h.dtype)
+        if active is None and step.cache and step.real is None and self._fast.fit(h):
+            cos, sin, end = context.cos, context.sin, context.end
+            return self._fast.run(h, start, stop, step=step, cos=cos, sin=sin, end=end)
         for layer in range(start, stop):
             out: Tensor = self._block(layer)(h, layer, context, step)
             h = out if active is None else torch.where(active[..., None], out, h)
@@ -361,6 +372,8 @@ class Transformer(nn.Module):
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         normalised = self.model.norm(h) if own is None else own(h)
+        if self._fast.fit(normalised):
+            return self._fast.head(normalised, head.weight, vocab)
         return F.linear(normalised, head.weight if vocab is None else head.weight[vocab])
 
     def _block(self, layer: int) -> "PreNormBlock | PostNormBlock":
