@@ -202,8 +202,13 @@ class HuggingFaceModel(nn.Module):
                 f"{self.model_type}: expected {self.num_layers + 1} hidden states, got "
                 f"{0 if states is None else len(states)}, so this model cannot be used"
             )
-        for layer in layers:  # the last of the hidden states is already normalised
-            yield layer, last[0] if layer == self.num_layers and last else states[layer]
+        # the first is the embedding and the last is normalised; or (Mamba) there is no embedding
+        embedded = not (last and torch.equal(states[-2], last[0]))
+        after = [*(states[1:] if embedded else states[:-1])]
+        if last:
+            after[-1] = last[0]
+        for layer in layers:
+            yield layer, after[layer - 1]
 
     def _new_head(self) -> ExitHead:
         lm_head, size = self._layout.head, self.hidden_size
@@ -248,8 +253,9 @@ def _after_head(model_type: str, config: Any, layout: Layout) -> tuple[float, fl
     """What the model does to its head's output: a factor and a soft cap."""
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    for ways in ((1.0, None), (1.0, softcap), (scale, softcap)):
-        if close(_scaled(layout.head_output.float(), *ways), layout.logits):
+    said = layout.logits
+    for ways in ((scale, softcap), (1.0, softcap), (1.0, None)):  # what the config says, first
+        if close(_scaled(layout.head_output.float(), *ways).to(said.dtype), said):
             return ways
     raise UnsupportedArchitectureError(
         f"{model_type}: what it does to its logits after the LM head is not understood, "
