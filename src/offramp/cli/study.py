@@ -27,7 +27,7 @@ def study(
     Parameters
     ----------
     name
-        Which study: objectives.
+        Which study: objectives, alpha, middle, exits or heads.
     out
         Folder for study.json, the tables, the plots and the runs; the same command goes on with
         a study that was stopped.
