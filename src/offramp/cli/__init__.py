@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from offramp.cli import reproduce, study, sweep, train  # noqa: F401  (they register themselves)
+from offramp.cli import (  # noqa: F401  (they register themselves)
+    calibrate,
+    confidence,
+    reproduce,
+    study,
+    sweep,
+    train,
+)
 from offramp.cli.base import FLAGS, app, console
 from offramp.errors import OfframpError
 

@@ -1,7 +1,7 @@
 """offramp sweep."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
@@ -17,8 +17,10 @@ from offramp.cli.base import (
     say,
     use,
 )
+from offramp.cli.confidence import warn
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import Threshold
+from offramp.experiments.calibrate import sweep_certificate
 from offramp.experiments.workflows import sweep_folder
 from offramp.models.checkpoint import write_json
 from offramp.report.progress import bars
@@ -32,7 +34,8 @@ def sweep(
     model_dir: Path,
     *,
     corpus: str,
-    thresholds: Annotated[str, Parameter(allow_leading_hyphen=True)] = DEFAULT_THRESHOLDS,
+    thresholds: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    certificate: Path | None = None,
     out: Path | None = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -49,27 +52,39 @@ def sweep(
         The text: pangram, python-docs, hf:DATASET, or a text file or folder. It is read
         whole, or its test split where it has named ones.
     thresholds
-        Numbers between commas; one for each exit but the last is written 0.9:0.8.
+        Numbers between commas; one for each exit but the last is written 0.9:0.8
+        (default: 0.5,0.7,0.8,0.9,0.95,0.99).
+    certificate
+        Instead: the thresholds of a certificate that ``offramp calibrate`` wrote for this model.
     out
         Write the table to this JSON file, too.
     dtype
         Precision of the model.
     """
     use(device, threads)
-    parsed = parse_thresholds(thresholds)
+    if certificate is not None and thresholds is not None:
+        raise ConfigError("thresholds: expected none with --certificate, which has its own")
+    parsed = parse_thresholds(thresholds or DEFAULT_THRESHOLDS)
     check_out_file(out)
     with bars(console) as drawn:
-        result = sweep_folder(
-            model_dir,
-            corpus,
-            parsed,
-            device=device,
-            dtype=getattr(torch, dtype),
-            on_tokens=lambda done, total: drawn.show(
+        common: dict[str, Any] = {
+            "device": device,
+            "dtype": getattr(torch, dtype),
+            "on_tokens": lambda done, total: drawn.show(
                 "trace", done=done, total=total, text="tokens"
             ),
-        )
-    output().print(sweep_table(result.content))
+        }
+        if certificate is not None:
+            content = sweep_certificate(model_dir, corpus, certificate, **common)
+        else:
+            result = sweep_folder(model_dir, corpus, parsed, **common)
+            content = result.content
+    output().print(sweep_table(content))
+    if out:
+        write_json(out, content)
+    if certificate is not None:
+        warn(model_dir, corpus, content)
+        return
     if result.unfinished:
         say(f"{model_dir}: its run is unfinished; this is its best model so far.")
     if result.untrained:
@@ -79,8 +94,6 @@ def sweep(
             f"{result.unknown_tokens:,} of the tokens are <unk>: characters that the training "
             "text does not have."
         )
-    if out:
-        write_json(out, result.content)
 
 
 def parse_thresholds(text: str) -> list[Threshold]:

@@ -1,0 +1,122 @@
+"""offramp calibrate."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.calibration.certificate import Certificate
+from offramp.calibration.certify import DEFAULT_DELTA, Method, Promise
+from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
+from offramp.cli.confidence import warn
+from offramp.errors import ConfigError
+from offramp.experiments.calibrate import certify_folder, check_folder, keep_budget_folder
+from offramp.models.checkpoint import write_json
+from offramp.report.confidence import certificate_table, drift_sentence
+from offramp.report.progress import bars
+from offramp.report.sweep import sweep_table
+
+
+@app.command
+def calibrate(
+    model: Path,
+    *,
+    corpus: str,
+    risk: str | None = None,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    method: Method | None = None,
+    confidence: str | None = None,
+    compute_budget: float | None = None,
+    check: Path | None = None,
+    out: Path | None = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Find thresholds that keep a promise and write a certificate; or keep a compute budget.
+
+    Parameters
+    ----------
+    model
+        A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint, or
+        smollm2-135m.
+    corpus
+        The text to calibrate on, like that of later use and not that of training; with --check
+        the new text.
+    risk
+        disagreement (share of tokens where the exit's first choice is not the full model's), or
+        nll-gap (nats a token, clipped). Default: disagreement.
+    epsilon
+        Largest risk that is allowed (default: 0.02).
+    delta
+        How often the promise may fail over draws of the text (default: 0.05).
+    method
+        ltt (Learn-then-Test, the default) or crc (conformal risk control: keeps the average).
+    confidence
+        The measure whose thresholds are searched (default: max_prob).
+    compute_budget
+        Instead of a risk: the thresholds of least loss whose FLOPs% is at most this.
+    check
+        A certificate: say with a test whether its promise still holds on the corpus.
+    out
+        Write the certificate (or the budget's thresholds, or the check) to this JSON file.
+    dtype
+        Precision of the model.
+    """
+    use(device, threads)
+    check_out_file(out)
+    asked: dict[str, Any] = {"risk": risk, "epsilon": epsilon, "delta": delta, "method": method}
+    promise = {name: value for name, value in asked.items() if value is not None}
+    modes = [name for name, used in (("check", check), ("compute_budget", compute_budget)) if used]
+    if len(modes) + bool(promise) > 1 and not (check and set(promise) <= {"delta"}):
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in (*promise, *modes))
+        raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
+    if check is not None and confidence is not None:
+        raise ConfigError("confidence: expected none with --check, since the certificate names it")
+    with bars(console) as drawn:
+        common: dict[str, Any] = {
+            "device": device,
+            "dtype": getattr(torch, dtype),
+            "on_tokens": lambda done, total: drawn.show(
+                "trace", done=done, total=total, text="tokens"
+            ),
+        }
+        measure = confidence or "max_prob"
+        if check is not None:
+            level = DEFAULT_DELTA if delta is None else delta
+            content = about = check_folder(model, corpus, check, level=level, **common)
+        elif compute_budget is not None:
+            content = about = keep_budget_folder(
+                model, corpus, compute_budget, confidence=measure, **common
+            )
+        else:
+            kept = Promise(**promise)
+            certificate, reading = certify_folder(model, corpus, kept, confidence=measure, **common)
+            content = certificate.content()
+            about = {**reading.about(), "untrained": reading.untrained}
+    if check is not None:
+        output().print(drift_sentence(content), highlight=False, soft_wrap=True)
+    elif compute_budget is not None:
+        output().print(sweep_table(content))
+    else:
+        output().print(certificate_table(content))
+        _say_too_few(certificate, kept)
+    warn(model, corpus, about)
+    if out:
+        write_json(out, content)
+
+
+def _say_too_few(certificate: Certificate, promise: Promise) -> None:
+    if not certificate.is_full_model:
+        return
+    if certificate.n < promise.sequences_needed:
+        say(
+            f"Nothing can be certified: expected at least {promise.sequences_needed} sequences, "
+            f"got {certificate.n}; the certificate is for the full model."
+        )
+    else:
+        say(
+            "No threshold of the path keeps the promise on this text; the certificate is for the "
+            "full model."
+        )

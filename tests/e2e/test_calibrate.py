@@ -1,0 +1,119 @@
+"""offramp confidence and calibrate, as they are typed."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, offramp):
+    out = tmp_path_factory.mktemp("calibrate") / "model"
+    result = offramp(
+        *("train", "--corpus", "pangram", "--layers", 3, "--dim", 16, "--heads", 2),
+        *("--exits", 1, "--steps", 60, "--seq-len", 32, "--batch-size", 16, "--out", out),
+        *("--loss-weights", "asymmetric:0.5", "--lr", "3e-3", "--tracker", "none"),
+    )
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The lazy dog jumps over the quick brown fox. " * 500)
+    return path
+
+
+def test_confidence_prints_and_draws(offramp, model, text, tmp_path):
+    out = tmp_path / "confidence.json"
+    result = offramp("confidence", model, "--corpus", text, "--fit", "pangram", "--out", out)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    names = [measure["confidence"] for measure in content["measures"]]
+    assert names == ["max_prob", "margin", "entropy", "saturation", "gate", "gain"]
+    for name in names:
+        assert name in result.stdout
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert "AUROC" in result.stdout
+
+
+def test_a_certificate_is_written_used_checked_and_refused(offramp, model, text, tmp_path):
+    out = tmp_path / "certificate.json"
+    result = offramp(
+        *("calibrate", model, "--corpus", text, "--risk", "disagreement", "--epsilon", 0.1),
+        *("--delta", 0.05, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    certificate = json.loads(out.read_text())
+    assert certificate["epsilon"] == 0.1
+    assert certificate["n"] == 45 * 500 // 32
+    assert "generat" in certificate["assumptions"]["not_covered"]
+
+    swept = offramp("sweep", model, "--corpus", text, "--certificate", out)
+    assert swept.returncode == 0, swept.stderr
+    assert "FLOPs%" in swept.stdout
+    both = offramp("sweep", model, "--corpus", text, "--certificate", out, "--thresholds", "1")
+    assert both.returncode == 2
+
+    new = tmp_path / "new.json"
+    checked = offramp("calibrate", model, "--corpus", text, "--check", out, "--out", new)
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(new.read_text())["verdict"] in ("holds", "undecided")
+    assert "promise" in checked.stdout or "Not decided" in checked.stdout
+
+    out.write_text(json.dumps({**certificate, "epsilon": 0.01}))
+    edited = offramp("sweep", model, "--corpus", text, "--certificate", out)
+    assert edited.returncode == 2
+    assert "was edited" in edited.stderr
+    assert "Traceback" not in edited.stderr
+
+
+def test_a_budget_is_kept(offramp, model, text, tmp_path):
+    out = tmp_path / "budget.json"
+    result = offramp("calibrate", model, "--corpus", text, "--compute-budget", 70, "--out", out)
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["flops_pct"] <= 70
+
+
+def test_too_few_sequences_say_how_many_are_needed(offramp, model, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("The lazy dog jumps over the quick brown fox. " * 10)
+    result = offramp("calibrate", model, "--corpus", text, "--epsilon", 0.02)
+    assert result.returncode == 0, result.stderr
+    assert "at least 149 sequences" in result.stderr
+    assert "full model" in result.stderr
+
+
+def test_a_text_of_the_training_is_warned_of(offramp, model):
+    result = offramp("calibrate", model, "--corpus", "pangram", "--epsilon", 0.1)
+    assert result.returncode == 0, result.stderr
+    assert "trained on this text" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epsilon", "0"], "epsilon: expected"),
+        (["--epsilon", "1.5"], "epsilon: expected"),
+        (["--delta", "1"], "delta: expected"),
+        (["--risk", "x"], "risk: expected one of"),
+        (["--confidence", "x"], "confidence: expected one of"),
+        (["--compute-budget", "65", "--risk", "disagreement"], "expected a promise, a budget or"),
+        (["--compute-budget", "5"], "budget"),
+        (["--check", "nowhere.json"], "expected a file"),
+    ],
+)
+def test_bad_input_is_one_sentence(offramp, model, text, arguments, said):
+    result = offramp("calibrate", model, "--corpus", text, *arguments)
+    assert result.returncode == 2, result.stdout
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_empty_text_is_refused(offramp, model, tmp_path):
+    text = tmp_path / "empty.txt"
+    text.write_text("")
+    result = offramp("calibrate", model, "--corpus", text)
+    assert result.returncode == 2
+    assert "empty" in result.stderr
