@@ -13,10 +13,13 @@ import cyclopts
 from offramp.cli import (  # noqa: F401  (they register themselves)
     calibrate,
     confidence,
+    generate,
+    probe,
     reproduce,
     study,
     sweep,
     train,
+    tune,
 )
 from offramp.cli.base import FLAGS, app, console
 from offramp.errors import OfframpError

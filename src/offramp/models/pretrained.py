@@ -23,7 +23,7 @@ from offramp.models.checkpoint import (
     replacing,
     write_json,
 )
-from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.exit_heads import ExitHeadKind, ExitHeads
 from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.library import quiet, transformers
 from offramp.models.sources import Source, file_sha256, find_checkpoint
@@ -166,6 +166,22 @@ def _load_exits(
 ) -> HuggingFaceModel:
     about = read_exits(folder)
     source = base_of(folder, base)
+    own_dtype = getattr(torch, str(about.get("dtype")), None)
+    if not isinstance(own_dtype, torch.dtype):
+        raise CheckpointError(
+            f"{folder / EXITS_JSON}: expected a dtype, got {about.get('dtype')!r}"
+        )
+    backbone = _backbone(source, dtype or own_dtype)
+    model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
+    model.source = source
+    load_exits(model.exits, folder)
+    return model
+
+
+def load_exits(exits: ExitHeads, folder: str | Path) -> None:
+    """Give a model's exits the parameters in a folder's ``exits.safetensors``."""
+    folder = Path(folder)
+    about = read_exits(folder)
     path = folder / EXITS_FILE
     stored = read_tensors(path)
     if file_sha256(path) != about.get("exits_sha256"):
@@ -173,23 +189,16 @@ def _load_exits(
             f"{path}: expected the exits of {EXITS_JSON}, sha256 {about.get('exits_sha256')}, "
             f"got {file_sha256(path)}"
         )
-    own_dtype = getattr(torch, str(about.get("dtype")), None)
-    if not isinstance(own_dtype, torch.dtype):
-        raise CheckpointError(f"{path}: expected a dtype in {EXITS_JSON}, got {about.get('dtype')}")
-    backbone = _backbone(source, dtype or own_dtype)
-    model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
-    model.source = source
     own = {  # gates have names of their own
         name.removeprefix("exits."): value
         for name, value in stored.items()
         if name.startswith("exits.")
     }
     try:
-        model.exits.load_state_dict(own)
+        exits.load_state_dict(own)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit {EXITS_JSON}: {one_line(error)}") from None
-    model.exits.trained = about.get("trained") is not None
-    return model
+    exits.trained = about.get("trained") is not None
 
 
 def _with_exits(

@@ -1,0 +1,71 @@
+"""offramp tune."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from cyclopts import Parameter
+from rich.table import Table
+
+from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
+from offramp.experiments.tune import TuneConfig, tune_model
+from offramp.report.progress import bars
+from offramp.training.frozen import TuneProgress
+
+
+@app.command
+def tune(
+    model: str,
+    *,
+    corpus: str,
+    out: Path,
+    tuning: Annotated[TuneConfig | None, Parameter(name="*")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Give a pretrained model exits and train them; its backbone stays as it is.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face checkpoint (a folder, or a name on the hub), or smollm2-135m.
+    corpus
+        The text: python-docs, hf:DATASET, or a text file or folder. It is read whole, or its
+        training split where it has named ones; one token in 20, at the end, is held out.
+    out
+        Folder for the exits; with --unfreeze for the whole model.
+    dtype
+        Precision of the model.
+    """
+    use(device, threads)
+    with bars(console) as drawn:
+
+        def on_progress(progress: TuneProgress) -> None:
+            if progress.doing == "states":
+                drawn.show("states", done=progress.done, total=progress.total, text="tokens")
+            elif progress.done % 10 == 0 or progress.done == progress.total:
+                text = "" if progress.loss is None else f"loss {float(progress.loss):.3f}"
+                drawn.show("tune", done=progress.done, total=progress.total, text=text)
+
+        trained = tune_model(
+            model,
+            corpus,
+            out,
+            tuning or TuneConfig(),
+            device=device,
+            dtype=getattr(torch, dtype),
+            on_progress=on_progress,
+        )
+    if trained["after"]:
+        table = Table(title=f"{trained['held_out_tokens'] - 1:,} held-out tokens")
+        for column in ("exit layer", "agreement before", "after", "PPL before", "after"):
+            table.add_column(column, justify="right")
+        for before, after in zip(trained["before"], trained["after"], strict=True):
+            table.add_row(
+                str(after["exit_layer"]),
+                *(f"{100 * row['agreement']:.1f}%" for row in (before, after)),
+                *(f"{row['ppl']:.2f}" for row in (before, after)),
+            )
+        output().print(table)
+    say(f"{out} holds the {'model' if trained['unfreeze'] else 'exits'}.")
