@@ -6,8 +6,10 @@ missing. What a run does and leaves in its folder is its own business (``Run.wor
 
 import math
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -112,7 +114,16 @@ def _start_worker(threads: int, stop: Event, reports: "Queue[RunProgress]") -> N
     global _stop, _reports
     _stop, _reports = stop, reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing; whoever starts it anew must not meet its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _drain(reports: "Queue[RunProgress]") -> Iterable[RunProgress]:

@@ -1,0 +1,76 @@
+"""A study that is killed three times ends with the study.json of one left alone."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+STUDY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from offramp.experiments.study import STUDIES, Recipe, StudyConfig, run_study
+
+class Watcher:
+    def on_plan(self, total, tokens): pass
+    def on_progress(self, progress): pass
+    def on_done(self, name): pass
+
+study = STUDIES["objectives"]
+model = replace(
+    study.model, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=2, head_dim=8, intermediate_size=32, exit_layers=(1,),
+)
+STUDIES["tiny"] = replace(
+    study, name="tiny", tokenizer="characters", model=model,
+    training=replace(study.training, seq_len=16, batch_size=4, warmup_steps=0),
+    tokens=12_800, test_tokens=200, static_layers=(1, 3), seeds=3,
+    recipes=(Recipe(label="half", training={"loss_weights": "asymmetric:0.5"}),),
+)
+run_study("tiny", StudyConfig(corpus=sys.argv[1]), Path(sys.argv[2]), watcher=Watcher(), jobs=2)
+"""
+
+
+def start(corpus, out):
+    command = [sys.executable, "-c", STUDY, str(corpus), str(out)]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def wait_for_the_workers(process):
+    """Until none of its process group is left."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("workers outlive the study")
+
+
+@pytest.mark.slow
+def test_three_kills_change_nothing(tmp_path):
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("The exits of a model stand after its blocks. " * 80)
+    assert start(corpus, tmp_path / "alone").wait(240) == 0
+    expected = (tmp_path / "alone" / "study.json").read_bytes()
+    runs = len(list((tmp_path / "alone" / "runs").iterdir()))
+
+    out, chance, found = tmp_path / "killed", random.Random(0), []
+    for kill in range(3):
+        process = start(corpus, out)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("runs/[0-9a-f]*"))) <= kill and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        wait_for_the_workers(process)
+        found.append(len(list(out.glob("runs/[0-9a-f]*"))))
+    assert found[0] < runs  # it was killed before it was done
+    assert start(corpus, out).wait(240) == 0
+    assert (out / "study.json").read_bytes() == expected
+    assert not list(out.glob("runs/.*.tmp"))
