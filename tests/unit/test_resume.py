@@ -1,6 +1,7 @@
 """Checkpoints: a run that is stopped, killed or damaged ends where it would have ended."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,12 @@ def test_accumulated_and_recomputed_steps_are_the_same_step(tmp_path, whole):
         for key, value in whole[0].items():
             torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
         shutil.rmtree(tmp_path / name)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_hashes(tmp_path):
+    run(tmp_path / "run", steps=4)
+    wider = new_model(replace(CONFIG, hidden_size=32), seed=5)
+    checkpoints = Checkpoints(folder=tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"of this model.* [0-9a-f]{64}.* [0-9a-f]{64}"):
+        train(wider, TEXT, TEXT[:90], TrainConfig(**TRAINING), checkpoints=checkpoints)
+    assert len(checkpoints.paths()) == 2

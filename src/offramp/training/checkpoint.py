@@ -1,8 +1,8 @@
 """Checkpoints to resume from: written aside, synced and renamed; the last few are kept.
 
 A checkpoint is a folder ``step-00000100`` with the parameters, the optimizer's state and
-``state.json``, which holds the hashes of the other two: a damaged one is found, named, and the
-one before it used.
+``state.json``, which holds the hashes of the other two and its own: a damaged one is found,
+named, and the one before it used.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ class Checkpoints:
         Every process must call it; rank 0 writes what a run in one process would write.
         Raises CheckpointError where it cannot be written; those already there stay.
         """
+        state = {"model_sha256": shapes_sha256(model), **state}
         parameters = whole(_parameters(model), processes)
         moments = whole(_flat(optimizer), processes)
         processes.on_main(lambda: self._write(step, parameters, moments, state))
@@ -65,6 +66,7 @@ class Checkpoints:
             save_file(moments, aside / OPTIMIZER)
             hashes = {name: _sha256(aside / name) for name in (MODEL, OPTIMIZER)}
             content = {"step": step, "sha256": hashes, **state}
+            content["state_sha256"] = _state_sha256(content)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _sync(path)
@@ -95,7 +97,7 @@ class Checkpoints:
         """Load the newest whole checkpoint: (its state or None, what is wrong with newer ones).
 
         Every process reads it for itself, and keeps its shard where the model is sharded.
-        Raises CheckpointError where they do not see the same one.
+        Raises CheckpointError where they do not see the same one, or it is of another model.
         """
         state, damaged = self._newest(model, optimizer)
         step = state["step"] if state else 0
@@ -113,6 +115,8 @@ class Checkpoints:
         for path in reversed(self.paths()):
             try:
                 state = _load(path, model, optimizer)
+            except CheckpointError:
+                raise
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 damaged.append(f"{path.name} is damaged ({_reason(error)})")
             else:
@@ -122,6 +126,14 @@ class Checkpoints:
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if state["state_sha256"] != _state_sha256(state):
+        raise ValueError(f"{STATE} is not what was written")
+    mine = shapes_sha256(model)
+    if state["model_sha256"] != mine:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of this model, whose parameters' names and shapes have "
+            f"sha256 {mine}, got one of {state['model_sha256']}"
+        )
     for name, expected in state["sha256"].items():
         if _sha256(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
@@ -142,6 +154,12 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return state
 
 
+def shapes_sha256(model: nn.Module) -> str:
+    """Hash of the parameters' names and shapes: what a checkpoint must fit."""
+    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, each once."""
     return {name: value.detach().contiguous() for name, value in model.named_parameters()}
@@ -153,6 +171,12 @@ def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
+
+
+def _state_sha256(state: dict[str, Any]) -> str:
+    """Over all the rest of the state."""
+    rest = {name: value for name, value in state.items() if name != "state_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
