@@ -177,9 +177,13 @@ def offramp_side(
     targets: Tensor,
     weights: dict[int, float],
     precision: str = "float32",
+    *,
+    compiled: bool = False,
 ) -> Callable[[], float]:
     written = ",".join(f"{layer}={weight}" for layer, weight in weights.items())
     config = TrainConfig(loss_weights=written, precision=precision)
+    if compiled:
+        model.compile_blocks()
     exit_loss = ExitLoss(model, config, total_steps=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
@@ -221,23 +225,30 @@ def main() -> None:
         targets = torch.randint(0, config.vocab_size, shape)
         source = new_model(config, seed=0)
         only_final = {config.num_hidden_layers: 1.0}
-        sides = {
-            "plain": plain_side(source, inputs, targets, weights),
-            "final loss only": offramp_side(new_model(config, seed=0), inputs, targets, only_final),
-            "offramp": offramp_side(source, inputs, targets, weights),
-            "offramp, bfloat16": offramp_side(
-                new_model(config, seed=0), inputs, targets, weights, "bfloat16"
-            ),
-        }
-        plain_loss, own_loss = sides["plain"](), sides["offramp"]()
+        sides = {"plain": plain_side(source, inputs, targets, weights)}
+        for precision in ("float32", "bfloat16"):
+            for compiled in (False, True):
+                words = f"{precision}{', compiled' if compiled else ''}"
+                for kind, chosen in (("final only", only_final), ("offramp", weights)):
+                    model = (
+                        source
+                        if (kind, words) == ("offramp", "float32")
+                        else new_model(config, seed=0)
+                    )
+                    sides[f"{kind}, {words}"] = offramp_side(
+                        model, inputs, targets, chosen, precision, compiled=compiled
+                    )
+        plain_loss, own_loss = sides["plain"](), sides["offramp, float32"]()
         assert abs(plain_loss - own_loss) < 1e-4, (plain_loss, own_loss)
         seconds = measure(sides, arguments.repeats)
-        print(f"\n{name}")
+        print(f"\n{name}\n  {'plain':30} {seconds['plain'] * 1e3:8.1f} ms a step")
         for side, median in seconds.items():
-            print(f"  {side:17} {median * 1e3:8.1f} ms a step")
-        print(f"  plain / offramp            {seconds['plain'] / seconds['offramp']:.2f}")
-        print(f"  plain / offramp, bfloat16  {seconds['plain'] / seconds['offramp, bfloat16']:.2f}")
-        print(f"  offramp / final loss only  {seconds['offramp'] / seconds['final loss only']:.2f}")
+            if side.startswith("offramp"):
+                final = seconds[side.replace("offramp", "final only")]
+                print(
+                    f"  {side:30} {median * 1e3:8.1f} ms a step; plain / this "
+                    f"{seconds['plain'] / median:.2f}; this / final loss only {median / final:.2f}"
+                )
 
 
 if __name__ == "__main__":

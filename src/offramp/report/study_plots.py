@@ -33,10 +33,13 @@ def recipes(content: Content) -> alt.LayerChart:
     static = [{"ppl": ppl, "text": f"static {layers}"} for layers, ppl in _static_means(content)]
     lines = data_chart(static)
     rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
-    words = lines.mark_text(align="left", dx=3, dy=-6, color=GREY, angle=0).encode(
-        x="ppl:Q", y=alt.value(0), text="text:N"
-    )
-    return layer(rules, words, bars, marks).properties(
+    words = [
+        data_chart([entry])
+        .mark_text(align="left", dx=3, dy=-6 - 12 * (index % 2), color=GREY)
+        .encode(x="ppl:Q", y=alt.value(0), text="text:N")
+        for index, entry in enumerate(static)  # neighbours at two heights
+    ]
+    return layer(rules, *words, bars, marks).properties(
         width=WIDTH,
         height=24 * len(order),
         title=content["question"],
