@@ -13,12 +13,14 @@ install_import_hook(  # before the first import of offramp
 )
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
 
+from offramp.data import make_tokenizer
 from offramp.models.transformer import DecoderConfig, Transformer
 from offramp.training import new_model
 
@@ -66,3 +68,37 @@ def make_ids() -> MakeIds:
         return torch.randint(VOCABULARY, (batch, length), generator=random)
 
     return make
+
+
+TEXT = "".join(
+    f"{number} quick brown foxes jump over {number * 7 % 31} lazy dogs. " for number in range(120)
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random parameters as ``save_pretrained`` leaves it, with a tokenizer of
+    ``TEXT``'s characters, and that text in text.txt.
+    """
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = make_tokenizer("characters", [TEXT])
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text.txt").write_text(TEXT)
+    return folder

@@ -13,6 +13,7 @@ import cyclopts
 from offramp.cli import (  # noqa: F401  (they register themselves)
     calibrate,
     confidence,
+    export,
     generate,
     probe,
     reproduce,

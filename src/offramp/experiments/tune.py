@@ -12,6 +12,7 @@ from torch import Tensor
 from offramp.data import batches, encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import collect_trace
+from offramp.exits.weights import parse_loss_weights
 from offramp.experiments.workflows import LARGEST_LOGITS, environment
 from offramp.models.checkpoint import claim_folder
 from offramp.models.exit_heads import ExitHeadKind
@@ -19,7 +20,13 @@ from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.loading import check_vocabulary, is_native, load_tokenizer
 from offramp.models.pretrained import EXITS_JSON, from_pretrained, save_exits
 from offramp.training import Progress, TrainConfig, train
-from offramp.training.frozen import FrozenConfig, Objective, TuneProgress, tune_exits
+from offramp.training.frozen import (
+    FrozenConfig,
+    Objective,
+    TuneProgress,
+    check_exits,
+    tune_exits,
+)
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 4096
 """One token in so many at the end of the text is held out, but no more than so many."""
@@ -44,7 +51,7 @@ class TuneConfig:
     tokens: int | None = None
     "Read only so many tokens of the text."
     epochs: int | None = None
-    "Passes over the text (default: 4; with --unfreeze 1)."
+    "Passes over the text (default: 3; with --unfreeze 1)."
     lr: float | None = None
     "Peak learning rate (default: 1e-3; with --unfreeze 1e-5)."
     seq_len: int = 256
@@ -133,6 +140,14 @@ def tune_model(
     ids = encode(tokenizer, text)[: config.tokens]
     if len(ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
+    if config.unfreeze:
+        parse_loss_weights(
+            config.joint(model.exit_layers).loss_weights,
+            num_layers=model.num_layers,
+            exit_layers=model.exit_layers,
+        )
+    else:
+        check_exits(model)
     held_out = min(len(ids) // HELD_OUT_SHARE, HELD_OUT_MOST)
     claim_folder(out)
     model.exits.warned = True  # the exits are about to be trained

@@ -2,7 +2,7 @@
 
 - ``shared``: the final norm and the LM head (no parameters of its own);
 - ``norm``: a norm of its own, the shared LM head;
-- ``adapter``: a small residual block and a norm of its own, the shared LM head;
+- ``adapter``: a norm and a small residual block of its own, the shared LM head;
 - ``full``: a norm and an LM head of its own.
 
 A new head of kind ``norm``, ``adapter`` or ``full`` in a pretrained model says what ``shared``
@@ -25,11 +25,15 @@ class UntrainedExitsWarning(UserWarning):
 
 
 class ExitAdapter(nn.Module):
-    """h + SwiGLU(norm(h)), as wide inside as the model; it begins as the identity."""
+    """x + A x + SwiGLU(x) on a normalised state, as wide inside as the model; begins as x.
 
-    def __init__(self, hidden_size: int, *, norm: nn.Module) -> None:
+    A is the translator of the tuned lens (Belrose et al. 2023, arXiv 2303.08112), which can be
+    had by least squares; the SwiGLU learns what a linear map cannot.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.norm = norm
+        self.direct_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.down_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -39,12 +43,17 @@ class ExitAdapter(nn.Module):
         """Draw what is read, and add nothing yet."""
         for projection in (self.gate_proj, self.up_proj):
             nn.init.trunc_normal_(projection.weight, std=projection.in_features**-0.5)
+        self.add_nothing()
+
+    def add_nothing(self) -> None:
+        """Let the block be the identity."""
+        nn.init.zeros_(self.direct_proj.weight)
         nn.init.zeros_(self.down_proj.weight)
 
-    def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """A state in the final layer's stead."""
-        x = self.norm(h)
-        out: Tensor = h + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What the LM head reads, in the final layer's stead."""
+        out: Tensor = x + self.direct_proj(x)
+        out = out + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
@@ -59,23 +68,22 @@ class ExitHead(nn.Module):
         lm_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
-        self.adapter = adapter
         self.norm = norm
+        self.adapter = adapter
         self.lm_head = lm_head
 
     def start_from(self, norm: nn.Module, lm_head: nn.Linear) -> None:
         """Say what the final norm and LM head say, by copies of their parameters."""
         self.norm.load_state_dict(norm.state_dict())
         if self.adapter is not None:
-            self.adapter.norm.load_state_dict(norm.state_dict())
             self.adapter.reset_parameters()
         if self.lm_head is not None:
             self.lm_head.load_state_dict(lm_head.state_dict())
 
     def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """The normalised state that the LM head reads."""
-        normalised: Tensor = self.norm(h if self.adapter is None else self.adapter(h))
-        return normalised
+        """The state that the LM head reads."""
+        x: Tensor = self.norm(h)
+        return x if self.adapter is None else cast(Tensor, self.adapter(x))
 
 
 class ExitHeads(nn.ModuleDict):

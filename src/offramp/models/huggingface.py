@@ -163,6 +163,16 @@ class HuggingFaceModel(nn.Module):
         """Why the blocks cannot be run one by one; empty where they can."""
         return self._why_no_blocks
 
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm before the LM head; some old architectures have none."""
+        return self._layout.norm
+
+    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What the way to the LM head begins with, of states of the last layer."""
+        out: Tensor = h if self._layout.norm is None else self._layout.norm(h)
+        return out
+
     def freeze_backbone(self) -> None:
         """Let only the exits' own heads learn."""
         self.backbone.requires_grad_(False)
@@ -217,7 +227,7 @@ class HuggingFaceModel(nn.Module):
         def norm() -> nn.Module:
             return deepcopy(self._layout.norm) if self._layout.norm else nn.LayerNorm(size, **like)
 
-        adapter = ExitAdapter(size, norm=norm()).to(**like) if self.exit_head == "adapter" else None
+        adapter = ExitAdapter(size).to(**like) if self.exit_head == "adapter" else None
         own = deepcopy(lm_head) if self.exit_head == "full" else None
         return ExitHead(norm=norm(), adapter=adapter, lm_head=own).requires_grad_(True)
 

@@ -109,7 +109,9 @@ def save_exits(
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
     if backbone:
-        model.source = _save_backbone(model, folder)
+        source = model.source
+        save_backbone(model.backbone, folder, texts=None if source is None else source.folder)
+        model.source = Source(id=str(folder), folder=folder)
     assert model.source is not None
     heads = {f"exits.{name}": value for name, value in model.exits.state_dict().items()}
     with replacing(folder / EXITS_FILE) as aside:
@@ -253,17 +255,18 @@ def _backbone(source: Source, dtype: torch.dtype | None) -> Any:
     return model
 
 
-def _save_backbone(model: HuggingFaceModel, folder: Path) -> Source:
-    """Write the backbone and its tokenizer; the folder may be the one that it came from."""
+def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
+    """Write a model of ``transformers`` as a plain checkpoint into an existing folder, and the
+    tokenizer that lies in ``texts``. The folder may be the one that the model came from.
+    """
     aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with quiet():
-            model.backbone.save_pretrained(aside)
-        source = model.source
-        if source is not None and source.folder.resolve() != folder.resolve():
+            backbone.save_pretrained(aside)
+        if texts is not None and texts.resolve() != folder.resolve():
             for kind in _TEXT_FILES:
-                for path in source.folder.glob(kind):
+                for path in texts.glob(kind):
                     shutil.copyfile(path, aside / path.name)
         for path in sorted(aside.iterdir()):
             path.replace(folder / path.name)
@@ -271,7 +274,6 @@ def _save_backbone(model: HuggingFaceModel, folder: Path) -> Source:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Source(id=str(folder), folder=folder)
 
 
 def _name(source: Source, folder: Path) -> str:

@@ -293,7 +293,7 @@ class Transformer(nn.Module):
                 nn.init.ones_(module.weight)
         for head in self.exits.values():
             if isinstance(adapter := getattr(head, "adapter", None), ExitAdapter):
-                nn.init.zeros_(adapter.down_proj.weight)
+                adapter.add_nothing()
 
     def start_exits(self) -> None:
         """Let the exits say what the final norm and head would, whatever they said."""
@@ -307,6 +307,11 @@ class Transformer(nn.Module):
     def num_layers(self) -> int:
         """Number of blocks, L."""
         return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state, D."""
+        return self.config.hidden_size
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -442,7 +447,7 @@ def _exit_head(config: DecoderConfig) -> ExitHead:
 
     adapter = head = None
     if config.exit_head == "adapter":
-        adapter = ExitAdapter(config.hidden_size, norm=norm())
+        adapter = ExitAdapter(config.hidden_size)
     elif config.exit_head == "full":
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     return ExitHead(norm=norm(), adapter=adapter, lm_head=head)

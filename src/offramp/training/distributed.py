@@ -171,6 +171,8 @@ def distribute(exit_loss: ExitLoss, config: TrainConfig, processes: Processes) -
             find_unused_parameters=True,  # blocks and heads without a weight at a step
             **constant_tables,
         )
+    if not isinstance(exit_loss.model, Transformer):
+        raise ConfigError("sharding: expected ddp for a model of transformers, got fsdp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -12,9 +12,12 @@ from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
 from offramp.exits.loss import head_parameters, weighted_exit_loss
 from offramp.exits.schedules import weighted_layers, weights_at
 from offramp.exits.weights import LossWeights
-from offramp.models.base import Step, whole_step
+from offramp.models.base import Step, states_at, whole_step
+from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.transformer import Transformer
 from offramp.training.config import TrainConfig
+
+Trainable = Transformer | HuggingFaceModel
 
 
 class ExitLoss(nn.Module):
@@ -22,9 +25,11 @@ class ExitLoss(nn.Module):
 
     Only the layers that have a weight at this step are unembedded, and no block above the last
     of them runs. With ``in_step`` a block runs in every process or in none, as FSDP2 needs it.
+    A model whose blocks cannot be run one by one is run whole, without layer dropout,
+    recomputation or scaled gradients.
     """
 
-    def __init__(self, model: Transformer, config: TrainConfig, *, total_steps: int) -> None:
+    def __init__(self, model: Trainable, config: TrainConfig, *, total_steps: int) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -36,7 +41,7 @@ class ExitLoss(nn.Module):
             model.unembed,
             layers,
             dict(model.named_parameters()),
-            hidden_size=model.config.hidden_size,
+            hidden_size=model.hidden_size,
         )
 
     def weights(self, step: int) -> LossWeights:
@@ -76,7 +81,7 @@ class ExitLoss(nn.Module):
                 targets,
                 weights,
                 [parameters[name] for name in self.heads],
-                vocab_size=self.model.config.vocab_size,
+                vocab_size=self.model.vocab_size,
                 distill=self.config.distill,
                 temperature=self.config.distill_temperature,
             )
@@ -92,6 +97,8 @@ class ExitLoss(nn.Module):
         states: dict[int, Tensor] = {}
         autocast = self.config.precision == "bfloat16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
+            if isinstance(self.model, HuggingFaceModel) and self.model.why_no_blocks:
+                return dict(states_at(self.model, inputs, layers, step=where))
             h = self.model.embed(inputs, step=where)
             done = 0
             for index, layer in enumerate(layers, start=1):

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from offramp.data import TokenShards, TokenWindows, batch_indices, batches
-from offramp.errors import CorpusError, TrainingError
+from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.schedules import check_objective, target_weights
@@ -28,7 +28,7 @@ from offramp.training.distributed import (
     distribute,
     join,
 )
-from offramp.training.exit_loss import ExitLoss
+from offramp.training.exit_loss import ExitLoss, Trainable
 from offramp.training.optimizer import make_optimizer, set_learning_rate
 
 Tokens = Int[Tensor, " N"] | TokenShards
@@ -85,7 +85,7 @@ def new_model(config: DecoderConfig, *, seed: int) -> Transformer:
 
 
 def train(
-    model: Transformer,
+    model: Trainable,
     train_tokens: Tokens,
     validation_ids: Int[Tensor, " M"],
     config: TrainConfig,
@@ -123,6 +123,8 @@ def train(
     weights = target_weights(config, num_layers=num_layers, exit_layers=exit_layers)
     exit_loss = ExitLoss(model, config, total_steps=total_steps)
     if config.compile:
+        if not isinstance(model, Transformer):
+            raise ConfigError("compile: expected a native decoder with it, got another model")
         model.compile_blocks()
     module = distribute(exit_loss, config, processes)
     optimizer = make_optimizer(model, config, num_layers=num_layers)

@@ -1,0 +1,29 @@
+"""offramp export."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from offramp.cli.base import app, say
+from offramp.experiments.export import export_exit
+
+
+@app.command
+def export(
+    model_dir: str, *, exit_layer: Annotated[int, Parameter(name="--exit")], out: Path
+) -> None:
+    """Write the first layers of a model and their exit as a plain Hugging Face checkpoint.
+
+    Parameters
+    ----------
+    model_dir
+        A folder that ``offramp tune`` wrote, or a Hugging Face checkpoint (whose exits say what
+        its final norm and LM head say of their layers).
+    exit_layer
+        The exit: the number of layers to keep. Its head must be shared, norm or full.
+    out
+        Folder for the checkpoint.
+    """
+    export_exit(model_dir, exit_layer, out)
+    say(f"{out} holds the first {exit_layer} layers, which AutoModelForCausalLM can load.")

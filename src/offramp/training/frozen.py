@@ -1,0 +1,280 @@
+"""Training exits on a frozen backbone, whose states are computed once and kept.
+
+The exits learn to say what the final layer says (Hinton et al. 2015), what the text says, or
+both. A least-squares map of each exit's states to the final ones, the closed form of the tuned
+lens (Belrose et al. 2023), is where adapters begin.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.errors import ConfigError, CorpusError, TrainingError
+from offramp.exits.loss import weighted_exit_loss
+from offramp.models.exit_heads import ExitHead
+from offramp.models.huggingface import HuggingFaceModel
+from offramp.training.kept_states import KeptStates, keep_states, portions
+
+Objective = Literal["distill", "text", "both"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+OFTEN, SELDOM = 2048, 512
+"""Tokens that imitation compares: see ``Compared``."""
+RIDGE = 100
+"""The least squares' penalty, in tokens: it counts like so many of a mean square state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenConfig:
+    """How to train exits on a frozen backbone."""
+
+    objective: Objective = "distill"
+    "Imitate the final layer (distill), predict the text (text), or both."
+    epochs: int = 3
+    "Passes over the kept states."
+    seq_len: int = 256
+    "Tokens a window of the backbone."
+    batch_size: int = 512
+    "Tokens a step."
+    lr: float = 1e-3
+    "Peak learning rate of AdamW; cosine to zero."
+    weight_decay: float = 0.01
+    "AdamW's weight decay."
+    warmup_steps: int = 30
+    "Steps of linear warm-up."
+    seed: int = 0
+    "Seed of the exits' parameters and of the order of the tokens."
+    precision: Precision = "auto"
+    """Of the exits' products: bfloat16 for autocast (parameters stay float32), float32, or
+    bfloat16 where the processor has it and the model is float32 (auto). The backbone's are its
+    own."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("objective", Objective), ("precision", Precision)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name}: expected one of {', '.join(get_args(choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name, least in (
+            ("epochs", 1),
+            ("seq_len", 1),
+            ("batch_size", 1),
+            ("warmup_steps", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneProgress:
+    """Where a run stands: reading the states, or after a step."""
+
+    doing: Literal["states", "tune"]
+    done: int
+    total: int
+    "Of tokens (states) or steps (tune)."
+    loss: Tensor | None = None
+    "Of the last step, nats a token, summed over the exits."
+
+
+OnProgress = Callable[[TuneProgress], None]
+
+
+def tune_exits(
+    model: HuggingFaceModel,
+    ids: Int[Tensor, " N"],
+    config: FrozenConfig,
+    *,
+    on_progress: OnProgress = lambda progress: None,
+) -> None:
+    """Train the exits' own heads in place; the backbone runs once over the text, frozen.
+
+    Afterwards the backbone is frozen and the model in eval mode. Raises ConfigError where the
+    exits have nothing of their own to train, CorpusError for fewer than 2 tokens, TrainingError
+    where the loss is not finite.
+    """
+    check_exits(model)
+    model.freeze_backbone()
+    model.eval()
+    parameters = [p for p in model.exits.parameters() if p.requires_grad]
+    if len(ids) < 2:
+        raise CorpusError(f"corpus: expected at least 2 tokens, got {len(ids)}")
+    seq_len = min(config.seq_len, model.max_length)
+    spans = portions(model, len(ids) - 1, seq_len, layers=len(model.exit_layers))
+    steps = sum(config.epochs * math.ceil(len(span) / config.batch_size) for span in spans)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+    )
+    half = config.precision == "bfloat16" or (config.precision == "auto" and _has_bfloat16(model))
+    # a cast weight is not kept from chunk to chunk: each chunk's graph is dropped
+    autocast = partial(
+        torch.autocast, model.device.type, torch.bfloat16, enabled=half, cache_enabled=False
+    )
+    model.exits.train()  # nobody is warned of exits that are being trained
+    step = read = 0
+    for index, span in enumerate(spans):
+        kept = None
+        for done, found in keep_states(model, ids, span, seq_len):
+            on_progress(TuneProgress(doing="states", done=read + done, total=len(ids) - 1))
+            kept = found or kept
+        assert kept is not None
+        read += len(span)
+        if index == 0:
+            _begin(model, kept, config)
+            compared = Compared(model, kept, generator)
+        for rows in _orders(len(span), config, generator):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _rate(step, steps, config.warmup_steps)
+            batch = KeptStates(
+                states={layer: h[rows] for layer, h in kept.states.items()},
+                targets=kept.targets[rows],
+            )
+            with autocast():
+                if config.objective == "distill":
+                    loss = imitation_loss(model, batch, compared)
+                else:
+                    loss = text_loss(model, batch, parameters, imitate=config.objective == "both")
+            if not torch.isfinite(loss):
+                raise TrainingError(f"step {step}: expected a finite loss, got {float(loss)}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            on_progress(TuneProgress(doing="tune", done=step, total=steps, loss=loss.detach()))
+    model.exits.trained = True
+    model.eval()
+
+
+def check_exits(model: HuggingFaceModel) -> None:
+    """Raise a ConfigError unless there are exits with something of their own to train."""
+    if len(model.exit_layers) < 2:
+        raise ConfigError("exit_layers: expected at least one below the last layer, got none")
+    if not len(model.exits):
+        raise ConfigError(
+            "exit_head: expected norm, adapter or full, which learn while the backbone is "
+            f"frozen, got {model.exit_head}"
+        )
+
+
+def _has_bfloat16(model: HuggingFaceModel) -> bool:
+    """Whether products in bfloat16 are faster here, and the model is not in it already."""
+    if model.dtype != torch.float32:
+        return False
+    if model.device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ask = getattr(torch.cpu, "get_capabilities", None)  # of newer versions
+    found = ask() if ask is not None and model.device.type == "cpu" else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+@torch.no_grad()
+def _begin(model: HuggingFaceModel, kept: KeptStates, config: FrozenConfig) -> None:
+    """Draw the adapters by the seed, and map each exit's states to the final ones."""
+    *early, last = kept.states
+    wanted = model.normalised(kept.states[last]).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for layer in early:
+            head = cast(ExitHead, model.exits[str(layer)])
+            if head.adapter is None:
+                continue
+            head.adapter.reset_parameters()
+            x = head.norm(kept.states[layer]).float()
+            if config.objective != "text":
+                a = least_squares(x, wanted - x)
+                head.adapter.direct_proj.weight.copy_(a.T)
+
+
+def least_squares(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "D D"]:
+    """A that makes x A nearest to y, with a penalty on its size."""
+    gram = (x.T @ x).double()
+    ridge = RIDGE * gram.diagonal().mean() / len(x)
+    gram.diagonal().add_(ridge)
+    solved: Tensor = torch.linalg.solve(gram, (x.T @ y).double())
+    return solved.to(y.dtype)
+
+
+class Compared:
+    """Which tokens of the vocabulary imitation compares: those that the final layer gives most
+    of its probability, and of the others a few, drawn anew at each step in all others' stead.
+    """
+
+    def __init__(self, model: HuggingFaceModel, kept: KeptStates, generator: torch.Generator):
+        self.generator = generator
+        self.often: Tensor | None = None
+        if model.vocab_size <= 2 * (OFTEN + SELDOM):
+            return
+        last = max(kept.states)
+        mass = torch.zeros(model.vocab_size, device=model.device)
+        with torch.no_grad():
+            for h in kept.states[last][::8].split(1024):
+                mass += F.softmax(model.unembed(h[None], last)[0].float(), dim=-1).sum(0)
+        order = mass.argsort(descending=True)
+        self.often, self.others = order[:OFTEN], order[OFTEN:]
+
+    def draw(self) -> tuple[Tensor | None, Tensor | float]:
+        """Token ids (None: all), and what to add to their logits: how many each stands for."""
+        if self.often is None:
+            return None, 0.0
+        drawn = torch.randperm(len(self.others), generator=self.generator)[:SELDOM]
+        weight = self.others.new_zeros(OFTEN + SELDOM, dtype=torch.float32)
+        weight[OFTEN:] = math.log(len(self.others) / SELDOM)
+        return torch.cat((self.often, self.others[drawn.to(self.others.device)])), weight
+
+
+def imitation_loss(model: HuggingFaceModel, batch: KeptStates, compared: Compared) -> Tensor:
+    """Sum over the exits of KL(p_L || p_e), nats a token."""
+    *early, last = batch.states
+    vocab, weight = compared.draw()
+
+    def log_probs(layer: int) -> Tensor:
+        logits = model.unembed(batch.states[layer][None], layer, vocab=vocab)[0]
+        return F.log_softmax(logits.float() + weight, dim=-1)
+
+    with torch.no_grad():
+        teacher = log_probs(last)
+    gaps = [F.kl_div(log_probs(e), teacher, reduction="batchmean", log_target=True) for e in early]
+    return torch.stack(gaps).sum()
+
+
+def text_loss(
+    model: HuggingFaceModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
+) -> Tensor:
+    """Sum over the exits of the cross-entropy and, to ``imitate``, of KL(p_L || p_e)."""
+    *early, last = batch.states
+    weights = dict.fromkeys(early, 1.0) | ({last: 0.0} if imitate else {})
+    loss, _ = weighted_exit_loss(
+        {layer: batch.states[layer][None] for layer in weights},
+        model.unembed,
+        batch.targets[None],
+        weights,
+        parameters,
+        vocab_size=model.vocab_size,
+        distill=1.0 if imitate else 0.0,
+    )
+    return loss
+
+
+def _orders(tokens: int, config: FrozenConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """The tokens of each step."""
+    for _ in range(config.epochs):
+        yield from torch.randperm(tokens, generator=generator).split(config.batch_size)
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step (from 1)."""
+    return min(1.0, step / max(1, warmup)) * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))

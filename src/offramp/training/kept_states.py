@@ -1,0 +1,55 @@
+"""The states of a frozen backbone, computed once and kept."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.models.base import states_at, whole_step
+from offramp.models.huggingface import HuggingFaceModel
+
+KEPT_BYTES = 1 << 30
+"""Memory of the kept states; a longer text is read in portions of that size."""
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptStates:
+    """What the frozen backbone made of a text."""
+
+    states: Mapping[int, Float[Tensor, "N D"]]
+    "By layer; the last is the model's last."
+    targets: Int[Tensor, " N"]
+
+
+def portions(model: HuggingFaceModel, tokens: int, seq_len: int, *, layers: int) -> list[range]:
+    """Spans of predicted tokens, each of whole windows, whose states fit into ``KEPT_BYTES``."""
+    size = torch.empty((), dtype=model.dtype).element_size() * model.hidden_size * layers
+    length = max(1, KEPT_BYTES // (size * seq_len)) * seq_len
+    return [range(first, min(first + length, tokens)) for first in range(0, tokens, length)]
+
+
+@torch.no_grad()
+def keep_states(
+    model: HuggingFaceModel, ids: Tensor, span: range, seq_len: int
+) -> Iterator[tuple[int, KeptStates | None]]:
+    """(tokens done, and at the end the states); windows as ``data.batches`` cuts them."""
+    layers = model.exit_layers
+    kept: dict[int, Tensor] = {}
+    done = 0
+    while done < len(span):
+        rest = len(span) - done
+        rows = min(WINDOWS_AT_ONCE, rest // seq_len) or 1
+        length = seq_len if rest >= seq_len else rest
+        first = span.start + done
+        inputs = ids[first : first + rows * length].view(rows, length).to(model.device)
+        for layer, h in states_at(model, inputs, layers, step=whole_step(inputs)):
+            if layer not in kept:
+                kept[layer] = torch.empty(len(span), h.shape[-1], dtype=h.dtype, device=h.device)
+            kept[layer][done : done + rows * length] = h.flatten(0, 1)
+        done += rows * length
+        yield done, None
+    targets = ids[span.start + 1 : span.stop + 1].to(model.device)
+    yield done, KeptStates(states=kept, targets=targets)
