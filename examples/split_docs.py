@@ -1,6 +1,6 @@
 """Write the reference that every Python carries as a corpus with named splits.
 
-    python examples/split_docs.py FOLDER    # FOLDER/train.txt, valid.txt and test.txt
+python examples/split_docs.py FOLDER    # FOLDER/train.txt, valid.txt and test.txt
 """
 
 import sys
