@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cyclopts
 import torch
@@ -35,7 +35,7 @@ def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     for token in tokens if type_ in (int, int | None) else ():
         if not re.fullmatch(r"\s*[+-]?[0-9_]+\s*", token.value):
             raise cyclopts.CoercionError(token=token, target_type=int)
-    if get_origin(type_) is tuple:
+    if tuple in map(get_origin, (type_, *get_args(type_))):  # a list, or perhaps none
         tokens = [
             token.evolve(value=part.strip()) for token in tokens for part in token.value.split(",")
         ]

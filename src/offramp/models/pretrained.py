@@ -243,6 +243,7 @@ def _backbone(source: Source, dtype: torch.dtype | None) -> Any:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported and refused below, with their names
             )
         except Exception as error:
             raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
