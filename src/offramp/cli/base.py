@@ -35,7 +35,9 @@ def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     for token in tokens if type_ in (int, int | None) else ():
         if not re.fullmatch(r"\s*[+-]?[0-9_]+\s*", token.value):
             raise cyclopts.CoercionError(token=token, target_type=int)
-    if tuple in map(get_origin, (type_, *get_args(type_))):  # a list, or perhaps none
+    if any(
+        get_origin(part) is tuple for part in (type_, *get_args(type_))
+    ):  # a list, or perhaps none
         tokens = [
             token.evolve(value=part.strip()) for token in tokens for part in token.value.split(",")
         ]
