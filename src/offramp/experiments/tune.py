@@ -51,7 +51,7 @@ class TuneConfig:
     tokens: int | None = None
     "Read only so many tokens of the text."
     epochs: int | None = None
-    "Passes over the text (default: 3; with --unfreeze 1)."
+    "Passes over the text (default: 4; with --unfreeze 1)."
     lr: float | None = None
     "Peak learning rate (default: 1e-3; with --unfreeze 1e-5)."
     seq_len: int = 256

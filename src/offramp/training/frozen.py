@@ -37,11 +37,14 @@ class FrozenConfig:
 
     objective: Objective = "distill"
     "Imitate the final layer (distill), predict the text (text), or both."
-    epochs: int = 3
+    distill_temperature: float = 0.7
+    """Of both distributions when exits imitate alone (distill; Hinton et al. 2015): below 1 the
+    final layer's first choices count for more, and exits agree with them more often."""
+    epochs: int = 4
     "Passes over the kept states."
     seq_len: int = 256
     "Tokens a window of the backbone."
-    batch_size: int = 512
+    batch_size: int = 256
     "Tokens a step."
     lr: float = 1e-3
     "Peak learning rate of AdamW; cosine to zero."
@@ -72,6 +75,10 @@ class FrozenConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 < self.distill_temperature < math.inf:
+            raise ConfigError(
+                f"distill_temperature: expected a positive number, got {self.distill_temperature}"
+            )
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -146,7 +153,12 @@ def tune_exits(
             )
             with autocast():
                 if config.objective == "distill":
-                    loss = imitation_loss(model, batch, compared)
+                    loss = imitation_loss(
+                        model,
+                        batch,
+                        compared,
+                        distill_temperature=config.distill_temperature,
+                    )
                 else:
                     loss = text_loss(model, batch, parameters, imitate=config.objective == "both")
             if not torch.isfinite(loss):
@@ -236,14 +248,16 @@ class Compared:
         return torch.cat((self.often, self.others[drawn.to(self.others.device)])), weight
 
 
-def imitation_loss(model: HuggingFaceModel, batch: KeptStates, compared: Compared) -> Tensor:
-    """Sum over the exits of KL(p_L || p_e), nats a token."""
+def imitation_loss(
+    model: HuggingFaceModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
+) -> Tensor:
+    """Sum over the exits of KL(p_L || p_e), both at that temperature, in nats a token."""
     *early, last = batch.states
     vocab, weight = compared.draw()
 
     def log_probs(layer: int) -> Tensor:
-        logits = model.unembed(batch.states[layer][None], layer, vocab=vocab)[0]
-        return F.log_softmax(logits.float() + weight, dim=-1)
+        logits = model.unembed(batch.states[layer][None], layer, vocab=vocab)[0].float()
+        return F.log_softmax(logits / distill_temperature + weight, dim=-1)
 
     with torch.no_grad():
         teacher = log_probs(last)

@@ -158,13 +158,13 @@ def test_imitation_of_a_sample_is_on_average_that_of_the_whole(fresh, ids, monke
 
     def loss(compared):
         with torch.no_grad():
-            return frozen.imitation_loss(model, few, compared)
+            return frozen.imitation_loss(model, few, compared, distill_temperature=0.7)
 
     exact = loss(Compared(model, few, generator))
-    last = F.log_softmax(model.unembed(few.states[4][None], 4)[0], dim=-1)
+    last = F.log_softmax(model.unembed(few.states[4][None], 4)[0] / 0.7, dim=-1)
     by_hand = sum(
         F.kl_div(
-            F.log_softmax(model.unembed(few.states[layer][None], layer)[0], dim=-1),
+            F.log_softmax(model.unembed(few.states[layer][None], layer)[0] / 0.7, dim=-1),
             last,
             reduction="batchmean",
             log_target=True,
@@ -251,6 +251,11 @@ def test_only_so_many_tokens_are_read(checkpoint, text, tmp_path):
 def test_a_config_out_of_range_is_refused(fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         TuneConfig(**fields)
+
+
+def test_a_distillation_temperature_of_zero_is_refused():
+    with pytest.raises(ConfigError, match="distill_temperature: expected a positive number"):
+        FrozenConfig(distill_temperature=0.0)
 
 
 def test_what_cannot_be_tuned_is_refused_and_nothing_written(checkpoint, text, tuned, tmp_path):
