@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
-.PHONY: reproduce demo test check format lint types imports tests oldest benchmark clean
+.PHONY: reproduce demo test check format lint types imports tests oldest newest benchmark clean
 
 reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
@@ -41,14 +41,23 @@ imports: $(INSTALLED)
 tests: $(INSTALLED)
 	$(BIN)/pytest
 
-OLDEST := $(VENV)-oldest
-oldest: $(INSTALLED)  ## what touches transformers, with the oldest version that pyproject.toml admits
-	$(BIN)/python -m venv $(OLDEST)
-	$(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])" > $(OLDEST)/here
-	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" > "$$(cat $(OLDEST)/here)/above.pth"
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
-	$(OLDEST)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
-	$(OLDEST)/bin/python -m pytest -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
+# What touches transformers, with another version of it above what .venv has: the oldest that
+# pyproject.toml admits, and the newest that there is.
+OLDEST_TRANSFORMERS = transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+oldest: $(INSTALLED)
+	$(call test_with,$(OLDEST_TRANSFORMERS),$(VENV)-oldest)
+
+newest: $(INSTALLED)
+	$(call test_with,transformers,$(VENV)-newest)
+
+define test_with
+$(BIN)/python -m venv --clear $(2)
+$(2)/bin/python -c "import site; print(site.getsitepackages()[0])" > $(2)/here
+$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" > "$$(cat $(2)/here)/above.pth"
+$(2)/bin/pip install --quiet --disable-pip-version-check --upgrade "$(1)"
+$(2)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
+$(2)/bin/python -m pytest -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
+endef
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
@@ -62,4 +71,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

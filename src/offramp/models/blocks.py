@@ -155,7 +155,8 @@ def _watched_pass(
     for cache in (DynamicCache(), None):
         calls.clear()
         embedded.clear()
-        where = {"past_key_values": cache, "use_cache": cache is not None}
+        # before transformers 5.24 it was past_key_values
+        where = {"cache": cache, "past_key_values": cache, "use_cache": cache is not None}
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(lm.get_input_embeddings().register_forward_hook(lead))
             for module in lm.modules():
