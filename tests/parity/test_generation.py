@@ -11,6 +11,7 @@ from offramp.data import batches
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.confidence import ExitView, confidence_named
+from offramp.exits.gate import FittedExits
 from offramp.exits.policy import ThresholdPolicy
 from offramp.generation import ExitRule, GenerateConfig, forced_exits, generate, generate_batch
 from offramp.models.base import whole_step
@@ -250,7 +251,7 @@ def test_drafts_of_a_part_of_the_vocabulary_change_nothing(model, vocab, adaptiv
                 draft_threshold=-1.0,
                 **options,
             ),
-            draft_vocab=torch.tensor(vocab),
+            fitted=FittedExits(draft_vocab=torch.tensor(vocab)),
         )
         plain = generate(model, PROMPTS[2], GenerateConfig(max_new_tokens=40, **options))
         assert [token.id for token in speculative] == [token.id for token in plain]

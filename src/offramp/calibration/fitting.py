@@ -30,7 +30,7 @@ from offramp.models.sources import file_sha256
 TEMPERATURE_LOGITS = 50_000_000
 """Logits of one exit that a temperature is fitted to at the most; 200 MB in float32."""
 
-_TEMPERATURE = "temperature"
+_TEMPERATURE, _DRAFT_VOCAB = "temperature", "draft_vocab"
 _AT_ONCE = 512  # tokens
 
 
@@ -86,7 +86,7 @@ def fit_temperatures(model: EarlyExitModel, sample: ExitSample) -> dict[int, flo
 
 
 def save_fitted(fitted: FittedExits, folder: Path) -> None:
-    """Write gates and temperatures into the folder's ``exits.safetensors``.
+    """Write gates, temperatures and draft vocabulary into the folder's ``exits.safetensors``.
 
     Earlier ones go; what else the file holds (exit heads) stays. ``offramp.json``, where there
     is one, gets the file's new hash.
@@ -104,6 +104,8 @@ def save_fitted(fitted: FittedExits, folder: Path) -> None:
                 tensors[f"{kind}.{layer}.{name}"] = tensor.contiguous()
     for layer, temperature in fitted.temperatures.items():
         tensors[f"{_TEMPERATURE}.{layer}"] = torch.tensor(temperature, dtype=torch.float64)
+    if fitted.draft_vocab is not None:
+        tensors[_DRAFT_VOCAB] = fitted.draft_vocab.contiguous()
     about = folder / EXITS_JSON
     stored = read_json(about) if about.exists() else None
     with replacing(path) as aside:
@@ -113,14 +115,17 @@ def save_fitted(fitted: FittedExits, folder: Path) -> None:
 
 
 def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedExits:
-    """The gates and temperatures of a model folder; none where none were saved."""
+    """What ``save_fitted`` left in a model folder; nothing where nothing was saved."""
     path = folder / EXITS_FILE
     if not path.exists():
         return NOTHING_FITTED
     temperatures: dict[int, float] = {}
     states: dict[tuple[str, int], dict[str, Tensor]] = defaultdict(dict)
+    draft_vocab = None
     for name, tensor in read_tensors(path).items():
-        if not _is_fitted(name):
+        if name == _DRAFT_VOCAB:
+            draft_vocab = tensor.to(device)
+        if name == _DRAFT_VOCAB or not _is_fitted(name):
             continue
         kind, layer, *rest = name.split(".", 2)
         if not (layer.isdecimal() and (kind == _TEMPERATURE) != bool(rest)):
@@ -138,8 +143,8 @@ def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedEx
                 f"{path}: expected a whole {kind} at exit layer {number}, "
                 f"got: {' '.join(str(error).split())}"
             ) from None
-    return FittedExits(gates=dict(gates), temperatures=temperatures)
+    return FittedExits(gates=dict(gates), temperatures=temperatures, draft_vocab=draft_vocab)
 
 
 def _is_fitted(name: str) -> bool:
-    return name.split(".")[0] in (*GATE_KINDS, _TEMPERATURE)
+    return name.split(".")[0] in (*GATE_KINDS, _TEMPERATURE, _DRAFT_VOCAB)

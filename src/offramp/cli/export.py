@@ -18,8 +18,8 @@ def export(
     Parameters
     ----------
     model_dir
-        A folder that ``offramp tune`` wrote, or a Hugging Face checkpoint (whose exits say what
-        its final norm and LM head say of their layers).
+        A folder that ``offramp train`` or ``offramp tune`` wrote, or a Hugging Face checkpoint
+        (whose exits say what its final norm and LM head say of their layers).
     exit_layer
         The exit: the number of layers to keep. Its head must be shared, norm or full.
     out

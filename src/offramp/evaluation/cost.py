@@ -1,7 +1,9 @@
 """What a routed token costs: layers run, and floating-point operations (FLOPs)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from offramp.errors import ConfigError
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.models.base import EarlyExitModel, whole_step
+
+T = TypeVar("T")
 
 _PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it sees
 
@@ -92,7 +96,6 @@ class ModelCost:
             ) from None
 
 
-@torch.no_grad()
 def model_cost(
     model: EarlyExitModel, *, context: float, fitted: FittedExits | None = None
 ) -> ModelCost:
@@ -110,24 +113,16 @@ def model_cost(
     )
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     h = model.embed(ids, step=whole_step(ids))
-    heads = {}
-    for layer in model.exit_layers:
-        with FlopCounterMode(display=False) as counter:
-            model.unembed(h, layer)
-        heads[layer] = float(counter.get_total_flops())
-    gates: dict[str, dict[int, float]] = {}
-    for kind, by_layer in (fitted.gates if fitted else {}).items():
-        gates[kind] = {}
-        for layer, gate in by_layer.items():
-            with FlopCounterMode(display=False) as counter:
-                gate(h)
-            gates[kind][layer] = float(counter.get_total_flops())
+    gates = fitted.gates if fitted else {}
     return ModelCost(
         exit_layers=tuple(model.exit_layers),
         context=context,
         layers=layers,
-        heads=heads,
-        gates=gates,
+        heads={layer: _flops(partial(model.unembed, h, layer))[0] for layer in model.exit_layers},
+        gates={
+            kind: {layer: _flops(partial(gate, h))[0] for layer, gate in by_layer.items()}
+            for kind, by_layer in gates.items()
+        },
         keys_values=_keys_values(model),
     )
 
@@ -137,12 +132,10 @@ def _keys_values(model: EarlyExitModel) -> tuple[float, ...]:
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     step = replace(whole_step(ids), cache=model.make_cache(1, 1))
     h = model.embed(ids, step=step)
-    flops = []
-    for layer in range(model.num_layers):
-        with FlopCounterMode(display=False) as counter:
-            model.project_kv(h, layer, layer + 1, step=step)
-        flops.append(float(counter.get_total_flops()))
-    return tuple(flops)
+    return tuple(
+        _flops(partial(model.project_kv, h, layer, layer + 1, step=step))[0]
+        for layer in range(model.num_layers)
+    )
 
 
 def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
@@ -150,9 +143,23 @@ def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     step = whole_step(ids)
     h: Tensor = model.embed(ids, step=step)
-    flops = []
+    found = []
     for layer in range(model.num_layers):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            h = model.run_layers(h, layer, layer + 1, step=step)  # math: as matrix products
-        flops.append(counter.get_total_flops() / tokens)
-    return flops
+        flops, h = _flops(partial(model.run_layers, h, layer, layer + 1, step=step))
+        found.append(flops / tokens)
+    return found
+
+
+def _flops(part: Callable[[], T]) -> tuple[float, T]:
+    """What PyTorch counts while a part of a model runs, and what it returned.
+
+    With gradients on: without, a model may compute a few tokens by other means than PyTorch's.
+    Attention runs as matrix products, which are counted.
+    """
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        result = part()
+    return float(counter.get_total_flops()), result

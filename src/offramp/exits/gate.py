@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError
@@ -66,7 +66,7 @@ def expected_kl(out: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedExits:
-    """What was fitted to the exits of a trained model: gates and temperatures.
+    """What was fitted to the exits of a trained model: gates, temperatures, a draft vocabulary.
 
     The gate at exit e of kind ``gain`` has an output for e and one for each exit between e and
     the last, in their order; that of kind ``gate`` has one.
@@ -76,6 +76,9 @@ class FittedExits:
     "By kind, then by exit layer."
     temperatures: Mapping[int, float] = field(default_factory=dict)
     "By exit layer; a layer without one has 1."
+    draft_vocab: Int[Tensor, " W"] | None = None
+    """The tokens that a draft may name (the most frequent ones; None: all): its head is then a
+    slice of the LM head and costs as much less."""
 
     def gate(self, kind: str, exit_layer: int) -> Gate:
         """ConfigError where none was fitted."""

@@ -114,6 +114,7 @@ def fit_folder(
     fitted = FittedExits(
         gates={kind: fit_gates(kind, gates, config) for kind in GATE_KINDS},
         temperatures=fit_temperatures(reading.model, held_out),
+        draft_vocab=reading.fitted.draft_vocab,
     )
     save_fitted(fitted, folder)
     return fitted

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models.base import states_at, whole_step
 from offramp.models.block_runner import close
-from offramp.models.checkpoint import claim_folder
+from offramp.models.checkpoint import claim_folder, load_checkpoint
 from offramp.models.exit_heads import ExitHead
 from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.library import quiet, transformers
 from offramp.models.loading import is_native
+from offramp.models.native import to_transformers
 from offramp.models.pretrained import EXITS_JSON, from_pretrained, save_backbone
+from offramp.models.transformer import Transformer
 
 
 def export_exit(
@@ -31,14 +33,14 @@ def export_exit(
     """
     folder = Path(model_dir)
     if is_native(folder):
-        raise CheckpointError(
-            f"{folder}: expected a Hugging Face checkpoint, with exits or without, got a model of "
-            "offramp train"
-        )
-    if (folder / EXITS_JSON).is_file():
+        native, _ = load_checkpoint(folder, dtype=dtype)
+        model, texts = as_huggingface(native), folder
+    elif (folder / EXITS_JSON).is_file():
         model = from_pretrained(folder, dtype=dtype)
     else:
         model = from_pretrained(model_dir, exit_layers=(exit_layer,), dtype=dtype)
+    if model.source is not None:
+        texts = model.source.folder
     model.exits.warned = True  # a plain checkpoint's exits are what they are
     if exit_layer not in model.exit_layers:
         raise ConfigError(
@@ -47,9 +49,20 @@ def export_exit(
         )
     short = shortened(model, exit_layer)
     claim_folder(out)
-    assert model.source is not None
-    save_backbone(short, out, texts=model.source.folder)
+    save_backbone(short, out, texts=texts)
     return model
+
+
+def as_huggingface(native: Transformer) -> HuggingFaceModel:
+    """The same model and exits as ``transformers`` runs them."""
+    model = HuggingFaceModel(
+        to_transformers(native),
+        exit_layers=native.exit_layers,
+        exit_head=native.config.exit_head,
+    )
+    model.exits.load_state_dict(native.exits.state_dict())
+    model.exits.trained = native.exits.trained
+    return model.eval()
 
 
 @torch.no_grad()

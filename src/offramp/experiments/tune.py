@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from offramp.calibration.fitting import save_fitted
 from offramp.data import batches, encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import collect_trace
+from offramp.exits.gate import FittedExits
 from offramp.exits.weights import parse_loss_weights
 from offramp.experiments.workflows import LARGEST_LOGITS, environment
 from offramp.models.checkpoint import claim_folder
@@ -31,6 +33,8 @@ from offramp.training.frozen import (
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 4096
 """One token in so many at the end of the text is held out, but no more than so many."""
 JOINT_LR = 1e-5
+DRAFT_VOCAB = 4096
+"""Tokens that drafts may name, at the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,16 @@ def tune_model(
         "environment": environment(device),
     }
     save_exits(model, out, trained=trained)
+    if model.vocab_size > 2 * DRAFT_VOCAB:
+        save_fitted(FittedExits(draft_vocab=frequent_tokens(ids[: len(ids) - held_out])), out)
     return trained
+
+
+def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:
+    """The tokens that stand most often in a text, in falling order."""
+    tokens, counts = ids.unique(return_counts=True)
+    chosen: Tensor = tokens[counts.argsort(descending=True, stable=True)][:DRAFT_VOCAB]
+    return chosen
 
 
 def measure(model: HuggingFaceModel, ids: Int[Tensor, " N"], seq_len: int) -> list[dict[str, Any]]:

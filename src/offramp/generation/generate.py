@@ -58,13 +58,12 @@ def generate(
     tokenizer: Tokenizer | None = None,
     policy: ThresholdPolicy | GainPolicy | None = None,
     fitted: FittedExits = NOTHING_FITTED,
-    draft_vocab: Int[Tensor, " W"] | None = None,
 ) -> Generation:
     """Generate one text, token by token, as the result is iterated.
 
     ``tokenizer`` gives tokens their text. ``policy`` takes the threshold's place and ``fitted``
-    holds the gates and temperatures that the confidence reads. ``draft_vocab`` are the tokens
-    that a draft may choose from (the most frequent ones; default: all).
+    holds the gates and temperatures that the confidence reads, and the tokens that a draft may
+    choose from.
 
     Raises ConfigError for an empty or too long prompt and for options that the model cannot
     follow; while iterating, GenerationError for logits that are not finite.
@@ -84,7 +83,6 @@ def generate(
         cache,
         config=config,
         draft_exit=draft_exit(model, config, fitted),
-        draft_vocab=draft_vocab,
         fitted=fitted,
     )
     return Generation(

@@ -14,7 +14,7 @@ Musco and Suresh 2024, "drafter-invariant speculative decoding").
 from time import perf_counter
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from offramp.exits.confidence import ExitView, confidence_named
@@ -40,11 +40,10 @@ class SpeculativeDecoder:
         *,
         config: GenerateConfig,
         draft_exit: int,
-        draft_vocab: Int[Tensor, " W"] | None,
         fitted: FittedExits,
     ) -> None:
         self.model, self.cache, self.config = model, cache, config
-        self.draft_exit, self.draft_vocab, self.fitted = draft_exit, draft_vocab, fitted
+        self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.confidence)
         self.payoff = Payoff()
         self.layers_run = self.drafted = self.accepted = self.length = 0
@@ -101,14 +100,13 @@ class SpeculativeDecoder:
         states = [self._shallow(token, 0, self.draft_exit)]
         drafts: list[int] = []
         scores: list[float] = []
+        vocab = self.fitted.draft_vocab
         while len(drafts) < min(self.config.max_drafts, at_most):
-            logits = self.model.unembed(states[-1], self.draft_exit, vocab=self.draft_vocab)[0, 0]
+            logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             score = self._confidence(logits, states[-1][0, 0])
             if not score >= self.config.draft_threshold:
                 break
-            drafts.append(
-                sampler.choose(logits, index + len(drafts), after=drafts, vocab=self.draft_vocab)
-            )
+            drafts.append(sampler.choose(logits, index + len(drafts), after=drafts, vocab=vocab))
             scores.append(score)
             states.append(self._shallow(drafts[-1], len(drafts), self.draft_exit))
         return states, drafts, scores

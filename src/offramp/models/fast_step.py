@@ -2,8 +2,8 @@
 
 The arithmetic is that of transformer.py; what differs is how long it takes. Queries, keys and
 values are one product, and so are gate and up; the products read the weights as fast as the
-memory gives them (fast_linear.py); the queries that share a key head stand together, so that
-attention copies no keys; and what all blocks of a step share is computed once.
+memory gives them, by compiled kernels (kernels.py) or by the fastest form that PyTorch has
+(fast_linear.py); and what all blocks of a step share is computed once.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from offramp.models import kernels
 from offramp.models.base import Step
+from offramp.models.exit_heads import ExitHead
 from offramp.models.fast_linear import fast_linear, few_columns_pay, fuse, native_bfloat16
 from offramp.models.kv_cache import KVCache
 
@@ -27,6 +29,8 @@ class _Weights:
     """What one block multiplies by."""
 
     qkv: Tensor
+    kv: Tensor
+    "The part of it that gives keys and values."
     out: Tensor
     gate_up: Tensor
     down: Tensor
@@ -75,33 +79,102 @@ class FastSteps:
         end: int,
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1."""
-        assert step.cache is not None
-        batch, tokens, width = h.shape
-        x = h.reshape(-1, width)
-        call = _Call(self, step, batch, tokens, cos, sin, end)
+        call = self._call(h, step, cos, sin, end)
+        x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, len(x)):
+            x = x.to(call.dtype)
             for layer in range(start, stop):
                 x = self._block(x, layer, self._of(layer), call)
         call.note_lengths(start, stop)
-        return x.view(batch, tokens, width)
+        return x.to(h.dtype).view(h.shape)
 
-    def few_columns(self, weight: Tensor) -> bool:
-        """Whether the form for few columns pays for this model's weights."""
-        return few_columns_pay(weight, self._size * weight.element_size())
-
-    def head(
+    def project_kv(
         self,
-        normalised: Float[Tensor, "B T D"],
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        cos: Float[Tensor, "#B 1 T Dh"],
+        sin: Float[Tensor, "#B 1 T Dh"],
+        end: int,
+    ) -> None:
+        """Write only the keys and values of blocks start+1 .. stop."""
+        call = self._call(h, step, cos, sin, end)
+        x = h.reshape(-1, h.shape[-1])
+        with native_bfloat16(x, len(x)):
+            x = x.to(call.dtype)
+            for layer in range(start, stop):
+                of = self._of(layer)
+                norm = None if self.post else of.norms[0]
+                call.store(self._linear(x, of.kv, norm=norm), layer)
+        call.note_lengths(start, stop)
+
+    def logits(
+        self,
+        h: Float[Tensor, "B T D"],
+        norm: nn.Module | ExitHead,
         weight: Float[Tensor, "V D"],
         vocab: Int[Tensor, " W"] | None,
     ) -> Float[Tensor, "B T _"]:
-        """Logits of a few tokens; ``vocab`` None: of all."""
-        x = normalised.reshape(-1, normalised.shape[-1])
+        """Logits of a few tokens by a norm, or an exit's own, and a head's weight.
+
+        ``vocab`` None: of all tokens.
+        """
+        x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
             weight = self._rows(weight, vocab)
+        own = norm if isinstance(norm, ExitHead) else None
+        adapter = None if own is None else own.adapter
         with native_bfloat16(x, len(x)):
-            logits = fast_linear(x, weight, few_columns=self.few_columns(weight))
-        return logits.contiguous().view(*normalised.shape[:2], -1)
+            x = norm(x) if own is None or adapter is None else own.norm(x)
+            x = x.to(self._dtype(weight))
+            if adapter is not None:
+                read = self._linear(x, adapter.direct_proj.weight, residual=x)
+                both = [
+                    self._linear(x, part.weight) for part in (adapter.gate_proj, adapter.up_proj)
+                ]
+                x = self._linear(
+                    torch.cat(both, 1), adapter.down_proj.weight, gated=True, residual=read
+                )
+            logits = self._linear(x, weight)
+        return logits.to(h.dtype).view(*h.shape[:2], -1)
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        norm: Tensor | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """f(x) weight^T + residual, (N, I) -> (N, O): see ``kernels.linear``."""
+        if self._compiled(weight):
+            return kernels.linear(
+                x, weight, norm=norm, eps=self.eps, gated=gated, residual=residual
+            )
+        if norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], norm, self.eps)
+        elif gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        pay = few_columns_pay(weight, self._size * weight.element_size())
+        out = fast_linear(x, weight, few_columns=pay)
+        return out if residual is None else residual + out
+
+    def _compiled(self, weight: Tensor) -> bool:
+        return kernels.kernels_fit(weight, self.head_dim)
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        """What states are computed in."""
+        return torch.float32 if self._compiled(weight) else weight.dtype
+
+    def _call(self, h: Tensor, step: Step, cos: Tensor, sin: Tensor, end: int) -> "_Call":
+        first: Any = self.blocks[0]
+        weight = first.self_attn.q_proj.weight
+        kind = _KernelCall if self._compiled(weight) else _Call
+        return kind(self, step, h.shape[0], h.shape[1], cos, sin, end, self._dtype(weight))
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
         """``weight[vocab]``, kept for the next token."""
@@ -115,18 +188,18 @@ class FastSteps:
 
     def _block(self, x: Tensor, layer: int, of: _Weights, call: "_Call") -> Tensor:
         first, second = of.norms
-        pay, shape = call.few_columns, x.shape[-1:]
         if self.post:
-            x = x + fast_linear(call.attend(x, layer, of), of.out, few_columns=pay)
-            x = F.rms_norm(x, shape, first, self.eps)
-            return F.rms_norm(x + self._mlp(x, of, pay), shape, second, self.eps)
-        attended = call.attend(F.rms_norm(x, shape, first, self.eps), layer, of)
-        x = x + fast_linear(attended, of.out, few_columns=pay)
-        return x + self._mlp(F.rms_norm(x, shape, second, self.eps), of, pay)
+            attended = call.attend(self._linear(x, of.qkv), layer)
+            x = self._normalised(self._linear(attended, of.out, residual=x), first)
+            gate_up = self._linear(x, of.gate_up)
+            return self._normalised(self._linear(gate_up, of.down, gated=True, residual=x), second)
+        attended = call.attend(self._linear(x, of.qkv, norm=first), layer)
+        x = self._linear(attended, of.out, residual=x)
+        gate_up = self._linear(x, of.gate_up, norm=second)
+        return self._linear(gate_up, of.down, gated=True, residual=x)
 
-    def _mlp(self, x: Tensor, of: _Weights, pay: bool) -> Tensor:
-        gate, up = fast_linear(x, of.gate_up, few_columns=pay).chunk(2, dim=-1)
-        return fast_linear(F.silu(gate) * up, of.down, few_columns=pay)
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
 
     def _of(self, layer: int) -> _Weights:
         """A block's weights, read anew if the block's parameters are no longer those."""
@@ -156,6 +229,7 @@ class FastSteps:
         )
         return _Weights(
             qkv=qkv,
+            kv=qkv[attention.q_proj.out_features :],
             out=attention.o_proj.weight,
             gate_up=gate_up,
             down=mlp.down_proj.weight,
@@ -178,43 +252,51 @@ class _Call:
         cos: Tensor,
         sin: Tensor,
         end: int,
+        dtype: torch.dtype,
     ) -> None:
         assert step.cache is not None
         self.cache: KVCache = step.cache
         self.step, self.batch, self.tokens, self.end = step, batch, tokens, end
-        self.head_dim, self.kv_heads = fast.head_dim, fast.kv_heads
-        first: Any = fast.blocks[0]
-        width: int = first.self_attn.q_proj.out_features
-        self.few_columns = fast.few_columns(first.self_attn.q_proj.weight)
-        self.cos = cos.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, 1, self.head_dim)
-        self.sin = sin.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, 1, self.head_dim)
-        self.groups = width // self.head_dim // self.kv_heads
+        self.head_dim, self.kv_heads, self.dtype = fast.head_dim, fast.kv_heads, dtype
+        self.cos = cos.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, self.head_dim)
+        self.sin = sin.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, self.head_dim)
         self.slots = step.positions.expand(batch, tokens)  # (B, T)
         self.one = batch == 1 and step.rows is None
-        if not self.one:
-            rows = torch.arange(batch) if step.rows is None else step.rows
-            self.rows = rows[:, None]
-        self.mask = None
-        if batch * tokens > 1:
-            seen = torch.arange(end) <= self.slots[..., None]  # (B, T, S)
-            mask = torch.zeros(seen.shape, dtype=cos.dtype).masked_fill_(~seen, -torch.inf)
-            self.mask = mask.repeat(1, self.groups, 1)[:, None]  # (B, 1, G T, S)
+        self.rows = torch.arange(batch) if step.rows is None else step.rows
 
-    def attend(self, x: Float[Tensor, "N D"], layer: int, of: _Weights) -> Float[Tensor, "N I"]:
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Attention without its last product; writes the keys and values."""
-        batch, tokens, half = self.batch, self.tokens, self.head_dim // 2
-        qkv = fast_linear(x, of.qkv, few_columns=self.few_columns)
-        heads = qkv.view(batch * tokens, -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
-        turning, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-        swapped = torch.cat((turning[..., half:], turning[..., :half]), dim=-1)
-        turned = torch.addcmul(turning * self.cos, swapped, self.sin)
+        heads = qkv.view(len(qkv), -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
+        groups = heads.shape[1] // self.kv_heads - 2
+        turned = self._turned(heads[:, : -self.kv_heads])
         q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-        keys, values = self._store(layer, k, v)
-        q = q.view(batch, tokens, self.kv_heads, self.groups, self.head_dim)
-        q = q.permute(0, 2, 3, 1, 4).reshape(batch, self.kv_heads, -1, self.head_dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
-        out = out.view(batch, self.kv_heads, self.groups, tokens, self.head_dim)
-        return out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, -1)
+        keys, values = self._store(layer, k, heads[:, -self.kv_heads :])
+        q = q.view(self.batch, self.tokens, self.kv_heads, groups, self.head_dim)
+        q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
+        out = out.view(self.batch, self.kv_heads, groups, self.tokens, self.head_dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(len(qkv), -1)
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        k, v = kv.view(len(kv), 2, self.kv_heads, self.head_dim).unbind(1)
+        self._store(layer, self._turned(k), v)
+
+    def _turned(self, heads: Float[Tensor, "N H Dh"]) -> Float[Tensor, "N H Dh"]:
+        half = self.head_dim // 2
+        swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+        return torch.addcmul(heads * self.cos[:, None], swapped, self.sin[:, None])
+
+    def _mask(self, groups: int) -> Tensor | None:
+        if self.batch * self.tokens == 1:
+            return None
+        if self._added is None:
+            seen = torch.arange(self.end) <= self.slots[..., None]  # (B, T, S)
+            added = torch.zeros(seen.shape, dtype=self.cos.dtype).masked_fill_(~seen, -torch.inf)
+            self._added = added.repeat(1, groups, 1)[:, None]  # (B, 1, G T, S)
+        return self._added
+
+    _added: Tensor | None = None
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (N, H_kv, Dh) of each; returns (B, H_kv, S, Dh), all that the tokens may see."""
@@ -223,7 +305,7 @@ class _Call:
             for store, new in ((keys[0], k), (values[0], v)):
                 store.index_copy_(1, self.slots[0], new.transpose(0, 1))
         else:
-            at = (self.rows, slice(None), self.slots)
+            at = (self.rows[:, None], slice(None), self.slots)
             shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
             keys[at], values[at] = k.reshape(shape), v.reshape(shape)
             if self.step.rows is not None:
@@ -236,5 +318,28 @@ class _Call:
         if self.one:
             lengths.clamp_(min=self.end)
         else:
-            rows, ends = self.rows[:, 0], self.slots.amax(dim=1) + 1
-            lengths[:, rows] = torch.maximum(lengths[:, rows], ends)
+            ends = self.slots.amax(dim=1) + 1
+            lengths[:, self.rows] = torch.maximum(lengths[:, self.rows], ends)
+
+
+class _KernelCall(_Call):
+    """The same by the compiled kernels."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._attend = kernels.attention(
+            cos=self.cos,
+            sin=self.sin,
+            slots=self.slots.reshape(-1),
+            rows=self.rows.repeat_interleave(self.tokens),
+            capacity=self.cache.keys.shape[3],
+            kv_heads=self.kv_heads,
+        )
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Attention without its last product; writes the keys and values."""
+        return self._attend(qkv, self.cache.keys[layer], self.cache.values[layer])
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        self.attend(kv, layer)

@@ -1,4 +1,4 @@
-"""Llama-family checkpoints in the native decoder, whose parameters have the same names."""
+"""Llama-family checkpoints in the native decoder and back; parameters have the same names."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
 from offramp.models.checkpoint import read_json, read_tensors
 from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.library import quiet, transformers
 from offramp.models.sources import find_checkpoint
 from offramp.models.transformer import DecoderConfig, Transformer
 
@@ -109,3 +110,40 @@ def decoder_config(
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"config.json: expected the config of a model: {error}") from None
+
+
+def to_transformers(model: Transformer) -> Any:
+    """The ``LlamaForCausalLM`` that says what a native model's last layer says.
+
+    It shares the parameters. Raises UnsupportedArchitectureError for a post-norm model, which
+    ``transformers`` does not have.
+    """
+    config = model.config
+    if config.norm != "pre":
+        raise UnsupportedArchitectureError(
+            "norm: expected a pre-norm model, as Llama is, got a post-norm one, which no plain "
+            "Hugging Face checkpoint can hold"
+        )
+    library = transformers()
+    llama = library.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        plain = library.AutoModelForCausalLM.from_config(llama, dtype=model.lm_head.weight.dtype)
+    state = {name: value for name, value in model.state_dict().items() if name[:6] != "exits."}
+    plain.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        plain.tie_weights()
+    return plain.to(model.device).eval()

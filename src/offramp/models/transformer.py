@@ -9,7 +9,7 @@ norms and heads of their own (exit_heads.py).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,10 @@ class _Context:
     sin: Tensor
     mask: Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: plain causal
     end: int  # keys stand at positions 0 .. end - 1
+
+    def places(self) -> dict[str, Any]:
+        """Where the tokens stand, as fast_step.py takes it."""
+        return {"cos": self.cos, "sin": self.sin, "end": self.end}
 
 
 class Attention(nn.Module):
@@ -349,9 +353,8 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
         context = self._context(step, h.dtype)
-        if active is None and step.cache and step.real is None and self._fast.fit(h):
-            cos, sin, end = context.cos, context.sin, context.end
-            return self._fast.run(h, start, stop, step=step, cos=cos, sin=sin, end=end)
+        if active is None and self._is_fast(h, step):
+            return self._fast.run(h, start, stop, step=step, **context.places())
         for layer in range(start, stop):
             out: Tensor = self._block(layer)(h, layer, context, step)
             h = out if active is None else torch.where(active[..., None], out, h)
@@ -361,6 +364,9 @@ class Transformer(nn.Module):
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         assert step.cache is not None, "project_kv needs a cache"
         context = self._context(step, h.dtype)
+        if self._is_fast(h, step):
+            self._fast.project_kv(h, start, stop, step=step, **context.places())
+            return
         for layer in range(start, stop):
             block = self._block(layer)
             k, v = block.self_attn.keys_values(block.attention_input(h), context)
@@ -376,10 +382,13 @@ class Transformer(nn.Module):
         """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
-        normalised = self.model.norm(h) if own is None else own(h)
-        if self._fast.fit(normalised):
-            return self._fast.head(normalised, head.weight, vocab)
-        return F.linear(normalised, head.weight if vocab is None else head.weight[vocab])
+        norm = self.model.norm if own is None else own
+        if self._fast.fit(h):
+            return self._fast.logits(h, norm, head.weight, vocab)
+        return F.linear(norm(h), head.weight if vocab is None else head.weight[vocab])
+
+    def _is_fast(self, h: Tensor, step: Step) -> bool:
+        return step.cache is not None and step.real is None and self._fast.fit(h)
 
     def _block(self, layer: int) -> "PreNormBlock | PostNormBlock":
         return cast("PreNormBlock | PostNormBlock", self.model.layers[layer])

@@ -91,3 +91,14 @@ def test_counting_leaves_no_gradients(make_model):
     model = make_model()
     model_cost(model, context=4.0)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_compiled_kernels_are_counted_like_what_they_stand_for(make_model):
+    fields = {"hidden_size": 64, "exit_layers": (1, 2), "exit_head": "adapter"}
+    counted = [
+        model_cost(make_model(dtype=dtype, **fields), context=5.0)
+        for dtype in (torch.float32, torch.float64)  # float64 has no kernels
+    ]
+    assert counted[0] == counted[1]
+    assert all(counted[0].heads.values())
+    assert all(counted[0].keys_values)

@@ -1,0 +1,145 @@
+"""The compiled kernels do what PyTorch does, and each token alone decides what it gets."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from offramp.models import kernels
+from offramp.models.base import Step
+
+pytestmark = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [(24, 16), (5, 3), (64, 40), (300, 333)]
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def _threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 16])
+@pytest.mark.parametrize("before", ["nothing", "norm", "gate"])
+def test_a_product_is_pytorchs(tokens, outputs, inputs, dtype, before):
+    w, residual = numbers(outputs, inputs, dtype=dtype), numbers(tokens, outputs, seed=1)
+    x = numbers(tokens, inputs * (2 if before == "gate" else 1), seed=2)
+    norm = numbers(inputs, seed=3, dtype=dtype) if before == "norm" else None
+    got = kernels.linear(x, w, norm=norm, eps=1e-5, gated=before == "gate", residual=residual)
+    if norm is not None:
+        x = F.rms_norm(x, (inputs,), norm.float(), 1e-5)
+    elif before == "gate":
+        x = F.silu(x[:, :inputs]) * x[:, inputs:]
+    assert_close(got, x @ w.float().T + residual, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+def test_a_token_gets_the_same_bits_in_any_company(outputs, inputs, dtype):
+    w, norm = numbers(outputs, inputs, dtype=dtype), numbers(inputs, seed=1, dtype=dtype)
+    x = numbers(16, inputs, seed=2)
+    alone = torch.cat([kernels.linear(row[None], w, norm=norm, eps=1e-6) for row in x])
+    for tokens in range(2, 17):
+        together = kernels.linear(x[:tokens], w, norm=norm, eps=1e-6)
+        assert torch.equal(together, alone[:tokens])
+
+
+def test_what_is_no_number_stays_none():
+    x, w = numbers(1, 32), numbers(8, 16)
+    x[0, 3] = torch.nan
+    assert kernels.linear(x, w, gated=True).isnan().all()
+    cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
+    cache = torch.zeros(2, 1, 1, 4, 8)
+    at = torch.zeros(1, dtype=torch.long)
+    attend = kernels.attention(cos=cos, sin=sin, slots=at, rows=at, capacity=4, kv_heads=1)
+    qkv = numbers(1, 24)
+    qkv[0, 0] = torch.nan
+    assert attend(qkv, *cache).isnan().all()
+
+
+def test_the_exponential_is_exact_to_rounding_wherever_it_matters():
+    gate = torch.linspace(-120, 120, 4001)
+    x = torch.cat((gate, torch.ones_like(gate)))[None]
+    got = kernels.linear(x, torch.eye(len(gate)), gated=True)[0]
+    assert_close(got, F.silu(gate), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("portions", [[9], [5, 1, 1, 1, 1], [3, 4, 2]], ids=str)
+@torch.inference_mode()
+def test_a_model_says_the_same_by_kernels(make_model, make_ids, norm, kv_heads, dtype, portions):
+    model = make_model(
+        dtype=dtype, norm=norm, hidden_size=64, num_key_value_heads=kv_heads, exit_head="adapter"
+    )
+    assert kernels.kernels_fit(model.lm_head.weight, model.config.head_dim)
+    model.exits["1"].adapter.direct_proj.weight.normal_(std=0.1)
+    model.exits["1"].adapter.down_proj.weight.normal_(std=0.1)
+    ids = make_ids(2, 9)
+    cache = model.make_cache(2, capacity=11)
+    parts, start = {1: [], 3: []}, 0
+    for length in portions:
+        places = torch.arange(start, start + length)[None]
+        step = Step(positions=places, cache=cache)
+        h = model.embed(ids[:, start : start + length], step=step)
+        for first, last in ((0, 1), (1, 3)):
+            h = model.run_layers(h, first, last, step=step)
+            parts[last].append(model.unembed(h, last))
+        start += length
+    with torch.enable_grad():  # the plain blocks
+        every = model.float().forward_all_layers(ids)
+    for layer, found in parts.items():
+        tolerance = 1e-4 if dtype == torch.float32 else 0.25
+        assert_close(torch.cat(found, 1).float(), every[layer - 1].detach(), rtol=0, atol=tolerance)
+
+
+@torch.inference_mode()
+def test_keys_and_values_alone_are_those_of_whole_blocks(make_model, make_ids):
+    model = make_model(dtype=torch.float32, hidden_size=64, num_key_value_heads=2)
+    ids = make_ids(3, 4)
+    step = Step(positions=torch.arange(4)[None], cache=model.make_cache(3, capacity=6))
+    h = model.embed(ids, step=step)
+    model.run_layers(h, 0, 1, step=step)
+    alone = Step(positions=step.positions, cache=model.make_cache(3, capacity=6))
+    model.project_kv(h, 0, 1, step=alone)
+    assert torch.equal(alone.cache.keys, step.cache.keys)
+    assert torch.equal(alone.cache.values, step.cache.values)
+    assert torch.equal(alone.cache.lengths, step.cache.lengths)
+
+
+@torch.inference_mode()
+def test_some_rows_go_on_alone(make_model, make_ids):
+    model = make_model(dtype=torch.float32, hidden_size=64, num_key_value_heads=2)
+    ids, rows = make_ids(4, 6), torch.tensor([3, 1])
+    cache = model.make_cache(4, capacity=6)
+    step = Step(positions=torch.arange(5)[None], cache=cache)
+    model.run_layers(model.embed(ids[:, :5], step=step), 0, 3, step=step)
+    step = Step(positions=torch.tensor([[5]]), cache=cache, rows=rows)
+    h = model.run_layers(model.embed(ids[rows, 5:], step=step), 0, 3, step=step)
+    assert_close(model.unembed(h, 3), model(ids)[rows, 5:], rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [[5, 6, 5, 6]] * 3
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@torch.inference_mode()
+def test_without_kernels_there_is_another_way(make_model, make_ids, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(kernels, "_compiled", None)
+    model = make_model(dtype=torch.float32, hidden_size=64, num_key_value_heads=2)
+    assert kernels.kernels_fit(model.lm_head.weight, 16) == compiled
+    ids = make_ids(2, 5)
+    step = Step(positions=torch.arange(5)[None], cache=model.make_cache(2, capacity=5))
+    h = model.run_layers(model.embed(ids, step=step), 0, 3, step=step)
+    assert_close(model.unembed(h, 3), model(ids), rtol=1e-4, atol=1e-4)
