@@ -24,6 +24,7 @@ from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
+from offramp.models.work import Work
 
 MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
@@ -76,8 +77,7 @@ class _Owing:
 class ExitDecoder:
     """Decodes one token of each row at a time; each row leaves where it is sure.
 
-    ``rule`` None is full depth. ``layers_run`` counts the blocks that new tokens ran through,
-    deferred ones included; prompts and mere projections of keys and values are not counted.
+    ``rule`` None is full depth. ``work`` counts what new tokens took, deferred fills included.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ExitDecoder:
         self.model, self.cache = model, cache
         self.rule, self.missing_kv = rule, missing_kv
         self.batch_size, self.lengths = batch_size, [0] * batch_size
-        self.layers_run = 0
+        self.work = Work()
         self.acceptance_rate: float | None = None  # nothing is drafted
         self.exits = model.exit_layers if rule else (model.num_layers,)
         self._owing = {exit: [_Owing() for _ in range(batch_size)] for exit in self.exits[:-1]}
@@ -137,7 +137,7 @@ class ExitDecoder:
         for index, layer in enumerate(self.exits[:-1]):
             previous, h = self._to_exit(h, before, layer, going)
             before = layer
-            unembed = partial(self._unembed, h, layer)
+            unembed = partial(self._unembed, h, layer, asked=True)
             view = ExitView(
                 exit_layer=layer,
                 logits=unembed,
@@ -148,12 +148,15 @@ class ExitDecoder:
             )
             places = [self.lengths[row] for row in going]
             scores, leaving = rule.ask(index, view, places)
+            self.work.questions[layer, len(going)] += 1
             if any(leaving):
                 out = [i for i, leaves in enumerate(leaving) if leaves]
                 on = [i for i, leaves in enumerate(leaving) if not leaves]
-                logits = view.logits if rule.measure.needs_head else self._unembed(h, layer, out)
+                logits = (
+                    view.logits[out] if rule.measure.needs_head else self._unembed(h[out], layer)
+                )
                 for n, i in enumerate(out):
-                    at = logits[i if rule.measure.needs_head else n]
+                    at = logits[n]
                     left[going[i]] = (at, layer, scores[i])
                     owing = self._owing[layer][going[i]]
                     owing.states.append(h[i, 0])
@@ -187,63 +190,69 @@ class ExitDecoder:
 
         Returns the states one block before the exit, if the measure needs them, and at it.
         """
-        step, batch = self._step(rows), len(rows)
-        owing = [self._owing[start][row] for row in rows] if start else []
-        if any(owed.states for owed in owing):
-            if self.missing_kv == "propagate":
-                self._project(owing, rows, start, stop)
-            else:
-                h, step = self._joined(owing, rows, h)
+        owing = [row for row in rows if start and self._owing[start][row].states]
+        step, owed = self._step(rows), 0
+        if owing and self.missing_kv == "propagate":
+            states, before = self._joined(start, owing)
+            self.work.keys_values[states.shape[0] * states.shape[1]] += stop - start
+            self.model.project_kv(states, start, stop, step=before)
+        elif owing:
+            h, step = self._joined(start, owing, h, rows)
+            owed = h.shape[0] * h.shape[1] - len(rows)
         cut = stop - 1 if self.rule and self.rule.measure.needs_previous_state else start
         previous = self._run(h, start, cut, step=step) if cut > start else h
         h = self._run(previous, cut, stop, step=step)
-        for i, owed in enumerate(owing):
-            if n := len(owed.states):
-                if self.missing_kv == "recompute":
-                    owed.states = list(h[i, -n - 1 : -1])
-                if stop in self._owing:  # they still owe what is above
-                    self._owing[stop][rows[i]].states += owed.states
-                    self._owing[stop][rows[i]].positions += owed.positions
-                owed.states, owed.positions = [], []
-        assert len(h) == batch
-        return previous[:, -1:], h[:, -1:]
+        if owed:  # a token a row again, what was owed first
+            h, previous = h.reshape(-1, 1, h.shape[-1]), previous.reshape(-1, 1, h.shape[-1])
+        self._hand_on(start, stop, owing, h[:owed, 0])
+        return previous[owed:], h[owed:]
 
-    def _project(self, owing: list[_Owing], rows: list[int], start: int, stop: int) -> None:
-        some = [i for i, owed in enumerate(owing) if owed.states]
-        h, step = self._joined([owing[i] for i in some], [rows[i] for i in some], None)
-        self.model.project_kv(h, start, stop, step=step)
+    def _hand_on(self, start: int, stop: int, owing: list[int], states: Tensor) -> None:
+        """What is not owed from ``start`` any more is owed from ``stop``, unless that is the end.
+
+        ``states`` are the tokens' there, if they ran.
+        """
+        done = 0
+        for row in owing:
+            before, owed = self._owing[start][row], len(self._owing[start][row].states)
+            if stop in self._owing:
+                ran = list(states[done : done + owed]) if len(states) else before.states
+                self._owing[stop][row].states += ran
+                self._owing[stop][row].positions += before.positions
+            done += owed
+            self._owing[start][row] = _Owing()
 
     def _joined(
-        self, owing: list[_Owing], rows: list[int], h: Tensor | None
+        self, start: int, owing: list[int], h: Tensor | None = None, rows: Sequence[int] = ()
     ) -> tuple[Tensor, Step]:
-        """What each row owes and then its token (h), padded on the left."""
-        states, places = [], []
-        for i, owed in enumerate(owing):
-            states.append(owed.states if h is None else [*owed.states, h[i, 0]])
-            places.append(owed.positions if h is None else [*owed.positions, self.lengths[rows[i]]])
-        width = max(map(len, places))
-        device = self.model.device
-        if all(len(place) == width for place in places):
-            joined = torch.stack([torch.stack(row) for row in states])
-            return joined, self._step(rows, torch.tensor(places, device=device))
-        joined = states[0][0].new_zeros(len(rows), width, states[0][0].shape[-1])
-        positions = torch.zeros(len(rows), width, dtype=torch.long)
-        real = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, (row, place) in enumerate(zip(states, places, strict=True)):
-            joined[i, width - len(row) :] = torch.stack(row)
-            positions[i, width - len(row) :] = torch.tensor(place)
-            real[i, width - len(row) :] = True
-        return joined, self._step(rows, positions.to(device), real.to(device))
+        """The states of all tokens that are owed from ``start``, then those of ``rows`` (h).
+
+        In a batch each token is a row of its own, (N, 1, D); else they are one row, (1, N, D).
+        """
+        owed = [self._owing[start][row] for row in owing]
+        states = [state for part in owed for state in part.states]
+        places = [place for part in owed for place in part.positions]
+        owners = [row for row, part in zip(owing, owed, strict=True) for _ in part.states]
+        if h is not None:
+            states += list(h[:, 0])
+            places += [self.lengths[row] for row in rows]
+            owners += rows
+        joined, positions = torch.stack(states), torch.tensor(places, device=self.model.device)
+        if self.batch_size == 1:
+            return joined[None], Step(positions=positions[None], cache=self.cache)
+        whose = torch.tensor(owners, device=self.model.device)
+        return joined[:, None], Step(positions=positions[:, None], cache=self.cache, rows=whose)
 
     def _run(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> Tensor:
-        tokens = h.shape[0] * h.shape[1] if step.real is None else int(step.real.sum())
-        self.layers_run += (stop - start) * tokens
+        self.work.blocks[h.shape[0] * h.shape[1]] += stop - start
         return self.model.run_layers(h, start, stop, step=step)
 
     def _unembed(
-        self, h: Float[Tensor, "B 1 D"], layer: int, rows: list[int] | None = None
+        self, h: Float[Tensor, "B 1 D"], layer: int, *, asked: bool = False
     ) -> Float[Tensor, "B V"]:
-        return self.model.unembed(h if rows is None else h[rows], layer)[:, 0]
+        if not asked:
+            self.work.heads[layer, len(h)] += 1
+        return self.model.unembed(h, layer)[:, 0]
 
     def _at_last_layer(self, h: Float[Tensor, "B 1 D"]) -> Exits:
         logits = self._unembed(h, self.model.num_layers)
@@ -251,14 +260,12 @@ class ExitDecoder:
         layers = [self.model.num_layers] * len(h)
         return Exits(logits=logits, exit_layers=layers, confidence=sure.tolist())
 
-    def _step(
-        self, rows: Sequence[int], positions: Tensor | None = None, real: Tensor | None = None
-    ) -> Step:
+    def _step(self, rows: Sequence[int]) -> Step:
+        """Where the next token of each row stands."""
         device = self.model.device
-        if positions is None:
-            positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
+        positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
         chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
-        return Step(positions=positions, real=real, cache=self.cache, rows=chosen)
+        return Step(positions=positions, cache=self.cache, rows=chosen)
 
 
 def forced_exits(

@@ -20,6 +20,7 @@ from offramp.generation.options import (
 from offramp.generation.rows import Completion, Row, Token
 from offramp.generation.speculative import SpeculativeDecoder
 from offramp.models.base import EarlyExitModel
+from offramp.models.work import Work
 
 
 class Generation(Iterator[Token]):
@@ -41,8 +42,13 @@ class Generation(Iterator[Token]):
     @property
     def mean_layers(self) -> float:
         """Layers run for each new token so far; the first one's are those of the prefill."""
-        run = self._decoder.layers_run + self._decoder.model.num_layers
+        run = self.work.layers_run + self._decoder.model.num_layers
         return run / max(1, len(self.completion.tokens))
+
+    @property
+    def work(self) -> Work:
+        """What the new tokens so far took, the first one's prefill left out."""
+        return self._decoder.work
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -99,11 +105,11 @@ def generate_batch(
     policy: ThresholdPolicy | GainPolicy | None = None,
     fitted: FittedExits = NOTHING_FITTED,
     on_token: Callable[[int, Token], None] | None = None,
-) -> tuple[list[Completion], float]:
+) -> tuple[list[Completion], Work]:
     """Generate a text for each prompt, all at once; each row takes its own exits.
 
     Row i is what ``generate`` gives for it alone with seed + i. ``on_token`` is told the row and
-    the token as they come. Returns the completions and the layers run for each new token.
+    the token as they come. Returns the completions and what they took, prefills left out.
     Raises what ``generate`` does, and ConfigError for speculative decoding, which takes one row.
     """
     config = config or GenerateConfig()
@@ -127,8 +133,7 @@ def generate_batch(
     for place, token in _decode(decoder, texts, rows):
         if on_token:
             on_token(place, token)
-    run = decoder.layers_run + len(rows) * model.num_layers
-    return [row.completion for row in rows], run / sum(row.count for row in rows)
+    return [row.completion for row in rows], decoder.work
 
 
 def _check(

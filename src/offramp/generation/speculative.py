@@ -25,6 +25,7 @@ from offramp.generation.payoff import Payoff
 from offramp.generation.sampling import Sampler
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
+from offramp.models.work import Work
 
 Chosen = tuple[int, int, float]
 """A token, its exit layer and its confidence."""
@@ -46,7 +47,8 @@ class SpeculativeDecoder:
         self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.confidence)
         self.payoff = Payoff()
-        self.layers_run = self.drafted = self.accepted = self.length = 0
+        self.work = Work()
+        self.drafted = self.accepted = self.length = 0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -78,8 +80,8 @@ class SpeculativeDecoder:
             h, drafts, scores = self._shallow(token, 0, model.num_layers), [], []
         if drafting:
             step = self._step(0, len(drafts) + 1)
-            h = model.run_layers(h, self.draft_exit, model.num_layers, step=step)
-            self.layers_run += (model.num_layers - self.draft_exit) * (len(drafts) + 1)
+            h = self._run(h, self.draft_exit, model.num_layers, step)
+        self.work.heads[model.num_layers, h.shape[1]] += 1
         logits = model.unembed(h, model.num_layers)[0]
         chosen = self._verify(logits, drafts, scores, sampler, index)
         self.length += len(chosen)
@@ -104,6 +106,7 @@ class SpeculativeDecoder:
         while len(drafts) < min(self.config.max_drafts, at_most):
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             score = self._confidence(logits, states[-1][0, 0])
+            self.work.drafts[self.draft_exit, 1] += 1
             if not score >= self.config.draft_threshold:
                 break
             drafts.append(sampler.choose(logits, index + len(drafts), after=drafts, vocab=vocab))
@@ -118,8 +121,11 @@ class SpeculativeDecoder:
     def _shallow(self, token: int, ahead: int, stop: int) -> Float[Tensor, "1 1 D"]:
         step = self._step(ahead, 1)
         ids = torch.tensor([[token]], device=self.model.device)
-        self.layers_run += stop
-        return self.model.run_layers(self.model.embed(ids, step=step), 0, stop, step=step)
+        return self._run(self.model.embed(ids, step=step), 0, stop, step)
+
+    def _run(self, h: Float[Tensor, "1 T D"], start: int, stop: int, step: Step) -> Tensor:
+        self.work.blocks[h.shape[1]] += stop - start
+        return self.model.run_layers(h, start, stop, step=step)
 
     def _step(self, ahead: int, tokens: int) -> Step:
         first = self.length + ahead

@@ -23,7 +23,8 @@ class Step:
     counted. ``real`` (B, T) is False on padding, or None where there is none. ``cache`` holds
     the keys and values of earlier tokens (None in training), and ``rows`` (B,) says which of
     its rows these are, so that a batch whose rows left at different exits can go on with
-    those that stay (None: all of them, in order).
+    those that stay (None: all of them, in order). A row may stand there more than once, with
+    tokens at different positions.
     """
 
     positions: Int[Tensor, "#B T"]

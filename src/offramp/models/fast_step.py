@@ -318,8 +318,8 @@ class _Call:
         if self.one:
             lengths.clamp_(min=self.end)
         else:
-            ends = self.slots.amax(dim=1) + 1
-            lengths[:, self.rows] = torch.maximum(lengths[:, self.rows], ends)
+            ends = (self.slots.amax(dim=1) + 1).expand(len(lengths), -1)
+            lengths.scatter_reduce_(1, self.rows.expand(len(lengths), -1), ends, "amax")
 
 
 class _KernelCall(_Call):

@@ -64,7 +64,7 @@ class KVCache:
             slots = torch.where(real, slots, self.capacity)
         self.keys[layer, rows[:, None], :, slots] = k.transpose(1, 2)
         self.values[layer, rows[:, None], :, slots] = v.transpose(1, 2)
-        self.lengths[layer, rows] = torch.maximum(self.lengths[layer, rows], ends)
+        self.lengths[layer].scatter_reduce_(0, rows, ends, "amax")  # a row may stand there twice
 
     def read(
         self, layer: int, *, end: int, rows: Int[Tensor, " B"] | None = None

@@ -99,7 +99,9 @@ def test_mean_layers_count_every_layer_that_ran(model):
                 generation = generate(model, PROMPT, config)
                 count, mean = len(list(generation)), generation.mean_layers
             else:
-                completions, mean = generate_batch(model, prompts, config)
+                completions, work = generate_batch(model, prompts, config)
+                run = work.layers_run + len(prompts) * model.num_layers
+                mean = run / sum(len(found.tokens) for found in completions)
                 count = sum(len(completion.tokens) for completion in completions)
             assert mean == pytest.approx((sum(ran[1:]) + 4 * len(prompts)) / count)
 
