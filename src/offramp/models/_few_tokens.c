@@ -20,12 +20,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define DISPATCHED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DISPATCHED
 #endif
 
 #define LANES 8
+#define AHEAD 1024     /* bytes */
 #define TOKENS 6       /* whose sums fit the registers */
 #define TILE 4         /* rows of a weight that wait in the cache for the next tokens */
 #define SERIAL 65536   /* multiplications that are not worth a second thread */
@@ -101,7 +102,8 @@ INLINE void products(const float *x, const void *w, int bfloat16, float *y, long
     long i = 0;
     for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
       vec a = load(w, row + i, bfloat16), b = load(w, row + i + LANES, bfloat16);
-      __builtin_prefetch((const char *)w + (bfloat16 ? 2 : 4) * (row + i) + 2048);
+      if (n > 1 || bfloat16) /* alone in float32 the processor's own foresight is better */
+        __builtin_prefetch((const char *)w + (bfloat16 ? 2 : 4) * (row + i) + AHEAD);
       for (int t = 0; t < n; t++) {
         even[t] += a * load(x, t * inputs + i, 0);
         odd[t] += b * load(x, t * inputs + i + LANES, 0);
