@@ -156,6 +156,9 @@ def measure_clock(
         states = {tokens: _some(model, context, (tokens, 1))[0] for tokens in counts}
         return {n: _seconds(partial(ask, h), rounds, before=below) for n, h in states.items()}
 
+    def logits(layer: int, h: Tensor) -> None:
+        model.unembed(h, layer)
+
     def question(layer: int, vocab: Tensor | None, h: Tensor) -> None:
         view = ExitView(
             exit_layer=layer,
@@ -176,8 +179,7 @@ def measure_clock(
         block=part(sum(cost.layers) / model.num_layers, blocks),
         keys_values=part(sum(cost.keys_values) / model.num_layers, keys_values),
         heads={
-            n: part(cost.heads[n], at_exit(n, lambda h, n=n: model.unembed(h, n), few))
-            for n in model.exit_layers
+            n: part(cost.heads[n], at_exit(n, partial(logits, n), few)) for n in model.exit_layers
         },
         questions={n: part(asked[n], at_exit(n, partial(question, n, None), few)) for n in early},
         drafts={

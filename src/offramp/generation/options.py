@@ -39,8 +39,11 @@ class GenerateConfig(SamplingConfig):
     "The exit that drafts; by default the model's first."
     draft_threshold: float = 0.3
     "A draft ends where the exit's confidence falls below this."
-    max_drafts: int = 4
+    max_drafts: int = 5
     "Tokens in a draft at most."
+    lookup: int = 2
+    """So many tokens that stood in the text before are followed by a draft of what followed them
+    there; 0: only the exit drafts."""
     adaptive: bool = True
     "Stop drafting where it does not pay, and try again now and then."
 
@@ -49,6 +52,8 @@ class GenerateConfig(SamplingConfig):
         for name in ("max_new_tokens", "max_drafts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.lookup < 0:
+            raise ConfigError(f"lookup: expected at least 0, got {self.lookup}")
         if any(not text for text in self.stop_strings):
             raise ConfigError("stop_strings: expected strings of at least 1 character, got ''")
         if self.missing_kv not in MISSING_KV:

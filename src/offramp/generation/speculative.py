@@ -2,7 +2,9 @@
 
 The first layers draft, up to an exit whose head names the next token; then the layers above run
 once over the states of all drafted tokens. Draft and verification are parts of one pass of the
-model: they share the cache, and no layer runs twice for a token.
+model: they share the cache, and no layer runs twice for a token. Where the last tokens stood in
+the text before, what followed them there is the draft instead (lookup.py): the whole model reads
+it at once.
 
 The accept rule: a drafted token stays if it is the one that the whole model chooses. Where tokens
 are drawn, both draw the n-th token in the same exponential race (sampling.py), so they agree as
@@ -20,8 +22,9 @@ from torch import Tensor
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.lookup import Lookup
 from offramp.generation.options import GenerateConfig
-from offramp.generation.payoff import Payoff
+from offramp.generation.payoff import Kind, Payoff
 from offramp.generation.sampling import Sampler
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
@@ -47,6 +50,7 @@ class SpeculativeDecoder:
         self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.confidence)
         self.payoff = Payoff()
+        self.lookup = Lookup(config.lookup)
         self.work = Work()
         self.drafted = self.accepted = self.length = 0
 
@@ -59,6 +63,8 @@ class SpeculativeDecoder:
         """Run the prompt at full depth and choose the first new token."""
         exits = ExitDecoder(self.model, self.cache, batch_size=1).prefill([prompt])
         self.length = len(prompt)
+        for earlier in prompt:
+            self.lookup.push(earlier)
         token = sampler.choose(exits.logits[0], 0)
         return [(token, self.model.num_layers, exits.confidence[0])]
 
@@ -70,36 +76,43 @@ class SpeculativeDecoder:
 
         ``token`` is the last one chosen; no more than ``at_most`` tokens come back.
         """
-        model, payoff = self.model, self.payoff
         began = perf_counter()
-        drafting = (payoff.drafting or not self.config.adaptive) and at_most > 1
-        if drafting:
-            states, drafts, scores = self._draft(token, sampler, index, at_most - 1)
-            h = torch.cat(states, dim=1)
+        self.lookup.push(token)
+        found = self.lookup.drafts(min(self.config.max_drafts, at_most - 1))
+        kind: Kind = "none"
+        scores: list[float] = []
+        if found and self._pays("lookup"):
+            kind = "lookup"
+            h = self._run(self._embed([token, *found]), 0, self.model.num_layers)
+        elif at_most > 1 and self._pays("exit"):
+            kind = "exit"
+            states, found, scores = self._draft(token, sampler, index, at_most - 1)
+            h = self._run(torch.cat(states, dim=1), self.draft_exit, self.model.num_layers)
         else:
-            h, drafts, scores = self._shallow(token, 0, model.num_layers), [], []
-        if drafting:
-            step = self._step(0, len(drafts) + 1)
-            h = self._run(h, self.draft_exit, model.num_layers, step)
-        self.work.heads[model.num_layers, h.shape[1]] += 1
-        logits = model.unembed(h, model.num_layers)[0]
-        chosen = self._verify(logits, drafts, scores, sampler, index)
+            found = []
+            h = self._run(self._embed([token]), 0, self.model.num_layers)
+        self.work.heads[self.model.num_layers, h.shape[1]] += 1
+        logits = self.model.unembed(h, self.model.num_layers)[0]
+        chosen = self._verify(logits, found, scores, sampler, index)
         self.length += len(chosen)
         self.cache.crop(self.length)
-        self.drafted += len(drafts)
+        for accepted, _, _ in chosen[:-1]:
+            self.lookup.push(accepted)
+        self.drafted += len(found)
         self.accepted += len(chosen) - 1
-        payoff.note(
-            drafts=len(drafts) if drafting else None,
-            tokens=len(chosen),
-            seconds=perf_counter() - began,
+        self.payoff.note(
+            kind, drafts=len(found), tokens=len(chosen), seconds=perf_counter() - began
         )
         return chosen
+
+    def _pays(self, kind: Kind) -> bool:
+        return not self.config.adaptive or self.payoff.pays(kind)
 
     def _draft(
         self, token: int, sampler: Sampler, index: int, at_most: int
     ) -> tuple[list[Tensor], list[int], list[float]]:
         """States (1, 1, D) at the exit of the token and of each draft; drafts; confidence."""
-        states = [self._shallow(token, 0, self.draft_exit)]
+        states = [self._run(self._embed([token]), 0, self.draft_exit)]
         drafts: list[int] = []
         scores: list[float] = []
         vocab = self.fitted.draft_vocab
@@ -111,21 +124,24 @@ class SpeculativeDecoder:
                 break
             drafts.append(sampler.choose(logits, index + len(drafts), after=drafts, vocab=vocab))
             scores.append(score)
-            states.append(self._shallow(drafts[-1], len(drafts), self.draft_exit))
+            ahead = self._embed(drafts[-1:], ahead=len(drafts))
+            states.append(self._run(ahead, 0, self.draft_exit, ahead=len(drafts)))
         return states, drafts, scores
 
     def _confidence(self, logits: Float[Tensor, " W"], state: Float[Tensor, " D"]) -> float:
         view = ExitView(exit_layer=self.draft_exit, logits=logits, state=state, fitted=self.fitted)
         return float(self.measure.score(view))
 
-    def _shallow(self, token: int, ahead: int, stop: int) -> Float[Tensor, "1 1 D"]:
-        step = self._step(ahead, 1)
-        ids = torch.tensor([[token]], device=self.model.device)
-        return self._run(self.model.embed(ids, step=step), 0, stop, step)
+    def _embed(self, ids: list[int], *, ahead: int = 0) -> Float[Tensor, "1 T D"]:
+        step = self._step(ahead, len(ids))
+        return self.model.embed(torch.tensor([ids], device=self.model.device), step=step)
 
-    def _run(self, h: Float[Tensor, "1 T D"], start: int, stop: int, step: Step) -> Tensor:
+    def _run(
+        self, h: Float[Tensor, "1 T D"], start: int, stop: int, *, ahead: int = 0
+    ) -> Float[Tensor, "1 T D"]:
+        """Tokens whose first is ``ahead`` of the last one chosen."""
         self.work.blocks[h.shape[1]] += stop - start
-        return self.model.run_layers(h, start, stop, step=step)
+        return self.model.run_layers(h, start, stop, step=self._step(ahead, h.shape[1]))
 
     def _step(self, ahead: int, tokens: int) -> Step:
         first = self.length + ahead
@@ -147,7 +163,9 @@ class SpeculativeDecoder:
             token = sampler.choose(logits[n], index + n, after=drafts[:n])
             if token != draft:
                 return [*chosen, (token, self.model.num_layers, sure[n])]
-            chosen.append((token, self.draft_exit, scores[n]))
+            from_exit = bool(scores)
+            layer = self.draft_exit if from_exit else self.model.num_layers
+            chosen.append((token, layer, scores[n] if from_exit else sure[n]))
         n = len(drafts)
         token = sampler.choose(logits[n], index + n, after=drafts)
         return [*chosen, (token, self.model.num_layers, sure[n])]

@@ -12,6 +12,7 @@ from offramp.errors import ConfigError, GenerationError
 from offramp.exits.gate import FittedExits, Gate
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation import ExitRule, GenerateConfig, forced_exits, generate, generate_batch
+from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Payoff
 
 PROMPT = [3, 1, 4]
@@ -323,15 +324,15 @@ def test_text_streams_as_it_comes(make_model):
 # Whether drafting pays.
 
 
-def rounds(payoff, accepted, count, *, plain=1.0, seconds=1.3):
+def rounds(payoff, accepted, count, *, plain=1.0, seconds=1.3, kind="exit"):
     """Play rounds of one draft each; returns how many of them drafted."""
     drafted = 0
     for round_ in range(count):
-        if payoff.drafting:
+        if payoff.pays(kind):
             drafted += 1
-            payoff.note(drafts=1, tokens=1 + accepted(round_), seconds=seconds)
+            payoff.note(kind, drafts=1, tokens=1 + accepted(round_), seconds=seconds)
         else:
-            payoff.note(drafts=None, tokens=1, seconds=plain)
+            payoff.note("none", drafts=0, tokens=1, seconds=plain)
     return drafted
 
 
@@ -358,3 +359,44 @@ def test_one_slow_round_does_not_stop_drafting():
     rounds(payoff, lambda n: n % 2 == 0, 50)
     rounds(payoff, lambda n: n % 2 == 0, 1, seconds=30.0)
     assert rounds(payoff, lambda n: n % 2 == 0, 100) == 100
+
+
+def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
+    payoff = Payoff()
+    rounds(payoff, lambda n: False, 100, kind="lookup")
+    assert not payoff.pays("lookup")
+    assert payoff.pays("exit")
+    assert rounds(payoff, lambda n: True, 50) == 50
+
+
+# Drafts from the text before.
+
+
+def test_what_followed_the_last_tokens_is_the_draft():
+    lookup = Lookup(2, [1, 2, 3, 4, 1, 2])
+    assert lookup.drafts(5) == [3, 4, 1, 2, 3]
+    assert lookup.drafts(1) == [3]
+    lookup.push(9)
+    assert lookup.drafts(5) == []
+    for token in (1, 2):
+        lookup.push(token)
+    assert lookup.drafts(2) == [9, 1]  # where they stood last
+    assert Lookup(0, [1, 1, 1]).drafts(5) == []
+    assert Lookup(3, [1, 1]).drafts(5) == []
+
+
+def test_a_text_that_repeats_itself_drafts_itself(make_model):
+    """A model that says one token for ever: every draft from the text is right."""
+    model = make_model(num_hidden_layers=3, exit_layers=(1,))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    options = {"speculative": True, "adaptive": False, "max_new_tokens": 21, "max_drafts": 4}
+    generation = generate(model, [0, 0, 0], GenerateConfig(**options, draft_threshold=math.inf))
+    assert [token.id for token in generation] == [0] * 21
+    assert generation.acceptance_rate == 1.0
+    assert generation.work.blocks == {5: 4 * 3}  # four rounds of five tokens at once
+    generation = generate(
+        model, [0, 0, 0], GenerateConfig(**options, draft_threshold=math.inf, lookup=0)
+    )
+    assert [token.id for token in generation] == [0] * 21
+    assert generation.acceptance_rate is None
