@@ -7,6 +7,7 @@ time over tensors (a decoder). Both compare in the scores' own precision.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class ThresholdPolicy:
         """
         threshold = self.thresholds[index]
         if self.decay is None:
-            return _in_precision(threshold, dtype)
+            return _rounded(threshold, dtype)
         if positions is None:
             raise ConfigError("decay: expected the positions of the tokens, got none")
         return _in_precision(self.decay.threshold(threshold, positions), dtype)
@@ -181,6 +182,11 @@ def _first(scores: Sequence[Any], bounds: Sequence[Any], *, tokens: int) -> NDAr
         staying &= ~at_least
     here[-1] = staying
     return here
+
+
+@lru_cache(maxsize=1024)
+def _rounded(threshold: float, dtype: np.dtype[Any]) -> Any:
+    return _in_precision(threshold, dtype)
 
 
 def _in_precision(threshold: Any, dtype: np.dtype[Any]) -> Any:

@@ -125,17 +125,19 @@ class ExitDecoder:
             h = self._run(h, 0, self.model.num_layers, step=step)
             exits = self._at_last_layer(h)
         else:
-            exits = self._route(h, list(rows), self.rule)
+            exits = self._route(h, list(rows), self.rule, step)
         for row in rows:
             self.lengths[row] += 1
         return exits
 
-    def _route(self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule) -> Exits:
+    def _route(
+        self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule, step: Step
+    ) -> Exits:
         """Run from exit to exit with the rows that go on."""
         left: dict[int, tuple[Tensor, int, float]] = {}  # by row: logits, exit layer, confidence
         going, before, agreement = list(rows), 0, None
         for index, layer in enumerate(self.exits[:-1]):
-            previous, h = self._to_exit(h, before, layer, going)
+            previous, h = self._to_exit(h, before, layer, going, step)
             before = layer
             unembed = partial(self._unembed, h, layer, asked=True)
             view = ExitView(
@@ -152,9 +154,10 @@ class ExitDecoder:
             if any(leaving):
                 out = [i for i, leaves in enumerate(leaving) if leaves]
                 on = [i for i, leaves in enumerate(leaving) if not leaves]
-                logits = (
-                    view.logits[out] if rule.measure.needs_head else self._unembed(h[out], layer)
-                )
+                if not rule.measure.needs_head:
+                    logits = self._unembed(h[out] if on else h, layer)
+                else:
+                    logits = view.logits[out] if on else view.logits
                 for n, i in enumerate(out):
                     at = logits[n]
                     left[going[i]] = (at, layer, scores[i])
@@ -163,14 +166,14 @@ class ExitDecoder:
                     owing.positions.append(places[i])
                 if not on:
                     break
-                h = h[on]
+                h, going = h[on], [going[i] for i in on]
+                step = self._step(going)
             else:
                 on = list(range(len(going)))
             if rule.confidence == "patience":
                 agreement = Agreement(*(part[on] for part in view.agreement))
-            going = [going[i] for i in on]
         else:
-            _, h = self._to_exit(h, before, self.exits[-1], going)
+            _, h = self._to_exit(h, before, self.exits[-1], going, step)
             last = self._at_last_layer(h)
             for row, *found in zip(
                 going, last.logits, last.exit_layers, last.confidence, strict=True
@@ -184,14 +187,14 @@ class ExitDecoder:
         )
 
     def _to_exit(
-        self, h: Float[Tensor, "B 1 D"], start: int, stop: int, rows: list[int]
+        self, h: Float[Tensor, "B 1 D"], start: int, stop: int, rows: list[int], step: Step
     ) -> tuple[Tensor, Tensor]:
         """The rows' tokens from one exit to the next, after what others owe there.
 
         Returns the states one block before the exit, if the measure needs them, and at it.
         """
         owing = [row for row in rows if start and self._owing[start][row].states]
-        step, owed = self._step(rows), 0
+        owed = 0
         if owing and self.missing_kv == "propagate":
             states, before = self._joined(start, owing)
             self.work.keys_values[states.shape[0] * states.shape[1]] += stop - start

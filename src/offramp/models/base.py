@@ -5,8 +5,8 @@ touch a model class by name.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,8 @@ class Step:
     real: Bool[Tensor, "B T"] | None = None
     cache: KVCache | None = None
     rows: Int[Tensor, " B"] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    "What a model made of these places, for its next call with the same step."
 
 
 @runtime_checkable

@@ -6,8 +6,10 @@ memory gives them, by compiled kernels (kernels.py) or by the fastest form that 
 (fast_linear.py); and what all blocks of a step share is computed once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from operator import is_
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,28 +37,39 @@ class _Weights:
     gate_up: Tensor
     down: Tensor
     norms: tuple[Tensor, Tensor]
-    read_from: tuple[tuple[dict[str, Any], Tensor, int], ...]
-    "Of each parameter: where it is registered, itself, and its address."
+    registers: tuple[dict[str, Any], ...]
+    "Where the parameters are registered."
+    parameters: tuple[Tensor, ...]
+    "What was there."
 
     def current(self) -> bool:
-        """No parameter was replaced or moved since."""
-        return all(
-            registered["weight"] is weight and weight.data_ptr() == address
-            for registered, weight, address in self.read_from
-        )
+        """No parameter was replaced since."""
+        return all(map(is_, [each["weight"] for each in self.registers], self.parameters))
 
 
 class FastSteps:
     """Runs blocks for a few tokens. It reads the blocks' own parameters and copies none."""
 
     def __init__(
-        self, blocks: nn.ModuleList, *, eps: float, head_dim: int, kv_heads: int, post: bool
+        self,
+        blocks: nn.ModuleList,
+        *,
+        eps: float,
+        head_dim: int,
+        kv_heads: int,
+        post: bool,
+        tables: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
-        self.post = post
+        self.post, self.tables = post, tables
         self._weights: list[_Weights | None] = [None] * len(blocks)
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
+
+    def forget(self) -> None:
+        """The parameters move: look up anew where they are."""
+        self._weights = [None] * len(self.blocks)
+        self._vocabs.clear()
 
     @staticmethod
     def fit(h: Tensor) -> bool:
@@ -74,14 +87,12 @@ class FastSteps:
         stop: int,
         *,
         step: Step,
-        cos: Float[Tensor, "#B 1 T Dh"],
-        sin: Float[Tensor, "#B 1 T Dh"],
         end: int,
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1."""
-        call = self._call(h, step, cos, sin, end)
+        call = self._call(h, step, end)
         x = h.reshape(-1, h.shape[-1])
-        with native_bfloat16(x, len(x)):
+        with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
             for layer in range(start, stop):
                 x = self._block(x, layer, self._of(layer), call)
@@ -95,14 +106,12 @@ class FastSteps:
         stop: int,
         *,
         step: Step,
-        cos: Float[Tensor, "#B 1 T Dh"],
-        sin: Float[Tensor, "#B 1 T Dh"],
         end: int,
     ) -> None:
         """Write only the keys and values of blocks start+1 .. stop."""
-        call = self._call(h, step, cos, sin, end)
+        call = self._call(h, step, end)
         x = h.reshape(-1, h.shape[-1])
-        with native_bfloat16(x, len(x)):
+        with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
             for layer in range(start, stop):
                 of = self._of(layer)
@@ -126,9 +135,8 @@ class FastSteps:
             weight = self._rows(weight, vocab)
         own = norm if isinstance(norm, ExitHead) else None
         adapter = None if own is None else own.adapter
-        with native_bfloat16(x, len(x)):
-            x = norm(x) if own is None or adapter is None else own.norm(x)
-            x = x.to(self._dtype(weight))
+        with native_bfloat16(x, x.shape[0]):
+            x = self._normed(x, norm if own is None else own.norm).to(self._dtype(weight))
             if adapter is not None:
                 read = self._linear(x, adapter.direct_proj.weight, residual=x)
                 both = [
@@ -170,11 +178,15 @@ class FastSteps:
         """What states are computed in."""
         return torch.float32 if self._compiled(weight) else weight.dtype
 
-    def _call(self, h: Tensor, step: Step, cos: Tensor, sin: Tensor, end: int) -> "_Call":
-        first: Any = self.blocks[0]
-        weight = first.self_attn.q_proj.weight
-        kind = _KernelCall if self._compiled(weight) else _Call
-        return kind(self, step, h.shape[0], h.shape[1], cos, sin, end, self._dtype(weight))
+    def _call(self, h: Tensor, step: Step, end: int) -> "_Call":
+        key = _Call, h.shape[:2], h.dtype
+        call: _Call | None = step.memo.get(key)
+        if call is None:
+            first: Any = self.blocks[0]
+            weight = first.self_attn.q_proj.weight
+            kind = _KernelCall if self._compiled(weight) else _Call
+            call = step.memo[key] = kind(self, step, h, end, self._dtype(weight))
+        return call
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
         """``weight[vocab]``, kept for the next token."""
@@ -197,6 +209,12 @@ class FastSteps:
         x = self._linear(attended, of.out, residual=x)
         gate_up = self._linear(x, of.gate_up, norm=second)
         return self._linear(gate_up, of.down, gated=True, residual=x)
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a final norm makes of states; post-norm models have none."""
+        if not isinstance(norm, nn.RMSNorm):
+            return cast(Tensor, norm(x))
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
@@ -234,9 +252,8 @@ class FastSteps:
             gate_up=gate_up,
             down=mlp.down_proj.weight,
             norms=(norms[0].weight, norms[1].weight),
-            read_from=tuple(
-                (module._parameters, module.weight, module.weight.data_ptr()) for module in modules
-            ),
+            registers=tuple(module._parameters for module in modules),
+            parameters=tuple(module.weight for module in modules),
         )
 
 
@@ -244,29 +261,23 @@ class _Call:
     """What the blocks of one call share."""
 
     def __init__(
-        self,
-        fast: FastSteps,
-        step: Step,
-        batch: int,
-        tokens: int,
-        cos: Tensor,
-        sin: Tensor,
-        end: int,
-        dtype: torch.dtype,
+        self, fast: FastSteps, step: Step, h: Tensor, end: int, dtype: torch.dtype
     ) -> None:
         assert step.cache is not None
         self.cache: KVCache = step.cache
-        self.step, self.batch, self.tokens, self.end = step, batch, tokens, end
-        self.head_dim, self.kv_heads, self.dtype = fast.head_dim, fast.kv_heads, dtype
-        self.cos = cos.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, self.head_dim)
-        self.sin = sin.transpose(1, 2).expand(batch, tokens, 1, -1).reshape(-1, self.head_dim)
-        self.slots = step.positions.expand(batch, tokens)  # (B, T)
-        self.one = batch == 1 and step.rows is None
-        self.rows = torch.arange(batch) if step.rows is None else step.rows
+        self.step, self.end, self.dtype = step, end, dtype
+        self.batch, self.tokens = h.shape[:2]
+        self.head_dim, self.kv_heads = fast.head_dim, fast.kv_heads
+        self.slots = step.positions.expand(self.batch, self.tokens)  # (B, T)
+        self.one = self.batch == 1 and step.rows is None
+        self.rows = torch.arange(self.batch) if step.rows is None else step.rows
+        cos, sin = fast.tables()
+        flat = self.slots.reshape(-1)
+        self.cos, self.sin = cos[flat].to(dtype), sin[flat].to(dtype)  # (N, Dh)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Attention without its last product; writes the keys and values."""
-        heads = qkv.view(len(qkv), -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
         groups = heads.shape[1] // self.kv_heads - 2
         turned = self._turned(heads[:, : -self.kv_heads])
         q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
@@ -275,11 +286,11 @@ class _Call:
         q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
         out = out.view(self.batch, self.kv_heads, groups, self.tokens, self.head_dim)
-        return out.permute(0, 3, 1, 2, 4).reshape(len(qkv), -1)
+        return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
         """Write keys and values alone."""
-        k, v = kv.view(len(kv), 2, self.kv_heads, self.head_dim).unbind(1)
+        k, v = kv.view(kv.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
         self._store(layer, self._turned(k), v)
 
     def _turned(self, heads: Float[Tensor, "N H Dh"]) -> Float[Tensor, "N H Dh"]:

@@ -46,18 +46,19 @@ def linear(
     """
     x = x.contiguous()
     outputs, inputs = weight.shape
+    tokens = x.shape[0]
     assert weight.is_contiguous()
     assert x.dtype == torch.float32
     assert norm is None or norm.dtype == weight.dtype
-    out = x.new_empty(len(x), outputs)
     before = _GATED if gated else _AS_IT_IS if norm is None else _NORMALISED
-    scratch = None if before == _AS_IT_IS else x.new_empty(len(x), inputs)
+    out = torch.empty(tokens, outputs)
+    scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs)
     _compiled.linear(
         x.data_ptr(),
         weight.data_ptr(),
         weight.dtype == torch.bfloat16,
         out.data_ptr(),
-        len(x),
+        tokens,
         inputs,
         outputs,
         before,
@@ -94,8 +95,6 @@ def attention(
     def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         assert qkv.is_contiguous()
-        assert keys.is_contiguous()
-        assert values.is_contiguous()
         assert keys.shape[1:] == values.shape[1:] == (kv_heads, capacity, head_dim)
         out = qkv.new_empty(tokens, heads * head_dim)
         _compiled.attend(

@@ -9,6 +9,7 @@ norms and heads of their own (exit_heads.py).
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -126,18 +127,19 @@ def rotate(
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Context:
-    """What every block of one ``run_layers`` call shares."""
+    """What every block shares for the tokens of one step."""
 
+    step: Step
     cos: Tensor  # (B or 1, 1, T, Dh)
     sin: Tensor
-    mask: Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: plain causal
     end: int  # keys stand at positions 0 .. end - 1
 
-    def places(self) -> dict[str, Any]:
-        """Where the tokens stand, as fast_step.py takes it."""
-        return {"cos": self.cos, "sin": self.sin, "end": self.end}
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(B or 1, 1, T, S), True where a query may look; None where causal attention does."""
+        return _attention_mask(self.step, self.end)
 
 
 class Attention(nn.Module):
@@ -281,6 +283,7 @@ class Transformer(nn.Module):
             head_dim=config.head_dim,
             kv_heads=config.num_key_value_heads or config.num_attention_heads,
             post=config.norm == "post",
+            tables=lambda: (self.get_buffer("cos"), self.get_buffer("sin")),
         )
         self.reset_parameters()
         if config.tie_word_embeddings:
@@ -339,8 +342,7 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
         """Token embeddings (positions are rotary, so the step is not needed)."""
-        embedded: Tensor = self.model.embed_tokens(input_ids)
-        return embedded
+        return F.embedding(input_ids, self.model.embed_tokens.weight)
 
     def run_layers(
         self,
@@ -352,9 +354,9 @@ class Transformer(nn.Module):
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
-        context = self._context(step, h.dtype)
         if active is None and self._is_fast(h, step):
-            return self._fast.run(h, start, stop, step=step, **context.places())
+            return self._fast.run(h, start, stop, step=step, end=self._end(step))
+        context = self._context(step, h.dtype)
         for layer in range(start, stop):
             out: Tensor = self._block(layer)(h, layer, context, step)
             h = out if active is None else torch.where(active[..., None], out, h)
@@ -363,10 +365,10 @@ class Transformer(nn.Module):
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         assert step.cache is not None, "project_kv needs a cache"
-        context = self._context(step, h.dtype)
         if self._is_fast(h, step):
-            self._fast.project_kv(h, start, stop, step=step, **context.places())
+            self._fast.project_kv(h, start, stop, step=step, end=self._end(step))
             return
+        context = self._context(step, h.dtype)
         for layer in range(start, stop):
             block = self._block(layer)
             k, v = block.self_attn.keys_values(block.attention_input(h), context)
@@ -437,6 +439,19 @@ class Transformer(nn.Module):
         return logits[0], logits[-1]
 
     def _context(self, step: Step, dtype: torch.dtype) -> _Context:
+        context: _Context | None = step.memo.get((_Context, dtype))
+        if context is None:
+            context = step.memo[_Context, dtype] = self._new_context(step, dtype)
+        return context
+
+    def _end(self, step: Step) -> int:
+        """Keys stand at positions 0 .. end - 1."""
+        end: int | None = step.memo.get("end")
+        if end is None:
+            end = step.memo["end"] = self._checked_end(step)
+        return end
+
+    def _checked_end(self, step: Step) -> int:
         end = step.positions.shape[1] if step.cache is None else int(step.positions.max()) + 1
         if end > self.config.max_position_embeddings:
             raise ConfigError(
@@ -445,9 +460,19 @@ class Transformer(nn.Module):
             )
         if step.cache is not None:
             step.cache.require(end)
+        return end
+
+    def _new_context(self, step: Step, dtype: torch.dtype) -> _Context:
+        end = self._end(step)
         cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
         sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
-        return _Context(cos=cos, sin=sin, mask=_attention_mask(step, end), end=end)
+        return _Context(step=step, cos=cos, sin=sin, end=end)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts go through here: where parameters lie must be looked up anew."""
+        if hasattr(self, "_fast"):
+            self._fast.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _exit_head(config: DecoderConfig) -> ExitHead:
@@ -463,7 +488,6 @@ def _exit_head(config: DecoderConfig) -> ExitHead:
 
 
 def _attention_mask(step: Step, end: int) -> Tensor | None:
-    """(B or 1, 1, T, S), True where a query may look; None where plain causal attention does."""
     device = step.positions.device
     if step.cache is not None:  # a key stands in the slot of its position: see kv_cache.py
         return (torch.arange(end, device=device) <= step.positions[..., None])[:, None]
