@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from offramp.cli import (  # noqa: F401  (they register themselves)
+    bench,
     calibrate,
     confidence,
     export,

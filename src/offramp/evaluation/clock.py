@@ -71,6 +71,8 @@ class Clock:
     "Bytes of the blocks and the last head."
     token_seconds: float = 0.0
     "What a new token takes beside all parts: choosing it, its text."
+    question_seconds: float = 0.0
+    "What a question takes beside the answer: who leaves, who goes on."
 
     @property
     def limit(self) -> float:
@@ -87,12 +89,19 @@ class Clock:
             *((self.drafts[layer], of, count) for (layer, of), count in work.drafts.items()),
         ]
         run = sum(part.of(each) * count for part, each, count in parts)
-        return run + tokens * self.token_seconds
+        asked = sum(work.questions.values())
+        return run + tokens * self.token_seconds + asked * self.question_seconds
 
     def pinned(self, work: Work, tokens: int, seconds: float) -> "Clock":
-        """The same clock, told what full decoding took: the rest is each token's own."""
-        alone = replace(self, token_seconds=0.0).seconds(work, tokens)
-        return replace(self, token_seconds=max(0.0, seconds - alone) / tokens)
+        """The same clock, told what a run at full depth took.
+
+        What the parts do not explain is each token's own; where every exit was asked and nobody
+        left, each question's.
+        """
+        rest = max(0.0, seconds - self.seconds(work, tokens))
+        if asked := sum(work.questions.values()):
+            return replace(self, question_seconds=self.question_seconds + rest / asked)
+        return replace(self, token_seconds=self.token_seconds + rest / tokens)
 
     def about(self) -> dict[str, Any]:
         """The parts as figures for people: bytes, FLOPs, milliseconds, share of the bandwidth."""
@@ -111,7 +120,10 @@ class Clock:
                 "share_of_bandwidth": part.bytes_per_second() / self.bandwidth,
             }
             for name, part in named.items()
-        } | {"token": {"ms": 1000 * self.token_seconds}}
+        } | {
+            "token": {"ms": 1000 * self.token_seconds},
+            "asking": {"ms": 1000 * self.question_seconds},
+        }
 
 
 def measure_bandwidth(device: torch.device | str = "cpu", *, rounds: int = 5) -> float:
@@ -143,7 +155,7 @@ def measure_clock(
     for tokens in TOKENS:
         h, step = _some(model, context, (tokens, 1) if rows else (1, tokens))
         whole = partial(model.run_layers, h, 0, model.num_layers, step=step)
-        only = partial(model.project_kv, h, 0, model.num_layers, step=step)
+        only = partial(_keys_values_anew, model, h, step)
         blocks[tokens] = _seconds(whole, rounds) / model.num_layers
         keys_values[tokens] = _seconds(only, rounds) / model.num_layers
 
@@ -189,6 +201,11 @@ def measure_clock(
         bandwidth=bandwidth,
         weights=model_cost(model, context=1).full / 2 * item,
     )
+
+
+def _keys_values_anew(model: EarlyExitModel, h: Tensor, step: Step) -> None:
+    """As in decoding, where such a call has places of its own."""
+    model.project_kv(h, 0, model.num_layers, step=replace(step, memo={}))
 
 
 def _some(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tuple[Tensor, Step]:

@@ -93,7 +93,7 @@ class ExitDecoder:
         self.rule, self.missing_kv = rule, missing_kv
         self.batch_size, self.lengths = batch_size, [0] * batch_size
         self.work = Work()
-        self.acceptance_rate: float | None = None  # nothing is drafted
+        self.drafted = self.accepted = 0  # nothing is
         self.exits = model.exit_layers if rule else (model.num_layers,)
         self._owing = {exit: [_Owing() for _ in range(batch_size)] for exit in self.exits[:-1]}
 

@@ -53,7 +53,17 @@ class Generation(Iterator[Token]):
     @property
     def acceptance_rate(self) -> float | None:
         """Share of the drafted tokens that the whole model chose too; None where none was."""
-        return self._decoder.acceptance_rate
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were drafted."""
+        return self._decoder.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that the whole model chose too."""
+        return self._decoder.accepted
 
 
 def generate(

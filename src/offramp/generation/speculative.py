@@ -54,11 +54,6 @@ class SpeculativeDecoder:
         self.work = Work()
         self.drafted = self.accepted = self.length = 0
 
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Share of the drafted tokens that the whole model chose too; None where none was."""
-        return self.accepted / self.drafted if self.drafted else None
-
     def prefill(self, prompt: list[int], sampler: Sampler) -> list[Chosen]:
         """Run the prompt at full depth and choose the first new token."""
         exits = ExitDecoder(self.model, self.cache, batch_size=1).prefill([prompt])

@@ -135,8 +135,13 @@ class FastSteps:
             weight = self._rows(weight, vocab)
         own = norm if isinstance(norm, ExitHead) else None
         adapter = None if own is None else own.adapter
+        last = norm if own is None else own.norm
+        if adapter is None and isinstance(last, nn.RMSNorm) and self._compiled(weight):
+            eps = self.eps if last.eps is None else last.eps
+            logits = kernels.linear(x.float(), weight, norm=last.weight, eps=eps)
+            return logits.to(h.dtype).view(*h.shape[:2], -1)
         with native_bfloat16(x, x.shape[0]):
-            x = self._normed(x, norm if own is None else own.norm).to(self._dtype(weight))
+            x = self._normed(x, last).to(self._dtype(weight))
             if adapter is not None:
                 read = self._linear(x, adapter.direct_proj.weight, residual=x)
                 both = [
@@ -268,12 +273,15 @@ class _Call:
         self.step, self.end, self.dtype = step, end, dtype
         self.batch, self.tokens = h.shape[:2]
         self.head_dim, self.kv_heads = fast.head_dim, fast.kv_heads
-        self.slots = step.positions.expand(self.batch, self.tokens)  # (B, T)
+        whole = step.positions.shape == h.shape[:2]
+        self.slots = step.positions if whole else step.positions.expand(*h.shape[:2])  # (B, T)
         self.one = self.batch == 1 and step.rows is None
         self.rows = torch.arange(self.batch) if step.rows is None else step.rows
         cos, sin = fast.tables()
         flat = self.slots.reshape(-1)
-        self.cos, self.sin = cos[flat].to(dtype), sin[flat].to(dtype)  # (N, Dh)
+        self.cos, self.sin = cos[flat], sin[flat]  # (N, Dh)
+        if dtype != cos.dtype:
+            self.cos, self.sin = self.cos.to(dtype), self.sin.to(dtype)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Attention without its last product; writes the keys and values."""
@@ -342,7 +350,7 @@ class _KernelCall(_Call):
             cos=self.cos,
             sin=self.sin,
             slots=self.slots.reshape(-1),
-            rows=self.rows.repeat_interleave(self.tokens),
+            rows=self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens),
             capacity=self.cache.keys.shape[3],
             kv_heads=self.kv_heads,
         )

@@ -51,8 +51,8 @@ def linear(
     assert x.dtype == torch.float32
     assert norm is None or norm.dtype == weight.dtype
     before = _GATED if gated else _AS_IT_IS if norm is None else _NORMALISED
-    out = torch.empty(tokens, outputs)
-    scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs)
+    out = torch.empty(tokens, outputs, dtype=torch.float32)
+    scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs, dtype=torch.float32)
     _compiled.linear(
         x.data_ptr(),
         weight.data_ptr(),

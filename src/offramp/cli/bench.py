@@ -1,0 +1,57 @@
+"""offramp bench."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from cyclopts import Parameter
+
+from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
+from offramp.experiments.bench import BenchConfig, run_bench
+from offramp.models.checkpoint import write_json
+from offramp.report.bench import bench_table
+from offramp.report.progress import bars
+
+
+@app.command
+def bench(
+    model: Path,
+    config: Annotated[BenchConfig | None, Parameter(name="*")] = None,
+    *,
+    corpus: str = "python-docs",
+    out: Path | None = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Time decoding with exits beside full depth and transformers' own generate, in one run.
+
+    Parameters
+    ----------
+    model
+        A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint (a
+        folder, or a name on the hub), or smollm2-135m.
+    corpus
+        Where the prompts come from: pangram, python-docs, hf:DATASET, or a text file or folder
+        (its test split where it has named ones).
+    out
+        Write the figures to this JSON file, too.
+    dtype
+        Precision of the model.
+    """
+    use(device, threads)
+    check_out_file(out)
+    with bars(console) as drawn:
+        content = run_bench(
+            model,
+            corpus,
+            config or BenchConfig(),
+            device=device,
+            dtype=getattr(torch, dtype),
+            on_run=lambda done, total, name: drawn.show("bench", done=done, total=total, text=name),
+        )
+    output().print(bench_table(content))
+    if content["untrained"]:
+        say(f"{model}: its exits were never trained.")
+    if out:
+        write_json(out, content)
