@@ -148,7 +148,7 @@ def measure_clock(
     ``rows``: each in a row of its own, as in a batch. Before each part of an exit the blocks
     below it run, as in decoding, so that its weights come from where they would come from then.
     """
-    cost = model_cost(model, context=context, fitted=fitted)
+    cost = model_cost(model, context=float(context), fitted=fitted)
     measure, early = confidence_named(confidence), model.exit_layers[:-1]
     item = model.make_cache(1, 1).keys.element_size()
     blocks, keys_values = {}, {}
@@ -186,7 +186,7 @@ def measure_clock(
     share = 1.0 if vocab is None else len(vocab) / model.vocab_size
     asked = dict(cost.heads) if measure.needs_head else dict.fromkeys(early, 0.0)
     if measure.needs_gate:
-        asked = dict(cost.gates[confidence])
+        asked = {layer: cost.gate(confidence, layer) for layer in early}
     return Clock(
         block=part(sum(cost.layers) / model.num_layers, blocks),
         keys_values=part(sum(cost.keys_values) / model.num_layers, keys_values),
@@ -199,7 +199,7 @@ def measure_clock(
             for n in early
         },
         bandwidth=bandwidth,
-        weights=model_cost(model, context=1).full / 2 * item,
+        weights=model_cost(model, context=1.0).full / 2 * item,
     )
 
 

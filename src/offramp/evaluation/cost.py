@@ -79,7 +79,7 @@ class ModelCost:
         passed, costs = 0.0, []
         for layer, question in zip(early, asked, strict=True):
             head = self.heads[layer]
-            gate = self._gate(confidence, layer) if measure.needs_gate and question else 0.0
+            gate = self.gate(confidence, layer) if measure.needs_gate and question else 0.0
             above = sum(self.keys_values[layer:]) if missing_kv == "propagate" else 0.0
             costs.append(sum(self.layers[:layer]) + passed + gate + head + above)
             passed += gate + (head if measure.needs_head and question else 0.0)
@@ -87,7 +87,8 @@ class ModelCost:
         costs.append(sum(self.layers[:last]) + passed + self.heads[last])
         return tuple(100.0 * cost / self.full for cost in costs)
 
-    def _gate(self, kind: str, layer: int) -> float:
+    def gate(self, kind: str, layer: int) -> float:
+        """FLOPs of a gate; ConfigError where it was not counted."""
         try:
             return self.gates[kind][layer]
         except KeyError:

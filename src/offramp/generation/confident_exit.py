@@ -13,8 +13,9 @@ nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -28,6 +29,12 @@ from offramp.models.work import Work
 
 MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
+
+
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype("float32"),
+    torch.float64: np.dtype("float64"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +55,13 @@ class ExitRule:
     ) -> tuple[list[float], list[bool]]:
         """Of each token at the ``index``-th exit its confidence, and whether it leaves."""
         scores = self.measure.score(view)
+        said: list[float] = scores.tolist()
         if isinstance(self.policy, GainPolicy):
-            leaving = self.policy.leaves(index, view.expected_kl)
-        else:
-            decaying = torch.tensor(positions) if self.policy.decay else None
-            leaving = self.policy.leaves(index, scores, decaying)
-        return scores.tolist(), leaving.tolist()
+            return said, self.policy.leaves(index, view.expected_kl).tolist()
+        if self.policy.decay:
+            return said, self.policy.leaves(index, scores, torch.tensor(positions)).tolist()
+        bound = float(self.policy.bound(index, _NUMPY[scores.dtype]))  # in the scores' precision
+        return said, [score >= bound for score in said]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +189,9 @@ class ExitDecoder:
                 left[row] = (found[0], found[1], found[2])
         ordered = [left[row] for row in rows]
         return Exits(
-            logits=torch.stack([logits for logits, _, _ in ordered]),
+            logits=torch.stack([found[0] for found in ordered])
+            if len(rows) > 1
+            else ordered[0][0][None],
             exit_layers=[layer for _, layer, _ in ordered],
             confidence=[score for _, _, score in ordered],
         )

@@ -270,12 +270,13 @@ class _Call:
     ) -> None:
         assert step.cache is not None
         self.cache: KVCache = step.cache
-        self.step, self.end, self.dtype = step, end, dtype
+        self.end, self.dtype = end, dtype
         self.batch, self.tokens = h.shape[:2]
         self.head_dim, self.kv_heads = fast.head_dim, fast.kv_heads
         whole = step.positions.shape == h.shape[:2]
         self.slots = step.positions if whole else step.positions.expand(*h.shape[:2])  # (B, T)
-        self.one = self.batch == 1 and step.rows is None
+        self.some = step.rows is not None
+        self.one = self.batch == 1 and not self.some
         self.rows = torch.arange(self.batch) if step.rows is None else step.rows
         cos, sin = fast.tables()
         flat = self.slots.reshape(-1)
@@ -327,8 +328,8 @@ class _Call:
             at = (self.rows[:, None], slice(None), self.slots)
             shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
             keys[at], values[at] = k.reshape(shape), v.reshape(shape)
-            if self.step.rows is not None:
-                keys, values = keys[self.step.rows], values[self.step.rows]
+            if self.some:
+                keys, values = keys[self.rows], values[self.rows]
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def note_lengths(self, start: int, stop: int) -> None:

@@ -129,9 +129,11 @@ def rotate(
 
 @dataclass(kw_only=True)
 class _Context:
-    """What every block shares for the tokens of one step."""
+    """What every block shares for the tokens of one step (and does not hold the step itself)."""
 
-    step: Step
+    positions: Tensor
+    real: Tensor | None
+    cached: bool
     cos: Tensor  # (B or 1, 1, T, Dh)
     sin: Tensor
     end: int  # keys stand at positions 0 .. end - 1
@@ -139,7 +141,14 @@ class _Context:
     @cached_property
     def mask(self) -> Tensor | None:
         """(B or 1, 1, T, S), True where a query may look; None where causal attention does."""
-        return _attention_mask(self.step, self.end)
+        device = self.positions.device
+        if self.cached:  # a key stands in the slot of its position: see kv_cache.py
+            return (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
+        if self.real is None:
+            return None
+        causal = torch.ones(self.end, self.end, dtype=torch.bool, device=device).tril()
+        own = torch.eye(self.end, dtype=torch.bool, device=device)  # padding sees itself
+        return (causal & self.real[:, None] | own)[:, None]
 
 
 class Attention(nn.Module):
@@ -466,7 +475,14 @@ class Transformer(nn.Module):
         end = self._end(step)
         cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
         sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
-        return _Context(step=step, cos=cos, sin=sin, end=end)
+        return _Context(
+            positions=step.positions,
+            real=step.real,
+            cached=step.cache is not None,
+            cos=cos,
+            sin=sin,
+            end=end,
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and casts go through here: where parameters lie must be looked up anew."""
@@ -485,14 +501,3 @@ def _exit_head(config: DecoderConfig) -> ExitHead:
     elif config.exit_head == "full":
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     return ExitHead(norm=norm(), adapter=adapter, lm_head=head)
-
-
-def _attention_mask(step: Step, end: int) -> Tensor | None:
-    device = step.positions.device
-    if step.cache is not None:  # a key stands in the slot of its position: see kv_cache.py
-        return (torch.arange(end, device=device) <= step.positions[..., None])[:, None]
-    if step.real is None:
-        return None
-    causal = torch.ones(end, end, dtype=torch.bool, device=device).tril()
-    own = torch.eye(end, dtype=torch.bool, device=device)  # padding sees itself: no empty row
-    return (causal & step.real[:, None] | own)[:, None]

@@ -1,0 +1,83 @@
+"""Every way to decode, timed in one run."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def native(offramp, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "model"
+    result = offramp(
+        *("train", "--corpus", checkpoint / "text.txt", "--layers", 4, "--dim", 32, "--heads", 4),
+        *("--exits", 2, "--steps", 20, "--seq-len", 32, "--batch-size", 8, "--out", out),
+        *("--loss-weights", "2=0.5,4=0.5", "--tracker", "none"),
+    )
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+SHORT = ("--prompt-tokens", 8, "--max-new-tokens", 8, "--repeats", 1, "--prompts", 2)
+
+
+@pytest.mark.slow
+def test_a_native_model_beside_transformers(offramp, checkpoint, native, tmp_path):
+    out = tmp_path / "bench.json"
+    result = offramp(
+        *("bench", native, "--corpus", checkpoint / "text.txt", "--out", out, *SHORT),
+        *("--thresholds", "0.3,inf"),
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    rows = {row["method"]: row for row in content["rows"]}
+    assert {"hf", "hf_prompt_lookup", "hf_early_exit@2", "full", "speculative@2"} < set(rows)
+    kinds = {name.rpartition(":")[2] for name in rows if name.startswith("exit@")}
+    assert kinds == {"propagate", "recompute"}
+    for name in ("hf", "hf_prompt_lookup", "full", "speculative@2", "exit@inf:recompute"):
+        assert rows[name]["identical_to_greedy"], name
+    assert rows["full"]["mean_layers"] == rows["exit@inf:propagate"]["mean_layers"] == 4.0
+    assert rows["exit@0.3:propagate"]["mean_layers"] < 4.0
+    for row in rows.values():
+        rate = row["tokens_per_s"]
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+        assert (row["predicted_tokens_per_s"] is None) == row["method"].startswith("hf")
+    assert rows["hf"]["speedup_vs_hf"] == rows["full"]["speedup_vs_full"] == 1.0
+    assert content["limit_tokens_per_s"] > 0
+    assert content["bandwidth_gb_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_batch_of_a_pretrained_model_in_bfloat16(offramp, checkpoint, tmp_path):
+    out = tmp_path / "bench.json"
+    result = offramp(
+        *("bench", checkpoint, "--corpus", checkpoint / "text.txt", "--out", out, *SHORT),
+        *("--batch-size", 2, "--dtype", "bfloat16"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "never trained" in result.stderr
+    names = [row["method"] for row in json.loads(out.read_text())["rows"]]
+    assert names[:2] == ["hf", "full"]
+    assert len(names) == 4
+    assert not any("speculative" in name or "early_exit" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--prompts", 3, "--batch-size", 2], ["batch_size", "3 prompts"]),
+        (["--max-new-tokens", 1], ["max_new_tokens", "at least 2"]),
+        (["--max-new-tokens", 5000], ["max_new_tokens", "longest"]),
+        (["--prompt-tokens", 100000], ["expected at least 100000 tokens"]),
+        (["--confidence", "mood"], ["confidence", "mood"]),
+        (["--compute-pct", 0], ["compute_pct", "between 0 and 100"]),
+        (["--draft-exit", 3], ["draft_exit", "3"]),
+    ],
+)
+def test_bench_refuses(offramp, checkpoint, native, tmp_path, flags, expected):
+    out = tmp_path / "bench.json"
+    result = offramp("bench", native, "--corpus", checkpoint / "text.txt", "--out", out, *flags)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert result.stderr.count("\n") == 1, result.stderr
+    for part in expected:
+        assert part in result.stderr, result.stderr
+    assert not out.exists()
