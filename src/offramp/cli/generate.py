@@ -32,6 +32,7 @@ def generate(
     speculative: bool = False,
     draft_exit: int | None = None,
     draft_threshold: float | None = None,
+    lookup: int | None = None,
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
     chat: bool = False,
@@ -66,7 +67,10 @@ def generate(
     draft_exit
         The exit that drafts (default: the first).
     draft_threshold
-        A draft ends where its confidence falls below this.
+        A draft ends where its confidence falls below this (default: 0.3).
+    lookup
+        With --speculative: so many tokens that stood in the text before are followed by a draft
+        of what followed them there (default: 2; 0: only the exit drafts).
     stop
         A string that ends the text; give the flag again for another.
     stop_token
@@ -86,8 +90,8 @@ def generate(
         "stop_strings": tuple(stop or ()),
     }
     given |= {"missing_kv": missing_kv or "propagate", **vars(sampling)}
-    if draft_threshold is not None:
-        given["draft_threshold"] = draft_threshold
+    drafting = {"draft_threshold": draft_threshold, "lookup": lookup}
+    given |= {name: value for name, value in drafting.items() if value is not None}
     if threshold is not None:
         given["threshold"] = _threshold(threshold)
     config = GenerateConfig(**given)
