@@ -28,6 +28,7 @@ from offramp.experiments.bench.methods import (
 from offramp.experiments.generate import Generator, open_generator
 from offramp.experiments.workflows import environment
 from offramp.generation import MISSING_KV, GenerateConfig
+from offramp.generation.options import draft_exit
 from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.native import to_transformers
 from offramp.models.transformer import Transformer
@@ -109,6 +110,9 @@ def run_bench(
     """
     loaded = open_generator(path, device=device, dtype=dtype)
     prompts = _prompts(loaded, corpus_name, config)
+    if config.draft_exit is not None:
+        asked = GenerateConfig(speculative=True, draft_exit=config.draft_exit)
+        draft_exit(loaded.model, asked, loaded.fitted)
     bandwidth = measure_bandwidth(device)
     clock = measure_clock(
         loaded.model,
