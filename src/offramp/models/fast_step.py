@@ -6,7 +6,6 @@ memory gives them, by compiled kernels (kernels.py) or by the fastest form that 
 (fast_linear.py); and what all blocks of a step share is computed once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, cast
@@ -24,6 +23,9 @@ from offramp.models.kv_cache import KVCache
 
 MOST_TOKENS = 16
 "Tokens of a step up to which its fixed costs matter."
+
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,9 @@ class FastSteps:
         head_dim: int,
         kv_heads: int,
         post: bool,
-        tables: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
-        self.post, self.tables = post, tables
+        self.post = post
         self._weights: list[_Weights | None] = [None] * len(blocks)
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
@@ -88,9 +89,10 @@ class FastSteps:
         *,
         step: Step,
         end: int,
+        tables: Tables,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1."""
-        call = self._call(h, step, end)
+        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1, which ``tables`` cover."""
+        call = self._call(h, step, end, tables)
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
@@ -107,9 +109,10 @@ class FastSteps:
         *,
         step: Step,
         end: int,
+        tables: Tables,
     ) -> None:
         """Write only the keys and values of blocks start+1 .. stop."""
-        call = self._call(h, step, end)
+        call = self._call(h, step, end, tables)
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
@@ -183,14 +186,14 @@ class FastSteps:
         """What states are computed in."""
         return torch.float32 if self._compiled(weight) else weight.dtype
 
-    def _call(self, h: Tensor, step: Step, end: int) -> "_Call":
+    def _call(self, h: Tensor, step: Step, end: int, tables: Tables) -> "_Call":
         key = _Call, h.shape[:2], h.dtype
         call: _Call | None = step.memo.get(key)
         if call is None:
             first: Any = self.blocks[0]
             weight = first.self_attn.q_proj.weight
             kind = _KernelCall if self._compiled(weight) else _Call
-            call = step.memo[key] = kind(self, step, h, end, self._dtype(weight))
+            call = step.memo[key] = kind(self, step, h, end, tables, self._dtype(weight))
         return call
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
@@ -266,7 +269,13 @@ class _Call:
     """What the blocks of one call share."""
 
     def __init__(
-        self, fast: FastSteps, step: Step, h: Tensor, end: int, dtype: torch.dtype
+        self,
+        fast: FastSteps,
+        step: Step,
+        h: Tensor,
+        end: int,
+        tables: Tables,
+        dtype: torch.dtype,
     ) -> None:
         assert step.cache is not None
         self.cache: KVCache = step.cache
@@ -278,7 +287,7 @@ class _Call:
         self.some = step.rows is not None
         self.one = self.batch == 1 and not self.some
         self.rows = torch.arange(self.batch) if step.rows is None else step.rows
-        cos, sin = fast.tables()
+        cos, sin = tables
         flat = self.slots.reshape(-1)
         self.cos, self.sin = cos[flat], sin[flat]  # (N, Dh)
         if dtype != cos.dtype:

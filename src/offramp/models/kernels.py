@@ -25,6 +25,7 @@ def kernels_fit(weight: Tensor, head_dim: int) -> bool:
         _compiled is not None
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.is_contiguous()
         and head_dim % _LANES == 0
         and head_dim <= _LARGEST_HEAD
     )
@@ -88,7 +89,7 @@ def attention(
     """
     tokens, head_dim = cos.shape
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    slots, rows = slots.contiguous(), rows.contiguous()
+    slots, rows = slots.long().contiguous(), rows.long().contiguous()
     threads = torch.get_num_threads()
     scores = cos.new_empty(threads, capacity + _LANES)
 

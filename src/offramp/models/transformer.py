@@ -292,7 +292,6 @@ class Transformer(nn.Module):
             head_dim=config.head_dim,
             kv_heads=config.num_key_value_heads or config.num_attention_heads,
             post=config.norm == "post",
-            tables=lambda: (self.get_buffer("cos"), self.get_buffer("sin")),
         )
         self.reset_parameters()
         if config.tie_word_embeddings:
@@ -364,7 +363,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
         if active is None and self._is_fast(h, step):
-            return self._fast.run(h, start, stop, step=step, end=self._end(step))
+            return self._fast.run(h, start, stop, step=step, **self._places(step))
         context = self._context(step, h.dtype)
         for layer in range(start, stop):
             out: Tensor = self._block(layer)(h, layer, context, step)
@@ -375,7 +374,7 @@ class Transformer(nn.Module):
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         assert step.cache is not None, "project_kv needs a cache"
         if self._is_fast(h, step):
-            self._fast.project_kv(h, start, stop, step=step, end=self._end(step))
+            self._fast.project_kv(h, start, stop, step=step, **self._places(step))
             return
         context = self._context(step, h.dtype)
         for layer in range(start, stop):
@@ -459,6 +458,10 @@ class Transformer(nn.Module):
         if end is None:
             end = step.memo["end"] = self._checked_end(step)
         return end
+
+    def _places(self, step: Step) -> dict[str, Any]:
+        """What the fast path is told of the positions."""
+        return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
 
     def _checked_end(self, step: Step) -> int:
         end = step.positions.shape[1] if step.cache is None else int(step.positions.max()) + 1

@@ -1,8 +1,12 @@
 """The compiled kernels do what PyTorch does, and each token alone decides what it gets."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
 from offramp.models import kernels
@@ -105,6 +109,25 @@ def test_a_model_says_the_same_by_kernels(make_model, make_ids, norm, kv_heads, 
         assert_close(torch.cat(found, 1).float(), every[layer - 1].detach(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_tokens_decoded_together_have_the_bits_of_each_alone(make_model, make_ids, norm, dtype):
+    """So verifying drafts says what decoding one by one says, to the last bit."""
+    model = make_model(dtype=dtype, norm=norm, hidden_size=64, num_key_value_heads=2)
+    ids, length = make_ids(1, 12), 12
+    said = []
+    for portions in ([1] * length, [1, 2, 3, 6], [4, 8], [length]):
+        cache, start, parts = model.make_cache(1, capacity=length), 0, []
+        for portion in portions:
+            step = Step(positions=torch.arange(start, start + portion)[None], cache=cache)
+            h = model.embed(ids[:, start : start + portion], step=step)
+            parts.append(model.unembed(model.run_layers(h, 0, 3, step=step), 3))
+            start += portion
+        said.append(torch.cat(parts, dim=1))
+    assert all(torch.equal(other, said[0]) for other in said)
+
+
 @torch.inference_mode()
 def test_keys_and_values_alone_are_those_of_whole_blocks(make_model, make_ids):
     model = make_model(dtype=torch.float32, hidden_size=64, num_key_value_heads=2)
@@ -143,3 +166,29 @@ def test_without_kernels_there_is_another_way(make_model, make_ids, monkeypatch,
     step = Step(positions=torch.arange(5)[None], cache=model.make_cache(2, capacity=5))
     h = model.run_layers(model.embed(ids, step=step), 0, 3, step=step)
     assert_close(model.unembed(h, 3), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    ids = make_ids(1, 4)
+
+    def decoded(model):
+        with torch.inference_mode():
+            step = Step(positions=torch.arange(4)[None], cache=model.make_cache(1, capacity=4))
+            h = model.run_layers(model.embed(ids, step=step), 0, 3, step=step)
+            return model.unembed(h, 3)
+
+    before = decoded(model)
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(decoded(copied), before)
+        with torch.no_grad():
+            copied.model.layers[0].mlp.down_proj.weight.mul_(2)
+        changed = decoded(copied)
+        assert not torch.equal(changed, before)
+        assert_close(changed, copied(ids), rtol=1e-4, atol=1e-4)
+        copied.model.layers[1].mlp.gate_proj.weight = nn.Parameter(
+            model.model.layers[0].mlp.gate_proj.weight.clone()
+        )
+        assert_close(decoded(copied), copied(ids), rtol=1e-4, atol=1e-4)
+    assert torch.equal(decoded(model), before)
+    assert_close(decoded(model.double()).float(), before, rtol=1e-4, atol=1e-4)
