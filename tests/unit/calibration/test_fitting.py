@@ -148,3 +148,16 @@ def test_damaged_gates_are_a_checkpoint_error(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "exits.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_fitted(tmp_path)
+
+
+def test_a_draft_vocabulary_stays_beside_the_heads(tmp_path):
+    save_file({"exits.1.norm.weight": torch.ones(4)}, tmp_path / "exits.safetensors")
+    assert load_fitted(tmp_path).draft_vocab is None
+    tokens = torch.tensor([7, 0, 3])
+    save_fitted(FittedExits(draft_vocab=tokens, temperatures={1: 2.0}), tmp_path)
+    found = load_fitted(tmp_path)
+    assert torch.equal(found.draft_vocab, tokens)
+    assert found.temperatures == {1: 2.0}
+    assert "exits.1.norm.weight" in load_file(tmp_path / "exits.safetensors")
+    save_fitted(FittedExits(), tmp_path)
+    assert load_fitted(tmp_path).draft_vocab is None

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from offramp import from_pretrained, load_model
+from offramp.calibration.fitting import load_fitted
 from offramp.data import encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.experiments.reading import open_reading
-from offramp.experiments.tune import TuneConfig, measure, tune_model
+from offramp.experiments.tune import TuneConfig, frequent_tokens, measure, tune_model
 from offramp.models.base import states_at, whole_step
 from offramp.training import frozen, kept_states
 from offramp.training.frozen import Compared, FrozenConfig, least_squares, tune_exits
@@ -274,3 +275,17 @@ def test_what_cannot_be_tuned_is_refused_and_nothing_written(checkpoint, text, t
     with pytest.raises(CorpusError, match="at least 2"):
         tune_model(checkpoint, str(short), out, TuneConfig())
     assert not out.exists()
+
+
+def test_the_draft_vocabulary_is_what_stands_most_often(monkeypatch):
+    ids = torch.tensor([5, 5, 5, 9, 9, 2, 2, 7])
+    assert frequent_tokens(ids).tolist() == [5, 2, 9, 7]
+    monkeypatch.setattr("offramp.experiments.tune.DRAFT_VOCAB", 2)
+    assert frequent_tokens(ids).tolist() == [5, 2]
+
+
+def test_a_large_vocabulary_gets_a_draft_vocabulary(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("offramp.experiments.tune.DRAFT_VOCAB", 8)
+    tune_model(checkpoint, text, tmp_path / "out", TuneConfig(exit_layers=(2,), epochs=1))
+    assert len(load_fitted(tmp_path / "out").draft_vocab) == 8
+    from_pretrained(tmp_path / "out")  # the exits' hash is that of the whole file
