@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offramp.evaluation.cost import model_cost
-from offramp.exits.confidence import ExitView, confidence_named
+from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.work import Work
@@ -64,7 +64,7 @@ class Clock:
     questions: Mapping[int, Part]
     "Confidence asked at an exit, with the head or gate that it reads, by exit layer."
     drafts: Mapping[int, Part]
-    "The same by the head of a draft."
+    "Of a draft: max_prob by the head for the draft vocabulary."
     bandwidth: float
     "Bytes a second at which the machine reads its memory."
     weights: float
@@ -73,11 +73,6 @@ class Clock:
     "What a new token takes beside all parts: choosing it, its text."
     question_seconds: float = 0.0
     "What a question takes beside the answer: who leaves, who goes on."
-
-    @property
-    def limit(self) -> float:
-        """Tokens a second, one row, if every weight were read once at the memory's speed."""
-        return self.bandwidth / self.weights
 
     def seconds(self, work: Work, tokens: int) -> float:
         """What ``work`` and the choice of so many tokens take."""
@@ -148,11 +143,13 @@ def measure_clock(
     ``rows``: each in a row of its own, as in a batch. Before each part of an exit the blocks
     below it run, as in decoding, so that its weights come from where they would come from then.
     """
+    context = max(1, min(context, model.max_length - max(TOKENS)))
+    sizes = [count for count in TOKENS if rows or context + count <= model.max_length]
     cost = model_cost(model, context=float(context), fitted=fitted)
     measure, early = confidence_named(confidence), model.exit_layers[:-1]
     item = model.make_cache(1, 1).keys.element_size()
     blocks, keys_values = {}, {}
-    for tokens in TOKENS:
+    for tokens in sizes:
         h, step = _some(model, context, (tokens, 1) if rows else (1, tokens))
         whole = partial(model.run_layers, h, 0, model.num_layers, step=step)
         only = partial(_keys_values_anew, model, h, step)
@@ -171,7 +168,7 @@ def measure_clock(
     def logits(layer: int, h: Tensor) -> None:
         model.unembed(h, layer)
 
-    def question(layer: int, vocab: Tensor | None, h: Tensor) -> None:
+    def question(asked: Confidence, layer: int, vocab: Tensor | None, h: Tensor) -> None:
         view = ExitView(
             exit_layer=layer,
             logits=lambda: model.unembed(h, layer, vocab=vocab)[:, 0],
@@ -179,9 +176,9 @@ def measure_clock(
             previous_state=h[:, 0],
             fitted=fitted,
         )
-        measure.score(view).tolist()
+        asked.score(view).tolist()
 
-    few = TOKENS if rows else TOKENS[:6]
+    few, drafting = TOKENS if rows else TOKENS[:6], CONFIDENCE["max_prob"]
     vocab = fitted.draft_vocab
     share = 1.0 if vocab is None else len(vocab) / model.vocab_size
     asked = dict(cost.heads) if measure.needs_head else dict.fromkeys(early, 0.0)
@@ -193,9 +190,14 @@ def measure_clock(
         heads={
             n: part(cost.heads[n], at_exit(n, partial(logits, n), few)) for n in model.exit_layers
         },
-        questions={n: part(asked[n], at_exit(n, partial(question, n, None), few)) for n in early},
+        questions={
+            n: part(asked[n], at_exit(n, partial(question, measure, n, None), few)) for n in early
+        },
         drafts={
-            n: part(cost.heads[n] * share, at_exit(n, partial(question, n, vocab), (1,)))
+            n: part(
+                cost.heads[n] * share,
+                at_exit(n, partial(question, drafting, n, vocab), (1,)),
+            )
             for n in early
         },
         bandwidth=bandwidth,
@@ -205,7 +207,7 @@ def measure_clock(
 
 def _keys_values_anew(model: EarlyExitModel, h: Tensor, step: Step) -> None:
     """As in decoding, where such a call has places of its own."""
-    model.project_kv(h, 0, model.num_layers, step=replace(step, memo={}))
+    model.project_kv(h, 0, model.num_layers, step=replace(step))
 
 
 def _some(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tuple[Tensor, Step]:
@@ -226,7 +228,15 @@ def _seconds(
     for _ in range(rounds + 1):
         if before:
             before()
+        _wait()
         start = time.perf_counter()
         part()
+        _wait()
         found.append(time.perf_counter() - start)
     return median(found[1:])
+
+
+def _wait() -> None:
+    """A GPU is told what to do and goes on by itself."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

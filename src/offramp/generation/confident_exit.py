@@ -122,7 +122,7 @@ class ExitDecoder:
         )
         h = model.embed(ids.to(model.device), step=step)
         h = model.run_layers(h, 0, model.num_layers, step=step)
-        return self._at_last_layer(h[:, -1:])
+        return _at_last_layer(model.unembed(h[:, -1:], model.num_layers)[:, 0], model.num_layers)
 
     @torch.inference_mode()
     def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
@@ -131,7 +131,7 @@ class ExitDecoder:
         h = self.model.embed(torch.tensor(ids, device=self.model.device)[:, None], step=step)
         if self.rule is None:
             h = self._run(h, 0, self.model.num_layers, step=step)
-            exits = self._at_last_layer(h)
+            exits = self._last(h)
         else:
             exits = self._route(h, list(rows), self.rule, step)
         for row in rows:
@@ -182,7 +182,7 @@ class ExitDecoder:
                 agreement = Agreement(*(part[on] for part in view.agreement))
         else:
             _, h = self._to_exit(h, before, self.exits[-1], going, step)
-            last = self._at_last_layer(h)
+            last = self._last(h)
             for row, *found in zip(
                 going, last.logits, last.exit_layers, last.confidence, strict=True
             ):
@@ -267,11 +267,9 @@ class ExitDecoder:
             self.work.heads[layer, len(h)] += 1
         return self.model.unembed(h, layer)[:, 0]
 
-    def _at_last_layer(self, h: Float[Tensor, "B 1 D"]) -> Exits:
-        logits = self._unembed(h, self.model.num_layers)
-        sure = logits.float().softmax(dim=-1).amax(dim=-1)
-        layers = [self.model.num_layers] * len(h)
-        return Exits(logits=logits, exit_layers=layers, confidence=sure.tolist())
+    def _last(self, h: Float[Tensor, "B 1 D"]) -> Exits:
+        layer = self.model.num_layers
+        return _at_last_layer(self._unembed(h, layer), layer)
 
     def _step(self, rows: Sequence[int]) -> Step:
         """Where the next token of each row stands."""
@@ -279,6 +277,12 @@ class ExitDecoder:
         positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
         chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
         return Step(positions=positions, cache=self.cache, rows=chosen)
+
+
+def _at_last_layer(logits: Float[Tensor, "B V"], layer: int) -> Exits:
+    sure = logits.float().softmax(dim=-1).amax(dim=-1)
+    layers = [layer] * logits.shape[0]
+    return Exits(logits=logits, exit_layers=layers, confidence=sure.tolist())
 
 
 def forced_exits(

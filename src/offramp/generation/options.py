@@ -12,6 +12,9 @@ from offramp.generation.confident_exit import MISSING_KV, ExitRule, MissingKV
 from offramp.generation.sampling import SamplingConfig
 from offramp.models.base import EarlyExitModel
 
+MOST_DRAFTS = 15
+"""So that a draft is verified as the few tokens that it is, in the arithmetic of one token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
@@ -49,9 +52,12 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_new_tokens", "max_drafts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if not 1 <= self.max_drafts <= MOST_DRAFTS:
+            raise ConfigError(
+                f"max_drafts: expected from 1 to {MOST_DRAFTS}, got {self.max_drafts}"
+            )
         if self.lookup < 0:
             raise ConfigError(f"lookup: expected at least 0, got {self.lookup}")
         if any(not text for text in self.stop_strings):

@@ -6,7 +6,7 @@
    one; and what a token gets does not depend, bit for bit, on how many there are.
 
    States are float32 (rows of x are tokens), weights and the cache float32 or bfloat16. Weights
-   are (outputs, inputs), contiguous. Addresses and sizes are checked in Python: fast_linear.py.
+   are (outputs, inputs), contiguous. Addresses and sizes are checked in Python: kernels.py.
    The threads are those of PyTorch's own OpenMP. */
 
 #define PY_SSIZE_T_CLEAN

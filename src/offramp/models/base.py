@@ -31,8 +31,8 @@ class Step:
     real: Bool[Tensor, "B T"] | None = None
     cache: KVCache | None = None
     rows: Int[Tensor, " B"] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    "What a model made of these places, for its next call with the same step."
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    "What a model made of these places, for its next call with the same step; by model."
 
 
 @runtime_checkable

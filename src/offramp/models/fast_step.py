@@ -44,9 +44,13 @@ class _Weights:
     parameters: tuple[Tensor, ...]
     "What was there."
 
+    addresses: list[int]
+
     def current(self) -> bool:
-        """No parameter was replaced since."""
-        return all(map(is_, [each["weight"] for each in self.registers], self.parameters))
+        """No parameter was replaced or moved since."""
+        now = [each["weight"] for each in self.registers]
+        same = all(map(is_, now, self.parameters))
+        return same and [weight.data_ptr() for weight in now] == self.addresses
 
 
 class FastSteps:
@@ -67,10 +71,9 @@ class FastSteps:
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
-    def forget(self) -> None:
-        """The parameters move: look up anew where they are."""
-        self._weights = [None] * len(self.blocks)
-        self._vocabs.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks up its own parameters."""
+        return {**vars(self), "_weights": [None] * len(self.blocks), "_vocabs": {}}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
@@ -95,11 +98,10 @@ class FastSteps:
         call = self._call(h, step, end, tables)
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
-            x = x.to(call.dtype)
-            for layer in range(start, stop):
-                x = self._block(x, layer, self._of(layer), call)
+            for layer in range(start, stop):  # rounded at each, so a stop between two is no matter
+                x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
         call.note_lengths(start, stop)
-        return x.to(h.dtype).view(h.shape)
+        return x.view(h.shape)
 
     def project_kv(
         self,
@@ -187,7 +189,7 @@ class FastSteps:
         return torch.float32 if self._compiled(weight) else weight.dtype
 
     def _call(self, h: Tensor, step: Step, end: int, tables: Tables) -> "_Call":
-        key = _Call, h.shape[:2], h.dtype
+        key = self, h.shape[:2], h.dtype
         call: _Call | None = step.memo.get(key)
         if call is None:
             first: Any = self.blocks[0]
@@ -262,6 +264,7 @@ class FastSteps:
             norms=(norms[0].weight, norms[1].weight),
             registers=tuple(module._parameters for module in modules),
             parameters=tuple(module.weight for module in modules),
+            addresses=[module.weight.data_ptr() for module in modules],
         )
 
 
@@ -285,6 +288,9 @@ class _Call:
         whole = step.positions.shape == h.shape[:2]
         self.slots = step.positions if whole else step.positions.expand(*h.shape[:2])  # (B, T)
         self.some = step.rows is not None
+        most = self.batch if step.rows is None else int(step.rows.max()) + 1
+        if most > self.cache.keys.shape[1]:
+            raise ValueError(f"the cache holds {self.cache.keys.shape[1]} rows, got {most}")
         self.one = self.batch == 1 and not self.some
         self.rows = torch.arange(self.batch) if step.rows is None else step.rows
         cos, sin = tables

@@ -50,7 +50,14 @@ def linear(
     tokens = x.shape[0]
     assert weight.is_contiguous()
     assert x.dtype == torch.float32
-    assert norm is None or norm.dtype == weight.dtype
+    assert x.shape[1] == inputs * (1 + gated)
+    if norm is not None:
+        norm = norm.to(weight.dtype).contiguous()
+        assert norm.shape[0] == inputs
+    if residual is not None:
+        residual = residual.contiguous()
+        assert residual.dtype == torch.float32
+        assert residual.shape == (tokens, outputs)
     before = _GATED if gated else _AS_IT_IS if norm is None else _NORMALISED
     out = torch.empty(tokens, outputs, dtype=torch.float32)
     scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs, dtype=torch.float32)
@@ -96,7 +103,10 @@ def attention(
     def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         assert qkv.is_contiguous()
-        assert keys.shape[1:] == values.shape[1:] == (kv_heads, capacity, head_dim)
+        assert keys.shape == values.shape
+        assert keys.shape[1:] == (kv_heads, capacity, head_dim)
+        assert keys.dtype == values.dtype
+        assert keys.dtype in (torch.float32, torch.bfloat16)
         out = qkv.new_empty(tokens, heads * head_dim)
         _compiled.attend(
             qkv.data_ptr(),

@@ -62,6 +62,7 @@ def load_native(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.start_exits()
+    model.exits.to(model.lm_head.weight.dtype)
     model.exits.trained = False
     return model.to(device=device, dtype=dtype).eval()
 

@@ -447,16 +447,16 @@ class Transformer(nn.Module):
         return logits[0], logits[-1]
 
     def _context(self, step: Step, dtype: torch.dtype) -> _Context:
-        context: _Context | None = step.memo.get((_Context, dtype))
+        context: _Context | None = step.memo.get((self, dtype))
         if context is None:
-            context = step.memo[_Context, dtype] = self._new_context(step, dtype)
+            context = step.memo[self, dtype] = self._new_context(step, dtype)
         return context
 
     def _end(self, step: Step) -> int:
         """Keys stand at positions 0 .. end - 1."""
-        end: int | None = step.memo.get("end")
+        end: int | None = step.memo.get(self)
         if end is None:
-            end = step.memo["end"] = self._checked_end(step)
+            end = step.memo[self] = self._checked_end(step)
         return end
 
     def _places(self, step: Step) -> dict[str, Any]:
@@ -464,7 +464,13 @@ class Transformer(nn.Module):
         return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
 
     def _checked_end(self, step: Step) -> int:
-        end = step.positions.shape[1] if step.cache is None else int(step.positions.max()) + 1
+        if step.cache is None:
+            end = step.positions.shape[1]
+        else:
+            first, last = map(int, step.positions.aminmax())
+            end = last + 1
+            if first < 0:
+                raise ValueError(f"positions: expected at least 0, got {first}")
         if end > self.config.max_position_embeddings:
             raise ConfigError(
                 f"sequence length: expected at most {self.config.max_position_embeddings} "
@@ -486,12 +492,6 @@ class Transformer(nn.Module):
             sin=sin,
             end=end,
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves and casts go through here: where parameters lie must be looked up anew."""
-        if hasattr(self, "_fast"):
-            self._fast.forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _exit_head(config: DecoderConfig) -> ExitHead:

@@ -30,7 +30,6 @@ def clock():
 def test_a_part_takes_what_was_measured_and_in_between_in_proportion(clock):
     assert [clock.block.of(tokens) for tokens in (1, 2, 3, 4, 8)] == [10, 12, 16, 20, 40]
     assert clock.block.bytes_per_second() == 10.0
-    assert clock.limit == 4.0
 
 
 def test_what_was_asked_for_takes_the_sum_of_its_parts(clock):

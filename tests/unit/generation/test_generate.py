@@ -210,7 +210,7 @@ def test_what_the_model_cannot_follow_is_one_sentence(make_model, prompt, option
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "^max_new_tokens: expected at least 1, got 0$"),
-        ({"max_drafts": 0}, "^max_drafts: expected at least 1, got 0$"),
+        ({"max_drafts": 0}, "^max_drafts: expected from 1 to 15, got 0$"),
         ({"missing_kv": "forget"}, "^missing_kv: expected propagate or recompute, got 'forget'$"),
         ({"confidence": "mood"}, "^confidence: expected one of max_prob, .* got 'mood'$"),
         ({"stop_strings": ("",)}, "^stop_strings: expected strings of at least 1 character"),

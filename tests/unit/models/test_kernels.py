@@ -2,6 +2,7 @@
 
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,7 +123,9 @@ def test_tokens_decoded_together_have_the_bits_of_each_alone(make_model, make_id
         for portion in portions:
             step = Step(positions=torch.arange(start, start + portion)[None], cache=cache)
             h = model.embed(ids[:, start : start + portion], step=step)
-            parts.append(model.unembed(model.run_layers(h, 0, 3, step=step), 3))
+            for first, last in [(0, 3)] if portion == 1 else [(0, 2), (2, 3)]:  # as drafts do
+                h = model.run_layers(h, first, last, step=step)
+            parts.append(model.unembed(h, 3))
             start += portion
         said.append(torch.cat(parts, dim=1))
     assert all(torch.equal(other, said[0]) for other in said)
@@ -182,7 +185,11 @@ def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
     for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(decoded(copied), before)
         with torch.no_grad():
-            copied.model.layers[0].mlp.down_proj.weight.mul_(2)
+            for part in (
+                copied.model.layers[0].self_attn.q_proj,
+                copied.model.layers[0].mlp.gate_proj,
+            ):
+                part.weight.mul_(2)
         changed = decoded(copied)
         assert not torch.equal(changed, before)
         assert_close(changed, copied(ids), rtol=1e-4, atol=1e-4)
@@ -191,4 +198,54 @@ def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
         )
         assert_close(decoded(copied), copied(ids), rtol=1e-4, atol=1e-4)
     assert torch.equal(decoded(model), before)
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()) * 0.5, model.parameters()
+        )
+    assert_close(decoded(model), model(ids), rtol=1e-4, atol=1e-4)
+    before = decoded(model)
     assert_close(decoded(model.double()).float(), before, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_states_may_lie_anyhow_in_memory(make_model, make_ids):
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    whole = F.embedding(make_ids(2, 4), model.model.embed_tokens.weight)
+    said = []
+    for h in (whole[:, -1:], whole[:, -1:].clone()):
+        step = Step(positions=torch.zeros(1, 1).long(), cache=model.make_cache(2, capacity=3))
+        said.append(model.run_layers(h, 0, 3, step=step))
+    assert torch.equal(*said)
+
+
+@torch.inference_mode()
+def test_a_step_with_other_places_begins_anew(make_model, make_ids):
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    ids, cache = make_ids(1, 8), model.make_cache(1, capacity=8)
+    step = Step(positions=torch.arange(4)[None], cache=cache)
+    model.run_layers(model.embed(ids[:, :4], step=step), 0, 3, step=step)
+    step = replace(step, positions=torch.arange(4, 8)[None])
+    h = model.run_layers(model.embed(ids[:, 4:], step=step), 0, 3, step=step)
+    assert_close(model.unembed(h, 3), model(ids)[:, 4:], rtol=1e-4, atol=1e-4)
+    other = make_model(dtype=torch.float32, hidden_size=64, rope_theta=50.0)
+    h = other.run_layers(other.embed(ids[:, 4:], step=step), 0, 1, step=step)
+    fresh = replace(step)
+    assert torch.equal(h, other.run_layers(other.embed(ids[:, 4:], step=fresh), 0, 1, step=fresh))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": torch.tensor([0, 2])}, "holds 2 rows, got 3"),
+        ({"positions": torch.tensor([[-1]])}, "at least 0, got -1"),
+        ({"positions": torch.tensor([[5]])}, "holds 5 positions"),
+    ],
+)
+@torch.inference_mode()
+def test_nothing_is_written_beside_the_cache(make_model, make_ids, fields, message):
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    cache = model.make_cache(2, capacity=5)
+    step = Step(**({"positions": torch.tensor([[0]]), "cache": cache} | fields))
+    with pytest.raises(ValueError, match=message):
+        model.run_layers(model.embed(make_ids(2, 1), step=step), 0, 3, step=step)
+    assert not cache.keys.any()

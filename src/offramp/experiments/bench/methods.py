@@ -58,8 +58,6 @@ class Method:
     run: Callable[[Batch], Sample]
     slow: bool = False
     "A slow peer: it runs on two prompts only."
-    predictable: bool = True
-    "The cost model says what it takes."
 
 
 def own(
@@ -68,7 +66,6 @@ def own(
     config: GenerateConfig,
     *,
     fitted: FittedExits,
-    predictable: bool = True,
 ) -> Method:
     """One of offramp's."""
 
@@ -98,7 +95,7 @@ def own(
             accepted=generation.accepted,
         )
 
-    return Method(name=name, run=run, predictable=predictable)
+    return Method(name=name, run=run)
 
 
 def hugging_face(
@@ -122,7 +119,7 @@ def hugging_face(
         end = time.perf_counter()
         return _sample(out[:, ids.shape[1] :].tolist(), start, watch.first, end, early=watch.tokens)
 
-    return Method(name=name, run=run, slow=slow, predictable=False)
+    return Method(name=name, run=run, slow=slow)
 
 
 def economize_methods(
@@ -163,7 +160,7 @@ def _economize(name: str, attach: Callable[[], Any], new_tokens: int) -> Method:
                 detach()
         return _sample(out[:, len(prompt) :].tolist(), start, first, end)
 
-    return Method(name=name, run=run, slow=True, predictable=False)
+    return Method(name=name, run=run, slow=True)
 
 
 class _Watch:
@@ -199,7 +196,6 @@ def _sample(
     tokens: list[list[int]], start: float, first: float, end: float, **fields: Any
 ) -> Sample:
     early = fields.pop("early", 1)  # tokens that were there with the first
-    share = (len(tokens[0]) - 1) / max(1, len(tokens[0]) - early)
-    return Sample(
-        tokens=tokens, seconds=(end - first) * share, first_seconds=first - start, **fields
-    )
+    new = len(tokens[0])
+    seconds = end - start if early >= new else (end - first) * (new - 1) / (new - early)
+    return Sample(tokens=tokens, seconds=seconds, first_seconds=first - start, **fields)

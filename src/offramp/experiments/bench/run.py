@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +60,7 @@ class BenchConfig:
     compute_pct: float | None = 65.0
     "Also time the threshold at which decoding runs about this share of the layers."
     confidence: str = "max_prob"
-    "Measure of the exits and drafts."
+    "Measure of the exits."
     draft_exit: int | None = None
     "Exit that drafts (default: the first)."
     peers: bool = True
@@ -110,6 +110,8 @@ def run_bench(
     """
     loaded = open_generator(path, device=device, dtype=dtype)
     prompts = _prompts(loaded, corpus_name, config)
+    if config.thresholds and len(loaded.model.exit_layers) == 1:
+        raise ConfigError("thresholds: expected a model with exits before its last layer, got none")
     if config.draft_exit is not None:
         asked = GenerateConfig(speculative=True, draft_exit=config.draft_exit)
         draft_exit(loaded.model, asked, loaded.fitted)
@@ -140,6 +142,7 @@ def run_bench(
     full = next(each for each in timed if each.method.name == "full")
     clock = _pinned(_pinned(clock, full.every), nobody)
     bandwidth = median((bandwidth, measure_bandwidth(device)))
+    clock = replace(clock, bandwidth=bandwidth)
     return {
         "rows": [_row(each, timed, full, clock, loaded.model.num_layers) for each in timed],
         "bandwidth_gb_s": bandwidth / 1e9,
@@ -180,16 +183,13 @@ def _methods(loaded: Generator, config: BenchConfig, prompts: Sequence[Batch]) -
     early = model.exit_layers[:-1]
     draft = config.draft_exit if config.draft_exit is not None else (early[0] if early else 0)
 
-    def ours(name: str, *, predictable: bool = True, **options: Any) -> Method:
-        asked = GenerateConfig(max_new_tokens=new, **options)
-        return own(name, model, asked, fitted=fitted, predictable=predictable)
+    def ours(name: str, **options: Any) -> Method:
+        return own(name, model, GenerateConfig(max_new_tokens=new, **options), fitted=fitted)
 
     methods = [ours("full")]
     thresholds = list(config.thresholds)
     if early and config.compute_pct is not None:
         thresholds.append(_threshold_for(config.compute_pct, loaded, config, prompts))
-    if thresholds and not early:
-        raise ConfigError("thresholds: expected a model with exits before its last layer, got none")
     for threshold in dict.fromkeys(thresholds):
         methods += [
             ours(
@@ -237,6 +237,8 @@ def _threshold_for(
     """
     model = loaded.model
     ids = torch.tensor([token for batch in prompts for prompt in batch for token in prompt])
+    if len(ids) < 2:
+        raise ConfigError("prompt_tokens: expected at least 2 with one prompt, got 1")
     length = min(config.prompt_tokens, len(ids) - 1)
     trace = collect_trace(
         model,
@@ -308,7 +310,7 @@ def _row(
         "tokens_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
         "speedup_vs_hf": None if peer is None else _speedup(each, peer),
         "speedup_vs_full": _speedup(each, full),
-        "mean_layers": float(num_layers) if each.method.name.startswith("hf") else layers,
+        "mean_layers": float(num_layers) if each is peer else layers,
         "acceptance_rate": accepted / drafted if drafted else None,
         "identical_to_greedy": identical,
         "predicted_tokens_per_s": median(predictions) if predictions else None,
