@@ -277,7 +277,7 @@ def _nobody_leaves(
         max_new_tokens=config.max_new_tokens, threshold=math.inf, confidence=config.confidence
     )
     method = own("", loaded.model, asked, fitted=loaded.fitted)
-    return [method.run(batch) for batch in prompts[:4]]
+    return [method.run(batch) for _ in range(2) for batch in prompts[:8]]
 
 
 def _pinned(clock: Clock, samples: Sequence[Sample]) -> Clock:
