@@ -34,7 +34,7 @@ TOKENS, SEQ_LEN, BATCH = 16_384, 128, 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -55,16 +55,17 @@ def main() -> None:
             trace = collect_trace(model, batches(ids, seq_len=SEQ_LEN, batch_size=BATCH))
             certify(trace, Promise(), model_sha256="", corpus_sha256="", path=path)
 
-        seconds = interleaved([one_pass, calibrate], arguments.repeats)
-        ratio = seconds[1] / seconds[0]
+        times = interleaved([one_pass, calibrate], arguments.repeats)
+        seconds = [statistics.median(found) for found in times]
+        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
         print(
             f"{name}: pass {seconds[0]:.2f} s, calibration with it {seconds[1]:.2f} s: "
-            f"{ratio:.3f} of the pass"
+            f"{ratio:.3f} of the pass (median of {arguments.repeats} pairs)"
         )
 
 
-def interleaved(functions: list[Callable[[], None]], repeats: int) -> list[float]:
-    """Median seconds of each; the first round does not count."""
+def interleaved(functions: list[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """The seconds that each took; the first round does not count."""
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(repeats + 1):
         for index, function in enumerate(functions):
@@ -72,7 +73,7 @@ def interleaved(functions: list[Callable[[], None]], repeats: int) -> list[float
             function()
             if round_:
                 times[index].append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+    return times
 
 
 if __name__ == "__main__":
