@@ -19,6 +19,7 @@ def study(
     config: Annotated[StudyConfig, Parameter(name="*")],
     *,
     out: Path,
+    runs: Path | None = None,
     jobs: int | None = None,
     threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
 ) -> None:
@@ -31,6 +32,8 @@ def study(
     out
         Folder for study.json, the tables, the plots and the runs; the same command goes on with
         a study that was stopped.
+    runs
+        Folder of the runs (default: OUT/runs); studies that name the same do a run once.
     jobs
         Processes that train at a time (default: one a core).
     """
@@ -45,6 +48,7 @@ def study(
             watcher=StudyBars(name, drawn),
             jobs=jobs or max(1, (cores or 1) // threads),
             threads=threads,
+            folder=runs,
         )
     say(f"The figures: {out / 'study.json'}")
 

@@ -15,7 +15,7 @@ Content = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def write(content: Content, out: Path) -> None:
+def write(content: Content, times: Content, out: Path) -> None:
     """The tables, two pictures and the page, each whole or not at all."""
     with replacing(out / "table.md") as aside:
         aside.write_text(markdown(content), encoding="utf-8")
@@ -24,10 +24,10 @@ def write(content: Content, out: Path) -> None:
     with replacing(out / "frontier.png") as aside:
         save_png(study_plots.frontiers(content, _usual(content), "recompute"), aside)
     with replacing(out / "report.html") as aside:
-        aside.write_text(page(content), encoding="utf-8", newline="\n")
+        aside.write_text(page(content, times), encoding="utf-8", newline="\n")
 
 
-def page(content: Content) -> str:
+def page(content: Content, times: Content) -> str:
     """One self-contained page: the answers, the tables, and frontiers to point at."""
     environment, javascript = page_environment()
     figures = [study_plots.recipes(content)]
@@ -35,6 +35,7 @@ def page(content: Content) -> str:
         study_plots.frontiers(content, confidence, missing_kv)
         for confidence, missing_kv in _families(content)
     ]
+    figures.append(study_plots.measured(times, _usual(content)))
     return environment.get_template("study.html.jinja").render(
         content=content,
         how=how(content),
@@ -94,8 +95,8 @@ def _families(content: Content) -> list[tuple[str, str]]:
 
 
 def _usual(content: Content) -> str:
-    """The measure of the picture that stands beside the table: the last, such as a gate."""
-    return str(_families(content)[-1][0])
+    """The measure of the picture that stands beside the table: the first."""
+    return str(_families(content)[0][0])
 
 
 def _exit_table(content: Content) -> Table:
@@ -142,7 +143,7 @@ def _routed_table(content: Content, confidence: str, missing_kv: str) -> Table:
             _number(row["compute_pct_at"][str(compared)], ".1f"),
             *_tested(row["to_static"]),
             _ratio(row["area"]),
-            _ratio(row["to_standard_at"][str(compared)]),
+            _ratio(row["ratio_to_standard_at"][str(compared)]),
         )
         for row in rows_of(content, confidence, missing_kv)
     )

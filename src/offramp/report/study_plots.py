@@ -56,15 +56,14 @@ def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerCh
     best = min(ppl for _, ppl in _static_means(content))
     records = [
         record
-        for record in _frontier_records(content, f"{confidence}, {missing_kv}")
+        for record in _frontier_records(content, confidence, missing_kv)
         if record["ppl"] < LARGEST_RATIO * best
     ]
-    names = list(dict.fromkeys(record["recipe"] for record in records))
-    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
-    legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
-    selected = alt.selection_point(fields=["recipe"], bind="legend")
-    x = alt.X("flops_pct:Q", title="FLOPs% (heads and gates counted)").scale(zero=False)
-    y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
+    static = [
+        {"flops_pct": entry, "ppl": ppl, "text": f"static {layers}"}
+        for (layers, ppl), entry in zip(_static_means(content), _static_flops(content), strict=True)
+        if ppl < LARGEST_RATIO * best
+    ]
     tooltip = [
         alt.Tooltip("recipe:N"),
         alt.Tooltip("loss_weights:N", title="loss weights"),
@@ -78,25 +77,8 @@ def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerCh
             )
         ),
     ]
-    lines = (
-        data_chart(records)
-        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
-        .encode(x=x, y=y, tooltip=tooltip, order="place:Q")
-        .encode(color=alt.Color("recipe:N", title=None, scale=scale, legend=legend))
-        .encode(opacity=alt.when(selected).then(alt.value(0.9)).otherwise(alt.value(0.1)))
-    )
-    static = [
-        {"flops_pct": entry, "ppl": ppl, "text": f"static {layers}"}
-        for (layers, ppl), entry in zip(_static_means(content), _static_flops(content), strict=True)
-        if ppl < LARGEST_RATIO * best
-    ]
-    dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
-    dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
-    words = data_chart(static).mark_text(dy=-9, color=GREY).encode(x=x, y=y, text="text:N")
-    chart = layer(dashed, words, lines).add_params(selected)
-    return chart.properties(
-        width=WIDTH,
-        height=420,
+    axis = alt.X("flops_pct:Q", title="FLOPs% (heads and gates counted)")
+    return _curves(records, static, axis, tooltip).properties(
         title=f'PPL against FLOPs%, tokens leave by {confidence}, missing_kv = "{missing_kv}"',
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
@@ -104,6 +86,52 @@ def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerCh
             "weights; click a recipe in the legend to see it alone."
         ),
     )
+
+
+def measured(times: Content, confidence: str) -> alt.LayerChart:
+    """PPL against the measured seconds of a pass: a curve a recipe, and the static models."""
+    static = [{**entry, "text": f"static {entry['layers']}"} for entry in times["static"]]
+    best = min(float(entry["ppl"]) for entry in static)
+    records = [
+        {"recipe": entry["label"], "place": place, **point}
+        for entry in times["routed"]
+        if entry["confidence"] == confidence
+        for place, point in enumerate(entry["points"])
+        if point["ppl"] < LARGEST_RATIO * best
+    ]
+    tooltip = [alt.Tooltip("recipe:N")]
+    tooltip += [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("ppl", "seconds_pct")]
+    axis = alt.X("seconds_pct:Q", title="seconds of a pass, % of the full model's")
+    shown = [entry for entry in static if entry["ppl"] < LARGEST_RATIO * best]
+    return _curves(records, shown, axis, tooltip).properties(
+        title=f'PPL against measured time, tokens leave by {confidence}, missing_kv = "propagate"',
+        description=(
+            "Passes over the test text, medians over the seeds; the machine may have had other "
+            "work. Dashed: static models."
+        ),
+    )
+
+
+def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
+    """PPL against a cost: a curve a recipe, and the static models as a dashed one."""
+    names = list(dict.fromkeys(record["recipe"] for record in records))
+    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
+    legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
+    selected = alt.selection_point(fields=["recipe"], bind="legend")
+    x = axis.scale(zero=False)
+    y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
+    lines = (
+        data_chart(records)
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
+        .encode(x=x, y=y, tooltip=tooltip, order="place:Q")
+        .encode(color=alt.Color("recipe:N", title=None, scale=scale, legend=legend))
+        .encode(opacity=alt.when(selected).then(alt.value(0.9)).otherwise(alt.value(0.1)))
+    )
+    dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
+    dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
+    words = data_chart(static).mark_text(dy=-9, color=GREY).encode(x=x, y=y, text="text:N")
+    chart = layer(dashed, words, lines).add_params(selected)
+    return chart.properties(width=WIDTH, height=420)
 
 
 def _recipe_records(content: Content, compared: str) -> Iterator[dict[str, Any]]:
@@ -130,24 +158,24 @@ def _recipe_records(content: Content, compared: str) -> Iterator[dict[str, Any]]
             }
 
 
-def _frontier_records(content: Content, family: str) -> Iterator[dict[str, Any]]:
+def _frontier_records(
+    content: Content, confidence: str, missing_kv: str
+) -> Iterator[dict[str, Any]]:
     weights = {row["label"]: row["loss_weights"] for row in content["summary"]}
     by_label: dict[str, list[Any]] = {}
     for run in content["runs"]:
-        by_label.setdefault(run["label"], []).append(run["frontiers"][family])
+        by_label.setdefault(run["label"], []).append(run["frontiers"][confidence][missing_kv])
     for label, frontiers in by_label.items():
-        length = min(map(len, frontiers))  # equal thresholds are one policy
-        for place in range(length):
-            points = [frontier[place] for frontier in frontiers]
+        for place in range(min(len(of["ppl"]) for of in frontiers)):  # equal thresholds are one
             yield {
                 "recipe": label,
                 "loss_weights": weights[label],
                 "place": place,
                 **{
-                    name: float(np.mean([float(point[name]) for point in points]))
+                    name: float(np.mean([float(of[name][place]) for of in frontiers]))
                     for name in ("ppl", "flops_pct", "compute_pct")
                 },
-                "threshold": _finite(np.mean([float(point["threshold"]) for point in points])),
+                "threshold": _finite(np.mean([float(of["threshold"][place]) for of in frontiers])),
             }
 
 

@@ -74,19 +74,32 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert {entry["layers"] for entry in written["static"]} == {1, 3}
     assert len(written["summary"]) == 2 * 2  # recipes x meanings of the missing cache
     for entry in first["runs"]:
-        for frontier in entry["frontiers"].values():
-            ends = frontier[0], frontier[-1]
-            assert [end["threshold"] for end in ends] == [-math.inf, math.inf]
-            assert ends[0]["compute_pct"] == pytest.approx(100 / 3)  # all leave after 1 of 3
-            assert ends[0]["ppl"] == pytest.approx(entry["exit_ppl"][1])
-            assert ends[1]["flops_pct"] == pytest.approx(100)
-            assert ends[1]["ppl"] == pytest.approx(entry["exit_ppl"][3])
+        assert entry["config"]["training"]["seed"] == entry["seed"]
+        assert entry["confidence"] == "max_prob"
+        for kv in ("recompute", "propagate"):
+            columns = entry["frontiers"]["max_prob"][kv]
+            assert columns["threshold"][0] == -math.inf
+            assert columns["threshold"][-1] == math.inf
+            assert columns["compute_pct"][0] == pytest.approx(100 / 3)  # all leave after 1 of 3
+            assert columns["ppl"][0] == pytest.approx(entry["exit_ppl"][1])
+            assert columns["flops_pct"][-1] == pytest.approx(100)
+            assert columns["ppl"][-1] == pytest.approx(entry["exit_ppl"][3])
+            points = zip(columns["compute_pct"], columns["ppl"], columns["threshold"], strict=True)
+            assert entry["frontier"][kv] == [list(point) for point in points]
+    for row in first["summary"]:
+        for ratios in ("ratio_to_static_at", "ratio_to_standard_at", "ppl_at"):
+            assert set(row[ratios]) == {"50", "60", "65", "80", "100"}
+        assert row["p_value"] == row["to_static"]["p_holm"]
+    times = read_json(out / "timing.json")
+    assert [entry["layers"] for entry in times["static"]] == [1, 3]
+    assert [entry["label"] for entry in times["routed"]] == ["half", "all"]
+    assert all(entry["points"][0]["seconds_pct"] > 0 for entry in times["routed"])
     written = (out / "study.json").read_bytes()
     shutil.rmtree(out / "runs" / first["runs"][0]["name"])
     run_study("tiny", config, out, watcher=Watcher(), jobs=1)
     assert (out / "study.json").read_bytes() == written
     assert "seconds" not in written.decode()
-    assert (out / "report.html").read_text().count("<figure>") == 3
+    assert (out / "report.html").read_text().count("<figure>") == 4
     assert (
         read_json(out / "runs" / first["runs"][1]["name"] / "timing.json")["seconds"]["train"] > 0
     )

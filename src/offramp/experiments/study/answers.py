@@ -41,7 +41,7 @@ def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: int) -> str:
     if not known:
         return f"At {compared_at}% of FLOPs no recipe has a policy by {confidence}."
     best = min(known, key=lambda row: float(row["ppl_at"][str(compared_at)]["mean"]))
-    static, standard = best["to_static"], best["to_standard_at"][str(compared_at)]
+    static, standard = best["to_static"], best["ratio_to_standard_at"][str(compared_at)]
     return (
         f"At {compared_at}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
         f"{best['label']}: {_percent(static['mean'])} against a static model of equal cost "

@@ -5,6 +5,7 @@ the test text. Gates are fitted on the training text.
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from offramp.calibration.fitting import fit_exits
 from offramp.data import batches
 from offramp.evaluation.cost import ModelCost, model_cost
-from offramp.evaluation.routed import collect_routed
+from offramp.evaluation.routed import RoutedTrace, collect_routed
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits, GateConfig
@@ -47,6 +48,9 @@ class Evaluation:
     "A token's, in the full model with one head; of the first gate, if there is one."
     frontiers: dict[str, Frontier]
     "By text/confidence/missing_kv; a model without early exits has one point, full/recompute."
+    seconds: dict[str, list[float]]
+    """Of a pass over the test text: at full depth, and by confidence one for each policy of the
+    frontier under ``propagate``, its ends, which take no pass of their own, left out."""
 
     def save(self, path: Path) -> None:
         """Write the frontiers."""
@@ -88,6 +92,8 @@ def evaluate(
         for name, ids in texts.items()
     }
     frontiers: dict[str, Frontier] = {}
+    nobody = ThresholdPolicy(thresholds=(math.inf,) * (len(model.exit_layers) - 1))
+    seconds = {"full": [_routed(model, windows(texts["test"]), nobody, "max_prob", fitted)[1]]}
     for name, trace in traces.items():
         full = [np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)]
         full[0][-1] = True
@@ -98,8 +104,18 @@ def evaluate(
             policies = list(_policies(traces["held_out"], measure, cost, SHARES))
             frontiers[f"{name}/{measure}/recompute"] = _recompute(trace, measure, policies, cost)
         policies = list(_policies(traces["held_out"], measure, cost, PROPAGATED_AT))
+        passes = [
+            _routed(model, windows(texts["test"]), policy, measure, fitted)
+            for _, policy in policies
+        ]
+        seconds[measure] = [took for _, took in passes]
         frontiers[f"test/{measure}/propagate"] = _propagate(
-            model, windows, texts["test"], measure, policies, cost, fitted, traces["test"]
+            model,
+            [trace for trace, _ in passes],
+            [threshold for threshold, _ in policies],
+            measure,
+            cost,
+            traces["test"],
         )
     return Evaluation(
         exit_ppl={layer: traces["test"].ppl(layer) for layer in model.exit_layers},
@@ -108,6 +124,7 @@ def evaluate(
             **{f"{kind} gate": min(by.values()) for kind, by in cost.gates.items()},
         },
         frontiers=frontiers,
+        seconds=seconds,
     )
 
 
@@ -148,24 +165,30 @@ def _recompute(
     return join([_end(trace, measure, cost, 0), inner, _end(trace, measure, cost, -1)])
 
 
-def _propagate(
+def _routed(
     model: EarlyExitModel,
     windows: Any,
-    ids: Int[Tensor, " N"],
+    policy: ThresholdPolicy | GainPolicy,
     measure: str,
-    policies: Sequence[tuple[float, ThresholdPolicy | GainPolicy]],
-    cost: ModelCost,
     fitted: FittedExits,
+) -> tuple[RoutedTrace, float]:
+    """A pass under ``propagate``, and its seconds."""
+    start = time.perf_counter()
+    trace = collect_routed(model, windows, policy, confidence=measure, fitted=fitted)
+    return trace, time.perf_counter() - start
+
+
+def _propagate(
+    model: EarlyExitModel,
+    passes: Sequence[RoutedTrace],
+    thresholds: Sequence[float],
+    measure: str,
+    cost: ModelCost,
     test: ExitTrace,
 ) -> Frontier:
     """Where every token or none leaves the states are exact, so the ends need no pass."""
-    traces = [
-        collect_routed(model, windows(ids), policy, confidence=measure, fitted=fitted)
-        for _, policy in policies
-    ]
-    costs = [cost.flops_pct_by_exit(measure, missing_kv="propagate")] * len(policies)
-    thresholds = [threshold for threshold, _ in policies]
-    inner = routed(traces, thresholds, costs, model.num_layers)
+    costs = [cost.flops_pct_by_exit(measure, missing_kv="propagate")] * len(passes)
+    inner = routed(passes, thresholds, costs, model.num_layers)
     first = _end(test, measure, cost, 0)  # nobody reads the keys and values above the exit
     return join([first, inner, _end(test, measure, cost, -1)])
 

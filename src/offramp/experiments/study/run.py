@@ -17,8 +17,9 @@ from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
 
-FORMAT = 2
+FORMAT = 3
 FRONTIERS = "frontiers.npz"
+TIMING = "timing.json"
 HELD_OUT = 0.05
 """Share of the training text, its end, that no run trains on: there thresholds are chosen."""
 
@@ -124,5 +125,5 @@ class StudyRun:
         }
         save_checkpoint(model, folder, about=about, weights_about={})
         seconds = {"train": trained - start, "evaluate": time.perf_counter() - trained}
-        write_json(folder / "timing.json", {"seconds": seconds})
+        write_json(folder / TIMING, {"seconds": seconds, "passes": evaluation.seconds})
         write_json(folder / "run.json", about)

@@ -121,7 +121,7 @@ GRID = Study(
     test_tokens=131_072,
     recipes=(),
     static_layers=(1, 2, 3, 4, 5, 6),
-    measures=("max_prob", "gain"),
+    measures=("gain", "max_prob"),
 )
 """What the studies on characters have in common: 300 steps, a third of the full budget."""
 

@@ -13,6 +13,7 @@ from offramp.experiments.study.plan import STANDARD, Recipe, Study
 from offramp.experiments.study.run import FORMAT, HELD_OUT, StudyRun, StudyText
 from offramp.experiments.study.studies import STUDIES
 from offramp.experiments.study.summary import summarise
+from offramp.experiments.study.timing import timings
 from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import claim_folder, read_json, write_json
 from offramp.report import study as report
@@ -56,13 +57,21 @@ class Watcher(Protocol):
 
 
 def run_study(
-    name: str, config: StudyConfig, out: Path, *, watcher: Watcher, jobs: int, threads: int = 1
+    name: str,
+    config: StudyConfig,
+    out: Path,
+    *,
+    watcher: Watcher,
+    jobs: int,
+    threads: int = 1,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train what is missing, summarise; returns the content of ``study.json``.
 
-    ``out`` gets a folder for each run in ``runs/`` and study.json. The same call goes on with a
-    study that was stopped or killed.
+    ``out`` gets study.json, and ``folder`` (default: ``runs`` in ``out``) a folder for each run,
+    which studies may share. The same call goes on with a study that was stopped or killed.
     """
+    folder = folder or out / "runs"
     study = study_named(name)
     text = study_text(config)
     runs = plan_runs(study, config, text)
@@ -70,7 +79,7 @@ def run_study(
     watcher.on_plan(len(runs), sum(run.tokens for run in runs))
     run_all(
         runs,
-        out / "runs",
+        folder,
         jobs=jobs,
         threads=threads,
         on_progress=watcher.on_progress,
@@ -81,11 +90,13 @@ def run_study(
         "question": study.question,
         "text": text.about,
         "offramp_version": __version__,
-        **summarise(study, runs, out / "runs"),
+        **summarise(study, runs, folder),
     }
     content["answers"] = answers(study, content)
     write_json(out / "study.json", content)
-    report.write(content, out)
+    times = timings(runs, folder)
+    write_json(out / "timing.json", times)
+    report.write(content, times, out)
     write_json(out / "environment.json", {**environment("cpu"), "jobs": jobs, "threads": threads})
     return content
 
