@@ -12,10 +12,10 @@ STUDY = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from offramp.experiments.study import STUDIES, Recipe, StudyConfig, run_study
+from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study
 
 class Watcher:
-    def on_plan(self, total, tokens): pass
+    def on_plan(self, name, total, tokens): pass
     def on_progress(self, progress): pass
     def on_done(self, name): pass
 
@@ -24,13 +24,15 @@ model = replace(
     study.model, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=2, head_dim=8, intermediate_size=32, exit_layers=(1,),
 )
-STUDIES["tiny"] = replace(
+tiny = replace(
     study, name="tiny", tokenizer="characters", model=model,
     training=replace(study.training, seq_len=16, batch_size=4, warmup_steps=0),
     tokens=12_800, test_tokens=200, static_layers=(1, 3), seeds=3,
     recipes=(Recipe(label="half", training={"loss_weights": "asymmetric:0.5"}),),
 )
-run_study("tiny", StudyConfig(corpus=sys.argv[1]), Path(sys.argv[2]), watcher=Watcher(), jobs=2)
+out = Path(sys.argv[2])
+workers = Workers(folder=out / "runs", jobs=2)
+run_study(tiny, StudyConfig(corpus=sys.argv[1]), out, watcher=Watcher(), workers=workers)
 """
 
 

@@ -17,6 +17,7 @@ from offramp.cli import (  # noqa: F401  (they register themselves)
     export,
     generate,
     probe,
+    recipe,
     reproduce,
     study,
     sweep,

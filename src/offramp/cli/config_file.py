@@ -6,6 +6,7 @@ over the file. The values are read as the flags' are.
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
 
 from offramp.errors import ConfigError
+from offramp.models.checkpoint import replacing
 
 NOT_IN_A_FILE = {"config", "resume"}
 
@@ -38,6 +40,13 @@ def read_config_file(
         )
     from_file = Dict(settings, use_commands_as_keys=False, source=str(path))
     from_file(app, commands, arguments)
+
+
+def write_config_file(path: Path, flags: Mapping[str, object]) -> None:
+    """A TOML file that ``--config`` reads, whole or not at all."""
+    lines = [f"{flag} = {json.dumps(value)}" for flag, value in flags.items()]  # TOML as well
+    with replacing(path) as aside:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _settings(path: Path) -> dict[str, Any]:

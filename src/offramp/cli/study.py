@@ -1,15 +1,16 @@
 """offramp study."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from offramp.cli.base import app, console, say
+from offramp.cli.base import app, console, output, say
 from offramp.errors import ConfigError
 from offramp.experiments.runs import RunProgress
-from offramp.experiments.study import StudyConfig, run_study
+from offramp.experiments.study import StudyConfig, Workers, run_study, study_named
 from offramp.report.progress import Bars, bars
 
 
@@ -37,34 +38,42 @@ def study(
     jobs
         Processes that train at a time (default: one a core).
     """
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers_of(runs or out / "runs", jobs, threads)
     with bars(console) as drawn:
-        run_study(
-            name,
-            config,
-            out,
-            watcher=StudyBars(name, drawn),
-            jobs=jobs or max(1, (cores or 1) // threads),
-            threads=threads,
-            folder=runs,
+        content = run_study(
+            study_named(name), config, out, watcher=StudyBars(drawn), workers=workers
         )
-    say(f"The figures: {out / 'study.json'}")
+    say_answers(content)
+    say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
+
+
+def workers_of(folder: Path, jobs: int | None, threads: int) -> Workers:
+    """As many processes as there are cores for, unless told."""
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Workers(folder=folder, jobs=jobs or max(1, (cores or 1) // threads), threads=threads)
+
+
+def say_answers(content: Mapping[str, Any]) -> None:
+    """What the study found, on standard output."""
+    for answer in content["answers"]:
+        output().print(f"- {answer}", highlight=False, markup=False)
 
 
 class StudyBars:
     """One bar for the study, and one for each run under way."""
 
-    def __init__(self, study_name: str, drawn: Bars) -> None:
-        self.study_name, self.drawn = study_name, drawn
+    def __init__(self, drawn: Bars) -> None:
+        self.drawn, self.name = drawn, ""
         self.total, self.done = 0, 0
 
-    def on_plan(self, total: int, tokens: int) -> None:
+    def on_plan(self, name: str, total: int, tokens: int) -> None:
         """The study begins."""
-        say(f"{self.study_name}: {total} runs, {tokens:,} training tokens in all")
-        self.total = total
-        self.drawn.show(self.study_name, done=0, total=total, text="runs")
+        say(f"{name}: {total} runs, {tokens:,} training tokens in all")
+        self.name, self.total, self.done = name, total, 0
+        self.drawn.show(name, done=0, total=total, text="runs")
 
     def on_progress(self, progress: RunProgress) -> None:
         """A run goes on."""
@@ -77,4 +86,4 @@ class StudyBars:
         """A run is finished."""
         self.done += 1
         self.drawn.drop(f"  {name}")
-        self.drawn.show(self.study_name, done=self.done, total=self.total, text="runs")
+        self.drawn.show(self.name, done=self.done, total=self.total, text="runs")

@@ -78,7 +78,32 @@ def tables(content: Content) -> list[Table]:
         _routed_table(content, confidence, missing_kv)
         for confidence, missing_kv in _families(content)
     ]
-    return [_exit_table(content), *routed, _static_table(content)]
+    search = [search_table(content)] if "search" in content else []
+    return [*search, _exit_table(content), *routed, _static_table(content)]
+
+
+def search_table(content: Content) -> Table:
+    """What ``offramp recipe`` tried, and chose."""
+    budget = f"{content['compared_at']:g}%"
+    header = (
+        Column(title="Question", short="Question"),
+        Column(title="Recipe", short="Recipe"),
+        Column(title=f"Held-out PPL at {budget} of FLOPs", short=f"PPL at {budget}", kind="number"),
+        Column(title="Chosen", short="Chosen"),
+    )
+    rows = tuple(
+        (
+            entry["question"],
+            entry["label"],
+            _number(entry["held_out_ppl"], ".3f"),
+            "yes" if entry["chosen"] else "",
+        )
+        for entry in content["search"]
+    )
+    notes = ("A dash: no policy of that recipe keeps the budget.",)
+    return Table(
+        title="The search, on held-out training text", header=header, rows=rows, notes=notes
+    )
 
 
 def rows_of(content: Content, confidence: str, missing_kv: str) -> list[Row]:
@@ -130,8 +155,8 @@ def _routed_table(content: Content, confidence: str, missing_kv: str) -> Table:
     header = [
         Column(title="Recipe"),
         *(Column(title=f"PPL at {point}%", kind="number") for point in points),
-        Column(title=f"Compute% at {compared}%", kind="number"),
-        Column(title=f"to static at {compared}%", kind="number"),
+        Column(title=f"Compute% at {compared:g}%", kind="number"),
+        Column(title=f"to static at {compared:g}%", kind="number"),
         Column(title="p", kind="number"),
         Column(title="area to static", kind="number"),
         Column(title="to standard at 100%", kind="number"),
@@ -140,16 +165,16 @@ def _routed_table(content: Content, confidence: str, missing_kv: str) -> Table:
         (
             row["label"],
             *(spread(row["ppl_at"][point]) for point in points),
-            _number(row["compute_pct_at"][str(compared)], ".1f"),
+            _number(row["compute_pct_at"][f"{compared:g}"], ".1f"),
             *_tested(row["to_static"]),
             _ratio(row["area"]),
-            _ratio(row["ratio_to_standard_at"][str(compared)]),
+            _ratio(row["ratio_to_standard_at"][f"{compared:g}"]),
         )
         for row in rows_of(content, confidence, missing_kv)
     )
     title = f'Routed by {confidence}, missing_kv = "{missing_kv}", at shares of FLOPs%'
     notes = (
-        f"To standard at 100%: the recipe at {compared}% of FLOPs against the standard model. "
+        f"To standard at 100%: the recipe at {compared:g}% of FLOPs against the standard model. "
         f"Area: mean log PPL from {content['area'][0]:g} to {content['area'][1]:g}% of FLOPs.",
     )
     return Table(title=title, header=tuple(header), rows=rows, notes=notes)

@@ -16,7 +16,7 @@ LARGEST_RATIO = 3.0  # to the best PPL; what is worse is left out of a frontier'
 
 def recipes(content: Content) -> alt.LayerChart:
     """Exit, routed and last PPL of each recipe, and the static models as lines."""
-    compared = str(content["compared_at"])
+    compared = f"{content['compared_at']:g}"
     records = list(_recipe_records(content, compared))
     order = list(dict.fromkeys(record["recipe"] for record in records))
     title = "PPL (logarithmic axis)"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from offramp.errors import CheckpointError, ConfigError
-from offramp.experiments.study import STUDIES, Recipe, StudyConfig, run_study
+from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study, study_named
 from offramp.experiments.study.study import plan_runs, study_text
 from offramp.experiments.study.summary import check_equal_tokens
 from offramp.models.checkpoint import read_json
@@ -19,7 +19,7 @@ class Watcher:
     def __init__(self):
         self.done = []
 
-    def on_plan(self, total, tokens):
+    def on_plan(self, name, total, tokens):
         self.planned = (total, tokens)
 
     def on_progress(self, progress):
@@ -30,7 +30,7 @@ class Watcher:
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     study = STUDIES["objectives"]
     model = replace(
         study.model,
@@ -56,7 +56,6 @@ def tiny(monkeypatch):
         static_layers=(1, 3),
         seeds=2,
     )
-    monkeypatch.setitem(STUDIES, "tiny", study)
     return study
 
 
@@ -66,7 +65,9 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     out = tmp_path / "study"
     config = StudyConfig(corpus=str(path))
     watcher = Watcher()
-    first = run_study("tiny", config, out, watcher=watcher, jobs=2)
+    first = run_study(
+        tiny, config, out, watcher=watcher, workers=Workers(folder=out / "runs", jobs=2)
+    )
     assert watcher.planned == (8, 8 * 640)
     assert len(watcher.done) == 8
     written = read_json(out / "study.json")
@@ -96,7 +97,8 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert all(entry["points"][0]["seconds_pct"] > 0 for entry in times["routed"])
     written = (out / "study.json").read_bytes()
     shutil.rmtree(out / "runs" / first["runs"][0]["name"])
-    run_study("tiny", config, out, watcher=Watcher(), jobs=1)
+    one = Workers(folder=out / "runs", jobs=1)
+    run_study(tiny, config, out, watcher=Watcher(), workers=one)
     assert (out / "study.json").read_bytes() == written
     assert "seconds" not in written.decode()
     assert (out / "report.html").read_text().count("<figure>") == 4
@@ -106,7 +108,7 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert "## Static models" in (out / "table.md").read_text()
     assert (out / "figure.png").stat().st_size > 1000
     with pytest.raises(CheckpointError, match="tokens differ: stored"):
-        run_study("tiny", replace(config, tokens=64), out, watcher=Watcher(), jobs=1)
+        run_study(tiny, replace(config, tokens=64), out, watcher=Watcher(), workers=one)
 
 
 def test_runs_are_named_by_what_their_figures_depend_on(tiny, tmp_path):
@@ -135,10 +137,10 @@ def test_no_summary_compares_different_budgets(tiny, tmp_path):
         check_equal_tokens([*runs, longer])
 
 
-def test_what_is_no_study_is_refused(tmp_path):
+def test_what_is_no_study_is_refused():
     with pytest.raises(
         ConfigError, match="expected one of objectives, alpha, middle, exits, heads, got 'x'"
     ):
-        run_study("x", StudyConfig(corpus="pangram"), tmp_path / "o", watcher=Watcher(), jobs=1)
+        study_named("x")
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
         StudyConfig(corpus="pangram", tokens=0)

@@ -5,7 +5,18 @@ runs and ``summary`` is array work on their traces.
 """
 
 from offramp.experiments.study.plan import Recipe, Study
+from offramp.experiments.study.recipe import RecipeConfig, find_recipe
 from offramp.experiments.study.studies import STUDIES
-from offramp.experiments.study.study import StudyConfig, run_study
+from offramp.experiments.study.study import StudyConfig, Workers, run_study, study_named
 
-__all__ = ["STUDIES", "Recipe", "Study", "StudyConfig", "run_study"]
+__all__ = [
+    "STUDIES",
+    "Recipe",
+    "RecipeConfig",
+    "Study",
+    "StudyConfig",
+    "Workers",
+    "find_recipe",
+    "run_study",
+    "study_named",
+]

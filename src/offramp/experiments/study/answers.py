@@ -36,14 +36,14 @@ def _last_layer(rows: Sequence[Row]) -> str:
     )
 
 
-def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: int) -> str:
+def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str:
     known = [row for row in rows if row["to_static"]["mean"] is not None]
     if not known:
-        return f"At {compared_at}% of FLOPs no recipe has a policy by {confidence}."
-    best = min(known, key=lambda row: float(row["ppl_at"][str(compared_at)]["mean"]))
-    static, standard = best["to_static"], best["ratio_to_standard_at"][str(compared_at)]
+        return f"At {compared_at:g}% of FLOPs no recipe has a policy by {confidence}."
+    best = min(known, key=lambda row: float(row["ppl_at"][f"{compared_at:g}"]["mean"]))
+    static, standard = best["to_static"], best["ratio_to_standard_at"][f"{compared_at:g}"]
     return (
-        f"At {compared_at}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
+        f"At {compared_at:g}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
         f"{best['label']}: {_percent(static['mean'])} against a static model of equal cost "
         f"(p = {_p(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
         "model at full cost. (The best of several, so a little flattered.)"

@@ -70,7 +70,7 @@ class Comparison:
     static: Sequence[Done]
     seeds: Sequence[int]
     depth: int
-    compared_at: int
+    compared_at: float
     "flops_pct of the comparison that a row's ``p_value`` is about."
 
     @cached_property
@@ -191,16 +191,16 @@ class Comparison:
             "final_to_standard": self._ratio(final, standard),
             "area": self._ratio(_areas(curves), _areas(static)),
         }
-        for point in POINTS:
-            own = self._at(curves, point)
+        for point in sorted({*POINTS, self.compared_at}):
+            key, own = f"{point:g}", self._at(curves, point)
             nll = np.asarray([values for values, _ in own])
-            row["ppl_at"][str(point)] = stat(np.exp(nll)) | self._interval([of for _, of in own])
-            row["compute_pct_at"][str(point)] = float(
+            row["ppl_at"][key] = stat(np.exp(nll)) | self._interval([of for _, of in own])
+            row["compute_pct_at"][key] = float(
                 np.mean([self._compute_at(entry, confidence, kv, point) for entry in mine])
             )
-            row["ratio_to_static_at"][str(point)] = self._ratio(own, self._at(static, point))
-            row["ratio_to_standard_at"][str(point)] = self._ratio(own, standard)
-        row["to_static"] = dict(row["ratio_to_static_at"][str(self.compared_at)])
+            row["ratio_to_static_at"][key] = self._ratio(own, self._at(static, point))
+            row["ratio_to_standard_at"][key] = self._ratio(own, standard)
+        row["to_static"] = dict(row["ratio_to_static_at"][f"{self.compared_at:g}"])
         if baseline:
             other = self._by_seed(baseline)
             theirs = self._curves(other, confidence, kv)

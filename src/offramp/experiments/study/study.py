@@ -1,6 +1,7 @@
 """``offramp study``: do what is missing of a study's runs, then summarise all of them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +47,8 @@ class StudyConfig:
 class Watcher(Protocol):
     """What is told as a study goes on."""
 
-    def on_plan(self, total: int, tokens: int) -> None:
-        """It has so many runs, of so many training tokens in all."""
+    def on_plan(self, name: str, total: int, tokens: int) -> None:
+        """So many runs begin, of so many training tokens in all."""
 
     def on_progress(self, progress: RunProgress) -> None:
         """A run goes on."""
@@ -56,48 +57,73 @@ class Watcher(Protocol):
         """A run is finished."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who trains, and where the runs are kept."""
+
+    folder: Path
+    "Gets a folder for each run; studies may share it."
+    jobs: int
+    threads: int = 1
+
+    def do(self, runs: Sequence[StudyRun], watcher: Watcher) -> None:
+        """Do what is missing of them."""
+        run_all(
+            runs,
+            self.folder,
+            jobs=self.jobs,
+            threads=self.threads,
+            on_progress=watcher.on_progress,
+            on_done=watcher.on_done,
+        )
+
+
 def run_study(
-    name: str,
-    config: StudyConfig,
+    study: Study, config: StudyConfig, out: Path, *, watcher: Watcher, workers: Workers
+) -> dict[str, Any]:
+    """Train what is missing, summarise; returns the content of ``study.json`` in ``out``.
+
+    The same call goes on with a study that was stopped or killed.
+    """
+    text = study_text(config)
+    runs = plan_runs(study, config, text)
+    settings = {
+        "study": study.name,
+        "seeds": config.seeds or study.seeds,
+        "tokens": config.tokens or study.tokens,
+        "text": text.about,
+    }
+    go_on_or_claim(out, settings)
+    return finish_study(study, runs, out, watcher=watcher, workers=workers)
+
+
+def finish_study(
+    study: Study,
+    runs: Sequence[StudyRun],
     out: Path,
     *,
     watcher: Watcher,
-    jobs: int,
-    threads: int = 1,
-    folder: Path | None = None,
+    workers: Workers,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train what is missing, summarise; returns the content of ``study.json``.
-
-    ``out`` gets study.json, and ``folder`` (default: ``runs`` in ``out``) a folder for each run,
-    which studies may share. The same call goes on with a study that was stopped or killed.
-    """
-    folder = folder or out / "runs"
-    study = study_named(name)
-    text = study_text(config)
-    runs = plan_runs(study, config, text)
-    go_on_or_claim(out, study, config, text)
-    watcher.on_plan(len(runs), sum(run.tokens for run in runs))
-    run_all(
-        runs,
-        folder,
-        jobs=jobs,
-        threads=threads,
-        on_progress=watcher.on_progress,
-        on_done=watcher.on_done,
-    )
+    """Train what is missing of the runs, and write what they say; ``about`` goes in beside it."""
+    watcher.on_plan(study.name, len(runs), sum(run.tokens for run in runs))
+    workers.do(runs, watcher)
     content: dict[str, Any] = {
         "study": study.name,
         "question": study.question,
-        "text": text.about,
+        "text": runs[0].text.about,
         "offramp_version": __version__,
-        **summarise(study, runs, folder),
+        **(about or {}),
+        **summarise(study, runs, workers.folder),
     }
     content["answers"] = answers(study, content)
     write_json(out / "study.json", content)
-    times = timings(runs, folder)
+    times = timings(runs, workers.folder)
     write_json(out / "timing.json", times)
     report.write(content, times, out)
-    write_json(out / "environment.json", {**environment("cpu"), "jobs": jobs, "threads": threads})
+    made_with = {"jobs": workers.jobs, "threads": workers.threads}
+    write_json(out / "environment.json", {**environment("cpu"), **made_with})
     return content
 
 
@@ -169,21 +195,20 @@ def static_recipes(study: Study) -> list[Recipe]:
     ]
 
 
-def go_on_or_claim(out: Path, study: Study, config: StudyConfig, text: StudyText) -> None:
-    """Make ``out``, or go on with what the same study left there."""
+def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``out``, or go on with what the same settings left there."""
     marker = out / SETTINGS
-    mine = {
-        "format": FORMAT,
-        "study": study.name,
-        "seeds": config.seeds or study.seeds,
-        "tokens": config.tokens or study.tokens,
-        "text": text.about,
-    }
+    mine = {"format": FORMAT, **settings}
     if not marker.exists():
         claim_folder(out)
         write_json(marker, mine)
         return
     stored = read_json(marker)
+    if stored.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{out}: expected a study of format {FORMAT}, got one of another offramp version, "
+            f"of format {stored.get('format')}; choose another --out"
+        )
     if stored != mine:
         different = [key for key in mine if stored.get(key) != mine[key]]
         raise CheckpointError(

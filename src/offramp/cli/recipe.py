@@ -1,0 +1,67 @@
+"""offramp recipe."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from offramp.cli.base import FLAGS, app, console, output, say
+from offramp.cli.config_file import write_config_file
+from offramp.cli.study import StudyBars, say_answers, workers_of
+from offramp.experiments.study import RecipeConfig, find_recipe
+from offramp.experiments.study.run import StudyRun
+from offramp.models.transformer import DecoderConfig
+from offramp.report.progress import bars
+from offramp.report.study import search_table
+from offramp.report.tables import terminal_table
+from offramp.training import TrainConfig
+
+FILE = "recipe.toml"
+
+
+@app.command
+def recipe(
+    config: Annotated[RecipeConfig, Parameter(name="*")],
+    *,
+    out: Path,
+    runs: Path | None = None,
+    jobs: int | None = None,
+    threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
+) -> None:
+    """Find the best recipe for a corpus at a budget of FLOPs, and say what it is worth.
+
+    A search of short runs chooses on held-out training text; what it finds is trained in full,
+    with several seeds, beside static models, and reported on the test text.
+
+    Parameters
+    ----------
+    out
+        Folder for recipe.toml (for offramp train --config), study.json, the report and the runs;
+        the same command goes on with a search that was stopped.
+    runs
+        Folder of the runs (default: OUT/runs); studies that name the same do a run once.
+    jobs
+        Processes that train at a time (default: one a core).
+    """
+    workers = workers_of(runs or out / "runs", jobs, threads)
+    with bars(console) as drawn:
+        run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
+    write_config_file(out / FILE, flags_of(run, config))
+    output().print(terminal_table("search", search_table(content)))
+    say_answers(content)
+    say(
+        f"offramp train --config {out / FILE} --out MODEL trains it; "
+        f"the report: {out / 'report.html'}"
+    )
+
+
+def flags_of(run: StudyRun, config: RecipeConfig) -> dict[str, object]:
+    """The flags of ``offramp train`` that make the recipe's first run, defaults left out."""
+    flags: dict[str, object] = {"corpus": config.corpus, "tokenizer": config.tokenizer}
+    for mine, usual in ((run.model, DecoderConfig()), (run.training, TrainConfig())):
+        for field in fields(usual):
+            value = getattr(mine, field.name)
+            if field.name != "vocab_size" and value not in (None, getattr(usual, field.name)):
+                flags[FLAGS.get(field.name, field.name.replace("_", "-"))] = value
+    return flags

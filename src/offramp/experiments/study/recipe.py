@@ -1,0 +1,230 @@
+"""``offramp recipe``: search for the best recipe at a budget of FLOPs, then show what it is worth.
+
+The search changes one thing at a time, with a third of the training tokens and one seed, and
+chooses by the PPL on held-out training text at the budget. The recipe found is trained with all
+tokens and several seeds, beside static models; only then the test text counts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.data import make_tokenizer
+from offramp.data.text import Text
+from offramp.errors import ConfigError
+from offramp.evaluation.cost import model_cost
+from offramp.experiments.study.comparison import Done
+from offramp.experiments.study.frontier import at
+from offramp.experiments.study.plan import Recipe, Study
+from offramp.experiments.study.run import StudyRun, StudyText
+from offramp.experiments.study.studies import CHARACTERS, SMALL
+from offramp.experiments.study.study import (
+    StudyConfig,
+    Watcher,
+    Workers,
+    finish_study,
+    go_on_or_claim,
+    plan_runs,
+    study_text,
+)
+from offramp.models.exit_heads import ExitHeadKind
+from offramp.training import new_model
+
+RECIPE = "recipe"
+"""Label of the row that says what the recipe is worth."""
+SEARCH_SHARE = 3
+"""A run of the search has the tokens of a full one divided by this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What ``offramp recipe`` is asked for."""
+
+    corpus: str
+    "The text to train on: pangram, python-docs, hf:DATASET, or a text file or a folder of them."
+    test: str | None = None
+    """The text to report on (default: the corpus's test split, or its last 10% where it has
+    none)."""
+    layers: int = 6
+    "Depth of the model."
+    compute_budget: float = 65.0
+    "FLOPs of a token, heads and gates counted, in percent of the full model's."
+    tokens: int = 900 * 32 * 128
+    "Training tokens of each run of the recipe; a run of the search has a third of them."
+    seeds: int = 3
+    "Of the recipe and of the static models."
+    tokenizer: str = "characters"
+    "characters, bytes, bpe:N, or a Hugging Face tokenizer."
+    dim: int = 128
+    "Width of the model, a multiple of 32."
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "seeds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.layers < 2:
+            raise ConfigError(f"layers: expected at least 2 for an early exit, got {self.layers}")
+        if self.dim < 32 or self.dim % 32:
+            raise ConfigError(f"dim: expected a multiple of 32, got {self.dim}")
+        if not 0 < self.compute_budget <= 100:
+            raise ConfigError(
+                f"compute_budget: expected a share of the full model's FLOPs in (0, 100], "
+                f"got {self.compute_budget:g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A recipe of the search."""
+
+    exits: tuple[int, ...]
+    "Early exits; they share alpha equally."
+    alpha: float = 0.5
+    head: ExitHeadKind = "norm"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    "Further fields of TrainConfig."
+
+    def recipe(self, layers: int) -> Recipe:
+        """As the engine knows it."""
+        share = self.alpha / len(self.exits)
+        weights = {**dict.fromkeys(self.exits, share), layers: 1 - self.alpha}
+        written = ",".join(f"{layer}={weight:g}" for layer, weight in weights.items())
+        extra = "".join(f", {name} {value}" for name, value in self.training.items())
+        return Recipe(
+            label=f"weights {written}, head {self.head}{extra}",
+            training={"loss_weights": written, **self.training},
+            model={"exit_layers": self.exits, "exit_head": self.head},
+        )
+
+
+def first_candidate(layers: int) -> Candidate:
+    """Half the weight on an exit after a third of the layers."""
+    return Candidate(exits=(max(1, round(layers / 3)),))
+
+
+def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What is changed of the best so far, one question after the other."""
+    third, half = max(1, round(layers / 3)), max(1, round(layers / 2))
+    placed = [(third,), (half,), (max(1, third // 2), third), (third, min(layers - 1, 2 * third))]
+    distinct = dict.fromkeys(tuple(sorted({*exits})) for exits in placed)
+    yield "alpha", [{"alpha": alpha} for alpha in (0.3, 0.5, 0.7)]
+    yield "exits", [{"exits": exits} for exits in distinct]
+    yield "head", [{"head": head} for head in ("norm", "full", "adapter")]
+    yield (
+        "training",
+        [{"training": extra} for extra in ({}, {"distill": 0.3}, {"gradient_equilibrium": True})],
+    )
+
+
+def find_recipe(
+    config: RecipeConfig, out: Path, *, watcher: Watcher, workers: Workers
+) -> tuple[StudyRun, dict[str, Any]]:
+    """The recipe's first run, for its configuration, and the content of ``study.json``.
+
+    What was asked, and answered, on the way is the content's ``search``. The same call goes on
+    where it was stopped or killed.
+    """
+    asked = StudyConfig(corpus=config.corpus, test=config.test)
+    text = study_text(asked)
+    study = recipe_study(config)
+    check_budget(study, config.compute_budget, text)
+    go_on_or_claim(out, {"study": RECIPE, **asdict(config), "corpus": "", "text": text.about})
+    searched = sum(len(changes) for _, changes in rounds(config.layers))
+    watcher.on_plan("search", searched, searched * max(1, config.tokens // SEARCH_SHARE))
+    best, search = _search(study, config, text, watcher, workers)
+    recipe = replace(best.recipe(config.layers), label=RECIPE)
+    final = replace(study, recipes=(recipe,))
+    runs = plan_runs(final, asked, text)
+    about = {"search": search, "recipe": asdict(best)}
+    content = finish_study(final, runs, out, watcher=watcher, workers=workers, about=about)
+    return next(run for run in runs if run.label == RECIPE), content
+
+
+def recipe_study(config: RecipeConfig) -> Study:
+    """The last part, before it is known which recipe it is about."""
+    return Study(
+        name=RECIPE,
+        question=f"Which recipe is best at {config.compute_budget:g}% of the FLOPs of "
+        f"{config.layers} layers, and what is it worth?",
+        tokenizer=config.tokenizer,
+        model=replace(
+            SMALL,
+            hidden_size=config.dim,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.dim // 32,
+            num_key_value_heads=None,
+            head_dim=None,
+            intermediate_size=config.dim * 21 // 8,
+            exit_layers=(1,),
+        ),
+        training=CHARACTERS,
+        tokens=config.tokens,
+        test_tokens=131_072,
+        recipes=(),
+        static_layers=tuple(range(max(1, config.layers // 3), config.layers + 1)),
+        measures=("gain", "max_prob"),
+        compared_at=config.compute_budget,
+        seeds=config.seeds,
+    )
+
+
+def check_budget(study: Study, budget: float, text: StudyText) -> None:
+    """ConfigError where the budget is under the cost of the earliest exit of the search."""
+    earliest = min(
+        exit
+        for _, changes in rounds(study.model.num_hidden_layers)
+        for change in changes
+        for exit in change.get("exits", ())
+    )
+    tokenizer = make_tokenizer(study.tokenizer, Text(lambda: [text.train]))
+    config = replace(study.model, vocab_size=tokenizer.get_vocab_size(), exit_layers=(earliest,))
+    cost = model_cost(new_model(config, seed=0), context=(study.training.seq_len + 1) / 2)
+    least = cost.flops_pct_by_exit("max_prob", asked=[False])[0]
+    if budget < least:
+        raise ConfigError(
+            f"compute_budget: expected at least {least:.1f}, what leaving at layer {earliest} of "
+            f"{study.model.num_hidden_layers} costs, got {budget:g}"
+        )
+
+
+def _search(
+    study: Study, config: RecipeConfig, text: StudyText, watcher: Watcher, workers: Workers
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    best, search = first_candidate(config.layers), []
+    for question, changes in rounds(config.layers):
+        candidates = [replace(best, **change) for change in changes]
+        recipes = tuple(candidate.recipe(config.layers) for candidate in candidates)
+        short = replace(
+            study,
+            recipes=recipes,
+            static_layers=(),
+            seeds=1,
+            tokens=max(1, config.tokens // SEARCH_SHARE),
+        )
+        runs = plan_runs(short, StudyConfig(corpus=config.corpus, test=config.test), text)
+        workers.do(runs, watcher)
+        losses = [held_out_loss(run, workers.folder, config.compute_budget) for run in runs]
+        chosen = int(np.argmin(losses))
+        search += [
+            {
+                "question": question,
+                "label": recipe.label,
+                "held_out_ppl": math.exp(loss) if math.isfinite(loss) else None,
+                "chosen": place == chosen,
+            }
+            for place, (recipe, loss) in enumerate(zip(recipes, losses, strict=True))
+        ]
+        best = candidates[chosen]
+    return best, search
+
+
+def held_out_loss(run: StudyRun, folder: Path, budget: float) -> float:
+    """Nats a token at the budget, on held-out training text; infinite where it can't be kept."""
+    done = Done(run=run, folder=folder / run.name)
+    cost, nll = done.frontiers[f"held_out/{run.measures[0]}/recompute"].curve()
+    found = float(at(cost, nll, budget))
+    return found if math.isfinite(found) else math.inf

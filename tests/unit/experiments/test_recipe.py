@@ -1,0 +1,88 @@
+"""The search for a recipe, and what it refuses."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from offramp.cli import main
+from offramp.errors import ConfigError
+from offramp.experiments.study import RecipeConfig, Workers, find_recipe
+from offramp.experiments.study.recipe import check_budget, first_candidate, recipe_study, rounds
+from offramp.experiments.study.study import StudyConfig, study_text
+from offramp.models.checkpoint import read_json
+
+TEXT = "The exits of a model stand after its blocks. " * 120
+
+
+class Watcher:
+    def on_plan(self, name, total, tokens):
+        pass
+
+    def on_progress(self, progress):
+        pass
+
+    def on_done(self, name):
+        pass
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("layers", [2, 3, 6, 12])
+def test_every_candidate_is_a_recipe_of_its_depth(layers):
+    for _, changes in rounds(layers):
+        for change in changes:
+            candidate = replace(first_candidate(layers), **change)
+            assert all(1 <= layer < layers for layer in candidate.exits)
+            weights = dict(
+                part.split("=")
+                for part in candidate.recipe(layers).training["loss_weights"].split(",")
+            )
+            assert sum(map(float, weights.values())) == pytest.approx(1)
+
+
+def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static_models(
+    corpus, tmp_path
+):
+    out, again = tmp_path / "out", tmp_path / "again"
+    config = RecipeConfig(
+        corpus=str(corpus), layers=3, compute_budget=70.0, tokens=3 * 4096, seeds=2, dim=32
+    )
+    run, content = find_recipe(
+        config, out, watcher=Watcher(), workers=Workers(folder=tmp_path / "runs", jobs=2)
+    )
+    for question in ("alpha", "exits", "head", "training"):
+        asked = [entry for entry in content["search"] if entry["question"] == question]
+        best = min(entry["held_out_ppl"] or math.inf for entry in asked)
+        assert [entry["held_out_ppl"] for entry in asked if entry["chosen"]] == [best]
+    assert content["summary"][0]["label"] == "recipe"
+    assert content["summary"][0]["confidence"] == "gain"
+    assert set(content["summary"][0]["ppl_at"]) == {"50", "60", "65", "70", "80", "100"}
+    assert {entry["layers"] for entry in content["static"]} == {1, 2, 3}
+    assert "The search" in (out / "report.html").read_text()
+    code = main(
+        f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
+        f"--dim 32 --out {again} --runs {tmp_path / 'runs'}".split()
+    )
+    assert not code
+    assert (again / "study.json").read_bytes() == (out / "study.json").read_bytes()
+    model = tmp_path / "model"
+    assert not main(f"train --config {again / 'recipe.toml'} --steps 1 --out {model}".split())
+    kept = read_json(model / "config.json")
+    assert kept["model"]["exit_layers"] == list(run.model.exit_layers)
+
+
+def test_what_is_no_budget_is_refused(corpus):
+    with pytest.raises(ConfigError, match=r"compute_budget: expected .* in \(0, 100\], got 101"):
+        RecipeConfig(corpus=str(corpus), compute_budget=101)
+    config = RecipeConfig(corpus=str(corpus), compute_budget=5)
+    text = study_text(StudyConfig(corpus=str(corpus)))
+    with pytest.raises(ConfigError, match=r"at least 1\d\.\d, what leaving at layer 1 of 6 costs"):
+        check_budget(recipe_study(config), 5, text)
+    with pytest.raises(ConfigError, match="layers: expected at least 2"):
+        RecipeConfig(corpus=str(corpus), layers=1)
