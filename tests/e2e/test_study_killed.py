@@ -1,4 +1,4 @@
-"""A study that is killed three times ends with the study.json of one left alone."""
+"""A study that was killed, or lost a worker, ends with the study.json of one left alone."""
 
 import os
 import random
@@ -31,13 +31,14 @@ tiny = replace(
     recipes=(Recipe(label="half", training={"loss_weights": "asymmetric:0.5"}),),
 )
 out = Path(sys.argv[2])
-workers = Workers(folder=out / "runs", jobs=2)
+ray = sys.argv[3] if len(sys.argv) > 3 else None
+workers = Workers(folder=out / "runs", jobs=2, ray=ray)
 run_study(tiny, StudyConfig(corpus=sys.argv[1]), out, watcher=Watcher(), workers=workers)
 """
 
 
-def start(corpus, out):
-    command = [sys.executable, "-c", STUDY, str(corpus), str(out)]
+def start(corpus, out, *ray):
+    command = [sys.executable, "-c", STUDY, str(corpus), str(out), *ray]
     return subprocess.Popen(command, start_new_session=True)
 
 
@@ -76,3 +77,41 @@ def test_three_kills_change_nothing(tmp_path):
     assert start(corpus, out).wait(240) == 0
     assert (out / "study.json").read_bytes() == expected
     assert not list(out.glob("runs/.*.tmp"))
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head that does no work, and two workers of one core."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    yield cluster, workers
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_cluster_that_loses_a_worker_changes_nothing(tmp_path, cluster):
+    nodes, workers = cluster
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The exits of a model stand after its blocks. " * 80)
+    assert start(corpus, tmp_path / "alone").wait(240) == 0
+    expected = (tmp_path / "alone" / "study.json").read_bytes()
+    runs = len(list((tmp_path / "alone" / "runs").iterdir()))
+
+    out = tmp_path / "ray"
+    process = start(corpus, out, nodes.address)
+    deadline = time.monotonic() + 180
+    while not list(out.glob("runs/[0-9a-f]*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # both work at the next runs
+    nodes.remove_node(workers[1], allow_graceful=False)
+    found = len(list(out.glob("runs/[0-9a-f]*")))
+    assert process.wait(240) == 0
+    assert 1 <= found < runs  # it was lost before all was done
+    assert (out / "study.json").read_bytes() == expected

@@ -27,6 +27,7 @@ def recipe(
     out: Path,
     runs: Path | None = None,
     jobs: int | None = None,
+    ray: str | None = None,
     threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
 ) -> None:
     """Find the best recipe for a corpus at a budget of FLOPs, and say what it is worth.
@@ -43,8 +44,10 @@ def recipe(
         Folder of the runs (default: OUT/runs); studies that name the same do a run once.
     jobs
         Processes that train at a time (default: one a core).
+    ray
+        Train on the Ray cluster at this address instead: auto, HOST:PORT or ray://HOST:PORT.
     """
-    workers = workers_of(runs or out / "runs", jobs, threads)
+    workers = workers_of(runs or out / "runs", jobs, threads, ray)
     with bars(console) as drawn:
         run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))

@@ -22,6 +22,7 @@ def study(
     out: Path,
     runs: Path | None = None,
     jobs: int | None = None,
+    ray: str | None = None,
     threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
 ) -> None:
     """Train a grid of recipes on the same tokens with several seeds, and compare them.
@@ -37,8 +38,10 @@ def study(
         Folder of the runs (default: OUT/runs); studies that name the same do a run once.
     jobs
         Processes that train at a time (default: one a core).
+    ray
+        Train on the Ray cluster at this address instead: auto, HOST:PORT or ray://HOST:PORT.
     """
-    workers = workers_of(runs or out / "runs", jobs, threads)
+    workers = workers_of(runs or out / "runs", jobs, threads, ray)
     with bars(console) as drawn:
         content = run_study(
             study_named(name), config, out, watcher=StudyBars(drawn), workers=workers
@@ -47,13 +50,16 @@ def study(
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
 
 
-def workers_of(folder: Path, jobs: int | None, threads: int) -> Workers:
-    """As many processes as there are cores for, unless told."""
+def workers_of(folder: Path, jobs: int | None, threads: int, ray: str | None) -> Workers:
+    """As many processes as there are cores for, unless told; or a cluster."""
+    if jobs is not None and ray is not None:
+        raise ConfigError("ray: expected --jobs or --ray, got both")
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, got {value}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Workers(folder=folder, jobs=jobs or max(1, (cores or 1) // threads), threads=threads)
+    jobs = jobs or max(1, (cores or 1) // threads)
+    return Workers(folder=folder, jobs=jobs, threads=threads, ray=ray)
 
 
 def say_answers(content: Mapping[str, Any]) -> None:

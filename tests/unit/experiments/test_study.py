@@ -144,3 +144,33 @@ def test_what_is_no_study_is_refused():
         study_named("x")
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
         StudyConfig(corpus="pangram", tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "nothing answers at 127.0.0.1:9"),
+        ("ray://127.0.0.1:9", "nothing answers at ray://127.0.0.1:9"),
+        ("somewhere", "expected auto, HOST:PORT or ray://HOST:PORT, got 'somewhere'"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_named(tiny, tmp_path, address, message):
+    pytest.importorskip("ray")
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    out = tmp_path / "study"
+    workers = Workers(folder=out / "runs", ray=address)
+    with pytest.raises(ConfigError, match=message):
+        run_study(tiny, StudyConfig(corpus=str(path)), out, watcher=Watcher(), workers=workers)
+    assert not out.exists()
+
+
+def test_a_study_of_another_version_is_refused(tiny, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    out = tmp_path / "study"
+    out.mkdir()
+    (out / "settings.json").write_text('{"format": 1, "study": "tiny"}')
+    workers = Workers(folder=out / "runs")
+    with pytest.raises(CheckpointError, match="one of another offramp version, of format 1"):
+        run_study(tiny, StudyConfig(corpus=str(path)), out, watcher=Watcher(), workers=workers)

@@ -132,6 +132,7 @@ def find_recipe(
     text = study_text(asked)
     study = recipe_study(config)
     check_budget(study, config.compute_budget, text)
+    workers.check()
     go_on_or_claim(out, {"study": RECIPE, **asdict(config), "corpus": "", "text": text.about})
     searched = sum(len(changes) for _, changes in rounds(config.layers))
     watcher.on_plan("search", searched, searched * max(1, config.tokens // SEARCH_SHARE))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from offramp.data import load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.experiments.cluster import check_cluster, run_on_ray
 from offramp.experiments.runs import RunProgress, run_all
 from offramp.experiments.study.answers import answers
 from offramp.experiments.study.plan import STANDARD, Recipe, Study
@@ -63,11 +64,29 @@ class Workers:
 
     folder: Path
     "Gets a folder for each run; studies may share it."
-    jobs: int
+    jobs: int = 1
+    "Processes at a time, of this machine."
     threads: int = 1
+    "Of each run."
+    ray: str | None = None
+    "Address of a Ray cluster that does the runs instead."
+
+    def check(self) -> None:
+        """ConfigError where the cluster does not answer."""
+        if self.ray is not None:
+            check_cluster(self.ray)
 
     def do(self, runs: Sequence[StudyRun], watcher: Watcher) -> None:
-        """Do what is missing of them."""
+        """Do what is missing of them; figures do not depend on where."""
+        if self.ray is not None:
+            run_on_ray(
+                runs,
+                self.folder,
+                address=self.ray,
+                threads=self.threads,
+                on_done=watcher.on_done,
+            )
+            return
         run_all(
             runs,
             self.folder,
@@ -93,6 +112,7 @@ def run_study(
         "tokens": config.tokens or study.tokens,
         "text": text.about,
     }
+    workers.check()
     go_on_or_claim(out, settings)
     return finish_study(study, runs, out, watcher=watcher, workers=workers)
 
@@ -122,7 +142,7 @@ def finish_study(
     times = timings(runs, workers.folder)
     write_json(out / "timing.json", times)
     report.write(content, times, out)
-    made_with = {"jobs": workers.jobs, "threads": workers.threads}
+    made_with = {"jobs": workers.jobs, "threads": workers.threads, "ray": workers.ray}
     write_json(out / "environment.json", {**environment("cpu"), **made_with})
     return content
 

@@ -1,0 +1,118 @@
+"""Training runs on a Ray cluster, through Ray itself: what it schedules, retries and moves.
+
+The cluster's machines need offramp installed, not a file system in common: a run's files travel
+back as bytes, and its folder appears here when it is whole, as with local processes.
+"""
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.errors import ConfigError
+from offramp.experiments.runs import Run
+
+RETRIES = 5
+"""How often a run whose worker died is begun anew."""
+ANSWER_SECONDS = 5.0
+_SILENT = "ray: expected the address of a Ray cluster, and nothing answers at {}"
+
+
+def run_on_ray(
+    runs: Sequence[Run],
+    folder: Path,
+    *,
+    address: str,
+    threads: int,
+    on_done: Callable[[str], None],
+) -> None:
+    """Do the runs that have no folder yet, with ``threads`` cores each, as many as there are.
+
+    ``address`` is ``auto`` or HOST:PORT on a machine of the cluster, ray://HOST:PORT elsewhere.
+    On KeyboardInterrupt the runs under way are dropped and those that are done stay.
+    """
+    missing = [run for run in runs if not (folder / run.name).exists()]
+    for run in runs:
+        if run not in missing:
+            on_done(run.name)
+    if not missing:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    ray = _connected(address)
+    try:
+        work = ray.remote(_work).options(num_cpus=threads, max_retries=RETRIES)
+        pending = {work.remote(run, threads): run for run in missing}
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=1.0)
+            for reference in done:
+                name = pending.pop(reference).name
+                _unpack(_result(ray, reference), folder, name)
+                on_done(name)
+    finally:
+        ray.shutdown()  # which ends this driver's tasks
+
+
+def check_cluster(address: str) -> None:
+    """ConfigError where Ray is not installed or nothing answers at the address."""
+    try:
+        metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            "ray: expected Ray to be installed, and it is not: pip install 'offramp[ray]'"
+        ) from None
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise ConfigError(f"ray: expected auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError):
+        raise ConfigError(_SILENT.format(address)) from None
+
+
+def _connected(address: str) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{_SILENT.format(address)}: {first}") from None
+    return ray
+
+
+def _work(run: Run, threads: int) -> dict[str, bytes]:
+    """On a worker: do a run, and return its files by name."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run.work(folder, on_step=lambda _: None, should_stop=lambda: False)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def _result(ray: Any, reference: Any) -> dict[str, bytes]:
+    """What the run left; where it failed, its own error."""
+    try:
+        found: dict[str, bytes] = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return found
+
+
+def _unpack(files: dict[str, bytes], folder: Path, name: str) -> None:
+    aside = folder / f".{name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    for path, content in files.items():
+        (aside / path).parent.mkdir(parents=True, exist_ok=True)
+        (aside / path).write_bytes(content)
+    aside.rename(folder / name)
