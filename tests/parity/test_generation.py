@@ -13,7 +13,14 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation import ExitRule, GenerateConfig, forced_exits, generate, generate_batch
+from offramp.generation import (
+    ExitRule,
+    GenerateConfig,
+    confident_exit,
+    forced_exits,
+    generate,
+    generate_batch,
+)
 from offramp.models.base import whole_step
 from offramp.models.propagate import run_propagated
 
@@ -201,6 +208,16 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, options):
             for got, token in zip(completion.tokens, tokens, strict=True):
                 assert got.exit_layer == token.exit_layer
                 assert got.confidence == pytest.approx(token.confidence)
+
+
+def test_what_is_owed_may_run_in_portions(model, monkeypatch):
+    config = GenerateConfig(max_new_tokens=NEW, threshold=0.4, missing_kv="recompute")
+    whole, before = generate_batch(model, PROMPTS, config)
+    assert max(before.blocks) > len(PROMPTS)
+    monkeypatch.setattr(confident_exit, "MOST_ROWS", 2)
+    portions, work = generate_batch(model, PROMPTS, config)
+    assert [each.ids for each in portions] == [each.ids for each in whole]
+    assert max(work.blocks) <= len(PROMPTS)
 
 
 def test_rows_of_a_batch_stop_and_leave_at_different_times(model):

@@ -10,7 +10,7 @@ Either way one call serves every token that owes, and those that nobody looks ba
 nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -30,6 +30,8 @@ from offramp.models.work import Work
 MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
 
+MOST_ROWS = 16
+"""Tokens of a call in which each is a row of its own."""
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("float32"),
@@ -212,9 +214,11 @@ class ExitDecoder:
         elif owing:
             h, step = self._joined(start, owing, h, rows)
             owed = h.shape[0] * h.shape[1] - len(rows)
-        cut = stop - 1 if self.rule and self.rule.measure.needs_previous_state else start
-        previous = self._run(h, start, cut, step=step) if cut > start else h
-        h = self._run(previous, cut, stop, step=step)
+        portions = _portions(h, step) if owed else [(h, step)]
+        ran = [self._ran(part, start, stop, step=at) for part, at in portions]
+        previous, h = (
+            torch.cat(states) if len(ran) > 1 else states[0] for states in zip(*ran, strict=True)
+        )
         if owed:  # a token a row again, what was owed first
             h, previous = h.reshape(-1, 1, h.shape[-1]), previous.reshape(-1, 1, h.shape[-1])
         self._hand_on(start, stop, owing, h[:owed, 0])
@@ -256,6 +260,12 @@ class ExitDecoder:
         whose = torch.tensor(owners, device=self.model.device)
         return joined[:, None], Step(positions=positions[:, None], cache=self.cache, rows=whose)
 
+    def _ran(self, h: Tensor, start: int, stop: int, *, step: Step) -> tuple[Tensor, Tensor]:
+        """The states one block before ``stop``, if the measure needs them, and there."""
+        cut = stop - 1 if self.rule and self.rule.measure.needs_previous_state else start
+        previous = self._run(h, start, cut, step=step) if cut > start else h
+        return previous, self._run(previous, cut, stop, step=step)
+
     def _run(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> Tensor:
         self.work.blocks[h.shape[0] * h.shape[1]] += stop - start
         return self.model.run_layers(h, start, stop, step=step)
@@ -277,6 +287,20 @@ class ExitDecoder:
         positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
         chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
         return Step(positions=positions, cache=self.cache, rows=chosen)
+
+
+def _portions(h: Float[Tensor, "B T D"], step: Step) -> Iterator[tuple[Tensor, Step]]:
+    """Rows in portions, in order: a row of the cache may be copied for each that reads it.
+
+    A token sees those of its row that stand before it, which are in its portion or an earlier.
+    """
+    if step.rows is None or len(h) <= MOST_ROWS:
+        yield h, step
+        return
+    for first in range(0, len(h), MOST_ROWS):
+        part = slice(first, first + MOST_ROWS)
+        at = Step(positions=step.positions[part], cache=step.cache, rows=step.rows[part])
+        yield h[part], at
 
 
 def _at_last_layer(logits: Float[Tensor, "B V"], layer: int) -> Exits:
