@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offramp.experiments.statistics import SIGNIFICANT
+from offramp.experiments.study.findings import CONFIDENCE, seed_findings
 from offramp.experiments.study.plan import Study
 
 Row = Mapping[str, Any]
@@ -23,6 +24,8 @@ def answers(study: Study, content: Mapping[str, Any]) -> list[str]:
             if study.baseline:
                 said += _against_baseline(rows, study.baseline)
         said.append(_equal_cost(rows, confidence, content["compared_at"]))
+        if study.seed_findings and confidence == CONFIDENCE:
+            said += seed_findings(rows, content["compared_at"])
     return said
 
 
@@ -46,7 +49,8 @@ def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str
         f"At {compared_at:g}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
         f"{best['label']}: {_percent(static['mean'])} against a static model of equal cost "
         f"(p = {_p(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
-        "model at full cost. (The best of several, so a little flattered.)"
+        "model at full cost."
+        + (" (The best of several, so a little flattered.)" if len(known) > 1 else "")
     )
 
 

@@ -44,6 +44,8 @@ class Study:
     "Label of the recipe that the others are compared with, beside the static models."
     measures: tuple[str, ...] = ("max_prob",)
     "Confidence by which tokens leave, a frontier for each; the first is the one to look at."
+    seed_findings: bool = False
+    "Whether its recipes are those of the seed document's findings."
     compared_at: float = 65.0
     "flops_pct at which recipes are tested against static models."
     seeds: int = 3

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from offramp.experiments.study.findings import ASYMMETRIC
+from offramp.experiments.study.findings import MIDDLE as MIDDLE_LOSS
 from offramp.experiments.study.plan import Recipe, Study
 from offramp.models.transformer import DecoderConfig
 from offramp.training import TrainConfig
@@ -145,12 +147,20 @@ ALPHA = replace(
     GRID,
     name="alpha",
     question="Which alpha? alpha x loss at layer 2 + (1 - alpha) x loss at layer 6.",
-    recipes=tuple(
+    baseline=ASYMMETRIC,
+    seed_findings=True,
+    recipes=(
+        *(
+            Recipe(
+                label=f"alpha {alpha:.1f}",
+                training={"loss_weights": _weights(e2=alpha, e6=round(1 - alpha, 1))},
+            )
+            for alpha in (tenths / 10 for tenths in range(11))
+        ),
         Recipe(
-            label=f"alpha {alpha:.1f}",
-            training={"loss_weights": _weights(e2=alpha, e6=round(1 - alpha, 1))},
-        )
-        for alpha in (tenths / 10 for tenths in range(11))
+            label=MIDDLE_LOSS,
+            training={"loss_weights": _weights(e2=0.7, e3=1, e4=1, e5=1, e6=0.3)},
+        ),
     ),
 )
 
