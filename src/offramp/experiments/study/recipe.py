@@ -39,6 +39,17 @@ RECIPE = "recipe"
 SEARCH_SHARE = 3
 """A run of the search has the tokens of a full one divided by this."""
 
+TRAINING: tuple[dict[str, Any], ...] = (
+    {},
+    {"distill": 0.3},
+    {"gradient_equilibrium": True},
+    *(
+        {"loss_weights": "asymmetric:0.9", "alpha_end": end, "alpha_schedule": "cosine"}
+        for end in (0.3, 0.1)
+    ),
+)
+"""Ways to train that the search tries last, as fields of TrainConfig."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
@@ -114,10 +125,7 @@ def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield "alpha", [{"alpha": alpha} for alpha in (0.3, 0.5, 0.7)]
     yield "exits", [{"exits": exits} for exits in distinct]
     yield "head", [{"head": head} for head in ("norm", "full", "adapter")]
-    yield (
-        "training",
-        [{"training": extra} for extra in ({}, {"distill": 0.3}, {"gradient_equilibrium": True})],
-    )
+    yield "training", [{"training": extra} for extra in TRAINING]
 
 
 def find_recipe(
