@@ -1,6 +1,7 @@
 """Every way to decode, timed in one run."""
 
 import json
+import sys
 
 import pytest
 
@@ -59,6 +60,37 @@ def test_a_batch_of_a_pretrained_model_in_bfloat16(offramp, checkpoint, tmp_path
     assert names[:2] == ["hf", "full"]
     assert len(names) == 4
     assert not any("speculative" in name or "early_exit" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_peer_that_does_not_fit_is_named_and_left_out(
+    offramp, checkpoint, native, tmp_path, monkeypatch
+):
+    techniques = tmp_path / "economize" / "techniques"
+    techniques.mkdir(parents=True)
+    (tmp_path / "economize" / "__init__.py").write_text(
+        "class Model:\n"
+        "    def generate(self, ids, **options):\n"
+        "        raise RuntimeError('no such transformers')\n"
+        "def apply(lm, config):\n"
+        "    return Model()\n"
+    )
+    (techniques / "__init__.py").write_text("")
+    for module, config in (("dynamic_depth", "CalmConfig"), ("early_exit", "EarlyExitConfig")):
+        (techniques / f"{module}.py").write_text(f"class {config}(dict): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "bench.json"
+    result = offramp("bench", native, "--corpus", checkpoint / "text.txt", "--out", out, *SHORT)
+    for name in [name for name in sys.modules if name.startswith("economize")]:
+        del sys.modules[name]
+    assert result.returncode == 0, result.stderr
+    assert "economize_early_exit@2 does not run here: no such transformers" in result.stderr
+    content = json.loads(out.read_text())
+    assert [name.split("@")[0] for name in content["failed"]] == [
+        "economize_early_exit",
+        "economize_calm",
+    ]
+    assert "speculative@2" in [row["method"] for row in content["rows"]]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def bench(
             on_run=lambda done, total, name: drawn.show("bench", done=done, total=total, text=name),
         )
     output().print(bench_table(content))
+    for name, reason in content["failed"].items():
+        say(f"{name} does not run here: {reason}")
     if content["untrained"]:
         say(f"{model}: its exits were never trained.")
     if out:

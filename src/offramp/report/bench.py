@@ -22,7 +22,7 @@ def bench_table(content: Mapping[str, Any]) -> Table:
             f"{100 * block['share_of_bandwidth']:.0f}% of that"
         ),
     )
-    columns = ("method", "tokens/s", "predicted", "vs hf", "vs full", "mean layers")
+    columns = ("method", "tokens/s", "predicted", "vs hf", "vs full", "worst prompt", "mean layers")
     for column in (*columns, "acceptance", "greedy's tokens"):
         side: Literal["left", "right"] = "left" if column == "method" else "right"
         table.add_column(column, justify=side, no_wrap=column in ("method", "tokens/s"))
@@ -34,6 +34,7 @@ def bench_table(content: Mapping[str, Any]) -> Table:
             _number(row["predicted_tokens_per_s"], ".1f"),
             _number(row["speedup_vs_hf"], ".2f"),
             _number(row["speedup_vs_full"], ".2f"),
+            _number(row["speedup_vs_full_worst"], ".2f"),
             _number(row["mean_layers"], ".1f"),
             "-" if row["acceptance_rate"] is None else f"{100 * row['acceptance_rate']:.0f}%",
             "yes" if row["identical_to_greedy"] else "no",

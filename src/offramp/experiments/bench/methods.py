@@ -58,6 +58,8 @@ class Method:
     run: Callable[[Batch], Sample]
     slow: bool = False
     "A slow peer: it runs on two prompts only."
+    foreign: bool = False
+    "Another package's: where it fails that is said, and the others go on."
 
 
 def own(
@@ -160,7 +162,7 @@ def _economize(name: str, attach: Callable[[], Any], new_tokens: int) -> Method:
                 detach()
         return _sample(out[:, len(prompt) :].tolist(), start, first, end)
 
-    return Method(name=name, run=run, slow=True)
+    return Method(name=name, run=run, slow=True, foreign=True)
 
 
 class _Watch:

@@ -135,9 +135,20 @@ def run_bench(
     for each in timed:  # what is made at the first call is not timed
         if not each.method.slow:
             each.method.run(prompts[0])
+    failed: dict[str, str] = {}
     for done, (each, number) in enumerate(plan):
         on_run(done, len(plan), each.method.name)
-        each.samples.setdefault(number, []).append(each.method.run(prompts[number]))
+        if each.method.name in failed:
+            continue
+        try:
+            sample = each.method.run(prompts[number])
+        except Exception as error:  # another package may not fit the versions that are here
+            if not each.method.foreign:
+                raise
+            failed[each.method.name] = str(error).partition("\n")[0]
+        else:
+            each.samples.setdefault(number, []).append(sample)
+    timed = [each for each in timed if each.method.name not in failed]
     nobody = _nobody_leaves(loaded, config, prompts)
     full = next(each for each in timed if each.method.name == "full")
     clock = _pinned(_pinned(clock, full.every), nobody)
@@ -148,6 +159,7 @@ def run_bench(
         "bandwidth_gb_s": bandwidth / 1e9,
         "limit_tokens_per_s": bandwidth / clock.weights,
         "weights_gb": clock.weights / 1e9,
+        "failed": failed,
         "parts": clock.about(),
         "dtype": str(dtype).removeprefix("torch."),
         "untrained": loaded.untrained,
@@ -310,6 +322,7 @@ def _row(
         "tokens_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
         "speedup_vs_hf": None if peer is None else _speedup(each, peer),
         "speedup_vs_full": _speedup(each, full),
+        "speedup_vs_full_worst": min(_speedups(each, full)),
         "mean_layers": float(num_layers) if each is peer else layers,
         "acceptance_rate": accepted / drafted if drafted else None,
         "identical_to_greedy": identical,
@@ -320,9 +333,15 @@ def _row(
 
 
 def _speedup(each: _Timed, other: _Timed) -> float:
-    """The median over prompts and repeats of the ratio of two runs that stood side by side."""
-    return median(
-        mine.tokens_per_s / theirs.tokens_per_s
+    return median(_speedups(each, other))
+
+
+def _speedups(each: _Timed, other: _Timed) -> list[float]:
+    """Of each prompt: the median over its repeats of the ratio of two runs, side by side."""
+    return [
+        median(
+            mine.tokens_per_s / theirs.tokens_per_s
+            for mine, theirs in zip(samples, other.samples[number], strict=False)
+        )
         for number, samples in each.samples.items()
-        for mine, theirs in zip(samples, other.samples[number], strict=False)
-    )
+    ]
