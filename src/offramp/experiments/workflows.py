@@ -24,6 +24,7 @@ from offramp.data import (
     stream_corpus,
     tokenise,
 )
+from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.sweep import Threshold, sweep
 from offramp.evaluation.trace import collect_trace
@@ -51,7 +52,6 @@ from offramp.training import (
 )
 from offramp.version import __version__
 
-TOKENIZER_FILE = "tokenizer.json"
 UNFINISHED = "unfinished.json"
 SWEEP_BATCH = 32
 SWEEP_SEQ_LEN = 256
@@ -353,10 +353,10 @@ def sweep_folder(
 
 
 def window_length(folder: Path, model: EarlyExitModel) -> int:
-    """How many tokens a window has: what the model was trained on, or 256."""
-    if not is_native(folder):
+    """How many tokens a window has: what the model was trained on, or 256 where it says nothing."""
+    training = read_json(folder / "config.json").get("training") if is_native(folder) else None
+    if training is None:
         return min(SWEEP_SEQ_LEN, model.max_length)
-    training = read_json(folder / "config.json").get("training")
     seq_len = training.get("seq_len") if isinstance(training, dict) else None
     if not isinstance(seq_len, int) or seq_len < 1:
         raise CheckpointError(

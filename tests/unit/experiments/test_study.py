@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from offramp.cli import main
 from offramp.errors import CheckpointError, ConfigError
 from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study, study_named
 from offramp.experiments.study.study import plan_runs, study_text
@@ -105,6 +106,8 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert (
         read_json(out / "runs" / first["runs"][1]["name"] / "timing.json")["seconds"]["train"] > 0
     )
+    model = out / "runs" / first["runs"][1]["name"]
+    assert not main(["sweep", str(model), "--corpus", str(path), "--out", str(tmp_path / "s.json")])
     assert "## Static models" in (out / "table.md").read_text()
     assert (out / "figure.png").stat().st_size > 1000
     with pytest.raises(CheckpointError, match="tokens differ: stored"):

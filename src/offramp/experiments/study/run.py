@@ -11,6 +11,7 @@ from typing import Any
 
 from offramp.data import encode, make_tokenizer
 from offramp.data.text import Text
+from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CorpusError
 from offramp.experiments.study.evaluate import evaluate
 from offramp.models.checkpoint import save_checkpoint, write_json
@@ -123,7 +124,10 @@ class StudyRun:
             "flops": evaluation.flops,
             "validations": [asdict(validation) for validation in result.validations],
         }
-        save_checkpoint(model, folder, about=about, weights_about={})
+        corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
+        as_trained = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
+        save_checkpoint(model, folder, about=as_trained, weights_about={})
+        tokenizer.save(str(folder / TOKENIZER_FILE))
         seconds = {"train": trained - start, "evaluate": time.perf_counter() - trained}
         write_json(folder / TIMING, {"seconds": seconds, "passes": evaluation.seconds})
         write_json(folder / "run.json", about)
