@@ -44,7 +44,9 @@ def read_config_file(
 
 def write_config_file(path: Path, flags: Mapping[str, object]) -> None:
     """A TOML file that ``--config`` reads, whole or not at all."""
-    lines = [f"{flag} = {json.dumps(value)}" for flag, value in flags.items()]  # TOML as well
+    lines = [
+        f"{flag} = {json.dumps(value, ensure_ascii=False)}" for flag, value in flags.items()
+    ]  # TOML as well
     with replacing(path) as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -54,13 +54,16 @@ def recipe(
     output().print(terminal_table("search", search_table(content)))
     say_answers(content)
     say(
-        f"offramp train --config {out / FILE} --out MODEL trains it; "
-        f"the report: {out / 'report.html'}"
+        f"A model of it, for the other commands: {workers.folder / run.name}; offramp train "
+        f"--config {out / FILE} --out MODEL trains one anew. The report: {out / 'report.html'}"
     )
 
 
 def flags_of(run: StudyRun, config: RecipeConfig) -> dict[str, object]:
-    """The flags of ``offramp train`` that make the recipe's first run, defaults left out."""
+    """The flags of ``offramp train`` for the recipe's model and training, defaults left out.
+
+    ``train`` splits the corpus its own way: the run that the report is about is in the runs.
+    """
     flags: dict[str, object] = {"corpus": config.corpus, "tokenizer": config.tokenizer}
     for mine, usual in ((run.model, DecoderConfig()), (run.training, TrainConfig())):
         for field in fields(usual):

@@ -6,27 +6,39 @@ back as bytes, and its folder appears here when it is whole, as with local proce
 
 import logging
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from offramp.errors import ConfigError
-from offramp.experiments.runs import Run
+from offramp.experiments.runs import Run, aside_of, put_in_place
 
 RETRIES = 5
 """How often a run whose worker died is begun anew."""
 ANSWER_SECONDS = 5.0
-_SILENT = "ray: expected the address of a Ray cluster, and nothing answers at {}"
+
+
+class SharingRun(Run, Protocol):
+    """A run that has something large in common with others, which travels once."""
+
+    @property
+    def shared(self) -> Any:
+        """The same object for all that share it."""
+
+    def without_shared(self) -> "SharingRun":
+        """The run without it."""
+
+    def with_shared(self, shared: Any) -> Run:
+        """The whole run again."""
 
 
 def run_on_ray(
-    runs: Sequence[Run],
+    runs: Sequence[SharingRun],
     folder: Path,
     *,
     address: str,
@@ -48,7 +60,11 @@ def run_on_ray(
     ray = _connected(address)
     try:
         work = ray.remote(_work).options(num_cpus=threads, max_retries=RETRIES)
-        pending = {work.remote(run, threads): run for run in missing}
+        shared = {id(run.shared): ray.put(run.shared) for run in missing}
+        pending = {
+            work.remote(run.without_shared(), shared[id(run.shared)], threads): run
+            for run in missing
+        }
         while pending:
             done, _ = ray.wait(list(pending), timeout=1.0)
             for reference in done:
@@ -59,23 +75,34 @@ def run_on_ray(
         ray.shutdown()  # which ends this driver's tasks
 
 
-def check_cluster(address: str) -> None:
-    """ConfigError where Ray is not installed or nothing answers at the address."""
+def check_cluster(address: str, *, threads: int) -> None:
+    """ConfigError where Ray is not installed, or no cluster answers that could do a run."""
     try:
         metadata.version("ray")
     except metadata.PackageNotFoundError:
         raise ConfigError(
             "ray: expected Ray to be installed, and it is not: pip install 'offramp[ray]'"
         ) from None
-    if address == "auto":
-        return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise ConfigError(f"ray: expected auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError):
-        raise ConfigError(_SILENT.format(address)) from None
+    if address != "auto":
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise ConfigError(f"ray: expected auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError):
+            raise ConfigError(
+                f"ray: expected the address of a Ray cluster, and nothing answers at {address}"
+            ) from None
+    ray = _connected(address)
+    most = max(
+        (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0
+    )
+    ray.shutdown()
+    if most < threads:
+        raise ConfigError(
+            f"threads: expected at most {most:g}, the cores of the cluster's largest node, "
+            f"got {threads}"
+        )
 
 
 def _connected(address: str) -> Any:
@@ -85,14 +112,17 @@ def _connected(address: str) -> Any:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{_SILENT.format(address)}: {first}") from None
+        said = " ".join(str(error).partition("Traceback")[0].split())
+        raise ConfigError(
+            f"ray: expected a Ray cluster to connect to at {address}, got: {said}"
+        ) from None
     return ray
 
 
-def _work(run: Run, threads: int) -> dict[str, bytes]:
+def _work(bare: "SharingRun", shared: Any, threads: int) -> dict[str, bytes]:
     """On a worker: do a run, and return its files by name."""
     torch.set_num_threads(threads)
+    run = bare.with_shared(shared)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run.work(folder, on_step=lambda _: None, should_stop=lambda: False)
@@ -110,9 +140,8 @@ def _result(ray: Any, reference: Any) -> dict[str, bytes]:
 
 
 def _unpack(files: dict[str, bytes], folder: Path, name: str) -> None:
-    aside = folder / f".{name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = aside_of(folder, name)
     for path, content in files.items():
         (aside / path).parent.mkdir(parents=True, exist_ok=True)
         (aside / path).write_bytes(content)
-    aside.rename(folder / name)
+    put_in_place(aside, folder / name)

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Protocol
 
+import psutil
 import torch
 
 from offramp.training import Progress
@@ -147,9 +148,7 @@ def _report(name: str, progress: Progress) -> RunProgress:
 
 def _work(run: Run, folder: Path) -> None:
     """Do a run and leave its folder, whole."""
-    aside = folder / f".{run.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = aside_of(folder, run.name)
 
     def on_step(progress: Progress) -> None:
         if progress.step % 8 == 0:
@@ -158,4 +157,25 @@ def _work(run: Run, folder: Path) -> None:
     run.work(aside, on_step=on_step, should_stop=_stop.is_set)
     if _stop.is_set():
         raise _StoppedError(run.name)
-    aside.rename(folder / run.name)
+    put_in_place(aside, folder / run.name)
+
+
+def aside_of(folder: Path, name: str) -> Path:
+    """An empty folder beside a run's, this process's own; those of dead processes are removed."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        if not psutil.pid_exists(int(left.name.rsplit(".", 2)[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder / f".{name}.{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    return aside
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """A run is whole; where another process was first, its run is the same and stays."""
+    try:
+        aside.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(aside)

@@ -7,10 +7,12 @@ import pytest
 
 from offramp.cli import main
 from offramp.errors import ConfigError
+from offramp.exits.schedules import check_objective
 from offramp.experiments.study import RecipeConfig, Workers, find_recipe
 from offramp.experiments.study.recipe import check_budget, first_candidate, recipe_study, rounds
 from offramp.experiments.study.study import StudyConfig, study_text
 from offramp.models.checkpoint import read_json
+from offramp.training import TrainConfig
 
 TEXT = "The exits of a model stand after its blocks. " * 120
 
@@ -39,13 +41,17 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
         for change in changes:
             candidate = replace(first_candidate(layers), **change)
             assert all(1 <= layer < layers for layer in candidate.exits)
-            weights = dict(
-                part.split("=")
-                for part in candidate.recipe(layers).training["loss_weights"].split(",")
-            )
-            assert sum(map(float, weights.values())) == pytest.approx(1)
+            recipe = candidate.recipe(layers)
+            config = TrainConfig(**recipe.training, steps=30)
+            exits = (*candidate.exits, layers)
+            check_objective(config, total_steps=30, num_layers=layers, exit_layers=exits)
+            if candidate.has_weights:
+                weights = dict(part.split("=") for part in config.loss_weights.split(","))
+                assert tuple(map(int, weights)) == exits
+                assert sum(map(float, weights.values())) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static_models(
     corpus, tmp_path
 ):

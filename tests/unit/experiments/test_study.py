@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from offramp.cli import main
-from offramp.errors import CheckpointError, ConfigError
+from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study, study_named
 from offramp.experiments.study.study import plan_runs, study_text
 from offramp.experiments.study.summary import check_equal_tokens
@@ -152,6 +152,7 @@ def test_what_is_no_study_is_refused():
 @pytest.mark.parametrize(
     ("address", "message"),
     [
+        ("a..b:6379", "nothing answers at a..b:6379"),
         ("127.0.0.1:9", "nothing answers at 127.0.0.1:9"),
         ("ray://127.0.0.1:9", "nothing answers at ray://127.0.0.1:9"),
         ("somewhere", "expected auto, HOST:PORT or ray://HOST:PORT, got 'somewhere'"),
@@ -177,3 +178,30 @@ def test_a_study_of_another_version_is_refused(tiny, tmp_path):
     workers = Workers(folder=out / "runs")
     with pytest.raises(CheckpointError, match="one of another offramp version, of format 1"):
         run_study(tiny, StudyConfig(corpus=str(path)), out, watcher=Watcher(), workers=workers)
+
+
+def test_the_test_text_is_never_trained_on(tmp_path):
+    text, test = tmp_path / "text.txt", tmp_path / "test.txt"
+    test.write_text("What a study is judged on is not what it learns from. " * 9)
+    text.write_text(TEXT + test.read_text())
+    with pytest.raises(CorpusError, match="test: expected text that is not trained on"):
+        study_text(StudyConfig(corpus=str(text), test=str(test)))
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "test.txt").write_text(test.read_text())
+    found = study_text(StudyConfig(corpus=str(folder), test=str(test)))
+    assert "judged" not in found.train + found.held_out
+
+
+def test_what_runs_would_refuse_is_refused_before_anything_is_written(tiny, tmp_path):
+    path, out = tmp_path / "text.txt", tmp_path / "study"
+    path.write_text(TEXT)
+    late = replace(tiny, recipes=(Recipe(label="late", training={"backbone_steps": 10}),))
+    config, workers = StudyConfig(corpus=str(path)), Workers(folder=out / "runs")
+    with pytest.raises(ConfigError, match="backbone_steps"):
+        run_study(late, config, out, watcher=Watcher(), workers=workers)
+    path.write_text("too few")
+    with pytest.raises(CorpusError, match="expected at least 65 tokens to train on"):
+        run_study(tiny, config, out, watcher=Watcher(), workers=workers)
+    assert not out.exists()

@@ -17,16 +17,22 @@ def answers(study: Study, content: Mapping[str, Any]) -> list[str]:
         rows = [
             row
             for row in content["summary"]
-            if (row["confidence"], row["missing_kv"]) == (confidence, "recompute")
+            if _is(row, confidence) and row["missing_kv"] == "recompute"
         ]
         if confidence == study.measures[0]:
             said.append(_last_layer(rows))
             if study.baseline:
                 said += _against_baseline(rows, study.baseline)
         said.append(_equal_cost(rows, confidence, content["compared_at"]))
+        if len(study.recipes) == 1:
+            said += [_point_by_point(row) for row in content["summary"] if _is(row, confidence)]
         if study.seed_findings and confidence == CONFIDENCE:
             said += seed_findings(rows, content["compared_at"])
     return said
+
+
+def _is(row: Row, confidence: str) -> bool:
+    return bool(row["confidence"] == confidence)
 
 
 def _last_layer(rows: Sequence[Row]) -> str:
@@ -40,9 +46,12 @@ def _last_layer(rows: Sequence[Row]) -> str:
 
 
 def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str:
+    point = f"{compared_at:g}"
+    if all(row["ppl_at"][point]["mean"] is None for row in rows):
+        return f"At {point}% of FLOPs no recipe has a policy by {confidence}."
     known = [row for row in rows if row["to_static"]["mean"] is not None]
     if not known:
-        return f"At {compared_at:g}% of FLOPs no recipe has a policy by {confidence}."
+        return f"At {point}% of FLOPs there is no static model to compare with."
     best = min(known, key=lambda row: float(row["ppl_at"][f"{compared_at:g}"]["mean"]))
     static, standard = best["to_static"], best["ratio_to_standard_at"][f"{compared_at:g}"]
     return (
@@ -51,6 +60,24 @@ def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str
         f"(p = {_p(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
         "model at full cost."
         + (" (The best of several, so a little flattered.)" if len(known) > 1 else "")
+    )
+
+
+def _point_by_point(row: Row) -> str:
+    """At each share of FLOPs, against static models and against the standard one at 100%."""
+    said = []
+    for point, static in row["ratio_to_static_at"].items():
+        standard = row["ratio_to_standard_at"][point]
+        if static["mean"] is None or standard["mean"] is None:
+            continue
+        said.append(
+            f"at {point}% of FLOPs {_percent(static['mean'])} than static models of equal cost "
+            f"(p = {_p(static['p_value'])}) and {_percent(standard['mean'])} than the standard "
+            f"model at 100% (p = {_p(standard['p_value'])})"
+        )
+    return (
+        f'{row["label"]} by {row["confidence"]}, missing_kv = "{row["missing_kv"]}": '
+        f"PPL {'; '.join(said)}. These p are not corrected for their number."
     )
 
 

@@ -2,11 +2,12 @@
 
 The search changes one thing at a time, with a third of the training tokens and one seed, and
 chooses by the PPL on held-out training text at the budget. The recipe found is trained with all
-tokens and several seeds, beside static models; only then the test text counts.
+tokens and several seeds, beside static models. (Runs of the search are those of any study, so
+each knows its PPL on the test text, too; nothing reads that.)
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from offramp.experiments.study.study import (
     StudyConfig,
     Watcher,
     Workers,
+    check_runs,
     finish_study,
     go_on_or_claim,
     plan_runs,
@@ -38,6 +40,8 @@ RECIPE = "recipe"
 """Label of the row that says what the recipe is worth."""
 SEARCH_SHARE = 3
 """A run of the search has the tokens of a full one divided by this."""
+TEXTS = ("corpus", "test")
+"""Fields that the texts' hashes stand for."""
 
 TRAINING: tuple[dict[str, Any], ...] = (
     {},
@@ -97,17 +101,26 @@ class Candidate:
     alpha: float = 0.5
     head: ExitHeadKind = "norm"
     training: Mapping[str, Any] = field(default_factory=dict)
-    "Further fields of TrainConfig."
+    "Further fields of TrainConfig; with loss weights of their own, alpha does not apply."
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether every exit has a weight of this candidate's own."""
+        return "loss_weights" not in self.training
 
     def recipe(self, layers: int) -> Recipe:
         """As the engine knows it."""
         share = self.alpha / len(self.exits)
         weights = {**dict.fromkeys(self.exits, share), layers: 1 - self.alpha}
         written = ",".join(f"{layer}={weight:g}" for layer, weight in weights.items())
-        extra = "".join(f", {name} {value}" for name, value in self.training.items())
+        training = {"loss_weights": written, **self.training}
+        exits = ",".join(map(str, self.exits))
         return Recipe(
-            label=f"weights {written}, head {self.head}{extra}",
-            training={"loss_weights": written, **self.training},
+            label=", ".join(
+                [f"exit {exits}", f"head {self.head}"]
+                + [f"{name} {value}" for name, value in training.items()]
+            ),
+            training=training,
             model={"exit_layers": self.exits, "exit_head": self.head},
         )
 
@@ -118,7 +131,10 @@ def first_candidate(layers: int) -> Candidate:
 
 
 def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What is changed of the best so far, one question after the other."""
+    """What is changed of the best so far, one question after the other.
+
+    Schedules of alpha know one exit, so ``_search`` asks for them only where there is one.
+    """
     third, half = max(1, round(layers / 3)), max(1, round(layers / 2))
     placed = [(third,), (half,), (max(1, third // 2), third), (third, min(layers - 1, 2 * third))]
     distinct = dict.fromkeys(tuple(sorted({*exits})) for exits in placed)
@@ -140,15 +156,19 @@ def find_recipe(
     text = study_text(asked)
     study = recipe_study(config)
     check_budget(study, config.compute_budget, text)
-    workers.check()
-    go_on_or_claim(out, {"study": RECIPE, **asdict(config), "corpus": "", "text": text.about})
+    full = plan_runs(study, asked, text)
+    check_runs(full)
+    workers.check(full)
+    asked_for = {name: value for name, value in asdict(config).items() if name not in TEXTS}
+    go_on_or_claim(out, {"study": RECIPE, **asked_for, "text": text.about})
+    short = plan_runs(_short(study, (first_candidate(config.layers),)), asked, text)[0]
     searched = sum(len(changes) for _, changes in rounds(config.layers))
-    watcher.on_plan("search", searched, searched * max(1, config.tokens // SEARCH_SHARE))
+    watcher.on_plan("search", searched, searched * short.tokens)
     best, search = _search(study, config, text, watcher, workers)
     recipe = replace(best.recipe(config.layers), label=RECIPE)
     final = replace(study, recipes=(recipe,))
     runs = plan_runs(final, asked, text)
-    about = {"search": search, "recipe": asdict(best)}
+    about = {"search": search, "recipe": {"training": recipe.training, "model": recipe.model}}
     content = finish_study(final, runs, out, watcher=watcher, workers=workers, about=about)
     return next(run for run in runs if run.label == RECIPE), content
 
@@ -174,7 +194,7 @@ def recipe_study(config: RecipeConfig) -> Study:
         tokens=config.tokens,
         test_tokens=131_072,
         recipes=(),
-        static_layers=tuple(range(max(1, config.layers // 3), config.layers + 1)),
+        static_layers=tuple(range(1, config.layers + 1)),
         measures=("gain", "max_prob"),
         compared_at=config.compute_budget,
         seeds=config.seeds,
@@ -195,8 +215,8 @@ def check_budget(study: Study, budget: float, text: StudyText) -> None:
     least = cost.flops_pct_by_exit("max_prob", asked=[False])[0]
     if budget < least:
         raise ConfigError(
-            f"compute_budget: expected at least {least:.1f}, what leaving at layer {earliest} of "
-            f"{study.model.num_hidden_layers} costs, got {budget:g}"
+            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, what leaving at "
+            f"layer {earliest} of {study.model.num_hidden_layers} costs, got {budget:g}"
         )
 
 
@@ -206,18 +226,13 @@ def _search(
     best, search = first_candidate(config.layers), []
     for question, changes in rounds(config.layers):
         candidates = [replace(best, **change) for change in changes]
-        recipes = tuple(candidate.recipe(config.layers) for candidate in candidates)
-        short = replace(
-            study,
-            recipes=recipes,
-            static_layers=(),
-            seeds=1,
-            tokens=max(1, config.tokens // SEARCH_SHARE),
-        )
+        candidates = [each for each in candidates if len(each.exits) == 1 or each.has_weights]
+        short = _short(study, candidates)
+        recipes = short.recipes
         runs = plan_runs(short, StudyConfig(corpus=config.corpus, test=config.test), text)
         workers.do(runs, watcher)
         losses = [held_out_loss(run, workers.folder, config.compute_budget) for run in runs]
-        chosen = int(np.argmin(losses))
+        chosen = int(np.argmin(losses)) if np.isfinite(losses).any() else None
         search += [
             {
                 "question": question,
@@ -227,8 +242,19 @@ def _search(
             }
             for place, (recipe, loss) in enumerate(zip(recipes, losses, strict=True))
         ]
-        best = candidates[chosen]
+        best = best if chosen is None else candidates[chosen]
     return best, search
+
+
+def _short(study: Study, candidates: Sequence[Candidate]) -> Study:
+    """A round of the search: one seed, and no static models."""
+    return replace(
+        study,
+        recipes=tuple(each.recipe(study.model.num_hidden_layers) for each in candidates),
+        static_layers=(),
+        seeds=1,
+        tokens=max(1, study.tokens // SEARCH_SHARE),
+    )
 
 
 def held_out_loss(run: StudyRun, folder: Path, budget: float) -> float:

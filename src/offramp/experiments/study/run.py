@@ -9,11 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from offramp.data import encode, make_tokenizer
 from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CorpusError
 from offramp.experiments.study.evaluate import evaluate
+from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
@@ -72,6 +76,39 @@ class StudyRun:
         written = json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(written.encode()).hexdigest()[:16]
 
+    @property
+    def shared(self) -> StudyText:
+        """What the runs of a study have in common."""
+        return self.text
+
+    def without_shared(self) -> "StudyRun":
+        """A run to send, without the text."""
+        return replace(self, text=replace(self.text, train="", held_out="", test=""))
+
+    def with_shared(self, shared: StudyText) -> "StudyRun":
+        """The run that ``without_shared`` was made of."""
+        return replace(self, text=shared)
+
+    def tokenised(self) -> tuple[Tokenizer, Tensor, Tensor, Tensor]:
+        """The tokenizer, and the tokens to train, to choose and to report on.
+
+        CorpusError where they are too few.
+        """
+        tokenizer = make_tokenizer(self.tokenizer, Text(lambda: [self.text.train]))
+        train_ids, held_out, test = (
+            encode(tokenizer, text)
+            for text in (self.text.train, self.text.held_out, self.text.test)
+        )
+        test = test[: self.test_tokens + 1]
+        batch = self.training.batch_size * self.training.seq_len
+        if min(len(held_out), len(test)) < 2 or len(train_ids) < batch + 1:
+            raise CorpusError(
+                f"{self.text.about['corpus']}: expected at least {batch + 1} tokens to train on "
+                f"and 2 each to choose and to report on, got {len(train_ids)}, {len(held_out)} "
+                f"and {len(test)}"
+            )
+        return tokenizer, train_ids, held_out, test
+
     def work(
         self,
         folder: Path,
@@ -80,17 +117,7 @@ class StudyRun:
         should_stop: Callable[[], bool],
     ) -> None:
         """Train; keep ``run.json``, ``timing.json``, the model and its frontiers."""
-        tokenizer = make_tokenizer(self.tokenizer, Text(lambda: [self.text.train]))
-        train_ids, held_out, test = (
-            encode(tokenizer, text)
-            for text in (self.text.train, self.text.held_out, self.text.test)
-        )
-        test = test[: self.test_tokens + 1]
-        if min(len(held_out), len(test)) < 2:
-            raise CorpusError(
-                f"{self.text.about['corpus']}: expected at least 2 tokens to choose and to judge "
-                f"on, got {len(held_out)} and {len(test)}"
-            )
+        tokenizer, train_ids, held_out, test = self.tokenised()
         config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
         model = new_model(config, seed=self.training.seed)
         start = time.perf_counter()
@@ -129,5 +156,8 @@ class StudyRun:
         save_checkpoint(model, folder, about=as_trained, weights_about={})
         tokenizer.save(str(folder / TOKENIZER_FILE))
         seconds = {"train": trained - start, "evaluate": time.perf_counter() - trained}
-        write_json(folder / TIMING, {"seconds": seconds, "passes": evaluation.seconds})
+        write_json(
+            folder / TIMING,
+            {"seconds": seconds, "passes": evaluation.seconds, "environment": environment("cpu")},
+        )
         write_json(folder / "run.json", about)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from offramp.data import load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.exits.schedules import check_objective
 from offramp.experiments.cluster import check_cluster, run_on_ray
 from offramp.experiments.runs import RunProgress, run_all
 from offramp.experiments.study.answers import answers
@@ -71,13 +72,18 @@ class Workers:
     ray: str | None = None
     "Address of a Ray cluster that does the runs instead."
 
-    def check(self) -> None:
-        """ConfigError where the cluster does not answer."""
-        if self.ray is not None:
-            check_cluster(self.ray)
+    def check(self, runs: Sequence[StudyRun]) -> None:
+        """Refuse what could not do the runs that are missing, or not keep them."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: expected a folder for the runs, got a file")
+        if self.ray is not None and any(not (self.folder / run.name).exists() for run in runs):
+            check_cluster(self.ray, threads=self.threads)
 
     def do(self, runs: Sequence[StudyRun], watcher: Watcher) -> None:
-        """Do what is missing of them; figures do not depend on where."""
+        """Do what is missing of them.
+
+        Figures do not depend on where, as far as processors and numbers of threads round alike.
+        """
         if self.ray is not None:
             run_on_ray(
                 runs,
@@ -106,13 +112,14 @@ def run_study(
     """
     text = study_text(config)
     runs = plan_runs(study, config, text)
+    check_runs(runs)
     settings = {
         "study": study.name,
         "seeds": config.seeds or study.seeds,
         "tokens": config.tokens or study.tokens,
         "text": text.about,
     }
-    workers.check()
+    workers.check(runs)
     go_on_or_claim(out, settings)
     return finish_study(study, runs, out, watcher=watcher, workers=workers)
 
@@ -159,8 +166,14 @@ def study_text(config: StudyConfig) -> StudyText:
     corpus = load_corpus(config.corpus)
     if config.test is not None:
         other = load_corpus(config.test)
-        whole, test, where = corpus.whole, other.whole, f"all of {Path(other.name).name}"
+        whole = corpus.whole if corpus.test is None else corpus.train + corpus.validation
+        test, where = other.whole, f"all of {Path(other.name).name}"
         sha256 = other.sha256
+        if test and whole and (test in whole or whole in test):
+            raise CorpusError(
+                f"test: expected text that is not trained on, got {config.test}, which is part of "
+                f"{config.corpus} or holds it"
+            )
     elif corpus.test is not None:
         whole, test, where = corpus.train + corpus.validation, corpus.test, "the test split"
         sha256 = corpus.sha256
@@ -184,10 +197,23 @@ def study_text(config: StudyConfig) -> StudyText:
     )
 
 
+def check_runs(runs: Sequence[StudyRun]) -> None:
+    """Refuse before any work what a run would refuse."""
+    runs[0].tokenised()
+    for run in runs:
+        check_objective(
+            run.training,
+            total_steps=run.training.steps or 0,
+            num_layers=run.model.num_hidden_layers,
+            exit_layers=run.model.exit_layers,
+        )
+
+
 def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyRun]:
     """Every recipe and every static model with every seed, seed by seed."""
     tokens_a_step = study.training.batch_size * study.training.seq_len
     steps = math.ceil((config.tokens or study.tokens) / tokens_a_step)
+    warmup = min(study.training.warmup_steps, steps // 4)
     recipes = (*static_recipes(study), *study.recipes)
     return [
         StudyRun(
@@ -197,7 +223,10 @@ def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyR
             test_tokens=study.test_tokens,
             measures=study.measures,
             model=replace(study.model, **recipe.model),
-            training=replace(study.training, **{**recipe.training, "steps": steps, "seed": seed}),
+            training=replace(
+                study.training,
+                **{"warmup_steps": warmup, **recipe.training, "steps": steps, "seed": seed},
+            ),
         )
         for seed in range(config.seeds or study.seeds)
         for recipe in recipes
