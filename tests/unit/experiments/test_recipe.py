@@ -1,7 +1,6 @@
 """The search for a recipe, and what it refuses."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -39,7 +38,7 @@ def corpus(tmp_path):
 def test_every_candidate_is_a_recipe_of_its_depth(layers):
     for _, changes in rounds(layers):
         for change in changes:
-            candidate = replace(first_candidate(layers), **change)
+            candidate = first_candidate(layers).changed(**change)
             assert all(1 <= layer < layers for layer in candidate.exits)
             recipe = candidate.recipe(layers)
             config = TrainConfig(**recipe.training, steps=30)
@@ -62,7 +61,7 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     run, content = find_recipe(
         config, out, watcher=Watcher(), workers=Workers(folder=tmp_path / "runs", jobs=2)
     )
-    for question in ("alpha", "exits", "head", "training"):
+    for question in ("alpha", "exits", "head", "schedule", "distillation"):
         asked = [entry for entry in content["search"] if entry["question"] == question]
         best = min(entry["held_out_ppl"] or math.inf for entry in asked)
         assert [entry["held_out_ppl"] for entry in asked if entry["chosen"]] == [best]

@@ -26,13 +26,13 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits, GateConfig
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.experiments.study.frontier import Frontier, join, routed, traced
+from offramp.experiments.study.plan import GateFit
 from offramp.models.base import EarlyExitModel
 
 SHARES = np.linspace(0.0, 1.0, 41)[1:-1]
 """Shares of held-out tokens that a policy of the frontier lets leave at the first exit."""
 PROPAGATED_AT = (0.15, 0.35, 0.55, 0.75, 0.9)
 """The same under ``propagate``, where each policy takes a pass of its own."""
-GATE_TOKENS = 131_072
 BATCH = 32
 
 Texts = Mapping[str, Int[Tensor, " N"]]
@@ -66,6 +66,7 @@ def evaluate(
     texts: Texts,
     *,
     measures: Sequence[str],
+    gates: GateFit,
     seq_len: int,
     seed: int,
 ) -> Evaluation:
@@ -83,8 +84,8 @@ def evaluate(
             model,
             windows(train_ids, order),
             kinds=kinds,
-            max_tokens=GATE_TOKENS,
-            config=GateConfig(seed=seed),
+            max_tokens=gates.tokens,
+            config=GateConfig(seed=seed, steps=gates.steps),
         )
     cost = model_cost(model, context=(seq_len + 1) / 2, fitted=fitted)
     traces = {

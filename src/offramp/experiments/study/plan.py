@@ -23,6 +23,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateFit:
+    """How much a run's gates see; what is compared has the same."""
+
+    tokens: int = 131_072
+    "Of the training text, drawn at random."
+    steps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """Recipes that are compared, and what they have in common."""
 
@@ -44,6 +53,7 @@ class Study:
     "Label of the recipe that the others are compared with, beside the static models."
     measures: tuple[str, ...] = ("max_prob",)
     "Confidence by which tokens leave, a frontier for each; the first is the one to look at."
+    gates: GateFit = GateFit()
     seed_findings: bool = False
     "Whether its recipes are those of the seed document's findings."
     compared_at: float = 65.0

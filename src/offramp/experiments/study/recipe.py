@@ -20,7 +20,7 @@ from offramp.errors import ConfigError
 from offramp.evaluation.cost import model_cost
 from offramp.experiments.study.comparison import Done
 from offramp.experiments.study.frontier import at
-from offramp.experiments.study.plan import Recipe, Study
+from offramp.experiments.study.plan import GateFit, Recipe, Study
 from offramp.experiments.study.run import StudyRun, StudyText
 from offramp.experiments.study.studies import CHARACTERS, SMALL
 from offramp.experiments.study.study import (
@@ -43,16 +43,16 @@ SEARCH_SHARE = 3
 TEXTS = ("corpus", "test")
 """Fields that the texts' hashes stand for."""
 
-TRAINING: tuple[dict[str, Any], ...] = (
+SCHEDULES: tuple[dict[str, Any], ...] = (
     {},
-    {"distill": 0.3},
-    {"gradient_equilibrium": True},
     *(
         {"loss_weights": "asymmetric:0.9", "alpha_end": end, "alpha_schedule": "cosine"}
         for end in (0.3, 0.1)
     ),
 )
-"""Ways to train that the search tries last, as fields of TrainConfig."""
+"""Alpha over the run, as fields of TrainConfig."""
+GATES = GateFit(tokens=1_048_576, steps=4000)
+"""Of the recipe's own runs; the search makes do with the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,10 @@ class Candidate:
         """Whether every exit has a weight of this candidate's own."""
         return "loss_weights" not in self.training
 
+    def changed(self, *, training: Mapping[str, Any] | None = None, **others: Any) -> "Candidate":
+        """With other values; ways to train are added to those that there are."""
+        return replace(self, training={**self.training, **(training or {})}, **others)
+
     def recipe(self, layers: int) -> Recipe:
         """As the engine knows it."""
         share = self.alpha / len(self.exits)
@@ -141,7 +145,8 @@ def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield "alpha", [{"alpha": alpha} for alpha in (0.3, 0.5, 0.7)]
     yield "exits", [{"exits": exits} for exits in distinct]
     yield "head", [{"head": head} for head in ("norm", "full", "adapter")]
-    yield "training", [{"training": extra} for extra in TRAINING]
+    yield "schedule", [{"training": extra} for extra in SCHEDULES]
+    yield "distillation", [{"training": extra} for extra in ({}, {"distill": 0.3})]
 
 
 def find_recipe(
@@ -197,6 +202,7 @@ def recipe_study(config: RecipeConfig) -> Study:
         static_layers=tuple(range(1, config.layers + 1)),
         measures=("gain", "max_prob"),
         compared_at=config.compute_budget,
+        gates=GATES,
         seeds=config.seeds,
     )
 
@@ -225,7 +231,7 @@ def _search(
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     best, search = first_candidate(config.layers), []
     for question, changes in rounds(config.layers):
-        candidates = [replace(best, **change) for change in changes]
+        candidates = [best.changed(**change) for change in changes]
         candidates = [each for each in candidates if len(each.exits) == 1 or each.has_weights]
         short = _short(study, candidates)
         recipes = short.recipes
@@ -254,6 +260,7 @@ def _short(study: Study, candidates: Sequence[Candidate]) -> Study:
         static_layers=(),
         seeds=1,
         tokens=max(1, study.tokens // SEARCH_SHARE),
+        gates=GateFit(),
     )
 
 

@@ -17,12 +17,13 @@ from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CorpusError
 from offramp.experiments.study.evaluate import evaluate
+from offramp.experiments.study.plan import GateFit
 from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
 
-FORMAT = 3
+FORMAT = 4
 FRONTIERS = "frontiers.npz"
 TIMING = "timing.json"
 HELD_OUT = 0.05
@@ -49,18 +50,21 @@ class StudyRun:
     tokenizer: str
     test_tokens: int
     measures: tuple[str, ...]
+    gates: GateFit
     model: DecoderConfig
     training: TrainConfig
 
     @property
     def config(self) -> dict[str, Any]:
         """All that the figures depend on."""
+        early = len(self.model.exit_layers) > 1
         return {
             "format": FORMAT,
             "text": self.text.about,
             "tokenizer": self.tokenizer,
             "test_tokens": self.test_tokens,
-            "measures": self.measures if len(self.model.exit_layers) > 1 else (),
+            "measures": self.measures if early else (),
+            "gates": asdict(self.gates) if early else None,
             "model": asdict(self.model),
             "training": asdict(self.training),
         }
@@ -138,6 +142,7 @@ class StudyRun:
             train_ids,
             {"held_out": held_out, "test": test},
             measures=self.measures,
+            gates=self.gates,
             seq_len=self.training.seq_len,
             seed=self.training.seed,
         )

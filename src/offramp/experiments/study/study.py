@@ -222,6 +222,7 @@ def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyR
             tokenizer=study.tokenizer,
             test_tokens=study.test_tokens,
             measures=study.measures,
+            gates=study.gates,
             model=replace(study.model, **recipe.model),
             training=replace(
                 study.training,
