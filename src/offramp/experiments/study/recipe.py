@@ -51,7 +51,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     ),
 )
 """Alpha over the run, as fields of TrainConfig."""
-GATES = GateFit(tokens=1_048_576, steps=4000)
+GATES = GateFit(tokens=1_048_576, steps=10_000)
 """Of the recipe's own runs; the search makes do with the default."""
 
 
