@@ -22,6 +22,7 @@ from offramp.exits.weights import (
     RECOMMENDED,
     asymmetric,
     asymmetric_deep_supervision,
+    asymmetric_exits,
     deep_supervision,
     standard,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "__version__",
     "asymmetric",
     "asymmetric_deep_supervision",
+    "asymmetric_exits",
     "collect_trace",
     "deep_supervision",
     "from_pretrained",

@@ -35,11 +35,12 @@ class ObjectiveConfig:
     """What to minimise. Schedules of the loss weights count steps after --backbone-steps."""
 
     loss_weights: str = "asymmetric:0.7"
-    """standard, asymmetric:ALPHA, deep_supervision, asymmetric_deep_supervision:ALPHA, free,
-    ee_llm:WEIGHT:... (one for each early exit), linear, layerskip:E_SCALE, recommended, or
-    LAYER=WEIGHT,..."""
+    """standard, asymmetric:ALPHA, asymmetric_exits:ALPHA, deep_supervision,
+    asymmetric_deep_supervision:ALPHA, free, ee_llm:WEIGHT:... (one for each early exit), linear,
+    layerskip:E_SCALE, recommended, or LAYER=WEIGHT,..."""
     alpha_end: float | None = None
-    "Where alpha goes from that of asymmetric:ALPHA or asymmetric_deep_supervision:ALPHA."
+    """Where alpha goes from that of asymmetric:ALPHA, asymmetric_exits:ALPHA or
+    asymmetric_deep_supervision:ALPHA."""
     alpha_schedule: AlphaSchedule = "constant"
     "How alpha goes there: linear, cosine, or step (in equal parts after each of --alpha-steps)."
     alpha_steps: tuple[int, ...] = ()
@@ -76,7 +77,7 @@ class ObjectiveConfig:
         name = self.loss_weights.partition(":")[0]
         if self.alpha_end is not None and name not in ALPHA_WEIGHTINGS:
             raise ConfigError(
-                "alpha_end: expected loss_weights asymmetric:ALPHA or "
+                "alpha_end: expected loss_weights asymmetric:ALPHA, asymmetric_exits:ALPHA or "
                 f"asymmetric_deep_supervision:ALPHA, got loss_weights {self.loss_weights!r}"
             )
         if name == "standard":

@@ -118,7 +118,7 @@ def _unmasked(
         )
     name, start = written_alpha(config.loss_weights)
     alpha = (1.0 - moved) * start + moved * config.alpha_end
-    return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layer=exit_layers[0])
+    return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layers=exit_layers)
 
 
 def _normalized(config: ObjectiveConfig, weights: LossWeights) -> LossWeights:

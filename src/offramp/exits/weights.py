@@ -27,6 +27,16 @@ def asymmetric(alpha: float, *, num_layers: int, exit_layer: int = 1) -> LossWei
     return check_loss_weights(_ends(alpha, exit_layer, num_layers), num_layers)
 
 
+def asymmetric_exits(alpha: float, *, exit_layers: Sequence[int], num_layers: int) -> LossWeights:
+    """alpha x the mean of the early exits' CE + (1 - alpha) CE_L: ``asymmetric`` for several."""
+    _check_alpha(alpha)
+    early = [layer for layer in exit_layers if layer != num_layers]
+    if not early:
+        raise ConfigError("asymmetric_exits: expected an exit before the last layer, got none")
+    weights = dict.fromkeys(early, alpha / len(early))
+    return check_loss_weights({**weights, num_layers: 1.0 - alpha}, num_layers)
+
+
 def deep_supervision(num_layers: int) -> LossWeights:
     """The mean of all layers' CE (Lee et al. 2015)."""
     return dict.fromkeys(range(1, num_layers + 1), 1.0 / num_layers)
@@ -112,14 +122,27 @@ class Recommendation:
 RECOMMENDED = Recommendation(alpha=0.7, exit_layer=1, threshold=0.95)
 """The seed document's recommended configuration."""
 
+
+def _asymmetric(alpha: float, *, exit_layers: Sequence[int], num_layers: int) -> LossWeights:
+    return asymmetric(alpha, num_layers=num_layers, exit_layer=exit_layers[0])
+
+
+def _asymmetric_deep_supervision(
+    alpha: float, *, exit_layers: Sequence[int], num_layers: int
+) -> LossWeights:
+    return asymmetric_deep_supervision(alpha, num_layers=num_layers, exit_layer=exit_layers[0])
+
+
 ALPHA_WEIGHTINGS = {
-    "asymmetric": asymmetric,
-    "asymmetric_deep_supervision": asymmetric_deep_supervision,
+    "asymmetric": _asymmetric,
+    "asymmetric_exits": asymmetric_exits,
+    "asymmetric_deep_supervision": _asymmetric_deep_supervision,
 }
 """The weightings whose alpha may change over the run."""
 
 SPEC_HELP = (
-    "standard, asymmetric:ALPHA, deep_supervision, asymmetric_deep_supervision:ALPHA, free, "
+    "standard, asymmetric:ALPHA, asymmetric_exits:ALPHA, deep_supervision, "
+    "asymmetric_deep_supervision:ALPHA, free, "
     "ee_llm:WEIGHT:WEIGHT:... (one for each early exit), linear, layerskip:E_SCALE, "
     "recommended, or LAYER=WEIGHT,LAYER=WEIGHT,..."
 )
@@ -129,8 +152,8 @@ def parse_loss_weights(spec: str, *, num_layers: int, exit_layers: tuple[int, ..
     """Loss weights from their written form (SPEC_HELP).
 
     The shallow exit of ``asymmetric``, ``asymmetric_deep_supervision`` and ``free`` is the first
-    of ``exit_layers``; that of ``recommended`` is the document's, layer 1. ``ee_llm`` and
-    ``linear`` weight all ``exit_layers``.
+    of ``exit_layers``; that of ``recommended`` is the document's, layer 1. ``ee_llm``,
+    ``linear`` and ``asymmetric_exits`` weight all ``exit_layers``.
     """
     name, _, argument = spec.partition(":")
     first = exit_layers[0]
@@ -139,7 +162,7 @@ def parse_loss_weights(spec: str, *, num_layers: int, exit_layers: tuple[int, ..
         return check_loss_weights(pairs, num_layers)
     if name in ALPHA_WEIGHTINGS:
         _, alpha = written_alpha(spec)
-        return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layer=first)
+        return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layers=exit_layers)
     if name == "ee_llm":
         expected = "ee_llm: expected ee_llm:WEIGHT:WEIGHT:..."
         early_weights = [number(part, expected) for part in argument.split(":")]

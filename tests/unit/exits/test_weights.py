@@ -9,6 +9,7 @@ from offramp.exits.weights import (
     RECOMMENDED,
     asymmetric,
     asymmetric_deep_supervision,
+    asymmetric_exits,
     check_loss_weights,
     deep_supervision,
     ee_llm,
@@ -34,6 +35,11 @@ from offramp.exits.weights import (
         (lambda: asymmetric(0.7, num_layers=3, exit_layer=3), {3: 1.0}),
         (lambda: asymmetric(1.0, num_layers=1), {1: 1.0}),
         (lambda: deep_supervision(4), {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
+        (
+            lambda: asymmetric_exits(0.6, exit_layers=(1, 3, 4), num_layers=4),
+            {1: 0.3, 3: 0.3, 4: 0.4},
+        ),
+        (lambda: asymmetric_exits(0.6, exit_layers=(2, 3), num_layers=3), {2: 0.6, 3: 0.4}),
         (lambda: asymmetric_deep_supervision(0.7, num_layers=3), {1: 0.7, 2: 1.0, 3: 0.3}),
         (
             lambda: asymmetric_deep_supervision(0.2, num_layers=5, exit_layer=2),
@@ -87,6 +93,7 @@ def test_the_recommendation_is_the_seed_documents():
         ("asymmetric:0.3", {2: 0.3, 4: 0.7}),
         ("asymmetric:1", {2: 1.0}),
         ("deep_supervision", {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
+        ("asymmetric_exits:0.6", {2: 0.3, 3: 0.3, 4: 0.4}),
         ("asymmetric_deep_supervision:0.7", {2: 0.7, 3: 1.0, 4: 0.3}),
         ("recommended", {1: 0.7, 4: 0.3}),
         ("1=0.7,4=0.3", {1: 0.7, 4: 0.3}),
