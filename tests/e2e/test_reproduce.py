@@ -50,7 +50,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     script = (
         "from offramp.experiments.reproduce import study\n"
         "study.TRAIN_CHARACTERS, study.VALIDATION_CHARACTERS = 4200, 2100\n"
-        "study.PANGRAM_EPOCHS = 2\n"
+        "study.PANGRAM_EPOCHS = 4\n"
         "from offramp import cli\n"
         "if __name__ == '__main__':\n"
         "    arguments = ['reproduce', '--corpus', 'pangram', '--seeds', '4', '--out']\n"

@@ -15,6 +15,7 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.policy import ThresholdPolicy
 from offramp.experiments.study.evaluate import evaluate
 from offramp.experiments.study.frontier import at, load_frontiers, mean_between, resampled, scaled
+from offramp.experiments.study.plan import GateFit
 from offramp.models.transformer import DecoderConfig, Transformer
 
 
@@ -41,7 +42,8 @@ def ids():
 @pytest.fixture(scope="module")
 def evaluation(model, ids):
     texts = {"held_out": ids[:200], "test": ids}
-    return evaluate(model, ids, texts, measures=("max_prob", "gain"), seq_len=16, seed=0)
+    measures = ("max_prob", "gain")
+    return evaluate(model, ids, texts, measures=measures, gates=GateFit(), seq_len=16, seed=0)
 
 
 def test_it_says_what_a_sweep_says(model, ids, evaluation):
