@@ -7,7 +7,8 @@ import pytest
 from offramp.cli import main
 from offramp.errors import ConfigError
 from offramp.exits.schedules import check_objective
-from offramp.experiments.study import RecipeConfig, Workers, find_recipe
+from offramp.experiments.study import RecipeConfig, Workers, find_recipe, recipe
+from offramp.experiments.study.plan import GateFit
 from offramp.experiments.study.recipe import check_budget, first_candidate, recipe_study, rounds
 from offramp.experiments.study.study import StudyConfig, study_text
 from offramp.models.checkpoint import read_json
@@ -40,8 +41,7 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
         for change in changes:
             candidate = first_candidate(layers).changed(**change)
             assert all(1 <= layer < layers for layer in candidate.exits)
-            recipe = candidate.recipe(layers)
-            config = TrainConfig(**recipe.training, steps=30)
+            config = TrainConfig(**candidate.recipe(layers).training, steps=30)
             exits = (*candidate.exits, layers)
             check_objective(config, total_steps=30, num_layers=layers, exit_layers=exits)
             if candidate.has_weights:
@@ -52,8 +52,9 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
 
 @pytest.mark.slow
 def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static_models(
-    corpus, tmp_path
+    corpus, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(recipe, "GATES", GateFit(tokens=1000, steps=20))
     out, again = tmp_path / "out", tmp_path / "again"
     config = RecipeConfig(
         corpus=str(corpus), layers=3, compute_budget=70.0, tokens=3 * 4096, seeds=2, dim=32
