@@ -51,7 +51,7 @@ def recipe(
     with bars(console) as drawn:
         run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
-    output().print(terminal_table("search", search_table(content)))
+    output().print(terminal_table("recipe", search_table(content)))
     say_answers(content)
     say(
         f"A model of it, for the other commands: {workers.folder / run.name}; offramp train "

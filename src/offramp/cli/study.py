@@ -64,8 +64,9 @@ def workers_of(folder: Path, jobs: int | None, threads: int, ray: str | None) ->
 
 def say_answers(content: Mapping[str, Any]) -> None:
     """What the study found, on standard output."""
+    out = output()
     for answer in content["answers"]:
-        output().print(f"- {answer}", highlight=False, markup=False)
+        out.print(f"- {answer}", highlight=False, markup=False, soft_wrap=True)
 
 
 class StudyBars:

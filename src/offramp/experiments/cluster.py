@@ -11,34 +11,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from offramp.errors import ConfigError
-from offramp.experiments.runs import Run, aside_of, put_in_place
+from offramp.experiments.runs import Run, aside_of, missing_of, put_in_place
 
 RETRIES = 5
 """How often a run whose worker died is begun anew."""
 ANSWER_SECONDS = 5.0
 
 
-class SharingRun(Run, Protocol):
-    """A run that has something large in common with others, which travels once."""
-
-    @property
-    def shared(self) -> Any:
-        """The same object for all that share it."""
-
-    def without_shared(self) -> "SharingRun":
-        """The run without it."""
-
-    def with_shared(self, shared: Any) -> Run:
-        """The whole run again."""
-
-
 def run_on_ray(
-    runs: Sequence[SharingRun],
+    runs: Sequence[Run],
     folder: Path,
     *,
     address: str,
@@ -50,21 +36,14 @@ def run_on_ray(
     ``address`` is ``auto`` or HOST:PORT on a machine of the cluster, ray://HOST:PORT elsewhere.
     On KeyboardInterrupt the runs under way are dropped and those that are done stay.
     """
-    missing = [run for run in runs if not (folder / run.name).exists()]
-    for run in runs:
-        if run not in missing:
-            on_done(run.name)
+    missing = missing_of(runs, folder, on_done)
     if not missing:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     ray = _connected(address)
     try:
         work = ray.remote(_work).options(num_cpus=threads, max_retries=RETRIES)
-        shared = {id(run.shared): ray.put(run.shared) for run in missing}
-        pending = {
-            work.remote(run.without_shared(), shared[id(run.shared)], threads): run
-            for run in missing
-        }
+        every = ray.put(missing)  # at once, so that the text which they share travels once
+        pending = {work.remote(every, place, threads): run for place, run in enumerate(missing)}
         while pending:
             done, _ = ray.wait(list(pending), timeout=1.0)
             for reference in done:
@@ -119,13 +98,12 @@ def _connected(address: str) -> Any:
     return ray
 
 
-def _work(bare: "SharingRun", shared: Any, threads: int) -> dict[str, bytes]:
-    """On a worker: do a run, and return its files by name."""
+def _work(runs: Sequence[Run], place: int, threads: int) -> dict[str, bytes]:
+    """On a worker: do one of the runs, and return its files by name."""
     torch.set_num_threads(threads)
-    run = bare.with_shared(shared)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run.work(folder, on_step=lambda _: None, should_stop=lambda: False)
+        runs[place].work(folder, on_step=lambda _: None, should_stop=lambda: False)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

@@ -17,7 +17,7 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from queue import Empty
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import psutil
 import torch
@@ -43,6 +43,9 @@ class Run(Protocol):
 
         Where ``should_stop`` says yes, return soon: the folder is then dropped.
         """
+
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,9 @@ def run_all(
     Figures do not depend on ``jobs``. On KeyboardInterrupt the runs under way are dropped,
     those that are done stay, and the interrupt goes on to the caller.
     """
-    missing = [run for run in runs if not (folder / run.name).exists()]
-    for run in runs:
-        if run not in missing:
-            on_done(run.name)
+    missing = missing_of(runs, folder, on_done)
     if not missing:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     stop, reports = context.Event(), context.Queue()
     workers = ProcessPoolExecutor(
@@ -101,6 +100,18 @@ def run_all(
             stop.set()
             workers.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def missing_of(runs: Sequence[R], folder: Path, on_done: Callable[[str], None]) -> list[R]:
+    """The runs that have no folder in ``folder``, which is made; the others are done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for run in runs:
+        if (folder / run.name).exists():
+            on_done(run.name)
+        else:
+            missing.append(run)
+    return missing
 
 
 class _StoppedError(Exception):

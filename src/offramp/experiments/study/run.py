@@ -80,19 +80,6 @@ class StudyRun:
         written = json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(written.encode()).hexdigest()[:16]
 
-    @property
-    def shared(self) -> StudyText:
-        """What the runs of a study have in common."""
-        return self.text
-
-    def without_shared(self) -> "StudyRun":
-        """A run to send, without the text."""
-        return replace(self, text=replace(self.text, train="", held_out="", test=""))
-
-    def with_shared(self, shared: StudyText) -> "StudyRun":
-        """The run that ``without_shared`` was made of."""
-        return replace(self, text=shared)
-
     def tokenised(self) -> tuple[Tokenizer, Tensor, Tensor, Tensor]:
         """The tokenizer, and the tokens to train, to choose and to report on.
 
