@@ -86,10 +86,13 @@ def _row(
     threshold: Threshold,
     costs: Sequence[float] | None,
 ) -> SweepRow:
-    """A product with 0 and 1 is several times faster than choosing."""
+    """A product with 0 and 1 is several times faster than choosing.
+
+    By einsum: BLAS would wake threads for it, which takes longer than the sum where they are busy.
+    """
     counts = [int(np.count_nonzero(leaving)) for leaving in here]
     total = sum(
-        float(np.dot(leaving.astype(np.float64), losses))
+        float(np.einsum("n,n->", leaving.astype(np.float64), losses))
         for leaving, losses in zip(here, nll, strict=True)
     )
     tokens = trace.num_tokens
