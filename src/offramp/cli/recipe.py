@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from offramp.cli.base import FLAGS, app, console, output, say
 from offramp.cli.config_file import write_config_file
-from offramp.cli.study import StudyBars, say_answers, workers_of
+from offramp.cli.study import StudyBars, Where, say_answers
 from offramp.experiments.study import RecipeConfig, find_recipe
 from offramp.experiments.study.run import StudyRun
 from offramp.models.transformer import DecoderConfig
@@ -25,10 +25,7 @@ def recipe(
     config: Annotated[RecipeConfig, Parameter(name="*")],
     *,
     out: Path,
-    runs: Path | None = None,
-    jobs: int | None = None,
-    ray: str | None = None,
-    threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
+    where: Annotated[Where | None, Parameter(name="*")] = None,
 ) -> None:
     """Find the best recipe for a corpus at a budget of FLOPs, and say what it is worth.
 
@@ -40,14 +37,8 @@ def recipe(
     out
         Folder for recipe.toml (for offramp train --config), study.json, the report and the runs;
         the same command goes on with a search that was stopped.
-    runs
-        Folder of the runs (default: OUT/runs); studies that name the same do a run once.
-    jobs
-        Processes that train at a time (default: one a core).
-    ray
-        Train on the Ray cluster at this address instead: auto, HOST:PORT or ray://HOST:PORT.
     """
-    workers = workers_of(runs or out / "runs", jobs, threads, ray)
+    workers = (where or Where()).workers(out)
     with bars(console) as drawn:
         run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +15,43 @@ from offramp.experiments.study import StudyConfig, Workers, run_study, study_nam
 from offramp.report.progress import Bars, bars
 
 
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Who trains, and where the runs go."""
+
+    runs: Path | None = None
+    "Folder of the runs (default: OUT/runs); studies that name the same do a run once."
+    jobs: int | None = None
+    "Processes that train at a time (default: one a core)."
+    ray: str | None = None
+    "Train on the Ray cluster at this address instead: auto, HOST:PORT or ray://HOST:PORT."
+    threads: int = 1
+    "Threads of each process."
+
+    def workers(self, out: Path) -> Workers:
+        """As many processes as there are cores for, unless told; or a cluster."""
+        if self.jobs is not None and self.ray is not None:
+            raise ConfigError("ray: expected --jobs or --ray, got both")
+        for name, value in (("jobs", self.jobs), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return Workers(
+            folder=self.runs or out / "runs",
+            jobs=self.jobs or max(1, cores // self.threads),
+            threads=self.threads,
+            ray=self.ray,
+        )
+
+
 @app.command
 def study(
     name: str,
     config: Annotated[StudyConfig, Parameter(name="*")],
     *,
     out: Path,
-    runs: Path | None = None,
-    jobs: int | None = None,
-    ray: str | None = None,
-    threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
+    where: Annotated[Where | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a grid of recipes on the same tokens with several seeds, and compare them.
 
@@ -34,32 +62,14 @@ def study(
     out
         Folder for study.json, the tables, the plots and the runs; the same command goes on with
         a study that was stopped.
-    runs
-        Folder of the runs (default: OUT/runs); studies that name the same do a run once.
-    jobs
-        Processes that train at a time (default: one a core).
-    ray
-        Train on the Ray cluster at this address instead: auto, HOST:PORT or ray://HOST:PORT.
     """
-    workers = workers_of(runs or out / "runs", jobs, threads, ray)
+    workers = (where or Where()).workers(out)
     with bars(console) as drawn:
         content = run_study(
             study_named(name), config, out, watcher=StudyBars(drawn), workers=workers
         )
     say_answers(content)
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
-
-
-def workers_of(folder: Path, jobs: int | None, threads: int, ray: str | None) -> Workers:
-    """As many processes as there are cores for, unless told; or a cluster."""
-    if jobs is not None and ray is not None:
-        raise ConfigError("ray: expected --jobs or --ray, got both")
-    for name, value in (("jobs", jobs), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = jobs or max(1, (cores or 1) // threads)
-    return Workers(folder=folder, jobs=jobs, threads=threads, ray=ray)
 
 
 def say_answers(content: Mapping[str, Any]) -> None:

@@ -6,11 +6,10 @@ import pytest
 
 from offramp.cli import main
 from offramp.errors import ConfigError
-from offramp.exits.schedules import check_objective
+from offramp.exits.schedules import check_objective, weights_at
 from offramp.experiments.study import RecipeConfig, Workers, find_recipe, recipe
 from offramp.experiments.study.plan import GateFit
 from offramp.experiments.study.recipe import check_budget, first_candidate, recipe_study, rounds
-from offramp.experiments.study.study import StudyConfig, study_text
 from offramp.models.checkpoint import read_json
 from offramp.training import TrainConfig
 
@@ -44,10 +43,9 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
             config = TrainConfig(**candidate.recipe(layers).training, steps=30)
             exits = (*candidate.exits, layers)
             check_objective(config, total_steps=30, num_layers=layers, exit_layers=exits)
-            if candidate.has_weights:
-                weights = dict(part.split("=") for part in config.loss_weights.split(","))
-                assert tuple(map(int, weights)) == exits
-                assert sum(map(float, weights.values())) == pytest.approx(1)
+            weights = weights_at(config, 1, 30, num_layers=layers, exit_layers=exits)
+            assert tuple(weights) == exits
+            assert sum(weights.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -70,6 +68,8 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert content["summary"][0]["confidence"] == "gain"
     assert set(content["summary"][0]["ppl_at"]) == {"50", "60", "65", "70", "80", "100"}
     assert {entry["layers"] for entry in content["static"]} == {1, 2, 3}
+    said = [answer for answer in content["answers"] if "than static models of equal cost" in answer]
+    assert len(said) == len(content["summary"])
     assert "The search" in (out / "report.html").read_text()
     code = main(
         f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
@@ -87,8 +87,7 @@ def test_what_is_no_budget_is_refused(corpus):
     with pytest.raises(ConfigError, match=r"compute_budget: expected .* in \(0, 100\], got 101"):
         RecipeConfig(corpus=str(corpus), compute_budget=101)
     config = RecipeConfig(corpus=str(corpus), compute_budget=5)
-    text = study_text(StudyConfig(corpus=str(corpus)))
     with pytest.raises(ConfigError, match=r"at least 1\d\.\d, what leaving at layer 1 of 6 costs"):
-        check_budget(recipe_study(config), 5, text)
+        check_budget(recipe_study(config), 5, vocab_size=123)
     with pytest.raises(ConfigError, match="layers: expected at least 2"):
         RecipeConfig(corpus=str(corpus), layers=1)

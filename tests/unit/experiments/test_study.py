@@ -11,7 +11,8 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study, study_named
 from offramp.experiments.study.study import plan_runs, study_text
 from offramp.experiments.study.summary import check_equal_tokens
-from offramp.models.checkpoint import read_json
+from offramp.experiments.study.timing import timings
+from offramp.models.checkpoint import read_json, write_json
 
 TEXT = "The exits of a model stand after its blocks. " * 80
 
@@ -96,6 +97,25 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     assert [entry["layers"] for entry in times["static"]] == [1, 3]
     assert [entry["label"] for entry in times["routed"]] == ["half", "all"]
     assert all(entry["points"][0]["seconds_pct"] > 0 for entry in times["routed"])
+    runs = plan_runs(tiny, study_text(config))
+    for run in runs:  # as if every full pass took its layers in seconds, and every other one
+        passes = {"full": [run.model.num_hidden_layers], "max_prob": [1.5] * 5}
+        timed = {"seconds": {"train": 1.0, "evaluate": 2.0}, "passes": passes}
+        write_json(out / "runs" / run.name / "timing.json", timed)
+    times = timings(runs, out / "runs")
+    assert times["seconds"] == {"train": 8.0, "evaluate": 16.0}
+    assert [entry["seconds_pct"] for entry in times["static"]] == pytest.approx([100 / 3, 100])
+    for entry in times["routed"]:
+        assert [point["seconds_pct"] for point in entry["points"]] == [50.0] * len(entry["points"])
+        columns = [
+            run["frontiers"]["max_prob"]["propagate"]["ppl"]
+            for run in first["runs"]
+            if run["label"] == entry["label"]
+        ]
+        means = [sum(ppl) / len(ppl) for ppl in zip(*columns, strict=False)]
+        assert [point["ppl"] for point in entry["points"]] == pytest.approx(
+            means[1 : 1 + len(entry["points"])]
+        )
     written = (out / "study.json").read_bytes()
     shutil.rmtree(out / "runs" / first["runs"][0]["name"])
     one = Workers(folder=out / "runs", jobs=1)
@@ -118,22 +138,20 @@ def test_runs_are_named_by_what_their_figures_depend_on(tiny, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     config = StudyConfig(corpus=str(path))
-    runs = plan_runs(tiny, config, study_text(config))
+    runs = plan_runs(tiny, study_text(config))
     assert len({run.name for run in runs}) == len(runs)
-    assert [run.name for run in plan_runs(tiny, config, study_text(config))] == [
-        run.name for run in runs
-    ]
+    assert [run.name for run in plan_runs(tiny, study_text(config))] == [run.name for run in runs]
     relabelled = replace(runs[0], label="other")
     assert relabelled.name == runs[0].name
     path.write_text(TEXT + "More.")
-    assert plan_runs(tiny, config, study_text(config))[0].name != runs[0].name
+    assert plan_runs(tiny, study_text(config))[0].name != runs[0].name
 
 
 def test_no_summary_compares_different_budgets(tiny, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     config = StudyConfig(corpus=str(path))
-    runs = plan_runs(tiny, config, study_text(config))
+    runs = plan_runs(tiny, study_text(config))
     check_equal_tokens(runs)
     longer = replace(runs[0], training=replace(runs[0].training, steps=99))
     with pytest.raises(ValueError, match="one budget"):

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from offramp.data import make_tokenizer
-from offramp.data.text import Text
 from offramp.errors import ConfigError
 from offramp.evaluation.cost import model_cost
 from offramp.experiments.study.comparison import Done
@@ -24,7 +22,7 @@ from offramp.experiments.study.plan import GateFit, Recipe, Study
 from offramp.experiments.study.run import StudyRun, StudyText
 from offramp.experiments.study.studies import CHARACTERS, SMALL
 from offramp.experiments.study.study import (
-    StudyConfig,
+    TextChoice,
     Watcher,
     Workers,
     check_runs,
@@ -46,7 +44,7 @@ TEXTS = ("corpus", "test")
 SCHEDULES: tuple[dict[str, Any], ...] = (
     {},
     *(
-        {"loss_weights": "asymmetric:0.9", "alpha_end": end, "alpha_schedule": "cosine"}
+        {"loss_weights": "asymmetric_exits:0.9", "alpha_end": end, "alpha_schedule": "cosine"}
         for end in (0.3, 0.1)
     ),
 )
@@ -56,14 +54,9 @@ GATES = GateFit(tokens=1_048_576, steps=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
+class RecipeConfig(TextChoice):
     """What ``offramp recipe`` is asked for."""
 
-    corpus: str
-    "The text to train on: pangram, python-docs, hf:DATASET, or a text file or a folder of them."
-    test: str | None = None
-    """The text to report on (default: the corpus's test split, or its last 10% where it has
-    none)."""
     layers: int = 6
     "Depth of the model."
     compute_budget: float = 65.0
@@ -103,11 +96,6 @@ class Candidate:
     training: Mapping[str, Any] = field(default_factory=dict)
     "Further fields of TrainConfig; with loss weights of their own, alpha does not apply."
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether every exit has a weight of this candidate's own."""
-        return "loss_weights" not in self.training
-
     def changed(self, *, training: Mapping[str, Any] | None = None, **others: Any) -> "Candidate":
         """With other values; ways to train are added to those that there are."""
         return replace(self, training={**self.training, **(training or {})}, **others)
@@ -135,10 +123,7 @@ def first_candidate(layers: int) -> Candidate:
 
 
 def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What is changed of the best so far, one question after the other.
-
-    Schedules of alpha know one exit, so ``_search`` asks for them only where there is one.
-    """
+    """What is changed of the best so far, one question after the other."""
     third, half = max(1, round(layers / 3)), max(1, round(layers / 2))
     placed = [(third,), (half,), (max(1, third // 2), third), (third, min(layers - 1, 2 * third))]
     distinct = dict.fromkeys(tuple(sorted({*exits})) for exits in placed)
@@ -157,22 +142,20 @@ def find_recipe(
     What was asked, and answered, on the way is the content's ``search``. The same call goes on
     where it was stopped or killed.
     """
-    asked = StudyConfig(corpus=config.corpus, test=config.test)
-    text = study_text(asked)
+    text = study_text(config)
     study = recipe_study(config)
-    check_budget(study, config.compute_budget, text)
-    full = plan_runs(study, asked, text)
-    check_runs(full)
+    full = plan_runs(study, text)
+    check_budget(study, config.compute_budget, vocab_size=check_runs(full))
     workers.check(full)
     asked_for = {name: value for name, value in asdict(config).items() if name not in TEXTS}
     go_on_or_claim(out, {"study": RECIPE, **asked_for, "text": text.about})
-    short = plan_runs(_short(study, (first_candidate(config.layers),)), asked, text)[0]
+    short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
     searched = sum(len(changes) for _, changes in rounds(config.layers))
     watcher.on_plan("search", searched, searched * short.tokens)
     best, search = _search(study, config, text, watcher, workers)
     recipe = replace(best.recipe(config.layers), label=RECIPE)
     final = replace(study, recipes=(recipe,))
-    runs = plan_runs(final, asked, text)
+    runs = plan_runs(final, text)
     about = {"search": search, "recipe": {"training": recipe.training, "model": recipe.model}}
     content = finish_study(final, runs, out, watcher=watcher, workers=workers, about=about)
     return next(run for run in runs if run.label == RECIPE), content
@@ -207,7 +190,7 @@ def recipe_study(config: RecipeConfig) -> Study:
     )
 
 
-def check_budget(study: Study, budget: float, text: StudyText) -> None:
+def check_budget(study: Study, budget: float, *, vocab_size: int) -> None:
     """ConfigError where the budget is under the cost of the earliest exit of the search."""
     earliest = min(
         exit
@@ -215,8 +198,7 @@ def check_budget(study: Study, budget: float, text: StudyText) -> None:
         for change in changes
         for exit in change.get("exits", ())
     )
-    tokenizer = make_tokenizer(study.tokenizer, Text(lambda: [text.train]))
-    config = replace(study.model, vocab_size=tokenizer.get_vocab_size(), exit_layers=(earliest,))
+    config = replace(study.model, vocab_size=vocab_size, exit_layers=(earliest,))
     cost = model_cost(new_model(config, seed=0), context=(study.training.seq_len + 1) / 2)
     least = cost.flops_pct_by_exit("max_prob", asked=[False])[0]
     if budget < least:
@@ -232,10 +214,9 @@ def _search(
     best, search = first_candidate(config.layers), []
     for question, changes in rounds(config.layers):
         candidates = [best.changed(**change) for change in changes]
-        candidates = [each for each in candidates if len(each.exits) == 1 or each.has_weights]
         short = _short(study, candidates)
         recipes = short.recipes
-        runs = plan_runs(short, StudyConfig(corpus=config.corpus, test=config.test), text)
+        runs = plan_runs(short, text)
         workers.do(runs, watcher)
         losses = [held_out_loss(run, workers.folder, config.compute_budget) for run in runs]
         chosen = int(np.argmin(losses)) if np.isfinite(losses).any() else None

@@ -26,14 +26,20 @@ SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """What ``offramp study`` is asked for, beside the study's name."""
+class TextChoice:
+    """What to train on, and what to report on."""
 
     corpus: str
     "The text to train on: pangram, python-docs, hf:DATASET, or a text file or a folder of them."
     test: str | None = None
     """The text to report on (default: the corpus's test split, or its last 10% where it has
     none)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(TextChoice):
+    """What ``offramp study`` is asked for, beside the study's name."""
+
     seeds: int | None = None
     "Seeds of each recipe (default: the study's own, 3)."
     tokens: int | None = None
@@ -111,12 +117,13 @@ def run_study(
     The same call goes on with a study that was stopped or killed.
     """
     text = study_text(config)
-    runs = plan_runs(study, config, text)
+    study = replace(study, seeds=config.seeds or study.seeds, tokens=config.tokens or study.tokens)
+    runs = plan_runs(study, text)
     check_runs(runs)
     settings = {
         "study": study.name,
-        "seeds": config.seeds or study.seeds,
-        "tokens": config.tokens or study.tokens,
+        "seeds": study.seeds,
+        "tokens": study.tokens,
         "text": text.about,
     }
     workers.check(runs)
@@ -161,7 +168,7 @@ def study_named(name: str) -> Study:
     return STUDIES[name]
 
 
-def study_text(config: StudyConfig) -> StudyText:
+def study_text(config: TextChoice) -> StudyText:
     """Part the corpus into what trains, what is held out of it, and what is reported on."""
     corpus = load_corpus(config.corpus)
     if config.test is not None:
@@ -197,9 +204,9 @@ def study_text(config: StudyConfig) -> StudyText:
     )
 
 
-def check_runs(runs: Sequence[StudyRun]) -> None:
-    """Refuse before any work what a run would refuse."""
-    runs[0].tokenised()
+def check_runs(runs: Sequence[StudyRun]) -> int:
+    """Refuse before any work what a run would refuse; returns their vocabulary's size."""
+    tokenizer, *_ = runs[0].tokenised()
     for run in runs:
         check_objective(
             run.training,
@@ -207,12 +214,13 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
             num_layers=run.model.num_hidden_layers,
             exit_layers=run.model.exit_layers,
         )
+    return tokenizer.get_vocab_size()
 
 
-def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyRun]:
+def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
     """Every recipe and every static model with every seed, seed by seed."""
     tokens_a_step = study.training.batch_size * study.training.seq_len
-    steps = math.ceil((config.tokens or study.tokens) / tokens_a_step)
+    steps = math.ceil(study.tokens / tokens_a_step)
     warmup = min(study.training.warmup_steps, steps // 4)
     recipes = (*static_recipes(study), *study.recipes)
     return [
@@ -229,7 +237,7 @@ def plan_runs(study: Study, config: StudyConfig, text: StudyText) -> list[StudyR
                 **{"warmup_steps": warmup, **recipe.training, "steps": steps, "seed": seed},
             ),
         )
-        for seed in range(config.seeds or study.seeds)
+        for seed in range(study.seeds)
         for recipe in recipes
     ]
 
