@@ -21,7 +21,7 @@ from offramp.cli.confidence import warn
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import Threshold
 from offramp.experiments.calibrate import sweep_certificate
-from offramp.experiments.workflows import sweep_folder
+from offramp.experiments.sweeping import sweep_folder
 from offramp.models.checkpoint import write_json
 from offramp.report.progress import bars
 from offramp.report.sweep import sweep_table

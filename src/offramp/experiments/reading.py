@@ -16,7 +16,8 @@ from offramp.errors import CheckpointError, CorpusError, UnsupportedArchitecture
 from offramp.evaluation.cost import ModelCost, model_cost
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.exits.gate import FittedExits
-from offramp.experiments.workflows import LARGEST_LOGITS, SWEEP_BATCH, UNFINISHED, window_length
+from offramp.experiments.sweeping import LARGEST_LOGITS, SWEEP_BATCH, window_length
+from offramp.experiments.workflows import UNFINISHED
 from offramp.models.base import EarlyExitModel
 from offramp.models.checkpoint import read_json
 from offramp.models.loading import load_model

@@ -15,7 +15,8 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
 from offramp.exits.weights import parse_loss_weights
-from offramp.experiments.workflows import LARGEST_LOGITS, environment
+from offramp.experiments.sweeping import LARGEST_LOGITS
+from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import claim_folder
 from offramp.models.exit_heads import ExitHeadKind
 from offramp.models.huggingface import HuggingFaceModel

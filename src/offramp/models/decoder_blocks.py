@@ -1,0 +1,234 @@
+"""The native decoder's config, and its blocks for whole sequences; see transformer.py."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from offramp.errors import ConfigError
+from offramp.models.base import Step
+from offramp.models.exit_heads import EXIT_HEAD_KINDS, ExitHeadKind
+
+NormOrder = Literal["pre", "post"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape of a native decoder; the field names are Hugging Face's.
+
+    ``exit_layers`` is where a policy may stop; the last layer always belongs to it and is added
+    where it is missing. ``intermediate_size`` None means 8/3 of the width, in steps of 16;
+    ``num_key_value_heads`` None means one for each attention head.
+    """
+
+    vocab_size: int = 256
+    "Size of the vocabulary; training sets it from the tokenizer."
+    hidden_size: int = 128
+    "Width of the model."
+    num_hidden_layers: int = 6
+    "Number of blocks."
+    num_attention_heads: int = 4
+    "Attention heads; must divide the width."
+    num_key_value_heads: int | None = None
+    "Key and value heads; must divide the attention heads."
+    head_dim: int | None = None
+    "Width of one attention head; by default the width divided by the attention heads."
+    intermediate_size: int | None = None
+    "Hidden units of the SwiGLU."
+    exit_layers: tuple[int, ...] = (1,)
+    "Layers where a token may leave, counted from 1."
+    exit_head: ExitHeadKind = "shared"
+    "What an exit has of its own: shared (nothing), norm, adapter, or full (norm and LM head)."
+    norm: NormOrder = "pre"
+    "RMSNorm before each sublayer (pre) or after each residual sum (post)."
+    tie_word_embeddings: bool = False
+    "Use the embedding as the LM head."
+    max_position_embeddings: int = 4096
+    "Longest sequence."
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}: expected a number above 0, got {value}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ConfigError(f"head_dim: expected an even number above 0, got {self.head_dim}")
+        if self.head_dim is None and self.hidden_size % (2 * heads):
+            raise ConfigError(
+                f"hidden_size: expected a multiple of 2 x {heads} attention heads, "
+                f"got {self.hidden_size}"
+            )
+        if self.num_key_value_heads is not None and (kv_heads < 1 or heads % kv_heads):
+            raise ConfigError(
+                f"num_key_value_heads: expected a divisor of {heads} attention heads, "
+                f"got {kv_heads}"
+            )
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ConfigError(
+                f"intermediate_size: expected at least 1, got {self.intermediate_size}"
+            )
+        if self.exit_head not in EXIT_HEAD_KINDS:
+            raise ConfigError(
+                f"exit_head: expected one of {', '.join(EXIT_HEAD_KINDS)}, got {self.exit_head!r}"
+            )
+        if self.norm not in get_args(NormOrder):
+            raise ConfigError(f"norm: expected pre or post, got {self.norm!r}")
+        last = self.num_hidden_layers
+        for layer in self.exit_layers:
+            if not 1 <= layer <= last:
+                raise ConfigError(f"exit_layers: expected layers from 1 to {last}, got {layer}")
+        object.__setattr__(self, "exit_layers", tuple(sorted({*self.exit_layers, last})))
+        if self.intermediate_size is None:
+            units = max(16, round(self.hidden_size * 8 / 3 / 16) * 16)
+            object.__setattr__(self, "intermediate_size", units)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+
+
+def rotate(
+    x: Float[Tensor, "B H T Dh"], cos: Float[Tensor, "#B 1 T Dh"], sin: Float[Tensor, "#B 1 T Dh"]
+) -> Float[Tensor, "B H T Dh"]:
+    """Rotary positions (Su 2021), halves rotated; ``sin`` has its first half negated."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+@dataclass(kw_only=True)
+class BlockContext:
+    """What every block shares for the tokens of one step (and does not hold the step itself)."""
+
+    positions: Tensor
+    real: Tensor | None
+    cached: bool
+    cos: Tensor  # (B or 1, 1, T, Dh)
+    sin: Tensor
+    end: int  # keys stand at positions 0 .. end - 1
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(B or 1, 1, T, S), True where a query may look; None where causal attention does."""
+        device = self.positions.device
+        if self.cached:  # a key stands in the slot of its position: see kv_cache.py
+            return (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
+        if self.real is None:
+            return None
+        causal = torch.ones(self.end, self.end, dtype=torch.bool, device=device).tril()
+        own = torch.eye(self.end, dtype=torch.bool, device=device)  # padding sees itself
+        return (causal & self.real[:, None] | own)[:, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None
+        assert config.head_dim is not None
+        self.head_dim = config.head_dim
+        size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
+        """Rotated keys and plain values, (B, H_kv, T, Dh) each."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return rotate(k, context.cos, context.sin), v
+
+    def forward(self, x: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
+        """(B, T, D) -> (B, T, D); ``layer`` is counted from 0."""
+        q = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
+        k, v = self.keys_values(x, context)
+        if step.cache is not None:
+            step.cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
+            k, v = step.cache.read(layer, end=context.end, rows=step.rows)
+        mask = context.mask
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class PreNormBlock(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)): Llama's block."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def attention_input(self, h: Tensor) -> Tensor:
+        """What the attention projects its queries, keys and values from."""
+        normalised: Tensor = self.input_layernorm(h)
+        return normalised
+
+    def forward(self, h: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        h = h + self.self_attn(self.attention_input(h), layer, context, step)
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
+
+
+class PostNormBlock(nn.Module):
+    """norm(h + attention(h)), then norm(h + mlp(h)): the seed document's block."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def attention_input(self, h: Tensor) -> Tensor:
+        """What the attention projects its queries, keys and values from."""
+        return h
+
+    def forward(self, h: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        h = self.post_attention_layernorm(h + self.self_attn(h, layer, context, step))
+        out: Tensor = self.post_feedforward_layernorm(h + self.mlp(h))
+        return out
