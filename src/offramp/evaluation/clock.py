@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.evaluation.cost import model_cost
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.models.base import EarlyExitModel, Step
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.work import Work
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -59,6 +59,7 @@ class Clock:
     block: Part
     "The mean of the blocks."
     keys_values: Part
+    "Of tokens that only these are made of, beside one that runs."
     heads: Mapping[int, Part]
     "By exit layer."
     questions: Mapping[int, Part]
@@ -152,9 +153,17 @@ def measure_clock(
     for tokens in sizes:
         h, step = _some(model, context, (tokens, 1) if rows else (1, tokens))
         whole = partial(model.run_layers, h, 0, model.num_layers, step=step)
-        only = partial(_keys_values_anew, model, h, step)
         blocks[tokens] = _seconds(whole, rounds) / model.num_layers
-        keys_values[tokens] = _seconds(only, rounds) / model.num_layers
+    for tokens in sizes:
+        if tokens + 1 <= min(FEW_TOKENS, sizes[-1]):
+            h, step = _some(model, context, (tokens + 1, 1) if rows else (1, tokens + 1))
+            beside = partial(_beside_one, model, h, step)
+            seconds = _seconds(beside, rounds) / model.num_layers - blocks[1]
+            keys_values[tokens] = max(seconds, 1e-9)
+        else:
+            h, step = _some(model, context, (tokens, 1) if rows else (1, tokens))
+            only = partial(_keys_values_anew, model, h, step)
+            keys_values[tokens] = _seconds(only, rounds) / model.num_layers
 
     def part(flops: float, seconds: Mapping[int, float]) -> Part:
         return Part(bytes=flops / 2 * item, flops=flops, seconds=seconds)
@@ -203,6 +212,13 @@ def measure_clock(
         bandwidth=bandwidth,
         weights=model_cost(model, context=1.0).full / 2 * item,
     )
+
+
+def _beside_one(model: EarlyExitModel, h: Tensor, step: Step) -> None:
+    """All tokens but the last are done and owe keys and values; as in decoding, in a call anew."""
+    active = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+    active[-1, -1] = True
+    model.run_layers(h, 0, model.num_layers, step=replace(step), active=active)
 
 
 def _keys_values_anew(model: EarlyExitModel, h: Tensor, step: Step) -> None:

@@ -108,7 +108,7 @@ class ExitView:
 
 def max_prob(view: ExitView) -> Float[Tensor, "*B"]:
     """The largest probability, max_v p(v); in (0, 1]."""
-    return view.log_probs.gather(-1, view.argmax[..., None])[..., 0].exp()
+    return view.log_probs.amax(dim=-1).exp()
 
 
 def margin(view: ExitView) -> Float[Tensor, "*B"]:

@@ -3,7 +3,8 @@
 A token that left at layer e has no keys and values above e. They are owed until a later token
 of its row goes deeper; then, before that token runs the layers to the next exit,
 
-- ``propagate`` projects them there from the state at the exit (Elbayad et al. 2020; CALM),
+- ``propagate`` projects them there from the state at the exit (Elbayad et al. 2020; CALM), by
+  the products that give the later token its own,
 - ``recompute`` runs those layers for all tokens that owe them, together with the later token.
 
 Either way one call serves every token that owes, and those that nobody looks back at cost
@@ -17,21 +18,18 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.models.base import EarlyExitModel, Step
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
 
 MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
-
-MOST_ROWS = 16
-"""Tokens of a call in which each is a row of its own."""
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("float32"),
@@ -206,35 +204,41 @@ class ExitDecoder:
         Returns the states one block before the exit, if the measure needs them, and at it.
         """
         owing = [row for row in rows if start and self._owing[start][row].states]
-        owed = 0
-        if owing and self.missing_kv == "propagate":
+        owed = sum(len(self._owing[start][row].states) for row in owing)
+        propagate = bool(owed) and self.missing_kv == "propagate"
+        if propagate:
+            self.work.keys_values[owed] += stop - start
+        if propagate and owed + len(rows) > FEW_TOKENS:
             states, before = self._joined(start, owing)
-            self.work.keys_values[states.shape[0] * states.shape[1]] += stop - start
             self.model.project_kv(states, start, stop, step=before)
-        elif owing:
+            self._hand_on(start, stop, owing, states.flatten(0, 1))
+            owed = 0
+        active = None
+        if owed:
             h, step = self._joined(start, owing, h, rows)
-            owed = h.shape[0] * h.shape[1] - len(rows)
+            if propagate:
+                places = torch.arange(owed + len(rows), device=h.device)
+                active = (places >= owed).view(h.shape[:2])
         portions = _portions(h, step) if owed else [(h, step)]
-        ran = [self._ran(part, start, stop, step=at) for part, at in portions]
+        ran = [self._ran(part, start, stop, step=at, active=active) for part, at in portions]
         previous, h = (
             torch.cat(states) if len(ran) > 1 else states[0] for states in zip(*ran, strict=True)
         )
         if owed:  # a token a row again, what was owed first
             h, previous = h.reshape(-1, 1, h.shape[-1]), previous.reshape(-1, 1, h.shape[-1])
-        self._hand_on(start, stop, owing, h[:owed, 0])
+            self._hand_on(start, stop, owing, h[:owed, 0])
         return previous[owed:], h[owed:]
 
     def _hand_on(self, start: int, stop: int, owing: list[int], states: Tensor) -> None:
         """What is not owed from ``start`` any more is owed from ``stop``, unless that is the end.
 
-        ``states`` are the tokens' there, if they ran.
+        ``states`` are the tokens' there: under ``propagate`` those that they left with.
         """
         done = 0
         for row in owing:
             before, owed = self._owing[start][row], len(self._owing[start][row].states)
             if stop in self._owing:
-                ran = list(states[done : done + owed]) if len(states) else before.states
-                self._owing[stop][row].states += ran
+                self._owing[stop][row].states += list(states[done : done + owed])
                 self._owing[stop][row].positions += before.positions
             done += owed
             self._owing[start][row] = _Owing()
@@ -260,15 +264,26 @@ class ExitDecoder:
         whose = torch.tensor(owners, device=self.model.device)
         return joined[:, None], Step(positions=positions[:, None], cache=self.cache, rows=whose)
 
-    def _ran(self, h: Tensor, start: int, stop: int, *, step: Step) -> tuple[Tensor, Tensor]:
+    def _ran(
+        self, h: Tensor, start: int, stop: int, *, step: Step, active: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The states one block before ``stop``, if the measure needs them, and there."""
         cut = stop - 1 if self.rule and self.rule.measure.needs_previous_state else start
-        previous = self._run(h, start, cut, step=step) if cut > start else h
-        return previous, self._run(previous, cut, stop, step=step)
+        previous = self._run(h, start, cut, step=step, active=active) if cut > start else h
+        return previous, self._run(previous, cut, stop, step=step, active=active)
 
-    def _run(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> Tensor:
-        self.work.blocks[h.shape[0] * h.shape[1]] += stop - start
-        return self.model.run_layers(h, start, stop, step=step)
+    def _run(
+        self,
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        active: Bool[Tensor, "B T"] | None = None,
+    ) -> Tensor:
+        running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
+        self.work.blocks[running] += stop - start
+        return self.model.run_layers(h, start, stop, step=step, active=active)
 
     def _unembed(
         self, h: Float[Tensor, "B 1 D"], layer: int, *, asked: bool = False
@@ -294,11 +309,11 @@ def _portions(h: Float[Tensor, "B T D"], step: Step) -> Iterator[tuple[Tensor, S
 
     A token sees those of its row that stand before it, which are in its portion or an earlier.
     """
-    if step.rows is None or len(h) <= MOST_ROWS:
+    if step.rows is None or len(h) <= FEW_TOKENS:
         yield h, step
         return
-    for first in range(0, len(h), MOST_ROWS):
-        part = slice(first, first + MOST_ROWS)
+    for first in range(0, len(h), FEW_TOKENS):
+        part = slice(first, first + FEW_TOKENS)
         at = Step(positions=step.positions[part], cache=step.cache, rows=step.rows[part])
         yield h[part], at
 

@@ -30,6 +30,7 @@
 #define TOKENS 6       /* whose sums fit the registers */
 #define TILE 4         /* rows of a weight that wait in the cache for the next tokens */
 #define SERIAL 65536   /* multiplications that are not worth a second thread */
+#define SERIAL_BLOCK 262144 /* the same of a block, where threads wait for each other six times */
 #define LARGEST_HEAD 256
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -170,30 +171,36 @@ static void swiglu(const float *x, float *out, long size, long first, long last)
 
 enum { AS_IT_IS, NORMALISED, GATED };
 
+/* What follows in parts is called by all threads of a parallel region, each with its number. */
+typedef struct {
+  long me, all;
+} Team;
+
+INLINE Team team(void) { return (Team){omp_get_thread_num(), omp_get_num_threads()}; }
+
 /* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. */
-static void linear(const float *x, const void *w, int bfloat16, float *y, long tokens,
-                   long inputs, long outputs, int before, const void *norm, float eps,
-                   const float *residual, float *scratch, int threads) {
-  const float *read = before == AS_IT_IS ? x : scratch;
-  if (tokens * inputs * outputs < SERIAL) threads = 1;
-#pragma omp parallel num_threads(threads)
-  {
-    const long me = omp_get_thread_num(), all = omp_get_num_threads();
-    if (before == NORMALISED) {
-      for (long t = me; t < tokens; t += all)
-        normalise(x + t * inputs, norm, bfloat16, eps, scratch + t * inputs, inputs);
-    } else if (before == GATED) {
-      for (long t = 0; t < tokens; t++)
-        swiglu(x + 2 * t * inputs, scratch + t * inputs, inputs, inputs * me / all / LANES * LANES,
-               me + 1 == all ? inputs : inputs * (me + 1) / all / LANES * LANES);
-    }
-#pragma omp barrier
-    const long first = outputs * me / all, last = outputs * (me + 1) / all;
-    rows_of(read, w, bfloat16, y, tokens, inputs, outputs, first, last);
-    if (residual)
-      for (long t = 0; t < tokens; t++)
-        for (long o = first; o < last; o++) y[t * outputs + o] += residual[t * outputs + o];
+static void linear_in_parts(Team team, const float *x, const void *w, int bfloat16, float *y,
+                            long tokens, long inputs, long outputs, int before, const void *norm,
+                            float eps, const float *residual, float *scratch) {
+  const long me = team.me, all = team.all;
+  if (before == NORMALISED) {
+    for (long t = me; t < tokens; t += all)
+      normalise(x + t * inputs, norm, bfloat16, eps, scratch + t * inputs, inputs);
+  } else if (before == GATED) {
+    for (long t = 0; t < tokens; t++)
+      swiglu(x + 2 * t * inputs, scratch + t * inputs, inputs, inputs * me / all / LANES * LANES,
+             me + 1 == all ? inputs : inputs * (me + 1) / all / LANES * LANES);
   }
+  if (before != AS_IT_IS) {
+#pragma omp barrier
+    x = scratch;
+  }
+  const long first = outputs * me / all, last = outputs * (me + 1) / all;
+  rows_of(x, w, bfloat16, y, tokens, inputs, outputs, first, last);
+  if (residual)
+    for (long t = 0; t < tokens; t++)
+      for (long o = first; o < last; o++) y[t * outputs + o] += residual[t * outputs + o];
+#pragma omp barrier
 }
 
 /* One query on the keys and values at positions 0 .. length - 1. */
@@ -233,51 +240,114 @@ INLINE void store(void *to, long i, float x, int bfloat16) {
 }
 
 /* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size); heads 0
-   stores only. The cache is (rows, kv_heads, capacity, size); a token stands at slots[t] of
-   rows[t]. scores has room for capacity + LANES numbers a thread. */
-static void attend(float *qkv, const float *cosines, const float *sines, void *keys,
-                   void *values, int bfloat16, const int64_t *slots, const int64_t *rows,
-                   float *out, float *scores, long tokens, long heads, long kv_heads, long size,
-                   long capacity, int threads) {
-  const long width = (heads + 2 * kv_heads) * size, half = size / 2;
+   stores only, and so do the first ``kept`` tokens. The cache is (rows, kv_heads, capacity,
+   size); a token stands at slots[t] of rows[t], and cosines and sines are (positions, size).
+   scores has room for capacity + LANES numbers a thread, out for the tokens that attend.
+   lengths (rows) counts the positions that are written. */
+static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
+                            void *keys, void *values, int64_t *lengths, int bfloat16,
+                            const int64_t *slots, const int64_t *rows, float *out, float *scores, long tokens, long kept,
+                            long heads, long kv_heads, long size, long capacity) {
+  const long all_heads = heads + 2 * kv_heads, half = size / 2;
   const float scale = 1.0f / sqrtf((float)size);
-  for (long t = 0; t < tokens; t++)
-    for (long head = 0; head < heads + 2 * kv_heads; head++) {
-      float *x = qkv + t * width + head * size;
-      const long kv = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
-      const long to = ((rows[t] * kv_heads + kv) * capacity + slots[t]) * size;
-      if (head < heads + kv_heads) {
-        const float *c = cosines + t * size, *s = sines + t * size;
-        for (long i = 0; i < half; i++) {
-          const float a = x[i], b = x[i + half];
-          x[i] = a * c[i] + b * s[i];
-          x[i + half] = b * c[i + half] + a * s[i + half];
-        }
+  for (long job = team.me; job < tokens * all_heads; job += team.all) {
+    const long t = job / all_heads, head = job % all_heads;
+    float *x = qkv + job * size;
+    const long kv = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
+    const long to = ((rows[t] * kv_heads + kv) * capacity + slots[t]) * size;
+    if (head < heads + kv_heads) {
+      const float *c = cosines + slots[t] * size, *s = sines + slots[t] * size;
+      for (long i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * c[i] + b * s[i];
+        x[i + half] = b * c[i + half] + a * s[i + half];
       }
-      if (head < heads)
-        for (long i = 0; i < size; i++) x[i] *= scale;
-      else
-        for (long i = 0; i < size; i++)
-          store(head < heads + kv_heads ? keys : values, to + i, x[i], bfloat16);
     }
-  if (!heads) return;
+    if (head < heads)
+      for (long i = 0; i < size; i++) x[i] *= scale;
+    else
+      for (long i = 0; i < size; i++)
+        store(head < heads + kv_heads ? keys : values, to + i, x[i], bfloat16);
+  }
+  for (long t = 0; t < tokens && team.me == 0; t++)
+    if (lengths[rows[t]] < slots[t] + 1) lengths[rows[t]] = slots[t] + 1;
+#pragma omp barrier
+  float *mine = scores + team.me * (capacity + LANES);
+#pragma omp for schedule(dynamic, 1)
+  for (long job = kept * heads; job < tokens * heads; job++) {
+    const long t = job / heads, head = job % heads, kv = head / (heads / kv_heads);
+    const long from = (rows[t] * kv_heads + kv) * capacity * size * (bfloat16 ? 2 : 4);
+    attention(qkv + (t * all_heads + head) * size, (char *)keys + from, (char *)values + from,
+              bfloat16, out + (job - kept * heads) * size, mine, slots[t] + 1, size);
+  }
+}
+
+/* Multiplications of attention. */
+static long work_of(const int64_t *slots, long first, long tokens, long heads, long size) {
   long work = 0;
-  for (long t = 0; t < tokens; t++) work += 2 * heads * size * (slots[t] + 1);
-  if (work < SERIAL) threads = 1;
+  for (long t = first; t < tokens; t++) work += 2 * heads * size * (slots[t] + 1);
+  return work;
+}
+
+static void normalise_in_parts(Team team, float *x, const void *norm, int bfloat16, float eps,
+                               long tokens, long size) {
+  for (long t = team.me; t < tokens; t += team.all)
+    normalise(x + t * size, norm, bfloat16, eps, x + t * size, size);
+#pragma omp barrier
+}
+
+#define AT(address) ((void *)(uintptr_t)(address))
+
+/* One block's weights, by address; norms stand before the sublayers or after them. */
+typedef struct {
+  uint64_t qkv, out, gate_up, down, first_norm, second_norm;
+} Weights;
+
+/* Blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
+   only their keys and values are made. keys, values and lengths are those of the first of the
+   blocks, and the next one's stand ``layer`` bytes and ``cached`` rows on. room has tokens x (qkv + attended + hidden + 2 units +
+   the larger of hidden and units) numbers. */
+static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
+                   const float *cosines, const float *sines, char *keys, char *values, long layer,
+                   int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,
+                   float *room, float *scores,
+                   long tokens, long kept, long hidden, long units, long heads, long kv_heads,
+                   long size, long capacity, int threads) {
+  const long attended = heads * size, all_heads = attended + 2 * kv_heads * size;
+  const long running = tokens - kept;
+  const long work = tokens * hidden * all_heads + running * hidden * (attended + 3 * units) +
+                    work_of(slots, kept, tokens, heads, size);
+  const int before = post ? AS_IT_IS : NORMALISED;
+  float *qkv = room, *seen = qkv + tokens * all_heads, *middle = seen + tokens * attended;
+  float *gate_up = middle + tokens * hidden, *scratch = gate_up + 2 * tokens * units;
+  float *mine = x + kept * hidden;
+  if (work < SERIAL_BLOCK) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    float *mine = scores + omp_get_thread_num() * (capacity + LANES);
-#pragma omp for schedule(dynamic, 1)
-    for (long job = 0; job < tokens * heads; job++) {
-      const long t = job / heads, head = job % heads, kv = head / (heads / kv_heads);
-      const long from = (rows[t] * kv_heads + kv) * capacity * size * (bfloat16 ? 2 : 4);
-      attention(qkv + t * width + head * size, (char *)keys + from, (char *)values + from,
-                bfloat16, out + (t * heads + head) * size, mine, slots[t] + 1, size);
+    const Team we = team();
+    for (long i = 0; i < count; i++) {
+      const Weights *of = weights + i;
+      const void *first = AT(of->first_norm), *second = AT(of->second_norm);
+      linear_in_parts(we, x, AT(of->qkv), bfloat16, qkv, tokens, hidden, all_heads, before, first,
+                      eps, NULL, scratch);
+      attend_in_parts(we, qkv, cosines, sines, keys + i * layer, values + i * layer,
+                      lengths + i * cached, bfloat16, slots, rows, seen, scores, tokens, kept, heads, kv_heads, size, capacity);
+      linear_in_parts(we, seen, AT(of->out), bfloat16, middle, running, attended, hidden, AS_IT_IS,
+                      NULL, eps, mine, scratch);
+      if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
+      linear_in_parts(we, middle, AT(of->gate_up), bfloat16, gate_up, running, hidden, 2 * units,
+                      before, second, eps, NULL, scratch);
+      linear_in_parts(we, gate_up, AT(of->down), bfloat16, mine, running, units, hidden, GATED,
+                      NULL, eps, middle, scratch);
+      if (post) normalise_in_parts(we, mine, second, bfloat16, eps, running, hidden);
+      if (bfloat16) {
+        for (long j = we.me; j < running * hidden; j += we.all) mine[j] = wide(narrow(mine[j]));
+#pragma omp barrier
+      }
     }
   }
 }
 
-#define AT(address) ((void *)(uintptr_t)(address))
 typedef unsigned long long address;
 
 static PyObject *py_linear(PyObject *self, PyObject *args) {
@@ -288,30 +358,55 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KKiKllliKfKKi", &x, &w, &bfloat16, &y, &tokens, &inputs, &outputs,
                         &before, &norm, &eps, &residual, &scratch, &threads))
     return NULL;
+  if (tokens * inputs * outputs < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
-  linear(AT(x), AT(w), bfloat16, AT(y), tokens, inputs, outputs, before, AT(norm), eps,
-         AT(residual), AT(scratch), threads);
+#pragma omp parallel num_threads(threads)
+  linear_in_parts(team(), AT(x), AT(w), bfloat16, AT(y), tokens, inputs, outputs, before, AT(norm),
+                  eps, AT(residual), AT(scratch));
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
 static PyObject *py_attend(PyObject *self, PyObject *args) {
-  address qkv, cosines, sines, keys, values, slots, rows, out, scores;
+  address qkv, cosines, sines, keys, values, lengths, slots, rows, out, scores;
   long tokens, heads, kv_heads, size, capacity;
   int bfloat16, threads;
-  if (!PyArg_ParseTuple(args, "KKKKKiKKKKllllli", &qkv, &cosines, &sines, &keys, &values,
-                        &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads, &kv_heads,
+  if (!PyArg_ParseTuple(args, "KKKKKKpKKKKllllli", &qkv, &cosines, &sines, &keys, &values,
+                        &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads, &kv_heads,
                         &size, &capacity, &threads))
     return NULL;
+  if (work_of(AT(slots), 0, tokens, heads, size) < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
-  attend(AT(qkv), AT(cosines), AT(sines), AT(keys), AT(values), bfloat16, AT(slots), AT(rows),
-         AT(out), AT(scores), tokens, heads, kv_heads, size, capacity, threads);
+#pragma omp parallel num_threads(threads)
+  attend_in_parts(team(), AT(qkv), AT(cosines), AT(sines), AT(keys), AT(values), AT(lengths),
+                  bfloat16, AT(slots), AT(rows), AT(out), AT(scores), tokens, 0, heads, kv_heads, size,
+                  capacity);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_blocks(PyObject *self, PyObject *args) {
+  address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
+  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity;
+  int bfloat16, post, threads;
+  float eps;
+  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKlllllllli", &x, &weights, &count, &bfloat16,
+                        &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
+                        &slots, &rows, &room,
+                        &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
+                        &capacity, &threads))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS
+  blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
+         AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores), tokens, kept, hidden, units,
+         heads, kv_heads, size, capacity, threads);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
+                                {"blocks", py_blocks, METH_VARARGS, ""},
                                 {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_few_tokens", "", -1, methods};
 PyMODINIT_FUNC PyInit__few_tokens(void) { return PyModule_Create(&module); }

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from offramp.models.kv_cache import KVCache
 
+FEW_TOKENS = 16
+"""Tokens of a call up to which its fixed costs matter, reading the weights above all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

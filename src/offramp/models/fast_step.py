@@ -7,25 +7,19 @@ memory gives them, by compiled kernels (kernels.py) or by the fastest form that 
 """
 
 from dataclasses import dataclass
-from operator import is_
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.models import kernels
-from offramp.models.base import Step
+from offramp.models.base import FEW_TOKENS, Step
 from offramp.models.exit_heads import ExitHead
 from offramp.models.fast_linear import fast_linear, few_columns_pay, fuse, native_bfloat16
-from offramp.models.kv_cache import KVCache
-
-MOST_TOKENS = 16
-"Tokens of a step up to which its fixed costs matter."
-
-Tables = tuple[Tensor, Tensor]
-"""Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
+from offramp.models.few_tokens import Call, KernelCall, Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +37,19 @@ class _Weights:
     "Where the parameters are registered."
     parameters: tuple[Tensor, ...]
     "What was there."
-
     addresses: list[int]
+    "Theirs."
+    dtype: torch.dtype | None
+    "What the compiled kernels read, float32 or bfloat16, if they can and all are the same."
+
+    def table(self) -> tuple[int, ...]:
+        """The addresses that ``kernels.blocks`` reads."""
+        fused = (self.qkv, self.out, self.gate_up, self.down, *self.norms)
+        return tuple(weight.data_ptr() for weight in fused)
 
     def current(self) -> bool:
-        """No parameter was replaced or moved since."""
-        now = [each["weight"] for each in self.registers]
-        same = all(map(is_, now, self.parameters))
-        return same and [weight.data_ptr() for weight in now] == self.addresses
+        """No parameter was replaced or moved since (what was there is held, so no other can be)."""
+        return [each["weight"].data_ptr() for each in self.registers] == self.addresses
 
 
 class FastSteps:
@@ -68,18 +67,26 @@ class FastSteps:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
         self._weights: list[_Weights | None] = [None] * len(blocks)
+        self._addresses: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks up its own parameters."""
-        return {**vars(self), "_weights": [None] * len(self.blocks), "_vocabs": {}}
+        forgotten: dict[str, Any] = {
+            "_weights": [None] * len(self.blocks),
+            "_addresses": None,
+            "_vocabs": {},
+            "_tables": None,
+        }
+        return {**vars(self), **forgotten}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
         """Whether these are few tokens, on a CPU and without gradients."""
         return (
-            h.shape[0] * h.shape[1] <= MOST_TOKENS
+            h.shape[0] * h.shape[1] <= FEW_TOKENS
             and h.device.type == "cpu"
             and not torch.is_grad_enabled()
         )
@@ -93,15 +100,56 @@ class FastSteps:
         step: Step,
         end: int,
         tables: Tables,
+        active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1, which ``tables`` cover."""
-        call = self._call(h, step, end, tables)
+        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1, which ``tables`` cover.
+
+        Tokens not ``active`` keep their state; their keys and values come of the product that
+        gives those of the others, so that they cost no weight of their own.
+        """
         x = h.reshape(-1, h.shape[-1])
-        with native_bfloat16(x, x.shape[0]):
-            for layer in range(start, stop):  # rounded at each, so a stop between two is no matter
-                x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
+        if active is not None:
+            return self._run_some(x, start, stop, step, end, tables, active).view(h.shape)
+        call = self._call(h.shape[:2], h.dtype, step, end, tables)
+        if isinstance(call, KernelCall) and call.weights is not None:
+            x = call.blocks(x, start, stop).to(h.dtype)
+        else:
+            with native_bfloat16(x, x.shape[0]):
+                for layer in range(start, stop):  # rounded at each: one may stop between two
+                    x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
         call.note_lengths(start, stop)
         return x.view(h.shape)
+
+    def _run_some(
+        self,
+        x: Float[Tensor, "N D"],
+        start: int,
+        stop: int,
+        step: Step,
+        end: int,
+        tables: Tables,
+        active: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "N D"]:
+        """``run`` for the ``active`` tokens; of the others only keys and values are written."""
+        running = active.flatten().tolist()
+        kept = running.count(False)
+        if not any(running[:kept]):
+            call = self._call(active.shape, x.dtype, step, end, tables)
+            if isinstance(call, KernelCall) and call.weights is not None:
+                x = call.blocks(x, start, stop, kept=kept).to(x.dtype)
+                call.note_lengths(start, stop)
+                return x
+        places = step.positions.expand(active.shape).flatten()
+        rows = torch.arange(active.shape[0]) if step.rows is None else step.rows
+        rows = rows[:, None].expand(active.shape).flatten()
+
+        def at(part: Tensor) -> Step:
+            return Step(positions=places[part, None], cache=step.cache, rows=rows[part])
+
+        owed, going = (part.flatten().nonzero()[:, 0] for part in (~active, active))
+        self.project_kv(x[owed, None], start, stop, step=at(owed), end=end, tables=tables)
+        out = self.run(x[going, None], start, stop, step=at(going), end=end, tables=tables)
+        return x.index_copy(0, going, out[:, 0])
 
     def project_kv(
         self,
@@ -114,7 +162,7 @@ class FastSteps:
         tables: Tables,
     ) -> None:
         """Write only the keys and values of blocks start+1 .. stop."""
-        call = self._call(h, step, end, tables)
+        call = self._call(h.shape[:2], h.dtype, step, end, tables)
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
@@ -188,15 +236,39 @@ class FastSteps:
         """What states are computed in."""
         return torch.float32 if self._compiled(weight) else weight.dtype
 
-    def _call(self, h: Tensor, step: Step, end: int, tables: Tables) -> "_Call":
-        key = self, h.shape[:2], h.dtype
-        call: _Call | None = step.memo.get(key)
+    def _call(
+        self, shape: torch.Size, dtype: torch.dtype, step: Step, end: int, tables: Tables
+    ) -> Call:
+        key = self, shape, dtype
+        call: Call | None = step.memo.get(key)
         if call is None:
-            first: Any = self.blocks[0]
-            weight = first.self_attn.q_proj.weight
-            kind = _KernelCall if self._compiled(weight) else _Call
-            call = step.memo[key] = kind(self, step, h, end, tables, self._dtype(weight))
+            assert step.cache is not None
+            weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
+            about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
+            if self._compiled(weight):
+                call = KernelCall(
+                    step,
+                    shape,
+                    blocks=self.shape,
+                    weights=self._addresses_of(step.cache.keys.dtype),
+                    tables=self._wide(tables),
+                    dtype=torch.float32,
+                    **about,
+                )
+            else:
+                call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
+            step.memo[key] = call
         return call
+
+    def _wide(self, tables: Tables) -> Tables:
+        """The tables in float32, kept for the next token."""
+        if tables[0].dtype == torch.float32:
+            return tables
+        kept = self._tables
+        if kept is None or kept[0] is not tables[0] or kept[1] is not tables[1]:
+            cos, sin = (table.float() for table in tables)
+            kept = self._tables = (*tables, cos, sin)
+        return kept[2], kept[3]
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
         """``weight[vocab]``, kept for the next token."""
@@ -208,15 +280,14 @@ class FastSteps:
         self._vocabs[id(weight)] = weight, vocab, current, rows
         return rows
 
-    def _block(self, x: Tensor, layer: int, of: _Weights, call: "_Call") -> Tensor:
+    def _block(self, x: Tensor, layer: int, of: _Weights, call: Call) -> Tensor:
         first, second = of.norms
+        qkv = self._linear(x, of.qkv, norm=None if self.post else first)
+        x = self._linear(call.attend(qkv, layer), of.out, residual=x)
         if self.post:
-            attended = call.attend(self._linear(x, of.qkv), layer)
-            x = self._normalised(self._linear(attended, of.out, residual=x), first)
+            x = self._normalised(x, first)
             gate_up = self._linear(x, of.gate_up)
             return self._normalised(self._linear(gate_up, of.down, gated=True, residual=x), second)
-        attended = call.attend(self._linear(x, of.qkv, norm=first), layer)
-        x = self._linear(attended, of.out, residual=x)
         gate_up = self._linear(x, of.gate_up, norm=second)
         return self._linear(gate_up, of.down, gated=True, residual=x)
 
@@ -234,7 +305,30 @@ class FastSteps:
         weights = self._weights[layer]
         if weights is None or not weights.current():
             weights = self._weights[layer] = self._read(self.blocks[layer])
+            self._addresses = None
         return weights
+
+    @cached_property
+    def shape(self) -> kernels.BlockShape:
+        """What all blocks have in common."""
+        first: Any = self.blocks[0]
+        return kernels.BlockShape(
+            hidden=first.self_attn.q_proj.in_features,
+            heads=first.self_attn.q_proj.out_features // self.head_dim,
+            units=first.mlp.gate_proj.out_features,
+            eps=self.eps,
+            post=self.post,
+        )
+
+    def _addresses_of(self, dtype: torch.dtype) -> Int[Tensor, "L 6"] | None:
+        """Of every block's weights, for the kernels; None if not all are of ``dtype``.
+
+        They are looked up anew if a block's parameters are no longer those.
+        """
+        every = [self._of(layer) for layer in range(len(self.blocks))]
+        if self._addresses is None:
+            self._addresses = torch.tensor([of.table() for of in every])
+        return self._addresses if all(of.dtype == dtype for of in every) else None
 
     def _read(self, block: Any) -> _Weights:
         attention, mlp = block.self_attn, block.mlp
@@ -255,7 +349,10 @@ class FastSteps:
             mlp.down_proj,
             *norms,
         )
+        every = (qkv, gate_up, *(module.weight for module in modules))
+        alike = all(each.dtype == qkv.dtype and each.is_contiguous() for each in every)
         return _Weights(
+            dtype=qkv.dtype if alike and self._compiled(qkv) else None,
             qkv=qkv,
             kv=qkv[attention.q_proj.out_features :],
             out=attention.o_proj.weight,
@@ -266,115 +363,3 @@ class FastSteps:
             parameters=tuple(module.weight for module in modules),
             addresses=[module.weight.data_ptr() for module in modules],
         )
-
-
-class _Call:
-    """What the blocks of one call share."""
-
-    def __init__(
-        self,
-        fast: FastSteps,
-        step: Step,
-        h: Tensor,
-        end: int,
-        tables: Tables,
-        dtype: torch.dtype,
-    ) -> None:
-        assert step.cache is not None
-        self.cache: KVCache = step.cache
-        self.end, self.dtype = end, dtype
-        self.batch, self.tokens = h.shape[:2]
-        self.head_dim, self.kv_heads = fast.head_dim, fast.kv_heads
-        whole = step.positions.shape == h.shape[:2]
-        self.slots = step.positions if whole else step.positions.expand(*h.shape[:2])  # (B, T)
-        self.some = step.rows is not None
-        most = self.batch if step.rows is None else int(step.rows.max()) + 1
-        if most > self.cache.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.cache.keys.shape[1]} rows, got {most}")
-        self.one = self.batch == 1 and not self.some
-        self.rows = torch.arange(self.batch) if step.rows is None else step.rows
-        cos, sin = tables
-        flat = self.slots.reshape(-1)
-        self.cos, self.sin = cos[flat], sin[flat]  # (N, Dh)
-        if dtype != cos.dtype:
-            self.cos, self.sin = self.cos.to(dtype), self.sin.to(dtype)
-
-    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without its last product; writes the keys and values."""
-        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
-        groups = heads.shape[1] // self.kv_heads - 2
-        turned = self._turned(heads[:, : -self.kv_heads])
-        q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-        keys, values = self._store(layer, k, heads[:, -self.kv_heads :])
-        q = q.view(self.batch, self.tokens, self.kv_heads, groups, self.head_dim)
-        q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
-        out = out.view(self.batch, self.kv_heads, groups, self.tokens, self.head_dim)
-        return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)
-
-    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
-        """Write keys and values alone."""
-        k, v = kv.view(kv.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
-        self._store(layer, self._turned(k), v)
-
-    def _turned(self, heads: Float[Tensor, "N H Dh"]) -> Float[Tensor, "N H Dh"]:
-        half = self.head_dim // 2
-        swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
-        return torch.addcmul(heads * self.cos[:, None], swapped, self.sin[:, None])
-
-    def _mask(self, groups: int) -> Tensor | None:
-        if self.batch * self.tokens == 1:
-            return None
-        if self._added is None:
-            seen = torch.arange(self.end) <= self.slots[..., None]  # (B, T, S)
-            added = torch.zeros(seen.shape, dtype=self.cos.dtype).masked_fill_(~seen, -torch.inf)
-            self._added = added.repeat(1, groups, 1)[:, None]  # (B, 1, G T, S)
-        return self._added
-
-    _added: Tensor | None = None
-
-    def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (N, H_kv, Dh) of each; returns (B, H_kv, S, Dh), all that the tokens may see."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.one:
-            for store, new in ((keys[0], k), (values[0], v)):
-                store.index_copy_(1, self.slots[0], new.transpose(0, 1))
-        else:
-            at = (self.rows[:, None], slice(None), self.slots)
-            shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
-            keys[at], values[at] = k.reshape(shape), v.reshape(shape)
-            if self.some:
-                keys, values = keys[self.rows], values[self.rows]
-        return keys[:, :, : self.end], values[:, :, : self.end]
-
-    def note_lengths(self, start: int, stop: int) -> None:
-        """The cache holds these positions now."""
-        lengths = self.cache.lengths[start:stop]
-        if self.one:
-            lengths.clamp_(min=self.end)
-        else:
-            ends = (self.slots.amax(dim=1) + 1).expand(len(lengths), -1)
-            lengths.scatter_reduce_(1, self.rows.expand(len(lengths), -1), ends, "amax")
-
-
-class _KernelCall(_Call):
-    """The same by the compiled kernels."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._attend = kernels.attention(
-            cos=self.cos,
-            sin=self.sin,
-            slots=self.slots.reshape(-1),
-            rows=self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens),
-            capacity=self.cache.keys.shape[3],
-            kv_heads=self.kv_heads,
-        )
-
-    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without its last product; writes the keys and values."""
-        return self._attend(qkv, self.cache.keys[layer], self.cache.values[layer])
-
-    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
-        """Write keys and values alone."""
-        self.attend(kv, layer)

@@ -4,7 +4,7 @@
 Where there was none, ``fast_step.py`` does the same with PyTorch alone, more slowly.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -79,53 +79,138 @@ def linear(
     return out
 
 
-def attention(
-    *,
-    cos: Float[Tensor, "N Dh"],
-    sin: Float[Tensor, "N Dh"],
-    slots: Int[Tensor, " N"],
-    rows: Int[Tensor, " N"],
-    capacity: int,
-    kv_heads: int,
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What turns queries, keys and values (N, (H + 2 H_kv) Dh) into attended values (N, H Dh).
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What all blocks of a model have in common."""
 
-    It rotates by ``cos`` and ``sin`` (whose first half is negated), stores the keys and values
-    in a layer's cache (rows, H_kv, capacity, Dh) at each token's slot of its row, and attends to
-    every slot up to there. Without queries (H = 0) it stores only.
+    hidden: int
+    heads: int
+    units: int
+    "Hidden units of the SwiGLU."
+    eps: float
+    post: bool
+    "Norms stand after the sublayers."
+
+
+class CachedTokens:
+    """Some tokens and where they stand in a cache: checked once, then used block by block.
+
+    ``keys`` and ``values`` are the caches of all blocks and ``lengths`` counts the positions that
+    are written, in each block and row; ``cos`` and ``sin`` (whose first half is
+    negated) rotate at each position, ``slots`` are the tokens' positions in their ``rows``.
     """
-    tokens, head_dim = cos.shape
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    slots, rows = slots.long().contiguous(), rows.long().contiguous()
-    threads = torch.get_num_threads()
-    scores = cos.new_empty(threads, capacity + _LANES)
 
-    def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        assert qkv.is_contiguous()
+    def __init__(
+        self,
+        *,
+        keys: Float[Tensor, "L R H C Dh"],
+        values: Float[Tensor, "L R H C Dh"],
+        lengths: Int[Tensor, "L R"],
+        cos: Float[Tensor, "P Dh"],
+        sin: Float[Tensor, "P Dh"],
+        slots: Int[Tensor, " N"],
+        rows: Int[Tensor, " N"],
+    ) -> None:
+        self._held = (keys, values, lengths, cos, sin, slots, rows)
+        self._layers, self._rows, self._kv_heads, self._capacity, self._size = keys.shape
+        self.tokens = len(slots)
         assert keys.shape == values.shape
-        assert keys.shape[1:] == (kv_heads, capacity, head_dim)
         assert keys.dtype == values.dtype
         assert keys.dtype in (torch.float32, torch.bfloat16)
-        out = qkv.new_empty(tokens, heads * head_dim)
+        assert cos.dtype == sin.dtype == torch.float32
+        assert cos.shape == sin.shape
+        assert cos.shape[1] == self._size
+        assert lengths.shape == keys.shape[:2]
+        assert lengths.dtype == slots.dtype == rows.dtype == torch.long
+        assert len(rows) == self.tokens
+        assert all(each.is_contiguous() for each in self._held)
+        self._bfloat16 = keys.dtype == torch.bfloat16
+        addresses = [each.data_ptr() for each in self._held]
+        self._keys, self._values, self._lengths, self._cos, self._sin = addresses[:5]
+        self._slots, self._of_rows = addresses[5:]
+        self._layer = keys.stride(0) * keys.element_size()
+        self._threads = torch.get_num_threads()
+        self._scores = torch.empty(self._threads, self._capacity + _LANES)
+
+    def blocks(
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Int[Tensor, "L 6"],
+        shape: BlockShape,
+        start: int,
+        stop: int,
+        *,
+        kept: int = 0,
+    ) -> Float[Tensor, "N D"]:
+        """Blocks start+1 .. stop; float32, rounded to the weights' precision after each.
+
+        ``weights`` are the addresses of each block's fused queries, keys and values, output,
+        fused gate and up, down and two norms, all of the cache's precision. The first ``kept``
+        tokens keep their state: only their keys and values are made.
+        """
+        x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        assert x.shape == (self.tokens, shape.hidden)
+        assert weights.shape == (self._layers, 6)
+        assert 0 <= start <= stop <= self._layers
+        attended = shape.heads * self._size
+        each = 2 * attended + 2 * self._kv_heads * self._size + shape.hidden + 2 * shape.units
+        room = torch.empty(self.tokens * (each + max(shape.hidden, shape.units)))
+        _compiled.blocks(
+            x.data_ptr(),
+            weights.data_ptr() + 8 * 6 * start,
+            stop - start,
+            self._bfloat16,
+            shape.post,
+            shape.eps,
+            self._cos,
+            self._sin,
+            self._keys + start * self._layer,
+            self._values + start * self._layer,
+            self._layer,
+            self._lengths + 8 * start * self._rows,
+            self._rows,
+            self._slots,
+            self._of_rows,
+            room.data_ptr(),
+            self._scores.data_ptr(),
+            self.tokens,
+            kept,
+            shape.hidden,
+            shape.units,
+            shape.heads,
+            self._kv_heads,
+            self._size,
+            self._capacity,
+            self._threads,
+        )
+        return x
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Turn queries, keys and values (N, (H + 2 H_kv) Dh) into attended values (N, H Dh).
+
+        Stores the keys and values of a layer (from 0) and attends to every slot up to a token's.
+        Without queries (H = 0) it stores only.
+        """
+        heads = qkv.shape[1] // self._size - 2 * self._kv_heads
+        assert qkv.is_contiguous()
+        out = qkv.new_empty(self.tokens, heads * self._size)
         _compiled.attend(
             qkv.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.dtype == torch.bfloat16,
-            slots.data_ptr(),
-            rows.data_ptr(),
+            self._cos,
+            self._sin,
+            self._keys + layer * self._layer,
+            self._values + layer * self._layer,
+            self._lengths + 8 * layer * self._rows,
+            self._bfloat16,
+            self._slots,
+            self._of_rows,
             out.data_ptr(),
-            scores.data_ptr(),
-            tokens,
+            self._scores.data_ptr(),
+            self.tokens,
             heads,
-            kv_heads,
-            head_dim,
-            capacity,
-            threads,
+            self._kv_heads,
+            self._size,
+            self._capacity,
+            self._threads,
         )
         return out
-
-    return attend

@@ -141,8 +141,8 @@ class Transformer(nn.Module):
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
-        if active is None and self._is_fast(h, step):
-            return self._fast.run(h, start, stop, step=step, **self._places(step))
+        if self._is_fast(h, step):
+            return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
         context = self._context(step, h.dtype)
         for layer in range(start, stop):
             out: Tensor = self._block(layer)(h, layer, context, step)
@@ -246,8 +246,8 @@ class Transformer(nn.Module):
         if step.cache is None:
             end = step.positions.shape[1]
         else:
-            first, last = map(int, step.positions.aminmax())
-            end = last + 1
+            places = step.positions.flatten().tolist()
+            first, end = min(places), max(places) + 1
             if first < 0:
                 raise ValueError(f"positions: expected at least 0, got {first}")
         if end > self.config.max_position_embeddings:

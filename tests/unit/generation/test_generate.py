@@ -86,6 +86,7 @@ def test_mean_layers_count_every_layer_that_ran(model):
 
     def counted(h, start, stop, *, step, active=None):
         real = h.shape[0] * h.shape[1] if step.real is None else int(step.real.sum())
+        real = real if active is None else int(active.sum())
         ran.append((stop - start) * real)
         return run_layers(h, start, stop, step=step, active=active)
 

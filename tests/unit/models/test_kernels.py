@@ -65,12 +65,20 @@ def test_what_is_no_number_stays_none():
     x[0, 3] = torch.nan
     assert kernels.linear(x, w, gated=True).isnan().all()
     cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
-    cache = torch.zeros(2, 1, 1, 4, 8)
+    cache = torch.zeros(1, 1, 1, 4, 8)
     at = torch.zeros(1, dtype=torch.long)
-    attend = kernels.attention(cos=cos, sin=sin, slots=at, rows=at, capacity=4, kv_heads=1)
+    tokens = kernels.CachedTokens(
+        keys=cache,
+        values=cache.clone(),
+        lengths=at[None].clone(),
+        cos=cos,
+        sin=sin,
+        slots=at,
+        rows=at,
+    )
     qkv = numbers(1, 24)
     qkv[0, 0] = torch.nan
-    assert attend(qkv, *cache).isnan().all()
+    assert tokens.attend(qkv, 0).isnan().all()
 
 
 def test_the_exponential_is_exact_to_rounding_wherever_it_matters():
@@ -143,6 +151,35 @@ def test_keys_and_values_alone_are_those_of_whole_blocks(make_model, make_ids):
     assert torch.equal(alone.cache.keys, step.cache.keys)
     assert torch.equal(alone.cache.values, step.cache.values)
     assert torch.equal(alone.cache.lengths, step.cache.lengths)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("active", ["0011", "1100", "0101", "0000", "1111"])
+@pytest.mark.parametrize("by_row", [False, True], ids=["in one row", "a row each"])
+@torch.inference_mode()
+def test_tokens_that_are_done_only_leave_keys_and_values(
+    make_model, make_ids, norm, dtype, active, by_row
+):
+    """In whatever order they stand: as projected first, then the others run, to the last bit."""
+    model = make_model(dtype=dtype, norm=norm, hidden_size=64, num_key_value_heads=2)
+    ids = make_ids(4, 1) if by_row else make_ids(1, 4)
+    positions = torch.zeros(1, 1).long() if by_row else torch.arange(4)[None]
+    goes = torch.tensor([each == "1" for each in active]).view(ids.shape)
+    step, other = (
+        Step(positions=positions, cache=model.make_cache(len(ids), capacity=5)) for _ in range(2)
+    )
+    h = model.embed(ids, step=step)
+    got = model.run_layers(h, 0, 3, step=step, active=goes)
+    assert torch.equal(got[~goes], h[~goes])
+    expected = h
+    for layer in range(3):  # with every token, and the states of some put back
+        out = model.run_layers(expected, layer, layer + 1, step=other)
+        expected = torch.where(goes[..., None], out, expected)
+    assert torch.equal(got, expected)
+    assert torch.equal(step.cache.keys, other.cache.keys)
+    assert torch.equal(step.cache.values, other.cache.values)
+    assert torch.equal(step.cache.lengths, other.cache.lengths)
 
 
 @torch.inference_mode()

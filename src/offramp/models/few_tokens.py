@@ -1,0 +1,159 @@
+"""What the blocks of one call for a few tokens share: see fast_step.py."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.models import kernels
+from offramp.models.base import Step
+from offramp.models.kv_cache import KVCache
+
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
+
+
+class Call:
+    """What the blocks of one call share."""
+
+    def __init__(
+        self,
+        step: Step,
+        shape: torch.Size,
+        *,
+        end: int,
+        tables: Tables,
+        dtype: torch.dtype,
+        head_dim: int,
+        kv_heads: int,
+    ) -> None:
+        assert step.cache is not None
+        self.cache: KVCache = step.cache
+        self.end, self.dtype = end, dtype
+        self.batch, self.tokens = shape
+        self.head_dim, self.kv_heads = head_dim, kv_heads
+        whole = step.positions.shape == shape
+        self.slots = step.positions if whole else step.positions.expand(*shape)  # (B, T)
+        self.some = step.rows is not None
+        most = self.batch if step.rows is None else int(step.rows.max()) + 1
+        if most > self.cache.keys.shape[1]:
+            raise ValueError(f"the cache holds {self.cache.keys.shape[1]} rows, got {most}")
+        self.one = self.batch == 1 and not self.some
+        self.rows = torch.arange(self.batch) if step.rows is None else step.rows
+        self.tables = tables
+
+    @cached_property
+    def turns(self) -> Tables:
+        """Cosines and sines of the tokens, (N, 1, Dh)."""
+        flat = self.slots.reshape(-1)
+        cos, sin = (table[flat][:, None].to(self.dtype) for table in self.tables)
+        return cos, sin
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Attention without its last product; writes the keys and values."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
+        groups = heads.shape[1] // self.kv_heads - 2
+        turned = self._turned(heads[:, : -self.kv_heads])
+        q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
+        keys, values = self._store(layer, k, heads[:, -self.kv_heads :])
+        q = q.view(self.batch, self.tokens, self.kv_heads, groups, self.head_dim)
+        q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
+        out = out.view(self.batch, self.kv_heads, groups, self.tokens, self.head_dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        k, v = kv.view(kv.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
+        self._store(layer, self._turned(k), v)
+
+    def _turned(self, heads: Float[Tensor, "N H Dh"]) -> Float[Tensor, "N H Dh"]:
+        half = self.head_dim // 2
+        swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+        cos, sin = self.turns
+        return torch.addcmul(heads * cos, swapped, sin)
+
+    def _mask(self, groups: int) -> Tensor | None:
+        if self.batch * self.tokens == 1:
+            return None
+        if self._added is None:
+            seen = torch.arange(self.end) <= self.slots[..., None]  # (B, T, S)
+            added = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+            self._added = added.repeat(1, groups, 1)[:, None]  # (B, 1, G T, S)
+        return self._added
+
+    _added: Tensor | None = None
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (N, H_kv, Dh) of each; returns (B, H_kv, S, Dh), all that the tokens may see."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.one:
+            for store, new in ((keys[0], k), (values[0], v)):
+                store.index_copy_(1, self.slots[0], new.transpose(0, 1))
+        else:
+            at = (self.rows[:, None], slice(None), self.slots)
+            shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
+            keys[at], values[at] = k.reshape(shape), v.reshape(shape)
+            if self.some:
+                keys, values = keys[self.rows], values[self.rows]
+        return keys[:, :, : self.end], values[:, :, : self.end]
+
+    def note_lengths(self, start: int, stop: int) -> None:
+        """The cache holds these positions now."""
+        lengths = self.cache.lengths[start:stop]
+        if self.one:
+            lengths.clamp_(min=self.end)
+        else:
+            ends = (self.slots.amax(dim=1) + 1).expand(len(lengths), -1)
+            lengths.scatter_reduce_(1, self.rows.expand(len(lengths), -1), ends, "amax")
+
+
+class KernelCall(Call):
+    """The same by the compiled kernels, which can also run blocks whole, given ``weights``."""
+
+    def __init__(
+        self,
+        step: Step,
+        shape: torch.Size,
+        *,
+        blocks: kernels.BlockShape,
+        weights: Int[Tensor, "L 6"] | None,
+        **given: Any,
+    ) -> None:
+        super().__init__(step, shape, **given)
+        self.shape, self.weights = blocks, weights
+
+    @cached_property
+    def _at(self) -> kernels.CachedTokens:
+        rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
+        cos, sin = self.tables
+        return kernels.CachedTokens(
+            keys=self.cache.keys,
+            values=self.cache.values,
+            lengths=self.cache.lengths,
+            cos=cos,
+            sin=sin,
+            slots=self.slots.reshape(-1).contiguous(),
+            rows=rows.contiguous(),
+        )
+
+    def blocks(
+        self, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
+    ) -> Float[Tensor, "N D"]:
+        """Blocks start+1 .. stop in one call; the first ``kept`` tokens keep their state."""
+        assert self.weights is not None
+        return self._at.blocks(x, self.weights, self.shape, start, stop, kept=kept)
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Attention without its last product; writes the keys and values."""
+        return self._at.attend(qkv, layer)
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        self.attend(kv, layer)
+
+    def note_lengths(self, start: int, stop: int) -> None:
+        """The kernels did."""
