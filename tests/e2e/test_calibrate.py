@@ -117,3 +117,30 @@ def test_an_empty_text_is_refused(offramp, model, tmp_path):
     result = offramp("calibrate", model, "--corpus", text)
     assert result.returncode == 2
     assert "empty" in result.stderr
+
+
+def test_exits_are_specialised_into_a_new_model(offramp, model, text, tmp_path):
+    out = tmp_path / "special"
+    quick = ("--steps", 20, "--tokens", 2000, "--compute-budget", 70)
+    result = offramp("specialise", model, "--corpus", "pangram", "--out", out, *quick)
+    assert result.returncode == 0, result.stderr
+    assert "tokens that leave there" in result.stdout
+    about = json.loads((out / "config.json").read_text())
+    assert about["model"]["exit_head"] == "specialist"
+    assert about["specialised"]["compute_budget"] == 70
+    assert about["training"] == json.loads((model / "config.json").read_text())["training"]
+    measured = offramp("confidence", out, "--corpus", text, "--measures", "gain")
+    assert measured.returncode == 0, measured.stderr
+    generated = offramp("generate", out, "The quick", "--max-new-tokens", 5, "--threshold", 0.2)
+    assert generated.returncode == 0, generated.stderr
+    again = offramp("specialise", model, "--corpus", "pangram", "--out", out, *quick)
+    assert again.returncode == 2
+    other = offramp("specialise", tmp_path, "--corpus", "pangram", "--out", tmp_path / "other")
+    assert other.returncode == 2
+    assert "expected a model of offramp train" in other.stderr
+    little = offramp(
+        "specialise", model, "--corpus", "pangram", "--out", tmp_path / "low", "--compute-budget", 3
+    )
+    assert little.returncode == 2
+    assert "compute_budget: expected at least" in little.stderr
+    assert not (tmp_path / "low").exists()

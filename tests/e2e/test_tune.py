@@ -57,7 +57,7 @@ def test_a_tuned_model_is_probed_and_exported(offramp, checkpoint, tuned, tmp_pa
     [
         (["--exits", "9"], ["1 to 4", "9"]),
         (["--exits", "1,x"], ["--exits"]),
-        (["--exit-head", "shared"], ["norm, adapter or full", "shared"]),
+        (["--exit-head", "shared"], ["norm, adapter, full or specialist", "shared"]),
         (["--tokens", "1"], ["tokens", "at least 2"]),
     ],
 )

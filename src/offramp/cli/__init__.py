@@ -19,6 +19,7 @@ from offramp.cli import (  # noqa: F401  (they register themselves)
     probe,
     recipe,
     reproduce,
+    specialise,
     study,
     sweep,
     train,

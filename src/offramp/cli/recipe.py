@@ -44,9 +44,15 @@ def recipe(
     write_config_file(out / FILE, flags_of(run, config))
     output().print(terminal_table("recipe", search_table(content)))
     say_answers(content)
+    anew = f"offramp train --config {out / FILE} --out MODEL"
+    if run.specialise is not None:
+        anew += (
+            f", then offramp specialise MODEL --corpus {config.corpus} --compute-budget "
+            f"{config.compute_budget:g} --out SPECIALISED"
+        )
     say(
-        f"A model of it, for the other commands: {workers.folder / run.name}; offramp train "
-        f"--config {out / FILE} --out MODEL trains one anew. The report: {out / 'report.html'}"
+        f"A model of it, for the other commands: {workers.folder / run.name}; {anew} trains one "
+        f"anew. The report: {out / 'report.html'}"
     )
 
 

@@ -45,7 +45,8 @@ class TuneConfig:
     exit_layers: tuple[int, ...] | None = None
     "Exit layers, such as 8,12,16,20 (default: at each quarter of the depth)."
     exit_head: ExitHeadKind = "adapter"
-    "What an exit has of its own: shared (nothing), norm, adapter, or full (norm and LM head)."
+    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
+    specialist (norm, small adapter and LM head)."""
     objective: Objective | None = None
     """Imitate the final layer (distill, the default), predict the text (text; the default with
     --unfreeze), or both."""

@@ -43,7 +43,8 @@ class DecoderConfig:
     exit_layers: tuple[int, ...] = (1,)
     "Layers where a token may leave, counted from 1."
     exit_head: ExitHeadKind = "shared"
-    "What an exit has of its own: shared (nothing), norm, adapter, or full (norm and LM head)."
+    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
+    specialist (norm, small adapter and LM head)."""
     norm: NormOrder = "pre"
     "RMSNorm before each sublayer (pre) or after each residual sum (post)."
     tie_word_embeddings: bool = False

@@ -3,10 +3,12 @@
 - ``shared``: the final norm and the LM head (no parameters of its own);
 - ``norm``: a norm of its own, the shared LM head;
 - ``adapter``: a norm and a small residual block of its own, the shared LM head;
-- ``full``: a norm and an LM head of its own.
+- ``full``: a norm and an LM head of its own;
+- ``specialist``: a norm, a residual block half as wide inside as the model, and an LM head of
+  its own.
 
-A new head of kind ``norm``, ``adapter`` or ``full`` in a pretrained model says what ``shared``
-would: its norm and its LM head are copies of the final ones, its residual block adds nothing.
+A new head of any kind but ``shared`` in a pretrained model says what ``shared`` would: its norm
+and its LM head are copies of the final ones, its residual block adds nothing.
 """
 
 import warnings
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ExitHeadKind = Literal["shared", "norm", "adapter", "full"]
+ExitHeadKind = Literal["shared", "norm", "adapter", "full", "specialist"]
 EXIT_HEAD_KINDS: tuple[str, ...] = get_args(ExitHeadKind)
 
 
@@ -25,18 +27,19 @@ class UntrainedExitsWarning(UserWarning):
 
 
 class ExitAdapter(nn.Module):
-    """x + A x + SwiGLU(x) on a normalised state, as wide inside as the model; begins as x.
+    """x + A x + SwiGLU(x) on a normalised state; begins as x.
 
     A is the translator of the tuned lens (Belrose et al. 2023, arXiv 2303.08112), which can be
-    had by least squares; the SwiGLU learns what a linear map cannot.
+    had by least squares; the SwiGLU, with so many ``units``, learns what a linear map cannot.
+    Without ``direct`` there is no A.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, units: int, *, direct: bool) -> None:
         super().__init__()
-        self.direct_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.down_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.direct_proj = nn.Linear(hidden_size, hidden_size, bias=False) if direct else None
+        self.gate_proj = nn.Linear(hidden_size, units, bias=False)
+        self.up_proj = nn.Linear(hidden_size, units, bias=False)
+        self.down_proj = nn.Linear(units, hidden_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,14 +50,29 @@ class ExitAdapter(nn.Module):
 
     def add_nothing(self) -> None:
         """Let the block be the identity."""
-        nn.init.zeros_(self.direct_proj.weight)
+        if self.direct_proj is not None:
+            nn.init.zeros_(self.direct_proj.weight)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """What the LM head reads, in the final layer's stead."""
-        out: Tensor = x + self.direct_proj(x)
+        out: Tensor = x if self.direct_proj is None else x + self.direct_proj(x)
         out = out + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
+
+
+def adapter_of(kind: ExitHeadKind, hidden_size: int) -> ExitAdapter | None:
+    """The residual block of a head of this kind, if it has one."""
+    if kind == "adapter":
+        return ExitAdapter(hidden_size, hidden_size, direct=True)
+    if kind == "specialist":
+        return ExitAdapter(hidden_size, max(1, hidden_size // 2), direct=False)
+    return None
+
+
+def has_lm_head(kind: ExitHeadKind) -> bool:
+    """Whether a head of this kind has an LM head of its own."""
+    return kind in ("full", "specialist")
 
 
 class ExitHead(nn.Module):

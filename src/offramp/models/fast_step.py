@@ -196,7 +196,8 @@ class FastSteps:
         with native_bfloat16(x, x.shape[0]):
             x = self._normed(x, last).to(self._dtype(weight))
             if adapter is not None:
-                read = self._linear(x, adapter.direct_proj.weight, residual=x)
+                direct = adapter.direct_proj
+                read = x if direct is None else self._linear(x, direct.weight, residual=x)
                 both = [
                     self._linear(x, part.weight) for part in (adapter.gate_proj, adapter.up_proj)
                 ]

@@ -21,10 +21,11 @@ from offramp.models.block_runner import BlockRunner, close
 from offramp.models.blocks import Layout, accepted, watch
 from offramp.models.exit_heads import (
     EXIT_HEAD_KINDS,
-    ExitAdapter,
     ExitHead,
     ExitHeadKind,
     ExitHeads,
+    adapter_of,
+    has_lm_head,
 )
 from offramp.models.kv_cache import KVCache
 from offramp.models.sources import Source
@@ -227,8 +228,9 @@ class HuggingFaceModel(nn.Module):
         def norm() -> nn.Module:
             return deepcopy(self._layout.norm) if self._layout.norm else nn.LayerNorm(size, **like)
 
-        adapter = ExitAdapter(size).to(**like) if self.exit_head == "adapter" else None
-        own = deepcopy(lm_head) if self.exit_head == "full" else None
+        adapter = adapter_of(self.exit_head, size)
+        adapter = None if adapter is None else adapter.to(**like)
+        own = deepcopy(lm_head) if has_lm_head(self.exit_head) else None
         return ExitHead(norm=norm(), adapter=adapter, lm_head=own).requires_grad_(True)
 
 

@@ -21,6 +21,8 @@ from offramp.models.exit_heads import (
     ExitAdapter,
     ExitHead,
     ExitHeads,
+    adapter_of,
+    has_lm_head,
 )
 from offramp.models.fast_step import FastSteps
 from offramp.models.kv_cache import KVCache
@@ -277,9 +279,8 @@ def _exit_head(config: DecoderConfig) -> ExitHead:
     def norm() -> nn.Module:
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    adapter = head = None
-    if config.exit_head == "adapter":
-        adapter = ExitAdapter(config.hidden_size)
-    elif config.exit_head == "full":
+    head = None
+    if has_lm_head(config.exit_head):
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    adapter = adapter_of(config.exit_head, config.hidden_size)
     return ExitHead(norm=norm(), adapter=adapter, lm_head=head)

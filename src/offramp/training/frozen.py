@@ -177,8 +177,8 @@ def check_exits(model: HuggingFaceModel) -> None:
         raise ConfigError("exit_layers: expected at least one below the last layer, got none")
     if not len(model.exits):
         raise ConfigError(
-            "exit_head: expected norm, adapter or full, which learn while the backbone is "
-            f"frozen, got {model.exit_head}"
+            "exit_head: expected norm, adapter, full or specialist, which learn while the "
+            f"backbone is frozen, got {model.exit_head}"
         )
 
 
@@ -206,7 +206,7 @@ def _begin(model: HuggingFaceModel, kept: KeptStates, config: FrozenConfig) -> N
                 continue
             head.adapter.reset_parameters()
             x = head.norm(kept.states[layer]).float()
-            if config.objective != "text":
+            if config.objective != "text" and head.adapter.direct_proj is not None:
                 a = least_squares(x, wanted - x)
                 head.adapter.direct_proj.weight.copy_(a.T)
 

@@ -36,7 +36,7 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 3, 6, 12])
 def test_every_candidate_is_a_recipe_of_its_depth(layers):
-    for _, changes in rounds(layers):
+    for _, changes in rounds(layers, 60.0):
         for change in changes:
             candidate = first_candidate(layers).changed(**change)
             assert all(1 <= layer < layers for layer in candidate.exits)
@@ -60,7 +60,7 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     run, content = find_recipe(
         config, out, watcher=Watcher(), workers=Workers(folder=tmp_path / "runs", jobs=2)
     )
-    for question in ("alpha", "exits", "head", "schedule", "distillation"):
+    for question in ("alpha", "exits", "head", "schedule", "distillation", "specialise"):
         asked = [entry for entry in content["search"] if entry["question"] == question]
         best = min(entry["held_out_ppl"] or math.inf for entry in asked)
         assert [entry["held_out_ppl"] for entry in asked if entry["chosen"]] == [best]

@@ -262,7 +262,11 @@ def test_a_distillation_temperature_of_zero_is_refused():
 def test_what_cannot_be_tuned_is_refused_and_nothing_written(checkpoint, text, tuned, tmp_path):
     out = tmp_path / "out"
     for model, fields, sentence in (
-        (checkpoint, {"exit_head": "shared"}, "exit_head: expected norm, adapter or full"),
+        (
+            checkpoint,
+            {"exit_head": "shared"},
+            "exit_head: expected norm, adapter, full or specialist",
+        ),
         (checkpoint, {"exit_layers": (1, 5)}, "exit_layers: expected layers from 1 to 4, got 5"),
         (checkpoint, {"exit_layers": (4,)}, "exit_layers: expected at least one below"),
         (tuned[0], {}, "expected a model without exits"),

@@ -92,13 +92,17 @@ def test_the_exponential_is_exact_to_rounding_wherever_it_matters():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("portions", [[9], [5, 1, 1, 1, 1], [3, 4, 2]], ids=str)
+@pytest.mark.parametrize("head", ["adapter", "specialist"])
 @torch.inference_mode()
-def test_a_model_says_the_same_by_kernels(make_model, make_ids, norm, kv_heads, dtype, portions):
+def test_a_model_says_the_same_by_kernels(
+    make_model, make_ids, norm, kv_heads, dtype, portions, head
+):
     model = make_model(
-        dtype=dtype, norm=norm, hidden_size=64, num_key_value_heads=kv_heads, exit_head="adapter"
+        dtype=dtype, norm=norm, hidden_size=64, num_key_value_heads=kv_heads, exit_head=head
     )
     assert kernels.kernels_fit(model.lm_head.weight, model.config.head_dim)
-    model.exits["1"].adapter.direct_proj.weight.normal_(std=0.1)
+    if head == "adapter":
+        model.exits["1"].adapter.direct_proj.weight.normal_(std=0.1)
     model.exits["1"].adapter.down_proj.weight.normal_(std=0.1)
     ids = make_ids(2, 9)
     cache = model.make_cache(2, capacity=11)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from offramp.calibration.specialise import SpecialiseConfig
 from offramp.models.transformer import DecoderConfig
 from offramp.training import TrainConfig
 
@@ -20,6 +21,8 @@ class Recipe:
     "Fields of TrainConfig."
     model: Mapping[str, Any] = field(default_factory=dict)
     "Fields of DecoderConfig."
+    specialise: SpecialiseConfig | None = None
+    "After training, teach each exit the tokens that leave there."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from offramp.calibration.specialise import SpecialiseConfig
 from offramp.errors import ConfigError
 from offramp.evaluation.cost import model_cost
 from offramp.experiments.study.comparison import Done
@@ -95,6 +96,7 @@ class Candidate:
     head: ExitHeadKind = "norm"
     training: Mapping[str, Any] = field(default_factory=dict)
     "Further fields of TrainConfig; with loss weights of their own, alpha does not apply."
+    specialise: SpecialiseConfig | None = None
 
     def changed(self, *, training: Mapping[str, Any] | None = None, **others: Any) -> "Candidate":
         """With other values; ways to train are added to those that there are."""
@@ -111,9 +113,11 @@ class Candidate:
             label=", ".join(
                 [f"exit {exits}", f"head {self.head}"]
                 + [f"{name} {value}" for name, value in training.items()]
+                + (["specialised"] if self.specialise else [])
             ),
             training=training,
             model={"exit_layers": self.exits, "exit_head": self.head},
+            specialise=self.specialise,
         )
 
 
@@ -122,16 +126,18 @@ def first_candidate(layers: int) -> Candidate:
     return Candidate(exits=(max(1, round(layers / 3)),))
 
 
-def rounds(layers: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def rounds(layers: int, budget: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """What is changed of the best so far, one question after the other."""
     third, half = max(1, round(layers / 3)), max(1, round(layers / 2))
     placed = [(third,), (half,), (max(1, third // 2), third), (third, min(layers - 1, 2 * third))]
     distinct = dict.fromkeys(tuple(sorted({*exits})) for exits in placed)
     yield "alpha", [{"alpha": alpha} for alpha in (0.3, 0.5, 0.7)]
-    yield "exits", [{"exits": exits} for exits in distinct]
-    yield "head", [{"head": head} for head in ("norm", "full", "adapter")]
     yield "schedule", [{"training": extra} for extra in SCHEDULES]
+    yield "exits", [{"exits": exits} for exits in distinct]
+    yield "head", [{"head": head} for head in ("norm", "adapter")]
     yield "distillation", [{"training": extra} for extra in ({}, {"distill": 0.3})]
+    specialised = SpecialiseConfig(compute_budget=budget)
+    yield "specialise", [{"specialise": each} for each in (None, specialised)]
 
 
 def find_recipe(
@@ -150,15 +156,20 @@ def find_recipe(
     asked_for = {name: value for name, value in asdict(config).items() if name not in TEXTS}
     go_on_or_claim(out, {"study": RECIPE, **asked_for, "text": text.about})
     short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
-    searched = sum(len(changes) for _, changes in rounds(config.layers))
+    searched = sum(len(changes) for _, changes in rounds(config.layers, config.compute_budget))
     watcher.on_plan("search", searched, searched * short.tokens)
     best, search = _search(study, config, text, watcher, workers)
     recipe = replace(best.recipe(config.layers), label=RECIPE)
     final = replace(study, recipes=(recipe,))
     runs = plan_runs(final, text)
-    about = {"search": search, "recipe": {"training": recipe.training, "model": recipe.model}}
+    about = {"search": search, "recipe": _about(recipe)}
     content = finish_study(final, runs, out, watcher=watcher, workers=workers, about=about)
     return next(run for run in runs if run.label == RECIPE), content
+
+
+def _about(recipe: Recipe) -> dict[str, Any]:
+    specialise = None if recipe.specialise is None else asdict(recipe.specialise)
+    return {"training": recipe.training, "model": recipe.model, "specialise": specialise}
 
 
 def recipe_study(config: RecipeConfig) -> Study:
@@ -194,7 +205,7 @@ def check_budget(study: Study, budget: float, *, vocab_size: int) -> None:
     """ConfigError where the budget is under the cost of the earliest exit of the search."""
     earliest = min(
         exit
-        for _, changes in rounds(study.model.num_hidden_layers)
+        for _, changes in rounds(study.model.num_hidden_layers, budget)
         for change in changes
         for exit in change.get("exits", ())
     )
@@ -212,7 +223,7 @@ def _search(
     study: Study, config: RecipeConfig, text: StudyText, watcher: Watcher, workers: Workers
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     best, search = first_candidate(config.layers), []
-    for question, changes in rounds(config.layers):
+    for question, changes in rounds(config.layers, config.compute_budget):
         candidates = [best.changed(**change) for change in changes]
         short = _short(study, candidates)
         recipes = short.recipes

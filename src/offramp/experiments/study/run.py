@@ -3,16 +3,18 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from offramp.data import encode, make_tokenizer
+from offramp.calibration.specialise import SpecialiseConfig, specialise_exits, with_own_heads
+from offramp.data import batches, encode, make_tokenizer
 from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CorpusError
@@ -53,6 +55,7 @@ class StudyRun:
     gates: GateFit
     model: DecoderConfig
     training: TrainConfig
+    specialise: SpecialiseConfig | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class StudyRun:
             "gates": asdict(self.gates) if early else None,
             "model": asdict(self.model),
             "training": asdict(self.training),
+            **({"specialise": asdict(self.specialise)} if self.specialise else {}),
         }
 
     @property
@@ -100,6 +104,13 @@ class StudyRun:
             )
         return tokenizer, train_ids, held_out, test
 
+    def _windows(self, ids: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Training text in a random order, another than that of training."""
+        order = torch.Generator().manual_seed(self.training.seed)
+        return batches(
+            ids, seq_len=self.training.seq_len, batch_size=self.training.batch_size, order=order
+        )
+
     def work(
         self,
         folder: Path,
@@ -124,6 +135,11 @@ class StudyRun:
             return
         trained = time.perf_counter()
         model.eval()
+        left = None
+        if self.specialise:
+            model = with_own_heads(model)
+            left = specialise_exits(model, self._windows(train_ids), self.specialise)
+        specialised = time.perf_counter()
         evaluation = evaluate(
             model,
             train_ids,
@@ -141,13 +157,18 @@ class StudyRun:
             "test_tokens": len(test) - 1,
             "exit_ppl": evaluation.exit_ppl,
             "flops": evaluation.flops,
+            "left_at_budget": left,
             "validations": [asdict(validation) for validation in result.validations],
         }
         corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
         as_trained = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
         save_checkpoint(model, folder, about=as_trained, weights_about={})
         tokenizer.save(str(folder / TOKENIZER_FILE))
-        seconds = {"train": trained - start, "evaluate": time.perf_counter() - trained}
+        seconds = {
+            "train": trained - start,
+            "specialise": specialised - trained,
+            "evaluate": time.perf_counter() - specialised,
+        }
         write_json(
             folder / TIMING,
             {"seconds": seconds, "passes": evaluation.seconds, "environment": environment("cpu")},

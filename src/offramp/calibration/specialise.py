@@ -1,0 +1,201 @@
+"""Exits that know who leaves there: each learns from its own tokens, the backbone frozen.
+
+An exit that is trained on every token spends much of what it can say on hard ones, which go on
+to the last layer anyway. Once gates say who leaves where at a budget, what the exit has of its
+own (norm, residual block, LM head) is taught those tokens by the last layer (Hinton et al.
+2015). The gates were fitted to the exits as they were; fit them anew afterwards.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp.calibration.fitting import fit_gates
+from offramp.errors import ConfigError, TrainingError
+from offramp.evaluation.cost import model_cost
+from offramp.evaluation.sample import ExitSample, collect_sample
+from offramp.exits.gate import FittedExits, Gate, GateConfig, expected_kl
+from offramp.exits.policy import GainPolicy
+from offramp.models.base import EarlyExitModel
+from offramp.models.exit_heads import ExitHead
+from offramp.models.huggingface import HuggingFaceModel
+from offramp.models.transformer import Transformer
+
+_ROUNDS = 40
+_AT_ONCE = 8192  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialiseConfig:
+    """How exits learn from the tokens that leave there."""
+
+    compute_budget: float = 60.0
+    "FLOPs of a token, in percent of the full model's, at which tokens leave where they leave."
+    tokens: int = 262_144
+    "Of the training text, drawn at random."
+    steps: int = 3000
+    "Steps of AdamW for each exit."
+    batch_size: int = 1024
+    "Tokens a step."
+    lr: float = 2e-3
+    "Peak learning rate; cosine to zero."
+    weight_decay: float = 0.01
+    "AdamW's weight decay."
+    others: float = 0.05
+    "Weight of a token that does not leave at the exit; 1 for one that does."
+    imitate: float = 1.0
+    """Share of KL(p_L || p_e) in the loss; the rest is cross-entropy. (What was trained on for
+    some epochs is known by heart: there the last layer teaches better than the text.)"""
+    seed: int = 0
+    "Seed of the gates and of the order of the tokens."
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least, most in (
+            ("compute_budget", 0.0, 100.0),
+            ("others", 0.0, 1.0),
+            ("imitate", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"{name}: expected from {least:g} to {most:g}, got {value}")
+        for name in ("lr", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+def with_own_heads(model: Transformer) -> Transformer:
+    """The same model whose exits have heads of kind ``specialist``, which say what they said
+    before; the model itself where they have an adapter or an LM head of their own.
+    """
+    if model.config.exit_head not in ("shared", "norm"):
+        return model
+    if model.config.exit_head == "shared" and model.config.norm == "post":
+        raise ConfigError(
+            "exit_head: expected norm, adapter, full or specialist in a post-norm model, whose "
+            "final norm an exit cannot begin with, got shared"
+        )
+    weight = model.lm_head.weight
+    own = Transformer(replace(model.config, exit_head="specialist")).to(weight.device, weight.dtype)
+    own.load_state_dict(model.state_dict(), strict=False)
+    for layer, head in own.exits.items():
+        before = model.exits.at(int(layer))
+        cast(ExitHead, head).start_from(before.norm if before else model.model.norm, model.lm_head)
+    return own.train(model.training)
+
+
+def specialise_exits(
+    model: Transformer | HuggingFaceModel,
+    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    config: SpecialiseConfig,
+) -> dict[int, float]:
+    """Teach what each exit has of its own the tokens that leave there; in place.
+
+    ``batches`` are of training text, in a random order. Returns the share of the tokens that
+    left at each exit at the budget. Raises ConfigError where an exit has nothing of its own or
+    the budget is less than the first exit costs, TrainingError where the loss is not finite.
+    """
+    check_specialise(model, config)
+    early = model.exit_layers[:-1]
+    sample = collect_sample(model, batches, max_tokens=config.tokens)
+    leaving = _who_leaves(model, sample, config)
+    for index, layer in enumerate(early):
+        weights = torch.from_numpy(np.where(leaving[index], 1.0, config.others)).float()
+        _teach(model, cast(ExitHead, model.exits[str(layer)]), layer, sample, weights, config)
+    return {layer: float(leaving[index].mean()) for index, layer in enumerate(model.exit_layers)}
+
+
+def check_specialise(model: Transformer | HuggingFaceModel, config: SpecialiseConfig) -> None:
+    """Raise the ConfigErrors of ``specialise_exits``."""
+    early = model.exit_layers[:-1]
+    missing = [layer for layer in early if str(layer) not in model.exits]
+    if missing or not early:
+        raise ConfigError(
+            "exit_head: expected exits with something of their own to learn with, got "
+            f"{'none' if not early else f'nothing at layer {missing[0]}'}"
+        )
+    least = model_cost(model, context=1.0).flops_pct_by_exit("max_prob", asked=[False] * len(early))
+    if config.compute_budget < least[0]:
+        raise ConfigError(
+            f"compute_budget: expected at least {math.ceil(10 * least[0]) / 10:g}, what leaving "
+            f"at layer {early[0]} costs, got {config.compute_budget:g}"
+        )
+
+
+def _who_leaves(
+    model: EarlyExitModel, sample: ExitSample, config: SpecialiseConfig
+) -> Bool[NDArray[np.bool_], "E N"]:
+    """By ``gain`` gates at the price at which tokens cost the budget on the mean."""
+    gates = fit_gates("gain", sample, GateConfig(seed=config.seed))
+    assert sample.trace.position is not None
+    context = float(sample.trace.position.mean()) + 1
+    cost = model_cost(model, context=context, fitted=FittedExits(gates={"gain": gates}))
+    costs = cost.flops_pct_by_exit("gain")
+    expected = [_expected(gates[layer], sample.states[layer]) for layer in model.exit_layers[:-1]]
+    cheap, dear = 1e-9, 10.0  # nats for one percent
+    for _ in range(_ROUNDS):
+        price = math.sqrt(cheap * dear)
+        leaving = GainPolicy(price=price, costs=costs).leaving(expected)
+        if np.dot(leaving.mean(axis=1), costs) > config.compute_budget:
+            cheap = price
+        else:
+            dear = price
+    return GainPolicy(price=dear, costs=costs).leaving(expected)
+
+
+@torch.no_grad()
+def _expected(gate: Gate, states: Float[Tensor, "N D"]) -> Float[NDArray[np.float32], "K N"]:
+    parts = [expected_kl(gate(h.float())) for h in states.split(_AT_ONCE)]
+    return torch.cat(parts).T.contiguous().numpy()
+
+
+def _teach(
+    model: EarlyExitModel,
+    head: ExitHead,
+    layer: int,
+    sample: ExitSample,
+    weights: Float[Tensor, " N"],
+    config: SpecialiseConfig,
+) -> None:
+    targets = torch.from_numpy(sample.trace.targets)
+    parameters = list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    order = torch.Generator().manual_seed(config.seed)
+    last = model.num_layers
+
+    def log_probs(at: int, rows: Tensor) -> Tensor:
+        h = sample.states[at][rows].to(model.device, sample.dtype)
+        return F.log_softmax(model.unembed(h[None], at)[0].float(), dim=-1)
+
+    for step in range(config.steps):
+        rate = 0.5 * config.lr * (1 + math.cos(math.pi * step / config.steps))
+        optimizer.param_groups[0]["lr"] = rate
+        rows = torch.randint(len(targets), (config.batch_size,), generator=order)
+        weight = weights[rows].to(model.device)
+        with torch.no_grad():
+            teacher = log_probs(last, rows)
+        with torch.enable_grad():
+            student = log_probs(layer, rows)
+            loss = (1 - config.imitate) * F.nll_loss(
+                student, targets[rows].to(model.device), reduction="none"
+            ) + config.imitate * (teacher.exp() * (teacher - student)).sum(dim=-1)
+            mean = (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+        if not torch.isfinite(mean):
+            raise TrainingError(f"step {step + 1}: expected a finite loss, got {float(mean)}")
+        grads = torch.autograd.grad(mean, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,48 @@
+"""offramp specialise."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from offramp.calibration.specialise import SpecialiseConfig
+from offramp.cli.base import Device, Threads, app, output, say, use
+from offramp.experiments.specialise import specialise_folder
+
+
+@app.command
+def specialise(
+    model: Path,
+    *,
+    corpus: str,
+    out: Path,
+    specialising: Annotated[SpecialiseConfig | None, Parameter(name="*")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Teach each exit of a trained model the tokens that leave there, the backbone frozen.
+
+    Exits get a norm and an LM head of their own, and gates that are fitted to them.
+
+    Parameters
+    ----------
+    model
+        A folder that ``offramp train`` wrote.
+    corpus
+        The text that it was trained on: exits and gates learn from its training text.
+    out
+        Folder for the new model.
+    """
+    use(device, threads)
+    found = specialise_folder(
+        model, corpus, out, specialising or SpecialiseConfig(), device=device, on_stage=say
+    )
+    table = Table(title="Validation text")
+    for column in ("exit layer", "tokens that leave there", "PPL of all tokens before", "after"):
+        table.add_column(column, justify="right")
+    for layer, share in found["left"].items():
+        ppl = (f"{found[when][layer]:.3f}" for when in ("before", "after"))
+        table.add_row(str(layer), f"{100 * share:.1f}%", *ppl)
+    output().print(table)
+    say(f"{out} holds the model; offramp confidence {out} --corpus OTHER says what it is worth.")

@@ -1,0 +1,76 @@
+"""Teach a trained model's exits the tokens that leave there: ``offramp specialise``."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.calibration.specialise import (
+    SpecialiseConfig,
+    check_specialise,
+    specialise_exits,
+    with_own_heads,
+)
+from offramp.data import batches, encode, load_corpus
+from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.errors import CheckpointError, CorpusError
+from offramp.evaluation.trace import collect_trace
+from offramp.experiments.confidence import fit_folder
+from offramp.experiments.sweeping import SWEEP_BATCH
+from offramp.models.base import EarlyExitModel
+from offramp.models.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from offramp.models.loading import is_native, load_tokenizer
+
+
+def specialise_folder(
+    folder: Path,
+    corpus_name: str,
+    out: Path,
+    config: SpecialiseConfig,
+    *,
+    device: str = "cpu",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """A new model folder with specialised exits, and gates that were fitted to them.
+
+    Exits learn from the corpus's training text; returned are the share of its tokens that left
+    at each exit at the budget, and each exit's PPL on the validation text before and after.
+    """
+    if not is_native(folder):
+        raise CheckpointError(f"{folder}: expected a model of offramp train, got none")
+    model, about = load_checkpoint(folder, device=device)
+    tokenizer, corpus = load_tokenizer(folder), load_corpus(corpus_name)
+    train_ids, validation_ids = (
+        encode(tokenizer, text) for text in (corpus.train, corpus.validation)
+    )
+    if len(train_ids) < 2 or len(validation_ids) < 2:
+        raise CorpusError(f"{corpus_name}: expected at least 2 tokens to train and to validate")
+    seq_len = min(about["training"]["seq_len"], model.max_length)
+
+    def exit_ppl(model: EarlyExitModel) -> dict[int, float]:
+        trace = collect_trace(
+            model, batches(validation_ids, seq_len=seq_len, batch_size=SWEEP_BATCH)
+        )
+        return {layer: trace.ppl(layer) for layer in model.exit_layers}
+
+    own = with_own_heads(model)
+    check_specialise(own, config)
+    claim_folder(out)
+    before = exit_ppl(model)
+    on_stage("exits learn from the tokens that leave there")
+    order = torch.Generator().manual_seed(config.seed)
+    left = specialise_exits(
+        own,
+        batches(train_ids, seq_len=seq_len, batch_size=SWEEP_BATCH, order=order),
+        config,
+    )
+    specialised = {**asdict(config), "corpus": {"name": corpus.name, "sha256": corpus.sha256}}
+    kept = {name: part for name, part in about.items() if name not in ("format", "model")}
+    save_checkpoint(own, out, about={**kept, "specialised": specialised}, weights_about={})
+    shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
+    on_stage("gates and temperatures are fitted to the new exits")
+    fit_folder(out, corpus_name, device=device)
+    return {"left": left, "before": before, "after": exit_ppl(own)}

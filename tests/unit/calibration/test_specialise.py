@@ -1,0 +1,118 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from offramp.calibration.specialise import SpecialiseConfig, specialise_exits, with_own_heads
+from offramp.data import batches
+from offramp.errors import ConfigError
+from offramp.evaluation.trace import collect_trace
+from offramp.models.base import states_at, whole_step
+
+QUICK = {"steps": 150, "batch_size": 128, "tokens": 2000}
+
+
+@pytest.fixture
+def text(make_ids):
+    """Half its tokens follow from the one before, half are drawn."""
+    ids = make_ids(1, 4000)[0]
+    ids[1::2] = (ids[::2] + 3) % 13
+    return ids
+
+
+def windows(ids):
+    return batches(ids, seq_len=16, batch_size=8, order=torch.Generator().manual_seed(0))
+
+
+def said(model, ids):
+    with torch.no_grad():
+        return {
+            layer: model.unembed(h, layer)
+            for layer, h in states_at(model, ids, range(1, 4), step=whole_step(ids))
+        }
+
+
+@pytest.mark.parametrize("kind", ["shared", "norm", "adapter", "full", "specialist"])
+def test_own_heads_say_what_the_exits_said(make_model, make_ids, kind):
+    model, ids = make_model(exit_layers=(1, 2), exit_head=kind, dtype=torch.float32), make_ids(2, 9)
+    own = with_own_heads(model)
+    before, after = said(model, ids), said(own, ids)
+    assert all(torch.equal(after[layer], before[layer]) for layer in before)
+    assert (own is model) == (kind in ("adapter", "full", "specialist"))
+    own.exits["1"].norm.weight.data.mul_(2)
+    if kind == "norm":
+        assert torch.equal(said(model, ids)[1], before[1])  # nothing is shared with the first
+
+
+def test_a_post_norm_model_has_no_final_norm_to_begin_with(make_model):
+    with pytest.raises(ConfigError, match="post-norm"):
+        with_own_heads(make_model(norm="post", exit_head="shared"))
+
+
+@pytest.mark.parametrize("kind", ["norm", "adapter", "full", "specialist"])
+def test_exits_learn_from_the_tokens_that_leave_there(make_model, text, kind):
+    model = make_model(exit_layers=(1, 2), exit_head=kind, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    was = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    config = SpecialiseConfig(compute_budget=70, imitate=0.0, **QUICK)
+    left = specialise_exits(model, windows(text), config)
+    assert sum(left.values()) == pytest.approx(1)
+    assert set(left) == {1, 2, 3}
+    now = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    assert now.ppl(3) == was.ppl(3)
+    for layer in (1, 2):
+        if left[layer] > 0.1:
+            assert now.ppl(layer) < was.ppl(layer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or name.startswith("exits.")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_tokens_that_go_on_count_as_much_as_they_are_told_to(make_model, text):
+    """With all weight on those that leave, they are told better than with equal weights."""
+    found = {}
+    for others in (0.0, 1.0):
+        model = make_model(exit_layers=(1,), exit_head="full", dtype=torch.float32)
+        config = SpecialiseConfig(compute_budget=75, others=others, imitate=0.0, **QUICK)
+        specialise_exits(model, windows(text), config)
+        found[others] = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    assert found[0.0].ppl(1) > found[1.0].ppl(1)
+
+
+def test_imitation_brings_the_exit_nearer_to_the_last_layer(make_model, text):
+    found = {}
+    for imitate in (0.0, 1.0):
+        model = make_model(exit_layers=(1,), exit_head="full", dtype=torch.float32)
+        config = SpecialiseConfig(compute_budget=90, others=1.0, imitate=imitate, **QUICK)
+        specialise_exits(model, windows(text), config)
+        trace = collect_trace(model, batches(text, seq_len=16, batch_size=8), kl=True)
+        found[imitate] = trace.kl[0].mean()
+    assert found[1.0] < found[0.0]
+
+
+def test_the_same_seed_gives_the_same_exits(make_model, text):
+    states = []
+    for seed in (0, 0, 1):
+        model = make_model(exit_layers=(1,), exit_head="norm", dtype=torch.float32)
+        config = SpecialiseConfig(compute_budget=75, seed=seed, **QUICK)
+        specialise_exits(model, windows(text), config)
+        states.append(model.exits["1"].norm.weight)
+    assert_close(states[0], states[1], rtol=0, atol=0)
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        ({"exit_head": "shared"}, {}, "something of their own"),
+        ({"exit_layers": (3,)}, {}, "got none"),
+        ({}, {"compute_budget": 5}, "compute_budget: expected at least 3"),
+        ({}, {"steps": 0}, "steps: expected at least 1"),
+        ({}, {"compute_budget": 101.0}, "compute_budget: expected from 0 to 100"),
+        ({}, {"others": -0.1}, "others: expected from 0 to 1"),
+        ({}, {"lr": float("nan")}, "lr: expected a finite number"),
+    ],
+)
+def test_mistakes_get_a_sentence(make_model, text, model, config, message):
+    model = make_model(**({"exit_layers": (1,), "exit_head": "norm"} | model))
+    with pytest.raises(ConfigError, match=message):
+        specialise_exits(model, windows(text), SpecialiseConfig(**(QUICK | config)))
