@@ -124,7 +124,7 @@ def test_exits_are_specialised_into_a_new_model(offramp, model, text, tmp_path):
     quick = ("--steps", 20, "--tokens", 2000, "--compute-budget", 70)
     result = offramp("specialise", model, "--corpus", "pangram", "--out", out, *quick)
     assert result.returncode == 0, result.stderr
-    assert "tokens that leave there" in result.stdout
+    assert "training tokens that left" in result.stdout
     about = json.loads((out / "config.json").read_text())
     assert about["model"]["exit_head"] == "specialist"
     assert about["specialised"]["compute_budget"] == 70

@@ -129,13 +129,13 @@ def test_a_sweep_equals_the_real_router_forced_along_the_text(
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize(("confidence", "threshold"), [("max_prob", 0.35), ("saturation", 0.5)])
-@pytest.mark.parametrize("few", [1, 16], ids=["before", "beside"])
+@pytest.mark.parametrize("beside", [False, True], ids=["before", "beside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_propagated_states_equal_the_real_router_forced_along_the_text(
-    make_model, make_ids, exits, confidence, threshold, few, dtype, monkeypatch
+    make_model, make_ids, exits, confidence, threshold, beside, dtype, monkeypatch
 ):
     """Whether what is owed is projected before the token that needs it, or beside it."""
-    monkeypatch.setattr(confident_exit, "FEW_TOKENS", few)
+    monkeypatch.setattr(confident_exit, "fills_beside", lambda model, tokens: beside and tokens <= 16)
     model = routed(make_model, exits).to(dtype)
     inputs = make_ids(3, LENGTH)
     policy = ThresholdPolicy.of(threshold, len(exits) + 1)

@@ -7,9 +7,9 @@ own (norm, residual block, LM head) is taught those tokens by the last layer (Hi
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,9 +24,7 @@ from offramp.evaluation.cost import model_cost
 from offramp.evaluation.sample import ExitSample, collect_sample
 from offramp.exits.gate import FittedExits, Gate, GateConfig, expected_kl
 from offramp.exits.policy import GainPolicy
-from offramp.models.base import EarlyExitModel
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface import HuggingFaceModel
 from offramp.models.transformer import Transformer
 
 _ROUNDS = 40
@@ -75,9 +73,11 @@ class SpecialiseConfig:
                 raise ConfigError(f"{name}: expected a finite number of at least 0, got {value}")
 
 
-def with_own_heads(model: Transformer) -> Transformer:
+def with_own_heads(model: Transformer, *, seed: int) -> Transformer:
     """The same model whose exits have heads of kind ``specialist``, which say what they said
     before; the model itself where they have an adapter or an LM head of their own.
+
+    ``seed`` is that of what their residual blocks read.
     """
     if model.config.exit_head not in ("shared", "norm"):
         return model
@@ -87,16 +87,20 @@ def with_own_heads(model: Transformer) -> Transformer:
             "final norm an exit cannot begin with, got shared"
         )
     weight = model.lm_head.weight
-    own = Transformer(replace(model.config, exit_head="specialist")).to(weight.device, weight.dtype)
-    own.load_state_dict(model.state_dict(), strict=False)
-    for layer, head in own.exits.items():
-        before = model.exits.at(int(layer))
-        cast(ExitHead, head).start_from(before.norm if before else model.model.norm, model.lm_head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        own = Transformer(replace(model.config, exit_head="specialist"))
+        own = own.to(weight.device, weight.dtype)
+        own.load_state_dict(model.state_dict(), strict=False)
+        for layer, head in own.exits.items():
+            before = model.exits.at(int(layer))
+            norm = before.norm if before else model.model.norm
+            cast(ExitHead, head).start_from(norm, model.lm_head)
     return own.train(model.training)
 
 
 def specialise_exits(
-    model: Transformer | HuggingFaceModel,
+    model: Transformer,
     batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
     config: SpecialiseConfig,
 ) -> dict[int, float]:
@@ -106,18 +110,21 @@ def specialise_exits(
     left at each exit at the budget. Raises ConfigError where an exit has nothing of its own or
     the budget is less than the first exit costs, TrainingError where the loss is not finite.
     """
-    check_specialise(model, config)
-    early = model.exit_layers[:-1]
     sample = collect_sample(model, batches, max_tokens=config.tokens)
+    assert sample.trace.position is not None
+    check_specialise(model, config, context=float(sample.trace.position.mean()) + 1)
+    early = model.exit_layers[:-1]
     leaving = _who_leaves(model, sample, config)
     for index, layer in enumerate(early):
+        if not leaving[index].any():
+            continue  # nobody to learn from
         weights = torch.from_numpy(np.where(leaving[index], 1.0, config.others)).float()
         _teach(model, cast(ExitHead, model.exits[str(layer)]), layer, sample, weights, config)
     return {layer: float(leaving[index].mean()) for index, layer in enumerate(model.exit_layers)}
 
 
-def check_specialise(model: Transformer | HuggingFaceModel, config: SpecialiseConfig) -> None:
-    """Raise the ConfigErrors of ``specialise_exits``."""
+def check_specialise(model: Transformer, config: SpecialiseConfig, *, context: float) -> None:
+    """Raise the ConfigErrors of ``specialise_exits``, for windows of a mean ``context`` in keys."""
     early = model.exit_layers[:-1]
     missing = [layer for layer in early if str(layer) not in model.exits]
     if missing or not early:
@@ -125,23 +132,28 @@ def check_specialise(model: Transformer | HuggingFaceModel, config: SpecialiseCo
             "exit_head: expected exits with something of their own to learn with, got "
             f"{'none' if not early else f'nothing at layer {missing[0]}'}"
         )
-    least = model_cost(model, context=1.0).flops_pct_by_exit("max_prob", asked=[False] * len(early))
-    if config.compute_budget < least[0]:
+    gates = {layer: Gate(model.hidden_size, outputs=1).to(model.device) for layer in early}
+    least = _costs(model, gates, context)[0]
+    if config.compute_budget < least:
         raise ConfigError(
-            f"compute_budget: expected at least {math.ceil(10 * least[0]) / 10:g}, what leaving "
-            f"at layer {early[0]} costs, got {config.compute_budget:g}"
+            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, what leaving at "
+            f"layer {early[0]} costs with a gate and an exit head, got {config.compute_budget:g}"
         )
 
 
+def _costs(model: Transformer, gates: Mapping[int, Gate], context: float) -> tuple[float, ...]:
+    """FLOPs% of leaving at each exit by ``gain``."""
+    fitted = FittedExits(gates={"gain": gates})
+    return model_cost(model, context=context, fitted=fitted).flops_pct_by_exit("gain")
+
+
 def _who_leaves(
-    model: EarlyExitModel, sample: ExitSample, config: SpecialiseConfig
+    model: Transformer, sample: ExitSample, config: SpecialiseConfig
 ) -> Bool[NDArray[np.bool_], "E N"]:
     """By ``gain`` gates at the price at which tokens cost the budget on the mean."""
     gates = fit_gates("gain", sample, GateConfig(seed=config.seed))
     assert sample.trace.position is not None
-    context = float(sample.trace.position.mean()) + 1
-    cost = model_cost(model, context=context, fitted=FittedExits(gates={"gain": gates}))
-    costs = cost.flops_pct_by_exit("gain")
+    costs = _costs(model, gates, float(sample.trace.position.mean()) + 1)
     expected = [_expected(gates[layer], sample.states[layer]) for layer in model.exit_layers[:-1]]
     cheap, dear = 1e-9, 10.0  # nats for one percent
     for _ in range(_ROUNDS):
@@ -161,7 +173,7 @@ def _expected(gate: Gate, states: Float[Tensor, "N D"]) -> Float[NDArray[np.floa
 
 
 def _teach(
-    model: EarlyExitModel,
+    model: Transformer,
     head: ExitHead,
     layer: int,
     sample: ExitSample,
@@ -170,7 +182,10 @@ def _teach(
 ) -> None:
     targets = torch.from_numpy(sample.trace.targets)
     parameters = list(head.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    norms = [parameter for parameter in parameters if parameter.ndim < 2]  # they do not decay
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
     order = torch.Generator().manual_seed(config.seed)
     last = model.num_layers
 
@@ -180,7 +195,8 @@ def _teach(
 
     for step in range(config.steps):
         rate = 0.5 * config.lr * (1 + math.cos(math.pi * step / config.steps))
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         rows = torch.randint(len(targets), (config.batch_size,), generator=order)
         weight = weights[rows].to(model.device)
         with torch.no_grad():

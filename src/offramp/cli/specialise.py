@@ -23,7 +23,8 @@ def specialise(
 ) -> None:
     """Teach each exit of a trained model the tokens that leave there, the backbone frozen.
 
-    Exits get a norm and an LM head of their own, and gates that are fitted to them.
+    Exits that have at most a norm get a residual block and an LM head of their own, too. Gates
+    and temperatures are fitted to them anew.
 
     Parameters
     ----------
@@ -38,8 +39,8 @@ def specialise(
     found = specialise_folder(
         model, corpus, out, specialising or SpecialiseConfig(), device=device, on_stage=say
     )
-    table = Table(title="Validation text")
-    for column in ("exit layer", "tokens that leave there", "PPL of all tokens before", "after"):
+    table = Table(title="At the budget; PPL of all tokens of the validation text")
+    for column in ("exit layer", "training tokens that left", "PPL before", "after"):
         table.add_column(column, justify="right")
     for layer, share in found["left"].items():
         ppl = (f"{found[when][layer]:.3f}" for when in ("before", "after"))

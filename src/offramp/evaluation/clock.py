@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.evaluation.cost import model_cost
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
+from offramp.models.base import EarlyExitModel, Step, fills_beside
 from offramp.models.work import Work
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -59,7 +59,7 @@ class Clock:
     block: Part
     "The mean of the blocks."
     keys_values: Part
-    "Of tokens that only these are made of, beside one that runs."
+    "Of tokens of which only these are made: beside one that runs, where the model can."
     heads: Mapping[int, Part]
     "By exit layer."
     questions: Mapping[int, Part]
@@ -108,7 +108,7 @@ class Clock:
             **{f"question {layer}": part for layer, part in self.questions.items()},
             **{f"draft {layer}": part for layer, part in self.drafts.items()},
         }
-        return {
+        parts: dict[str, dict[str, Any]] = {
             name: {
                 "bytes": part.bytes,
                 "flops": part.flops,
@@ -116,7 +116,9 @@ class Clock:
                 "share_of_bandwidth": part.bytes_per_second() / self.bandwidth,
             }
             for name, part in named.items()
-        } | {
+        }
+        del parts["keys and values"]["share_of_bandwidth"]  # they read no weights of their own
+        return parts | {
             "token": {"ms": 1000 * self.token_seconds},
             "asking": {"ms": 1000 * self.question_seconds},
         }
@@ -155,7 +157,7 @@ def measure_clock(
         whole = partial(model.run_layers, h, 0, model.num_layers, step=step)
         blocks[tokens] = _seconds(whole, rounds) / model.num_layers
     for tokens in sizes:
-        if tokens + 1 <= min(FEW_TOKENS, sizes[-1]):
+        if fills_beside(model, tokens + 1) and tokens < sizes[-1]:
             h, step = _some(model, context, (tokens + 1, 1) if rows else (1, tokens + 1))
             beside = partial(_beside_one, model, h, step)
             seconds = _seconds(beside, rounds) / model.num_layers - blocks[1]

@@ -142,11 +142,15 @@ def open_reading(
 def trained_on(folder: Path) -> set[str]:
     """sha256 of the corpora that the model, or its exits, were trained on, where it says so."""
     found: set[str] = set()
-    for name, key in (("config.json", "corpus"), (EXITS_JSON, "trained")):
+    for name, key in (
+        ("config.json", "corpus"),
+        ("config.json", "specialised"),
+        (EXITS_JSON, "trained"),
+    ):
         stored = read_json(folder / name) if (folder / name).is_file() else None
         part = stored.get(key) if isinstance(stored, dict) else None
         if isinstance(part, dict):
-            corpus = part.get("corpus") if key == "trained" else part
+            corpus = part if key == "corpus" else part.get("corpus")
             sha256 = corpus.get("sha256") if isinstance(corpus, dict) else None
             found |= {value for value in (sha256, part.get("corpus_sha256")) if value}
     return found

@@ -19,10 +19,10 @@ from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.experiments.confidence import fit_folder
-from offramp.experiments.sweeping import SWEEP_BATCH
+from offramp.experiments.sweeping import LARGEST_LOGITS, SWEEP_BATCH, window_length
 from offramp.models.base import EarlyExitModel
 from offramp.models.checkpoint import claim_folder, load_checkpoint, save_checkpoint
-from offramp.models.loading import is_native, load_tokenizer
+from offramp.models.loading import check_vocabulary, is_native, load_tokenizer
 
 
 def specialise_folder(
@@ -38,33 +38,35 @@ def specialise_folder(
 
     Exits learn from the corpus's training text; returned are the share of its tokens that left
     at each exit at the budget, and each exit's PPL on the validation text before and after.
+    Raises CheckpointError for what is no model of offramp train, CorpusError for too little
+    text, and the ConfigErrors of ``specialise_exits``.
     """
     if not is_native(folder):
         raise CheckpointError(f"{folder}: expected a model of offramp train, got none")
     model, about = load_checkpoint(folder, device=device)
     tokenizer, corpus = load_tokenizer(folder), load_corpus(corpus_name)
+    check_vocabulary(folder, tokenizer, model)
     train_ids, validation_ids = (
         encode(tokenizer, text) for text in (corpus.train, corpus.validation)
     )
     if len(train_ids) < 2 or len(validation_ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens to train and to validate")
-    seq_len = min(about["training"]["seq_len"], model.max_length)
+    seq_len = window_length(folder, model)
+    rows = max(1, min(SWEEP_BATCH, LARGEST_LOGITS // (seq_len * model.vocab_size)))
 
     def exit_ppl(model: EarlyExitModel) -> dict[int, float]:
-        trace = collect_trace(
-            model, batches(validation_ids, seq_len=seq_len, batch_size=SWEEP_BATCH)
-        )
+        trace = collect_trace(model, batches(validation_ids, seq_len=seq_len, batch_size=rows))
         return {layer: trace.ppl(layer) for layer in model.exit_layers}
 
-    own = with_own_heads(model)
-    check_specialise(own, config)
+    own = with_own_heads(model, seed=config.seed)
+    check_specialise(own, config, context=(seq_len + 1) / 2)
     claim_folder(out)
     before = exit_ppl(model)
     on_stage("exits learn from the tokens that leave there")
-    order = torch.Generator().manual_seed(config.seed)
+    order = torch.Generator().manual_seed(config.seed + 1)  # the gates' sample is another
     left = specialise_exits(
         own,
-        batches(train_ids, seq_len=seq_len, batch_size=SWEEP_BATCH, order=order),
+        batches(train_ids, seq_len=seq_len, batch_size=rows, order=order),
         config,
     )
     specialised = {**asdict(config), "corpus": {"name": corpus.name, "sha256": corpus.sha256}}

@@ -4,7 +4,7 @@ A token that left at layer e has no keys and values above e. They are owed until
 of its row goes deeper; then, before that token runs the layers to the next exit,
 
 - ``propagate`` projects them there from the state at the exit (Elbayad et al. 2020; CALM), by
-  the products that give the later token its own,
+  the products that give the later token its own where those are at hand,
 - ``recompute`` runs those layers for all tokens that owe them, together with the later token.
 
 Either way one call serves every token that owes, and those that nobody looks back at cost
@@ -24,7 +24,7 @@ from torch import Tensor
 from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step, fills_beside
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
 
@@ -208,7 +208,7 @@ class ExitDecoder:
         propagate = bool(owed) and self.missing_kv == "propagate"
         if propagate:
             self.work.keys_values[owed] += stop - start
-        if propagate and owed + len(rows) > FEW_TOKENS:
+        if propagate and not fills_beside(self.model, owed + len(rows)):
             states, before = self._joined(start, owing)
             self.model.project_kv(states, start, stop, step=before)
             self._hand_on(start, stop, owing, states.flatten(0, 1))

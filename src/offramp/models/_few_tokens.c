@@ -246,8 +246,9 @@ INLINE void store(void *to, long i, float x, int bfloat16) {
    lengths (rows) counts the positions that are written. */
 static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
                             void *keys, void *values, int64_t *lengths, int bfloat16,
-                            const int64_t *slots, const int64_t *rows, float *out, float *scores, long tokens, long kept,
-                            long heads, long kv_heads, long size, long capacity) {
+                            const int64_t *slots, const int64_t *rows, float *out, float *scores,
+                            long tokens, long kept, long heads, long kv_heads, long size,
+                            long capacity) {
   const long all_heads = heads + 2 * kv_heads, half = size / 2;
   const float scale = 1.0f / sqrtf((float)size);
   for (long job = team.me; job < tokens * all_heads; job += team.all) {
@@ -305,8 +306,8 @@ typedef struct {
 
 /* Blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
    only their keys and values are made. keys, values and lengths are those of the first of the
-   blocks, and the next one's stand ``layer`` bytes and ``cached`` rows on. room has tokens x (qkv + attended + hidden + 2 units +
-   the larger of hidden and units) numbers. */
+   blocks, and the next one's stand ``layer`` bytes and ``cached`` rows on. room has tokens x (qkv
+   + attended + hidden + 2 units + the larger of hidden and units) numbers. */
 static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
                    const float *cosines, const float *sines, char *keys, char *values, long layer,
                    int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,
@@ -331,7 +332,8 @@ static void blocks(float *x, const Weights *weights, long count, int bfloat16, i
       linear_in_parts(we, x, AT(of->qkv), bfloat16, qkv, tokens, hidden, all_heads, before, first,
                       eps, NULL, scratch);
       attend_in_parts(we, qkv, cosines, sines, keys + i * layer, values + i * layer,
-                      lengths + i * cached, bfloat16, slots, rows, seen, scores, tokens, kept, heads, kv_heads, size, capacity);
+                      lengths + i * cached, bfloat16, slots, rows, seen, scores, tokens, kept,
+                      heads, kv_heads, size, capacity);
       linear_in_parts(we, seen, AT(of->out), bfloat16, middle, running, attended, hidden, AS_IT_IS,
                       NULL, eps, mine, scratch);
       if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
@@ -372,15 +374,15 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
   long tokens, heads, kv_heads, size, capacity;
   int bfloat16, threads;
   if (!PyArg_ParseTuple(args, "KKKKKKpKKKKllllli", &qkv, &cosines, &sines, &keys, &values,
-                        &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads, &kv_heads,
-                        &size, &capacity, &threads))
+                        &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads,
+                        &kv_heads, &size, &capacity, &threads))
     return NULL;
   if (work_of(AT(slots), 0, tokens, heads, size) < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
   attend_in_parts(team(), AT(qkv), AT(cosines), AT(sines), AT(keys), AT(values), AT(lengths),
-                  bfloat16, AT(slots), AT(rows), AT(out), AT(scores), tokens, 0, heads, kv_heads, size,
-                  capacity);
+                  bfloat16, AT(slots), AT(rows), AT(out), AT(scores), tokens, 0, heads, kv_heads,
+                  size, capacity);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -398,8 +400,8 @@ static PyObject *py_blocks(PyObject *self, PyObject *args) {
     return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
-         AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores), tokens, kept, hidden, units,
-         heads, kv_heads, size, capacity, threads);
+         AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores),
+         tokens, kept, hidden, units, heads, kv_heads, size, capacity, threads);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

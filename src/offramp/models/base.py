@@ -82,7 +82,11 @@ class EarlyExitModel(Protocol):
         """
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
-        """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
+        """Write only the keys and values of blocks start+1 .. stop into the step's cache.
+
+        A model may have ``fills_beside(tokens)``: whether, for so few tokens, ``run_layers`` makes
+        those of tokens that are not active at no cost.
+        """
 
     def unembed(
         self,
@@ -104,6 +108,12 @@ def whole_step(input_ids: Int[Tensor, "B T"], *, real: Bool[Tensor, "B T"] | Non
     else:
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
     return Step(positions=positions, real=real)
+
+
+def fills_beside(model: EarlyExitModel, tokens: int) -> bool:
+    """Whether tokens that are not active cost ``run_layers`` nothing, of so many in all."""
+    own = getattr(model, "fills_beside", None)
+    return own is not None and bool(own(tokens))
 
 
 def states_at(

@@ -36,7 +36,7 @@ class _Weights:
     registers: tuple[dict[str, Any], ...]
     "Where the parameters are registered."
     parameters: tuple[Tensor, ...]
-    "What was there."
+    "What was there; held, so that nothing else can be at its address."
     addresses: list[int]
     "Theirs."
     dtype: torch.dtype | None
@@ -48,7 +48,7 @@ class _Weights:
         return tuple(weight.data_ptr() for weight in fused)
 
     def current(self) -> bool:
-        """No parameter was replaced or moved since (what was there is held, so no other can be)."""
+        """No parameter was replaced or moved since."""
         return [each["weight"].data_ptr() for each in self.registers] == self.addresses
 
 
@@ -111,14 +111,35 @@ class FastSteps:
         if active is not None:
             return self._run_some(x, start, stop, step, end, tables, active).view(h.shape)
         call = self._call(h.shape[:2], h.dtype, step, end, tables)
-        if isinstance(call, KernelCall) and call.weights is not None:
-            x = call.blocks(x, start, stop).to(h.dtype)
-        else:
-            with native_bfloat16(x, x.shape[0]):
-                for layer in range(start, stop):  # rounded at each: one may stop between two
-                    x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
+        if (whole := self._run_whole(call, x, start, stop)) is not None:
+            return whole.view(h.shape)
+        with native_bfloat16(x, x.shape[0]):
+            for layer in range(start, stop):  # rounded at each: one may stop between two
+                x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
         call.note_lengths(start, stop)
         return x.view(h.shape)
+
+    def _run_whole(
+        self, call: Call, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
+    ) -> Float[Tensor, "N D"] | None:
+        """All blocks in one call of the kernels, if they can; see ``CachedTokens.blocks``."""
+        if not isinstance(call, KernelCall):
+            return None
+        weights = self._addresses_of(call.cache.keys.dtype)
+        if weights is None:
+            return None
+        return call.blocks(x, weights, self.shape, start, stop, kept=kept).to(x.dtype)
+
+    def fills_beside(self, tokens: int) -> bool:
+        """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
+        so many tokens in all.
+        """
+        weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
+        return (
+            tokens <= FEW_TOKENS
+            and self._compiled(weight)
+            and self._addresses_of(weight.dtype) is not None
+        )
 
     def _run_some(
         self,
@@ -133,12 +154,16 @@ class FastSteps:
         """``run`` for the ``active`` tokens; of the others only keys and values are written."""
         running = active.flatten().tolist()
         kept = running.count(False)
+        h = x.view(*active.shape, -1)
+        if kept == 0:
+            return self.run(h, start, stop, step=step, end=end, tables=tables).view(x.shape)
+        if kept == len(running):
+            self.project_kv(h, start, stop, step=step, end=end, tables=tables)
+            return x
         if not any(running[:kept]):
             call = self._call(active.shape, x.dtype, step, end, tables)
-            if isinstance(call, KernelCall) and call.weights is not None:
-                x = call.blocks(x, start, stop, kept=kept).to(x.dtype)
-                call.note_lengths(start, stop)
-                return x
+            if (whole := self._run_whole(call, x, start, stop, kept=kept)) is not None:
+                return whole
         places = step.positions.expand(active.shape).flatten()
         rows = torch.arange(active.shape[0]) if step.rows is None else step.rows
         rows = rows[:, None].expand(active.shape).flatten()
@@ -246,16 +271,9 @@ class FastSteps:
             assert step.cache is not None
             weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
             about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
-            if self._compiled(weight):
-                call = KernelCall(
-                    step,
-                    shape,
-                    blocks=self.shape,
-                    weights=self._addresses_of(step.cache.keys.dtype),
-                    tables=self._wide(tables),
-                    dtype=torch.float32,
-                    **about,
-                )
+            if self._compiled(weight) and step.cache.keys.dtype in kernels.DTYPES:
+                wide = self._wide(tables)
+                call = KernelCall(step, shape, tables=wide, dtype=torch.float32, **about)
             else:
                 call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
             step.memo[key] = call
@@ -361,6 +379,6 @@ class FastSteps:
             down=mlp.down_proj.weight,
             norms=(norms[0].weight, norms[1].weight),
             registers=tuple(module._parameters for module in modules),
-            parameters=tuple(module.weight for module in modules),
+            parameters=tuple(module.weight.detach() for module in modules),
             addresses=[module.weight.data_ptr() for module in modules],
         )

@@ -1,7 +1,6 @@
 """What the blocks of one call for a few tokens share: see fast_step.py."""
 
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,12 @@ from offramp.models.kv_cache import KVCache
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
+
+
+def _span(rows: Int[Tensor, " B"]) -> tuple[int, int]:
+    """The first of them, and one more than the last."""
+    numbers = rows.tolist()
+    return min(numbers), max(numbers) + 1
 
 
 class Call:
@@ -38,9 +43,10 @@ class Call:
         whole = step.positions.shape == shape
         self.slots = step.positions if whole else step.positions.expand(*shape)  # (B, T)
         self.some = step.rows is not None
-        most = self.batch if step.rows is None else int(step.rows.max()) + 1
-        if most > self.cache.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.cache.keys.shape[1]} rows, got {most}")
+        least, most = (0, self.batch) if step.rows is None else _span(step.rows)
+        held = self.cache.keys.shape[1]
+        if least < 0 or most > held:
+            raise ValueError(f"the cache holds {held} rows, got {least if least < 0 else most}")
         self.one = self.batch == 1 and not self.some
         self.rows = torch.arange(self.batch) if step.rows is None else step.rows
         self.tables = tables
@@ -112,19 +118,7 @@ class Call:
 
 
 class KernelCall(Call):
-    """The same by the compiled kernels, which can also run blocks whole, given ``weights``."""
-
-    def __init__(
-        self,
-        step: Step,
-        shape: torch.Size,
-        *,
-        blocks: kernels.BlockShape,
-        weights: Int[Tensor, "L 6"] | None,
-        **given: Any,
-    ) -> None:
-        super().__init__(step, shape, **given)
-        self.shape, self.weights = blocks, weights
+    """The same by the compiled kernels, which can also run blocks whole."""
 
     @cached_property
     def _at(self) -> kernels.CachedTokens:
@@ -141,11 +135,17 @@ class KernelCall(Call):
         )
 
     def blocks(
-        self, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Int[Tensor, "L 6"],
+        shape: kernels.BlockShape,
+        start: int,
+        stop: int,
+        *,
+        kept: int,
     ) -> Float[Tensor, "N D"]:
-        """Blocks start+1 .. stop in one call; the first ``kept`` tokens keep their state."""
-        assert self.weights is not None
-        return self._at.blocks(x, self.weights, self.shape, start, stop, kept=kept)
+        """Blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
+        return self._at.blocks(x, weights, shape, start, stop, kept=kept)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Attention without its last product; writes the keys and values."""

@@ -15,6 +15,8 @@ try:
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of weights and of the cache."""
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
 _AS_IT_IS, _NORMALISED, _GATED = range(3)
 
@@ -24,7 +26,7 @@ def kernels_fit(weight: Tensor, head_dim: int) -> bool:
     return (
         _compiled is not None
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in DTYPES
         and weight.is_contiguous()
         and head_dim % _LANES == 0
         and head_dim <= _LARGEST_HEAD
@@ -116,7 +118,7 @@ class CachedTokens:
         self.tokens = len(slots)
         assert keys.shape == values.shape
         assert keys.dtype == values.dtype
-        assert keys.dtype in (torch.float32, torch.bfloat16)
+        assert keys.dtype in DTYPES
         assert cos.dtype == sin.dtype == torch.float32
         assert cos.shape == sin.shape
         assert cos.shape[1] == self._size
@@ -151,6 +153,9 @@ class CachedTokens:
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         assert x.shape == (self.tokens, shape.hidden)
         assert weights.shape == (self._layers, 6)
+        assert weights.dtype == torch.long
+        assert weights.is_contiguous()
+        assert 0 <= kept <= self.tokens
         assert 0 <= start <= stop <= self._layers
         attended = shape.heads * self._size
         each = 2 * attended + 2 * self._kv_heads * self._size + shape.hidden + 2 * shape.units
@@ -193,6 +198,8 @@ class CachedTokens:
         """
         heads = qkv.shape[1] // self._size - 2 * self._kv_heads
         assert qkv.is_contiguous()
+        assert qkv.dtype == torch.float32
+        assert len(qkv) == self.tokens
         out = qkv.new_empty(self.tokens, heads * self._size)
         _compiled.attend(
             qkv.data_ptr(),

@@ -151,6 +151,12 @@ class Transformer(nn.Module):
             h = out if active is None else torch.where(active[..., None], out, h)
         return h
 
+    def fills_beside(self, tokens: int) -> bool:
+        """Whether ``run_layers`` makes the keys and values of tokens that are not active at no
+        cost, for so many tokens in all that are read with a cache and without gradients.
+        """
+        return self.device.type == "cpu" and self._fast.fills_beside(tokens)
+
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         assert step.cache is not None, "project_kv needs a cache"

@@ -66,7 +66,9 @@ def how(content: Content) -> str:
         "FLOPs% counts layers, exit heads and gates relative to the standard model; Compute% is "
         "layers run / layers in the model. Thresholds are quantiles on held-out training text; "
         "PPL between them is interpolated in logs. Static: a shallower model without exits, "
-        "trained on the same tokens, interpolated between its depths. A ratio below 1 is better; "
+        "trained on the same tokens, interpolated between its depths. Gates, and the exits of a "
+        "recipe that specialises them, are fitted afterwards to a sample of the same training "
+        "text, the backbone frozen; static models have neither. A ratio below 1 is better; "
         "in brackets its 95% bootstrap interval over seeds and sequences; p: paired t test over "
         "the seeds' log ratios, Holm's correction over the recipes."
     )

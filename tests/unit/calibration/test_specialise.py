@@ -34,7 +34,7 @@ def said(model, ids):
 @pytest.mark.parametrize("kind", ["shared", "norm", "adapter", "full", "specialist"])
 def test_own_heads_say_what_the_exits_said(make_model, make_ids, kind):
     model, ids = make_model(exit_layers=(1, 2), exit_head=kind, dtype=torch.float32), make_ids(2, 9)
-    own = with_own_heads(model)
+    own = with_own_heads(model, seed=0)
     before, after = said(model, ids), said(own, ids)
     assert all(torch.equal(after[layer], before[layer]) for layer in before)
     assert (own is model) == (kind in ("adapter", "full", "specialist"))
@@ -45,7 +45,7 @@ def test_own_heads_say_what_the_exits_said(make_model, make_ids, kind):
 
 def test_a_post_norm_model_has_no_final_norm_to_begin_with(make_model):
     with pytest.raises(ConfigError, match="post-norm"):
-        with_own_heads(make_model(norm="post", exit_head="shared"))
+        with_own_heads(make_model(norm="post", exit_head="shared"), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["norm", "adapter", "full", "specialist"])
@@ -68,7 +68,7 @@ def test_exits_learn_from_the_tokens_that_leave_there(make_model, text, kind):
 
 
 def test_tokens_that_go_on_count_as_much_as_they_are_told_to(make_model, text):
-    """With all weight on those that leave, they are told better than with equal weights."""
+    """With all weight on those that leave, the exit says less of the others."""
     found = {}
     for others in (0.0, 1.0):
         model = make_model(exit_layers=(1,), exit_head="full", dtype=torch.float32)
@@ -92,10 +92,12 @@ def test_imitation_brings_the_exit_nearer_to_the_last_layer(make_model, text):
 def test_the_same_seed_gives_the_same_exits(make_model, text):
     states = []
     for seed in (0, 0, 1):
+        torch.rand(len(states))  # whatever was drawn before
         model = make_model(exit_layers=(1,), exit_head="norm", dtype=torch.float32)
-        config = SpecialiseConfig(compute_budget=75, seed=seed, **QUICK)
+        model = with_own_heads(model, seed=seed)
+        config = SpecialiseConfig(compute_budget=90, seed=seed, **QUICK)
         specialise_exits(model, windows(text), config)
-        states.append(model.exits["1"].norm.weight)
+        states.append(torch.cat([p.flatten() for p in model.exits.parameters()]))
     assert_close(states[0], states[1], rtol=0, atol=0)
     assert not torch.equal(states[0], states[2])
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.specialise import SpecialiseConfig
+from offramp.calibration.specialise import SpecialiseConfig, check_specialise
 from offramp.errors import ConfigError
-from offramp.evaluation.cost import model_cost
 from offramp.experiments.study.comparison import Done
 from offramp.experiments.study.frontier import at
 from offramp.experiments.study.plan import GateFit, Recipe, Study
@@ -202,21 +201,23 @@ def recipe_study(config: RecipeConfig) -> Study:
 
 
 def check_budget(study: Study, budget: float, *, vocab_size: int) -> None:
-    """ConfigError where the budget is under the cost of the earliest exit of the search."""
+    """ConfigError where the budget is under the cost of the earliest exit of the search, with a
+    gate and the dearest head that it may get.
+    """
     earliest = min(
         exit
         for _, changes in rounds(study.model.num_hidden_layers, budget)
         for change in changes
         for exit in change.get("exits", ())
     )
-    config = replace(study.model, vocab_size=vocab_size, exit_layers=(earliest,))
-    cost = model_cost(new_model(config, seed=0), context=(study.training.seq_len + 1) / 2)
-    least = cost.flops_pct_by_exit("max_prob", asked=[False])[0]
-    if budget < least:
-        raise ConfigError(
-            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, what leaving at "
-            f"layer {earliest} of {study.model.num_hidden_layers} costs, got {budget:g}"
-        )
+    dearest = replace(
+        study.model, vocab_size=vocab_size, exit_layers=(earliest,), exit_head="adapter"
+    )
+    check_specialise(
+        new_model(dearest, seed=0),
+        SpecialiseConfig(compute_budget=budget),
+        context=(study.training.seq_len + 1) / 2,
+    )
 
 
 def _search(

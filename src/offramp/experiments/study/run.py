@@ -105,8 +105,8 @@ class StudyRun:
         return tokenizer, train_ids, held_out, test
 
     def _windows(self, ids: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Training text in a random order, another than that of training."""
-        order = torch.Generator().manual_seed(self.training.seed)
+        """Training text in a random order, another than that of training and of the gates."""
+        order = torch.Generator().manual_seed(self.training.seed + 1)
         return batches(
             ids, seq_len=self.training.seq_len, batch_size=self.training.batch_size, order=order
         )
@@ -137,7 +137,7 @@ class StudyRun:
         model.eval()
         left = None
         if self.specialise:
-            model = with_own_heads(model)
+            model = with_own_heads(model, seed=self.specialise.seed)
             left = specialise_exits(model, self._windows(train_ids), self.specialise)
         specialised = time.perf_counter()
         evaluation = evaluate(

@@ -232,7 +232,7 @@ def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
             measures=study.measures,
             gates=study.gates,
             model=replace(study.model, **recipe.model),
-            specialise=recipe.specialise,
+            specialise=None if recipe.specialise is None else replace(recipe.specialise, seed=seed),
             training=replace(
                 study.training,
                 **{"warmup_steps": warmup, **recipe.training, "steps": steps, "seed": seed},

@@ -23,7 +23,10 @@ def timings(runs: Sequence[StudyRun], folder: Path) -> dict[str, Any]:
     done = [Done(run=run, folder=folder / run.name) for run in runs]
     seconds = [entry.timing["seconds"] for entry in done]
     return {
-        "seconds": {part: sum(entry[part] for entry in seconds) for part in ("train", "evaluate")},
+        "seconds": {
+            part: sum(entry.get(part, 0.0) for entry in seconds)
+            for part in ("train", "specialise", "evaluate")
+        },
         "static": list(_static([entry for entry in done if len(entry.run.model.exit_layers) == 1])),
         "routed": list(_routed([entry for entry in done if len(entry.run.model.exit_layers) > 1])),
     }
