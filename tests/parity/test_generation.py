@@ -135,7 +135,7 @@ def test_propagated_states_equal_the_real_router_forced_along_the_text(
     make_model, make_ids, exits, confidence, threshold, beside, dtype, monkeypatch
 ):
     """Whether what is owed is projected before the token that needs it, or beside it."""
-    monkeypatch.setattr(confident_exit, "fills_beside", lambda model, tokens: beside and tokens <= 16)
+    monkeypatch.setattr(confident_exit, "fills_beside", lambda _, tokens: beside and tokens < 17)
     model = routed(make_model, exits).to(dtype)
     inputs = make_ids(3, LENGTH)
     policy = ThresholdPolicy.of(threshold, len(exits) + 1)

@@ -37,13 +37,13 @@ class SpecialiseConfig:
 
     compute_budget: float = 60.0
     "FLOPs of a token, in percent of the full model's, at which tokens leave where they leave."
-    tokens: int = 262_144
+    tokens: int = 524_288
     "Of the training text, drawn at random."
     steps: int = 3000
     "Steps of AdamW for each exit."
     batch_size: int = 1024
     "Tokens a step."
-    lr: float = 2e-3
+    lr: float = 4e-3
     "Peak learning rate; cosine to zero."
     weight_decay: float = 0.01
     "AdamW's weight decay."

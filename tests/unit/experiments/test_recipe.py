@@ -60,7 +60,7 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     run, content = find_recipe(
         config, out, watcher=Watcher(), workers=Workers(folder=tmp_path / "runs", jobs=2)
     )
-    for question in ("alpha", "exits", "head", "schedule", "distillation", "specialise"):
+    for question in ("alpha", "exits", "head", "schedule", "specialise"):
         asked = [entry for entry in content["search"] if entry["question"] == question]
         best = min(entry["held_out_ppl"] or math.inf for entry in asked)
         assert [entry["held_out_ppl"] for entry in asked if entry["chosen"]] == [best]

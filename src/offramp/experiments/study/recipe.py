@@ -134,7 +134,6 @@ def rounds(layers: int, budget: float) -> Iterator[tuple[str, list[dict[str, Any
     yield "schedule", [{"training": extra} for extra in SCHEDULES]
     yield "exits", [{"exits": exits} for exits in distinct]
     yield "head", [{"head": head} for head in ("norm", "adapter")]
-    yield "distillation", [{"training": extra} for extra in ({}, {"distill": 0.3})]
     specialised = SpecialiseConfig(compute_budget=budget)
     yield "specialise", [{"specialise": each} for each in (None, specialised)]
 
