@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -47,7 +48,7 @@ def recipe(
     anew = f"offramp train --config {out / FILE} --out MODEL"
     if run.specialise is not None:
         anew += (
-            f", then offramp specialise MODEL --corpus {config.corpus} --compute-budget "
+            f", then offramp specialise MODEL --corpus {quote(config.corpus)} --compute-budget "
             f"{config.compute_budget:g} --out SPECIALISED"
         )
     say(
