@@ -8,7 +8,7 @@ own (norm, residual block, LM head) is taught those tokens by the last layer (Hi
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -56,6 +56,9 @@ class SpecialiseConfig:
     "Seed of the gates and of the order of the tokens."
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "float" or field.type is float:  # 60 is 60.0, in a run's hash too
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         for name in ("tokens", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
