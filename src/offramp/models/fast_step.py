@@ -168,12 +168,13 @@ class FastSteps:
         rows = torch.arange(active.shape[0]) if step.rows is None else step.rows
         rows = rows[:, None].expand(active.shape).flatten()
 
-        def at(part: Tensor) -> Step:
-            return Step(positions=places[part, None], cache=step.cache, rows=rows[part])
+        def at(part: Tensor) -> dict[str, Any]:
+            step_there = Step(positions=places[part, None], cache=step.cache, rows=rows[part])
+            return {"step": step_there, "end": int(places[part].max()) + 1, "tables": tables}
 
         owed, going = (part.flatten().nonzero()[:, 0] for part in (~active, active))
-        self.project_kv(x[owed, None], start, stop, step=at(owed), end=end, tables=tables)
-        out = self.run(x[going, None], start, stop, step=at(going), end=end, tables=tables)
+        self.project_kv(x[owed, None], start, stop, **at(owed))
+        out = self.run(x[going, None], start, stop, **at(going))
         return x.index_copy(0, going, out[:, 0])
 
     def project_kv(
