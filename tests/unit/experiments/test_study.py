@@ -100,10 +100,11 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     runs = plan_runs(tiny, study_text(config))
     for run in runs:  # as if every full pass took its layers in seconds, and every other one
         passes = {"full": [run.model.num_hidden_layers], "max_prob": [1.5] * 5}
-        timed = {"seconds": {"train": 1.0, "evaluate": 2.0}, "passes": passes}
+        seconds = {"train": 1.0, "specialise": 0.5, "evaluate": 2.0}
+        timed = {"seconds": seconds, "passes": passes}
         write_json(out / "runs" / run.name / "timing.json", timed)
     times = timings(runs, out / "runs")
-    assert times["seconds"] == {"train": 8.0, "evaluate": 16.0}
+    assert times["seconds"] == {"train": 8.0, "specialise": 4.0, "evaluate": 16.0}
     assert [entry["seconds_pct"] for entry in times["static"]] == pytest.approx([100 / 3, 100])
     for entry in times["routed"]:
         assert [point["seconds_pct"] for point in entry["points"]] == [50.0] * len(entry["points"])
