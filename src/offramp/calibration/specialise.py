@@ -57,7 +57,7 @@ class SpecialiseConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "float" or field.type is float:  # 60 is 60.0, in a run's hash too
+            if field.type is float:  # 60 is 60.0, in a run's hash too
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
         for name in ("tokens", "steps", "batch_size"):
             if getattr(self, name) < 1:

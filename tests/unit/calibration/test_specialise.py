@@ -118,3 +118,8 @@ def test_mistakes_get_a_sentence(make_model, text, model, config, message):
     model = make_model(**({"exit_layers": (1,), "exit_head": "norm"} | model))
     with pytest.raises(ConfigError, match=message):
         specialise_exits(model, windows(text), SpecialiseConfig(**(QUICK | config)))
+
+
+def test_a_whole_number_is_the_same_config():
+    whole, same = SpecialiseConfig(compute_budget=60), SpecialiseConfig(compute_budget=60.0)
+    assert repr(whole) == repr(same)  # as a run's hash sees it
