@@ -80,7 +80,9 @@ def test_a_full_context_ends_the_text(make_model, mode):
 # What it costs.
 
 
-def test_mean_layers_count_every_layer_that_ran(model):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # owed before, beside
+def test_mean_layers_count_every_layer_that_ran(model, dtype):
+    model = model.to(dtype)
     ran = []
     run_layers = model.run_layers
 
