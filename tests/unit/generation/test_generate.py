@@ -80,9 +80,12 @@ def test_a_full_context_ends_the_text(make_model, mode):
 # What it costs.
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # owed before, beside
-def test_mean_layers_count_every_layer_that_ran(model, dtype):
-    model = model.to(dtype)
+@pytest.mark.parametrize("beside", [False, True], ids=["owed before", "owed beside"])
+def test_mean_layers_count_every_layer_that_ran(make_model, beside):
+    dtype = torch.float32 if beside else torch.float64
+    model = make_model(num_hidden_layers=4, exit_layers=(1, 2), hidden_size=64, dtype=dtype)
+    if beside and not model.fills_beside(2):
+        pytest.skip("the kernels were not built")
     ran = []
     run_layers = model.run_layers
 
