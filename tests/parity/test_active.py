@@ -102,6 +102,14 @@ def test_layers_with_inactive_tokens_equal_the_formulas_written_out(model, h, ac
     assert not torch.isclose(out[active], h[active]).all(dim=-1).any()
 
 
+def test_inactive_tokens_take_no_mlp(model, h, active):
+    took = []
+    model.model.layers[2].mlp.register_forward_hook(lambda _, inputs, out: took.append(len(out)))
+    step = whole_step(torch.zeros(BATCH, LENGTH, dtype=torch.long))
+    model.run_layers(h, 1, 3, step=step, active=active)
+    assert took == [int(active.sum())]
+
+
 def test_everyone_active_is_the_same_as_no_mask(model, h):
     step = whole_step(torch.zeros(BATCH, LENGTH, dtype=torch.long))
     everyone = torch.ones(BATCH, LENGTH, dtype=torch.bool)

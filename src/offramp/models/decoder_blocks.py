@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         return rotate(k, context.cos, context.sin), v
 
     def forward(self, x: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
-        """(B, T, D) -> (B, T, D); ``layer`` is counted from 0."""
+        """(B, T, D) -> (B, T, H * Dh), what ``o_proj`` reads; ``layer`` is counted from 0."""
         q = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
         k, v = self.keys_values(x, context)
         if step.cache is not None:
@@ -172,8 +172,7 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
-        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return out
+        return attended.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -187,12 +186,42 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(..., D) -> (..., D)."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
-class PreNormBlock(nn.Module):
+class DecoderBlock(nn.Module):
+    """A block: attention, then what each token does by itself."""
+
+    self_attn: Attention
+
+    def attention_input(self, h: Tensor) -> Tensor:
+        """What the attention projects its queries, keys and values from."""
+        raise NotImplementedError
+
+    def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block, token by token: (..., D) and (..., H * Dh) -> (..., D)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        h: Float[Tensor, "B T D"],
+        layer: int,
+        context: BlockContext,
+        step: Step,
+        active: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The next state; tokens not ``active`` keep theirs, and the others see it."""
+        attended = self.self_attn(self.attention_input(h), layer, context, step)
+        if active is None:
+            return self.after_attention(h, attended)
+        return h.masked_scatter(
+            active[..., None], self.after_attention(h[active], attended[active])
+        )
+
+
+class PreNormBlock(DecoderBlock):
     """h + attention(norm(h)), then h + mlp(norm(h)): Llama's block."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -203,18 +232,18 @@ class PreNormBlock(nn.Module):
         self.mlp = MLP(config)
 
     def attention_input(self, h: Tensor) -> Tensor:
-        """What the attention projects its queries, keys and values from."""
+        """The normalised state."""
         normalised: Tensor = self.input_layernorm(h)
         return normalised
 
-    def forward(self, h: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        h = h + self.self_attn(self.attention_input(h), layer, context, step)
+    def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
+        """Add to the state; the MLP reads it normalised."""
+        h = h + self.self_attn.o_proj(attended)
         out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
         return out
 
 
-class PostNormBlock(nn.Module):
+class PostNormBlock(DecoderBlock):
     """norm(h + attention(h)), then norm(h + mlp(h)): the seed document's block."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -225,11 +254,11 @@ class PostNormBlock(nn.Module):
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def attention_input(self, h: Tensor) -> Tensor:
-        """What the attention projects its queries, keys and values from."""
+        """The state as it is."""
         return h
 
-    def forward(self, h: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        h = self.post_attention_layernorm(h + self.self_attn(h, layer, context, step))
+    def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
+        """Add to the state, normalising each sum."""
+        h = self.post_attention_layernorm(h + self.self_attn.o_proj(attended))
         out: Tensor = self.post_feedforward_layernorm(h + self.mlp(h))
         return out

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError
 from offramp.models.base import Step, states_at, whole_step
-from offramp.models.decoder_blocks import BlockContext, DecoderConfig, PostNormBlock, PreNormBlock
+from offramp.models.decoder_blocks import (
+    BlockContext,
+    DecoderBlock,
+    DecoderConfig,
+    PostNormBlock,
+    PreNormBlock,
+)
 from offramp.models.exit_heads import (
     ExitAdapter,
     ExitHead,
@@ -147,8 +153,7 @@ class Transformer(nn.Module):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
         context = self._context(step, h.dtype)
         for layer in range(start, stop):
-            out: Tensor = self._block(layer)(h, layer, context, step)
-            h = out if active is None else torch.where(active[..., None], out, h)
+            h = self._block(layer)(h, layer, context, step, active)
         return h
 
     def fills_beside(self, tokens: int) -> bool:
@@ -187,8 +192,8 @@ class Transformer(nn.Module):
     def _is_fast(self, h: Tensor, step: Step) -> bool:
         return step.cache is not None and step.real is None and self._fast.fit(h)
 
-    def _block(self, layer: int) -> "PreNormBlock | PostNormBlock":
-        return cast("PreNormBlock | PostNormBlock", self.model.layers[layer])
+    def _block(self, layer: int) -> DecoderBlock:
+        return cast(DecoderBlock, self.model.layers[layer])
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this model, of its dtype and on its device."""

@@ -30,6 +30,13 @@ def p_text(p: Number | None) -> str:
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def p_phrase(p: Number | None) -> str:
+    """`p = 0.012`, as it stands in a sentence."""
+    if p is None:
+        return "p not known"
+    return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"
+
+
 def weights_text(weights: Mapping[str, Number]) -> str:
     """Loss weights by layer, such as `1: 0.7, 3: 0.3`."""
     return ", ".join(f"{layer}: {weight:g}" for layer, weight in weights.items()) or NONE

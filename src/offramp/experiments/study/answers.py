@@ -6,6 +6,7 @@ from typing import Any
 from offramp.experiments.statistics import SIGNIFICANT
 from offramp.experiments.study.findings import CONFIDENCE, seed_findings
 from offramp.experiments.study.plan import Study
+from offramp.report.text import p_phrase
 
 Row = Mapping[str, Any]
 
@@ -57,7 +58,7 @@ def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str
     return (
         f"At {compared_at:g}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
         f"{best['label']}: {_percent(static['mean'])} against a static model of equal cost "
-        f"(p = {_p(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
+        f"({p_phrase(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
         "model at full cost."
         + (" (The best of several, so a little flattered.)" if len(known) > 1 else "")
     )
@@ -72,8 +73,8 @@ def _point_by_point(row: Row) -> str:
             continue
         said.append(
             f"at {point}% of FLOPs {_percent(static['mean'])} than static models of equal cost "
-            f"(p = {_p(static['p_value'])}) and {_percent(standard['mean'])} than the standard "
-            f"model at 100% (p = {_p(standard['p_value'])})"
+            f"({p_phrase(static['p_value'])}) and {_percent(standard['mean'])} than the standard "
+            f"model at 100% ({p_phrase(standard['p_value'])})"
         )
     return (
         f'{row["label"]} by {row["confidence"]}, missing_kv = "{row["missing_kv"]}": '
@@ -90,11 +91,11 @@ def _against_baseline(rows: Sequence[Row], baseline: str) -> list[str]:
         routing = (
             "not comparable at equal cost"
             if routed["mean"] is None
-            else f"{_percent(routed['mean'])} at equal cost (p = {_p(routed['p_holm'])})"
+            else f"{_percent(routed['mean'])} at equal cost ({p_phrase(routed['p_holm'])})"
         )
         said.append(
             f"{row['label']} against {baseline}: the last layer's PPL is {_percent(final['mean'])} "
-            f"(p = {_p(final['p_holm'])}), the routed PPL {routing}."
+            f"({p_phrase(final['p_holm'])}), the routed PPL {routing}."
         )
     return said
 
@@ -116,7 +117,3 @@ def _list(labels: Sequence[str]) -> str:
 def _percent(ratio: float | str) -> str:
     change = 100 * (float(ratio) - 1)
     return f"{abs(change):.1f}% {'higher' if change > 0 else 'lower'}"
-
-
-def _p(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.3f}"

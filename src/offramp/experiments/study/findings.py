@@ -13,6 +13,7 @@ from offramp.experiments.statistics import (
     holm,
     verdict,
 )
+from offramp.report.text import p_phrase
 
 ASYMMETRIC, HALF, LESS = "alpha 0.7", "alpha 0.5", "alpha 0.3"
 MIDDLE = "alpha 0.7, middle 1"
@@ -73,7 +74,7 @@ def seed_findings(rows: Sequence[Row], compared_at: float) -> list[str]:
     corrected = holm([comparison.p_value for _, _, comparison in tested])
     return [
         f"Finding {number} of the seed document, {claim}: {verdict(comparison, p)} here at "
-        f"{point}% of FLOPs by {CONFIDENCE} ({measured}; p = {_p(p)}, Holm's correction over the "
+        f"{point}% of FLOPs by {CONFIDENCE} ({measured}; {p_phrase(p)}, Holm's correction over the "
         "six)."
         for number, ((claim, measured, comparison), p) in enumerate(
             zip(tested, corrected, strict=True), start=1
@@ -89,7 +90,3 @@ def _log(ratio: Mapping[str, Any]) -> Seeds:
 def _percent(log_ratio: Seeds) -> str:
     """Of the PPL, the geometric mean over the seeds."""
     return f"PPL {100.0 * np.expm1(log_ratio.mean()):+.1f}%"
-
-
-def _p(p_value: float | None) -> str:
-    return "not known" if p_value is None else f"{p_value:.3f}"

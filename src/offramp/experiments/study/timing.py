@@ -16,9 +16,9 @@ def timings(runs: Sequence[StudyRun], folder: Path) -> dict[str, Any]:
 
     ``seconds_pct`` is in percent of a full pass: for a routed model of its own in the same
     process, for a static one of the standard model's of the same seed, which may have run beside
-    other work. Routed passes are those under ``propagate``, where who left costs nothing but
-    keys and values; under ``recompute`` only a decoder saves time, so there is nothing to
-    measure in a pass.
+    other work. Routed passes are those under ``propagate``, where who left costs keys, values
+    and attention, but no MLP; under ``recompute`` only a decoder saves time, so there is nothing
+    to measure in a pass.
     """
     done = [Done(run=run, folder=folder / run.name) for run in runs]
     seconds = [entry.timing["seconds"] for entry in done]
