@@ -52,6 +52,22 @@ class _Weights:
         return [each["weight"].data_ptr() for each in self.registers] == self.addresses
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """The weights of all blocks, as the kernels that run them in one call read them."""
+
+    rows: Int[Tensor, "L 6"]
+    "Addresses, a row a block."
+    dtype: torch.dtype | None
+    "What the kernels read; None if they cannot read every weight, or not as one precision."
+    registers: list[dict[str, Any]]
+    addresses: list[int]
+
+    def current(self) -> bool:
+        """No parameter was replaced or moved since."""
+        return [each["weight"].data_ptr() for each in self.registers] == self.addresses
+
+
 class FastSteps:
     """Runs blocks for a few tokens. It reads the blocks' own parameters and copies none."""
 
@@ -67,7 +83,7 @@ class FastSteps:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
         self._weights: list[_Weights | None] = [None] * len(blocks)
-        self._addresses: Tensor | None = None
+        self._table: _Table | None = None
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
@@ -76,7 +92,7 @@ class FastSteps:
         """A copy looks up its own parameters."""
         forgotten: dict[str, Any] = {
             "_weights": [None] * len(self.blocks),
-            "_addresses": None,
+            "_table": None,
             "_vocabs": {},
             "_tables": None,
         }
@@ -134,12 +150,10 @@ class FastSteps:
         """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
         so many tokens in all.
         """
-        weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
-        return (
-            tokens <= FEW_TOKENS
-            and self._compiled(weight)
-            and self._addresses_of(weight.dtype) is not None
-        )
+        if tokens > FEW_TOKENS:
+            return False
+        read = [self._weights[layer] or self._of(layer) for layer in range(len(self.blocks))]
+        return all(of.dtype == read[0].dtype is not None for of in read)
 
     def _run_some(
         self,
@@ -273,8 +287,9 @@ class FastSteps:
             weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
             about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
             if self._compiled(weight) and step.cache.keys.dtype in kernels.DTYPES:
-                wide = self._wide(tables)
-                call = KernelCall(step, shape, tables=wide, dtype=torch.float32, **about)
+                call = KernelCall(
+                    step, shape, tables=self._wide(tables), dtype=torch.float32, **about
+                )
             else:
                 call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
             step.memo[key] = call
@@ -325,7 +340,6 @@ class FastSteps:
         weights = self._weights[layer]
         if weights is None or not weights.current():
             weights = self._weights[layer] = self._read(self.blocks[layer])
-            self._addresses = None
         return weights
 
     @cached_property
@@ -345,10 +359,17 @@ class FastSteps:
 
         They are looked up anew if a block's parameters are no longer those.
         """
-        every = [self._of(layer) for layer in range(len(self.blocks))]
-        if self._addresses is None:
-            self._addresses = torch.tensor([of.table() for of in every])
-        return self._addresses if all(of.dtype == dtype for of in every) else None
+        table = self._table
+        if table is None or not table.current():
+            every = [self._of(layer) for layer in range(len(self.blocks))]
+            alike = all(of.dtype == every[0].dtype for of in every)
+            table = self._table = _Table(
+                rows=torch.tensor([of.table() for of in every]),
+                dtype=every[0].dtype if alike else None,
+                registers=[each for of in every for each in of.registers],
+                addresses=[each for of in every for each in of.addresses],
+            )
+        return table.rows if table.dtype == dtype else None
 
     def _read(self, block: Any) -> _Weights:
         attention, mlp = block.self_attn, block.mlp

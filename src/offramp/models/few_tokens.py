@@ -42,14 +42,18 @@ class Call:
         self.head_dim, self.kv_heads = head_dim, kv_heads
         whole = step.positions.shape == shape
         self.slots = step.positions if whole else step.positions.expand(*shape)  # (B, T)
-        self.some = step.rows is not None
+        self.chosen = step.rows
         least, most = (0, self.batch) if step.rows is None else _span(step.rows)
         held = self.cache.keys.shape[1]
         if least < 0 or most > held:
             raise ValueError(f"the cache holds {held} rows, got {least if least < 0 else most}")
-        self.one = self.batch == 1 and not self.some
-        self.rows = torch.arange(self.batch) if step.rows is None else step.rows
+        self.one = self.batch == 1 and step.rows is None
         self.tables = tables
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " B"]:
+        """Of the cache, one for each row of the call."""
+        return torch.arange(self.batch) if self.chosen is None else self.chosen
 
     @cached_property
     def turns(self) -> Tables:
@@ -103,7 +107,7 @@ class Call:
             at = (self.rows[:, None], slice(None), self.slots)
             shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
             keys[at], values[at] = k.reshape(shape), v.reshape(shape)
-            if self.some:
+            if self.chosen is not None:
                 keys, values = keys[self.rows], values[self.rows]
         return keys[:, :, : self.end], values[:, :, : self.end]
 
@@ -122,17 +126,28 @@ class KernelCall(Call):
 
     @cached_property
     def _at(self) -> kernels.CachedTokens:
-        rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
+        if self.one:
+            rows = self._cache.first_row[: self.tokens]
+        else:
+            rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
+        slots = self.slots.reshape(-1).contiguous()
+        return kernels.CachedTokens(self._cache, slots=slots, rows=rows.contiguous())
+
+    @property
+    def _cache(self) -> kernels.KernelCache:
+        """The cache as the kernels read it; the same for every token."""
         cos, sin = self.tables
-        return kernels.CachedTokens(
-            keys=self.cache.keys,
-            values=self.cache.values,
-            lengths=self.cache.lengths,
-            cos=cos,
-            sin=sin,
-            slots=self.slots.reshape(-1).contiguous(),
-            rows=rows.contiguous(),
-        )
+        kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
+        if kept is None or kept.cos is not cos or kept.sin is not sin:
+            kept = kernels.KernelCache(
+                keys=self.cache.keys,
+                values=self.cache.values,
+                lengths=self.cache.lengths,
+                cos=cos,
+                sin=sin,
+            )
+            self.cache.memo[kernels.KernelCache] = kept
+        return kept
 
     def blocks(
         self,

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from offramp.models.base import FEW_TOKENS
+
 try:
     from offramp.models import _few_tokens as _compiled
 except ImportError:
@@ -94,12 +96,12 @@ class BlockShape:
     "Norms stand after the sublayers."
 
 
-class CachedTokens:
-    """Some tokens and where they stand in a cache: checked once, then used block by block.
+class KernelCache:
+    """A cache and its rotations as the kernels read them: checked once, used for every token.
 
     ``keys`` and ``values`` are the caches of all blocks and ``lengths`` counts the positions that
-    are written, in each block and row; ``cos`` and ``sin`` (whose first half is
-    negated) rotate at each position, ``slots`` are the tokens' positions in their ``rows``.
+    are written, in each block and row; ``cos`` and ``sin`` (whose first half is negated) rotate
+    at each position.
     """
 
     def __init__(
@@ -110,29 +112,47 @@ class CachedTokens:
         lengths: Int[Tensor, "L R"],
         cos: Float[Tensor, "P Dh"],
         sin: Float[Tensor, "P Dh"],
-        slots: Int[Tensor, " N"],
-        rows: Int[Tensor, " N"],
     ) -> None:
-        self._held = (keys, values, lengths, cos, sin, slots, rows)
-        self._layers, self._rows, self._kv_heads, self._capacity, self._size = keys.shape
-        self.tokens = len(slots)
+        self.cos, self.sin = cos, sin
+        self.blocks, self.rows, self.kv_heads, self.capacity, self.size = keys.shape
         assert keys.shape == values.shape
         assert keys.dtype == values.dtype
         assert keys.dtype in DTYPES
         assert cos.dtype == sin.dtype == torch.float32
         assert cos.shape == sin.shape
-        assert cos.shape[1] == self._size
+        assert cos.shape[1] == self.size
         assert lengths.shape == keys.shape[:2]
-        assert lengths.dtype == slots.dtype == rows.dtype == torch.long
-        assert len(rows) == self.tokens
+        assert lengths.dtype == torch.long
+        self._held = (keys, values, lengths, cos, sin)
         assert all(each.is_contiguous() for each in self._held)
-        self._bfloat16 = keys.dtype == torch.bfloat16
+        self.bfloat16 = keys.dtype == torch.bfloat16
         addresses = [each.data_ptr() for each in self._held]
-        self._keys, self._values, self._lengths, self._cos, self._sin = addresses[:5]
-        self._slots, self._of_rows = addresses[5:]
-        self._layer = keys.stride(0) * keys.element_size()
+        self.keys_at, self.values_at, self.lengths_at, self.cos_at, self.sin_at = addresses
+        self.layer = keys.stride(0) * keys.element_size()
+        self.first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
+        self._threads, self._scores = 0, torch.empty(0)
+
+    def scores(self, threads: int) -> int:
+        """The address of room for the scores of so many threads."""
+        if self._threads < threads:
+            self._threads, self._scores = threads, torch.empty(threads, self.capacity + _LANES)
+        return self._scores.data_ptr()
+
+
+class CachedTokens:
+    """Some tokens and where they stand in a cache: ``slots`` are their positions in their rows."""
+
+    def __init__(
+        self, cache: KernelCache, *, slots: Int[Tensor, " N"], rows: Int[Tensor, " N"]
+    ) -> None:
+        self._cache, self._held = cache, (slots, rows)
+        self.tokens = len(slots)
+        assert slots.dtype == rows.dtype == torch.long
+        assert len(rows) == self.tokens
+        assert slots.is_contiguous()
+        assert rows.is_contiguous()
+        self._slots, self._of_rows = slots.data_ptr(), rows.data_ptr()
         self._threads = torch.get_num_threads()
-        self._scores = torch.empty(self._threads, self._capacity + _LANES)
 
     def blocks(
         self,
@@ -152,40 +172,41 @@ class CachedTokens:
         """
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         assert x.shape == (self.tokens, shape.hidden)
-        assert weights.shape == (self._layers, 6)
+        cache = self._cache
+        assert weights.shape == (cache.blocks, 6)
         assert weights.dtype == torch.long
         assert weights.is_contiguous()
         assert 0 <= kept <= self.tokens
-        assert 0 <= start <= stop <= self._layers
-        attended = shape.heads * self._size
-        each = 2 * attended + 2 * self._kv_heads * self._size + shape.hidden + 2 * shape.units
+        assert 0 <= start <= stop <= cache.blocks
+        attended = shape.heads * cache.size
+        each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * shape.units
         room = torch.empty(self.tokens * (each + max(shape.hidden, shape.units)))
         _compiled.blocks(
             x.data_ptr(),
             weights.data_ptr() + 8 * 6 * start,
             stop - start,
-            self._bfloat16,
+            cache.bfloat16,
             shape.post,
             shape.eps,
-            self._cos,
-            self._sin,
-            self._keys + start * self._layer,
-            self._values + start * self._layer,
-            self._layer,
-            self._lengths + 8 * start * self._rows,
-            self._rows,
+            cache.cos_at,
+            cache.sin_at,
+            cache.keys_at + start * cache.layer,
+            cache.values_at + start * cache.layer,
+            cache.layer,
+            cache.lengths_at + 8 * start * cache.rows,
+            cache.rows,
             self._slots,
             self._of_rows,
             room.data_ptr(),
-            self._scores.data_ptr(),
+            cache.scores(self._threads),
             self.tokens,
             kept,
             shape.hidden,
             shape.units,
             shape.heads,
-            self._kv_heads,
-            self._size,
-            self._capacity,
+            cache.kv_heads,
+            cache.size,
+            cache.capacity,
             self._threads,
         )
         return x
@@ -196,28 +217,29 @@ class CachedTokens:
         Stores the keys and values of a layer (from 0) and attends to every slot up to a token's.
         Without queries (H = 0) it stores only.
         """
-        heads = qkv.shape[1] // self._size - 2 * self._kv_heads
+        cache = self._cache
+        heads = qkv.shape[1] // cache.size - 2 * cache.kv_heads
         assert qkv.is_contiguous()
         assert qkv.dtype == torch.float32
         assert len(qkv) == self.tokens
-        out = qkv.new_empty(self.tokens, heads * self._size)
+        out = qkv.new_empty(self.tokens, heads * cache.size)
         _compiled.attend(
             qkv.data_ptr(),
-            self._cos,
-            self._sin,
-            self._keys + layer * self._layer,
-            self._values + layer * self._layer,
-            self._lengths + 8 * layer * self._rows,
-            self._bfloat16,
+            cache.cos_at,
+            cache.sin_at,
+            cache.keys_at + layer * cache.layer,
+            cache.values_at + layer * cache.layer,
+            cache.lengths_at + 8 * layer * cache.rows,
+            cache.bfloat16,
             self._slots,
             self._of_rows,
             out.data_ptr(),
-            self._scores.data_ptr(),
+            cache.scores(self._threads),
             self.tokens,
             heads,
-            self._kv_heads,
-            self._size,
-            self._capacity,
+            cache.kv_heads,
+            cache.size,
+            cache.capacity,
             self._threads,
         )
         return out

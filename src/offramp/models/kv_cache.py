@@ -5,6 +5,8 @@ may be filled at different times (a token that left early leaves a hole above it
 is filled), and cropping is a matter of lengths alone.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -34,6 +36,7 @@ class KVCache:
         self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.capacity = capacity
+        self.memo: dict[Any, Any] = {}  # what a model made of it, for its next call; by model
 
     def require(self, end: int) -> None:
         """Raise ValueError unless positions 0 .. end - 1 fit."""

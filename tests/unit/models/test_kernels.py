@@ -67,15 +67,10 @@ def test_what_is_no_number_stays_none():
     cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
     cache = torch.zeros(1, 1, 1, 4, 8)
     at = torch.zeros(1, dtype=torch.long)
-    tokens = kernels.CachedTokens(
-        keys=cache,
-        values=cache.clone(),
-        lengths=at[None].clone(),
-        cos=cos,
-        sin=sin,
-        slots=at,
-        rows=at,
+    held = kernels.KernelCache(
+        keys=cache, values=cache.clone(), lengths=at[None].clone(), cos=cos, sin=sin
     )
+    tokens = kernels.CachedTokens(held, slots=at, rows=at)
     qkv = numbers(1, 24)
     qkv[0, 0] = torch.nan
     assert tokens.attend(qkv, 0).isnan().all()
