@@ -69,8 +69,8 @@ def how(content: Content) -> str:
         "trained on the same tokens, interpolated between its depths. Gates, and the exits of a "
         "recipe that specialises them, are fitted afterwards to a sample of the same training "
         "text, the backbone frozen; static models have neither. A ratio below 1 is better; "
-        "in brackets its 95% bootstrap interval over seeds and sequences; p: paired t test over "
-        "the seeds' log ratios, Holm's correction over the recipes."
+        "in brackets its 95% bootstrap interval over seeds and stretches of the text; p: paired t "
+        "test over the seeds' log ratios, Holm's correction over the recipes."
     )
 
 

@@ -9,12 +9,20 @@ import torch
 
 from offramp.data import batches
 from offramp.evaluation.cost import model_cost
-from offramp.evaluation.routed import collect_routed
+from offramp.evaluation.routed import RoutedTrace, collect_routed
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.policy import ThresholdPolicy
 from offramp.experiments.study.evaluate import evaluate
-from offramp.experiments.study.frontier import at, load_frontiers, mean_between, resampled, scaled
+from offramp.experiments.study.frontier import (
+    STRETCHES,
+    at,
+    load_frontiers,
+    mean_between,
+    resampled,
+    routed,
+    scaled,
+)
 from offramp.experiments.study.plan import GateFit
 from offramp.models.transformer import DecoderConfig, Transformer
 
@@ -73,14 +81,14 @@ def test_propagate_differs_only_between_the_ends(evaluation):
 def test_a_pass_under_propagate_that_nobody_leaves_is_the_trace(model, ids):
     trace = collect_trace(model, batches(ids, seq_len=16, batch_size=8))
     for threshold, row in ((math.inf, 2), (-math.inf, 0)):
-        routed = collect_routed(
+        passed = collect_routed(
             model,
             batches(ids, seq_len=16, batch_size=8),
             ThresholdPolicy(thresholds=(threshold, threshold)),
         )
-        assert (routed.exits == row).all()
-        assert routed.nll == pytest.approx(trace.nll[row], abs=1e-5)
-        assert (routed.sequence == trace.sequence).all()
+        assert (passed.exits == row).all()
+        assert passed.nll == pytest.approx(trace.nll[row], abs=1e-5)
+        assert (passed.sequence == trace.sequence).all()
 
 
 @pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy", "saturation", "patience"])
@@ -90,14 +98,14 @@ def test_under_propagate_the_first_exit_decides_as_in_the_trace(model, ids, meas
     trace = collect_trace(model, iter(windows), measures=(measure,))
     threshold = float(np.median(trace.confidence[measure][0]))
     policy = ThresholdPolicy(thresholds=(threshold, math.inf))
-    routed = collect_routed(model, iter(windows), policy, confidence=measure)
+    passed = collect_routed(model, iter(windows), policy, confidence=measure)
     expected = policy.route(trace.confidence[measure][:-1])
-    assert ((routed.exits == 0) == (expected == 0)).all()
-    left = routed.exits == 0
+    assert ((passed.exits == 0) == (expected == 0)).all()
+    left = passed.exits == 0
     assert left.sum() > 0
-    assert routed.nll[left] == pytest.approx(trace.nll[0][left], abs=1e-5)
+    assert passed.nll[left] == pytest.approx(trace.nll[0][left], abs=1e-5)
     if measure != "patience":
-        assert not np.allclose(routed.nll[~left], trace.nll[2][~left], atol=1e-6)
+        assert not np.allclose(passed.nll[~left], trace.nll[2][~left], atol=1e-6)
 
 
 def test_files_keep_the_frontiers(evaluation, tmp_path):
@@ -105,7 +113,8 @@ def test_files_keep_the_frontiers(evaluation, tmp_path):
     loaded = load_frontiers(tmp_path / "frontiers.npz")
     assert loaded.keys() == evaluation.frontiers.keys()
     for name, frontier in loaded.items():
-        assert (frontier.nll == evaluation.frontiers[name].nll).all()
+        assert frontier.nll == pytest.approx(evaluation.frontiers[name].nll, rel=1e-6)
+        assert (frontier.tokens == evaluation.frontiers[name].tokens).all()
         assert (frontier.thresholds == evaluation.frontiers[name].thresholds).all()
 
 
@@ -121,7 +130,26 @@ def test_between_points_it_is_interpolated_and_beyond_them_unknown():
     assert both[1] - both[0] == pytest.approx(1.0)
 
 
-def test_sequences_drawn_anew_weigh_as_often_as_they_were_drawn(evaluation):
+def test_neighbouring_sequences_are_drawn_together(evaluation):
+    number = np.repeat(np.arange(100, dtype=np.int32), 3)
+    everyone = np.zeros(300, dtype=np.intp)
+    trace = RoutedTrace(
+        exit_layers=(2, 6), exits=everyone, nll=number.astype("f4"), sequence=number
+    )
+    frontier = routed([trace], [-math.inf], [(50.0, 100.0)], num_layers=6)
+    assert len(frontier.tokens) == STRETCHES == 64
+    assert set(frontier.tokens) == {3.0, 6.0}
+    means = frontier.nll[0] / frontier.tokens
+    assert (np.diff(means) > 0).all()
+    assert frontier.nll.sum() == number.sum()
+    assert frontier.whole().nll.tolist() == [[number.sum()]]
+    for one, other in zip(frontier.whole().curve(), frontier.curve(), strict=True):
+        assert one == pytest.approx(other)
+    assert len(evaluation.frontiers["test/max_prob/recompute"].tokens) == 21  # one each
+    assert len(evaluation.frontiers["held_out/max_prob/recompute"].tokens) == 1
+
+
+def test_stretches_drawn_anew_weigh_as_often_as_they_were_drawn(evaluation):
     frontier = evaluation.frontiers["test/max_prob/recompute"]
     counts = np.zeros((2, len(frontier.tokens)))
     counts[0] = 1

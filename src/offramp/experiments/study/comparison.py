@@ -80,11 +80,11 @@ class Comparison:
 
     @cached_property
     def draws(self) -> tuple[Floats, Any]:
-        """How often each sequence is drawn (B, S), and which seeds (B, n), as places."""
+        """How often each stretch of text is drawn (B, S), and which seeds (B, n), as places."""
         rng = np.random.default_rng(0)
-        sequences = len(next(iter(self.statics.values())).tokens)
+        stretches = len(next(iter(self.statics.values())).tokens)
         seeds = rng.integers(len(self.seeds), size=(DRAWS, len(self.seeds)))
-        return resampled(rng, sequences, DRAWS), seeds
+        return resampled(rng, stretches, DRAWS), seeds
 
     @cached_property
     def statics(self) -> dict[int, Frontier]:

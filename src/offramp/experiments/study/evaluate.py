@@ -57,7 +57,7 @@ class Evaluation:
         arrays: dict[str, Any] = {}
         for name, frontier in self.frontiers.items():
             frontier.save(arrays, name)
-        np.savez(path, **arrays)
+        np.savez_compressed(path, **arrays)
 
 
 def evaluate(
@@ -103,7 +103,8 @@ def evaluate(
     for measure in measures:
         for name, trace in traces.items():
             policies = list(_policies(traces["held_out"], measure, cost, SHARES))
-            frontiers[f"{name}/{measure}/recompute"] = _recompute(trace, measure, policies, cost)
+            found = _recompute(trace, measure, policies, cost)
+            frontiers[f"{name}/{measure}/recompute"] = found if name == "test" else found.whole()
         policies = list(_policies(traces["held_out"], measure, cost, PROPAGATED_AT))
         passes = [
             _routed(model, windows(texts["test"]), policy, measure, fitted)

@@ -25,7 +25,7 @@ from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
 
-FORMAT = 4
+FORMAT = 5
 FRONTIERS = "frontiers.npz"
 TIMING = "timing.json"
 HELD_OUT = 0.05

@@ -2,7 +2,7 @@
 
 Everything is compared at equal flops_pct of the standard model, with exit heads and gates
 counted, and with static models: shallower ones trained on the same tokens. Intervals are
-percentiles of a bootstrap over seeds and, within each, over sequences of the test text.
+percentiles of a bootstrap over seeds and, within each, over stretches of the test text.
 """
 
 import math
@@ -85,7 +85,7 @@ def check_equal_tokens(runs: Sequence[StudyRun]) -> None:
 
 
 def check_equal_text(done: Sequence[Done]) -> None:
-    """What is paired must be the same sequences."""
+    """What is paired must be the same text."""
     found = {
         (entry.about["test_tokens"], entry.about["config"]["text"]["test_sha256"]) for entry in done
     }
