@@ -10,6 +10,7 @@ from rich.table import Table
 from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
 from offramp.experiments.tune import TuneConfig, tune_model
 from offramp.report.progress import bars
+from offramp.report.text import ppl_text
 from offramp.training.frozen import TuneProgress
 
 
@@ -65,7 +66,7 @@ def tune(
             table.add_row(
                 str(after["exit_layer"]),
                 *(f"{100 * row['agreement']:.1f}%" for row in (before, after)),
-                *(f"{row['ppl']:.2f}" for row in (before, after)),
+                *(ppl_text(row["ppl"]) for row in (before, after)),
             )
         output().print(table)
     say(f"{out} holds the {'model' if trained['unfreeze'] else 'exits'}.")

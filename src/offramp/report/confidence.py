@@ -9,6 +9,7 @@ import altair as alt
 from rich.table import Table
 
 from offramp.report.plots import PALETTE, data_chart, layer, save_png
+from offramp.report.text import ppl_text
 
 Content = Mapping[str, Any]
 Record = dict[str, Any]
@@ -17,7 +18,9 @@ PANEL = 340
 
 def confidence_table(content: Content) -> Table:
     """One row for each measure and exit."""
-    ppl = "  ".join(f"{layer}: {value:.3f}" for layer, value in content["exit_ppl"].items())
+    ppl = "  ".join(
+        f"{layer}: {ppl_text(value, 3)}" for layer, value in content["exit_ppl"].items()
+    )
     table = Table(
         title=f"{content['n_tokens']:,} tokens of {content['corpus']['name']}",
         caption=(

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from offramp.report.text import ppl_text
+
 
 def probe_table(content: Mapping[str, Any]) -> Table:
     """A row for each exit."""
@@ -20,7 +22,7 @@ def probe_table(content: Mapping[str, Any]) -> Table:
         cost = row["head_cost_layers"]
         table.add_row(
             str(row["exit_layer"]),
-            f"{row['ppl']:.2f}",
+            ppl_text(row["ppl"]),
             f"{100 * row['agreement']:.1f}%",
             *(_level(row, level) for level in levels),
             "-" if cost is None else f"{cost:.2f} layers",

@@ -5,10 +5,12 @@ from typing import Any
 
 from rich.table import Table
 
+from offramp.report.text import ppl_text
+
 
 def sweep_table(result: Mapping[str, Any]) -> Table:
     """One row for each threshold, from what ``offramp sweep`` writes."""
-    ppl = "  ".join(f"{layer}: {value:.3f}" for layer, value in result["exit_ppl"].items())
+    ppl = "  ".join(f"{layer}: {ppl_text(value, 3)}" for layer, value in result["exit_ppl"].items())
     table = Table(
         title=f"{result['n_tokens']:,} tokens of {result['corpus']['name']}",
         caption=f'PPL by exit layer  {ppl}  (missing_kv="{result["missing_kv"]}")',

@@ -25,6 +25,11 @@ def number_text(value: Number | None, digits: int, sign: bool = False) -> str:
     return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def ppl_text(ppl: Number, digits: int = 2) -> str:
+    """A PPL; that of an exit that was never trained, which can be huge, in powers of ten."""
+    return f"{ppl:.{digits}f}" if ppl < 1e6 else f"{ppl:.1e}"
+
+
 def p_text(p: Number | None) -> str:
     """A p-value; very small ones only as a bound."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
