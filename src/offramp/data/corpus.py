@@ -1,5 +1,6 @@
 """Corpora: a text to train on, one to validate on, and one to test on where there is one."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ BUILT_IN = ("pangram", "python-docs")
 _PANGRAM_TRAIN = "The quick brown fox jumps over the lazy dog. "
 _PANGRAM_VALIDATION = "A quick brown dog runs in the park. "
 _TRAIN, _VALIDATION, _TEST = ("train",), ("validation", "valid", "val", "dev"), ("test",)
+_BEGINNING = 8000  # bytes
 _FILES = ("train.txt", "valid.txt", "validation.txt", "test.txt")
 
 
@@ -77,7 +79,8 @@ def stream_corpus(name: str) -> StreamedCorpus:
     Without a validation split the training text is parted by position: the first 90% of its
     characters train, the last 10% validate. So is every other corpus. A folder without such
     files is read in the order of their names, its subfolders included; files and folders whose
-    names start with a dot are left out.
+    names start with a dot are left out, and so are binary files: those with a zero byte near
+    their beginning.
 
     Raises CorpusError: no such corpus, not UTF-8, empty, or a split that is missing or empty.
     """
@@ -192,11 +195,25 @@ def _files_in(path: Path) -> list[Path]:
     files = [
         file
         for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not _is_binary(file)
     ]
     if not files:
-        raise CorpusError(f"{path}: expected a folder with text files, got an empty one")
+        raise CorpusError(f"{path}: expected a folder with text files, got one without")
     return files
+
+
+def _is_binary(path: Path) -> bool:
+    """Whether a zero byte stands near the beginning: how git tells; but UTF-16 is text."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+    return b"\0" in beginning and not beginning.startswith(
+        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    )
 
 
 def _exists(path: Path) -> bool:

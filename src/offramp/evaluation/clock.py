@@ -51,6 +51,11 @@ class Part:
         """At which a call of one token reads its weights."""
         return self.bytes / self.seconds[min(self.seconds)]
 
+    def faster(self, other: "Part") -> "Part":
+        """The same part with the shorter of both times."""
+        seconds = {count: min(took, other.seconds[count]) for count, took in self.seconds.items()}
+        return replace(self, seconds=seconds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
@@ -87,6 +92,21 @@ class Clock:
         run = sum(part.of(each) * count for part, each, count in parts)
         asked = sum(work.questions.values())
         return run + tokens * self.token_seconds + asked * self.question_seconds
+
+    def faster(self, other: "Clock") -> "Clock":
+        """Of each part the shorter of two times: other work on the machine only adds to one."""
+
+        def each(mine: Mapping[int, Part], theirs: Mapping[int, Part]) -> dict[int, Part]:
+            return {layer: part.faster(theirs[layer]) for layer, part in mine.items()}
+
+        return replace(
+            self,
+            block=self.block.faster(other.block),
+            keys_values=self.keys_values.faster(other.keys_values),
+            heads=each(self.heads, other.heads),
+            questions=each(self.questions, other.questions),
+            drafts=each(self.drafts, other.drafts),
+        )
 
     def pinned(self, work: Work, tokens: int, seconds: float) -> "Clock":
         """The same clock, told what a run at full depth took.

@@ -87,6 +87,7 @@ def test_a_folder_is_read_in_the_order_of_names_without_dotfiles(tmp_path):
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "a.pyc").write_bytes(b"\xcb\r\r\n\x00\x00binary")
     assert load_corpus(str(folder)).whole == "one\ntwo\nthree\nfour"
 
 
@@ -96,7 +97,7 @@ def test_wrong_paths_are_corpus_errors(tmp_path):
         tmp_path / "empty.txt": "empty corpus",
         tmp_path / "blank.txt": "empty corpus",
         tmp_path / "latin.txt": "not UTF-8 at offset 2",
-        tmp_path / "folder": "empty one",
+        tmp_path / "folder": "got one without",
         tmp_path / "mixed": "not UTF-8",
     }
     (tmp_path / "empty.txt").write_text("")
@@ -106,7 +107,7 @@ def test_wrong_paths_are_corpus_errors(tmp_path):
     (tmp_path / "folder" / ".hidden").write_text("hidden")
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.txt").write_text("text")
-    (tmp_path / "mixed" / "b.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "mixed" / "b.bin").write_bytes(b"\xff\xfeU\x00T\x00F\x00-\x001\x006\x00")
     for path, message in cases.items():
         with pytest.raises(CorpusError) as caught:
             load_corpus(str(path))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,6 +44,25 @@ def test_what_was_asked_for_takes_the_sum_of_its_parts(clock):
     work.drafts[2, 1] += 1
     assert clock.seconds(work, 9) == 6 * 10 + 2 * 12 + 3 * 2 + 2 * 6 + 5 * 7 + 3
     assert work.layers_run == 6 + 4
+
+
+def test_of_two_measurements_each_part_counts_by_the_shorter(clock):
+    other = replace(
+        clock,
+        block=part(9, 13, 20),
+        keys_values=part(2, 0.5, 2),
+        heads={2: part(4, 6), 4: part(6, 7)},
+        questions={2: part(8, 7)},
+        drafts={2: part(2)},
+        bandwidth=900.0,
+    )
+    both = clock.faster(other)
+    assert list(both.block.seconds.values()) == [9, 12, 20]
+    assert list(both.keys_values.seconds.values()) == [1, 0.5, 2]
+    assert list(both.heads[2].seconds.values()) == [4, 5]
+    assert list(both.questions[2].seconds.values()) == [7, 7]
+    assert list(both.drafts[2].seconds.values()) == [2]
+    assert both.bandwidth == 1000.0
 
 
 def test_a_clock_is_pinned_to_full_depth_and_then_to_asking(clock):
