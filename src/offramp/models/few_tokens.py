@@ -135,18 +135,11 @@ class KernelCall(Call):
 
     @property
     def _cache(self) -> kernels.KernelCache:
-        """The cache as the kernels read it; the same for every token."""
-        cos, sin = self.tables
+        """The cache as the kernels read it: the same for every token, while its tensors are."""
+        tensors = (self.cache.keys, self.cache.values, self.cache.lengths, *self.tables)
         kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
-        if kept is None or kept.cos is not cos or kept.sin is not sin:
-            kept = kernels.KernelCache(
-                keys=self.cache.keys,
-                values=self.cache.values,
-                lengths=self.cache.lengths,
-                cos=cos,
-                sin=sin,
-            )
-            self.cache.memo[kernels.KernelCache] = kept
+        if kept is None or not kept.holds(tensors):
+            kept = self.cache.memo[kernels.KernelCache] = kernels.KernelCache(*tensors)
         return kept
 
     def blocks(

@@ -106,14 +106,12 @@ class KernelCache:
 
     def __init__(
         self,
-        *,
         keys: Float[Tensor, "L R H C Dh"],
         values: Float[Tensor, "L R H C Dh"],
         lengths: Int[Tensor, "L R"],
         cos: Float[Tensor, "P Dh"],
         sin: Float[Tensor, "P Dh"],
     ) -> None:
-        self.cos, self.sin = cos, sin
         self.blocks, self.rows, self.kv_heads, self.capacity, self.size = keys.shape
         assert keys.shape == values.shape
         assert keys.dtype == values.dtype
@@ -131,6 +129,10 @@ class KernelCache:
         self.layer = keys.stride(0) * keys.element_size()
         self.first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
         self._threads, self._scores = 0, torch.empty(0)
+
+    def holds(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are the tensors that it was made of."""
+        return all(mine is theirs for mine, theirs in zip(self._held, tensors, strict=True))
 
     def scores(self, threads: int) -> int:
         """The address of room for the scores of so many threads."""

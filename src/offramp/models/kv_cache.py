@@ -36,7 +36,7 @@ class KVCache:
         self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.capacity = capacity
-        self.memo: dict[Any, Any] = {}  # what a model made of it, for its next call; by model
+        self.memo: dict[Any, Any] = {}  # what was made of it, for the next call; by kind
 
     def require(self, end: int) -> None:
         """Raise ValueError unless positions 0 .. end - 1 fit."""

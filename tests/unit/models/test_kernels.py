@@ -1,7 +1,7 @@
 """The compiled kernels do what PyTorch does, and each token alone decides what it gets."""
 
 import pickle
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 
 import pytest
@@ -67,9 +67,7 @@ def test_what_is_no_number_stays_none():
     cos, sin = torch.ones(1, 8), torch.zeros(1, 8)
     cache = torch.zeros(1, 1, 1, 4, 8)
     at = torch.zeros(1, dtype=torch.long)
-    held = kernels.KernelCache(
-        keys=cache, values=cache.clone(), lengths=at[None].clone(), cos=cos, sin=sin
-    )
+    held = kernels.KernelCache(cache, cache.clone(), at[None].clone(), cos, sin)
     tokens = kernels.CachedTokens(held, slots=at, rows=at)
     qkv = numbers(1, 24)
     qkv[0, 0] = torch.nan
@@ -214,6 +212,25 @@ def test_without_kernels_there_is_another_way(make_model, make_ids, monkeypatch,
     step = Step(positions=torch.arange(5)[None], cache=model.make_cache(2, capacity=5))
     h = model.run_layers(model.embed(ids, step=step), 0, 3, step=step)
     assert_close(model.unembed(h, 3), model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fork", [copy, deepcopy])
+@torch.inference_mode()
+def test_a_cache_whose_tensors_were_replaced_is_read_anew(make_model, make_ids, fork):
+    """As when a search keeps two of its texts: the rows of a copy change places."""
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    ids = make_ids(2, 6)
+    cache = model.make_cache(2, capacity=6)
+    step = Step(positions=torch.arange(5)[None], cache=cache)
+    model.run_layers(model.embed(ids[:, :5], step=step), 0, 3, step=step)
+    forked = fork(cache)
+    for name in ("keys", "values"):
+        setattr(forked, name, getattr(forked, name).flip(1).contiguous())
+    before = cache.keys.clone()
+    step = Step(positions=torch.tensor([[5]]), cache=forked)
+    h = model.run_layers(model.embed(ids.flip(0)[:, 5:], step=step), 0, 3, step=step)
+    assert_close(model.unembed(h, 3), model(ids.flip(0))[:, 5:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(cache.keys, before)
 
 
 def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
