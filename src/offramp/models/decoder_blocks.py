@@ -1,6 +1,7 @@
 """The native decoder's config, and its blocks for whole sequences; see transformer.py."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -191,18 +192,18 @@ class MLP(nn.Module):
         return out
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(nn.Module, ABC):
     """A block: attention, then what each token does by itself."""
 
     self_attn: Attention
 
+    @abstractmethod
     def attention_input(self, h: Tensor) -> Tensor:
         """What the attention projects its queries, keys and values from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block, token by token: (..., D) and (..., H * Dh) -> (..., D)."""
-        raise NotImplementedError
 
     def forward(
         self,

@@ -150,10 +150,7 @@ class FastSteps:
         """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
         so many tokens in all.
         """
-        if tokens > FEW_TOKENS:
-            return False
-        read = [self._weights[layer] or self._of(layer) for layer in range(len(self.blocks))]
-        return all(of.dtype == read[0].dtype is not None for of in read)
+        return tokens <= FEW_TOKENS and self._current_table().dtype is not None
 
     def _run_some(
         self,
@@ -355,10 +352,12 @@ class FastSteps:
         )
 
     def _addresses_of(self, dtype: torch.dtype) -> Int[Tensor, "L 6"] | None:
-        """Of every block's weights, for the kernels; None if not all are of ``dtype``.
+        """Of every block's weights, for the kernels; None if not all are of ``dtype``."""
+        table = self._current_table()
+        return table.rows if table.dtype == dtype else None
 
-        They are looked up anew if a block's parameters are no longer those.
-        """
+    def _current_table(self) -> _Table:
+        """Every block's weights, looked up anew if a block's parameters are no longer those."""
         table = self._table
         if table is None or not table.current():
             every = [self._of(layer) for layer in range(len(self.blocks))]
@@ -369,7 +368,7 @@ class FastSteps:
                 registers=[each for of in every for each in of.registers],
                 addresses=[each for of in every for each in of.addresses],
             )
-        return table.rows if table.dtype == dtype else None
+        return table
 
     def _read(self, block: Any) -> _Weights:
         attention, mlp = block.self_attn, block.mlp
