@@ -1,5 +1,6 @@
-"""Progress in the terminal: bars with loss, PPL and time left."""
+"""Progress: bars with loss, PPL and time left in a terminal, a line a minute anywhere else."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LINE_EVERY = 60.0
+"""Seconds between two lines of a bar where there is no terminal to draw it: a log, say."""
+
 
 class Bars:
     """Bars that are addressed by name; each shows a short text beside its count."""
@@ -21,9 +25,13 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
 
     def show(self, name: str, *, done: int, total: int, text: str = "") -> None:
         """Draw or move a bar."""
+        if self._progress.disable:
+            self._say(name, f"{done:,} of {total:,}  {text}")
+            return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, text=text)
         self._progress.update(self._tasks[name], completed=done, total=total, text=text)
@@ -33,10 +41,17 @@ class Bars:
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
 
+    def _say(self, name: str, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said.setdefault(name, now) >= LINE_EVERY:
+            self._said[name] = now
+            line = f"{name.strip()}: {text}".rstrip()
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
 def bars(console: Console) -> Iterator[Bars]:
-    """Bars on this console while the block runs; a console that is no terminal shows none."""
+    """Bars on this console while the block runs; one that is no terminal gets lines."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
