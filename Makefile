@@ -38,8 +38,10 @@ types: $(INSTALLED)
 imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
+# A process for each core; the tests of a file stay together, since they share what they train.
+PYTEST := python -m pytest -n logical --dist loadfile
 tests: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/$(PYTEST)
 
 # What touches transformers, with another version of it above what .venv has: the oldest that
 # pyproject.toml admits, and the newest that there is.
@@ -56,7 +58,7 @@ $(2)/bin/python -c "import site; print(site.getsitepackages()[0])" > $(2)/here
 $(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" > "$$(cat $(2)/here)/above.pth"
 $(2)/bin/pip install --quiet --disable-pip-version-check --upgrade "$(1)"
 $(2)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
-$(2)/bin/python -m pytest -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
+$(2)/bin/$(PYTEST) -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
 endef
 
 benchmark: $(INSTALLED)
