@@ -6,7 +6,6 @@ memory gives them, by compiled kernels (kernels.py) or by the fastest form that 
 (fast_linear.py); and what all blocks of a step share is computed once.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,55 +16,10 @@ from torch import Tensor, nn
 
 from offramp.models import kernels
 from offramp.models.base import FEW_TOKENS, Step
+from offramp.models.block_weights import BlockWeights, WeightsOfBlock
 from offramp.models.exit_heads import ExitHead
-from offramp.models.fast_linear import fast_linear, few_columns_pay, fuse, native_bfloat16
+from offramp.models.fast_linear import fast_linear, few_columns_pay, native_bfloat16
 from offramp.models.few_tokens import Call, KernelCall, Tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Weights:
-    """What one block multiplies by."""
-
-    qkv: Tensor
-    kv: Tensor
-    "The part of it that gives keys and values."
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-    norms: tuple[Tensor, Tensor]
-    registers: tuple[dict[str, Any], ...]
-    "Where the parameters are registered."
-    parameters: tuple[Tensor, ...]
-    "What was there; held, so that nothing else can be at its address."
-    addresses: list[int]
-    "Theirs."
-    dtype: torch.dtype | None
-    "What the compiled kernels read, float32 or bfloat16, if they can and all are the same."
-
-    def table(self) -> tuple[int, ...]:
-        """The addresses that ``kernels.blocks`` reads."""
-        fused = (self.qkv, self.out, self.gate_up, self.down, *self.norms)
-        return tuple(weight.data_ptr() for weight in fused)
-
-    def current(self) -> bool:
-        """No parameter was replaced or moved since."""
-        return [each["weight"].data_ptr() for each in self.registers] == self.addresses
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """The weights of all blocks, as the kernels that run them in one call read them."""
-
-    rows: Int[Tensor, "L 6"]
-    "Addresses, a row a block."
-    dtype: torch.dtype | None
-    "What the kernels read; None if they cannot read every weight, or not as one precision."
-    registers: list[dict[str, Any]]
-    addresses: list[int]
-
-    def current(self) -> bool:
-        """No parameter was replaced or moved since."""
-        return [each["weight"].data_ptr() for each in self.registers] == self.addresses
 
 
 class FastSteps:
@@ -82,21 +36,14 @@ class FastSteps:
     ) -> None:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
-        self._weights: list[_Weights | None] = [None] * len(blocks)
-        self._table: _Table | None = None
+        self._weights = BlockWeights(blocks, head_dim=head_dim, post=post)
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy looks up its own parameters."""
-        forgotten: dict[str, Any] = {
-            "_weights": [None] * len(self.blocks),
-            "_table": None,
-            "_vocabs": {},
-            "_tables": None,
-        }
-        return {**vars(self), **forgotten}
+        """A copy keeps nothing of what was read of the parameters."""
+        return {**vars(self), "_vocabs": {}, "_tables": None}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
@@ -131,7 +78,7 @@ class FastSteps:
             return whole.view(h.shape)
         with native_bfloat16(x, x.shape[0]):
             for layer in range(start, stop):  # rounded at each: one may stop between two
-                x = self._block(x.to(call.dtype), layer, self._of(layer), call).to(h.dtype)
+                x = self._block(x.to(call.dtype), layer, self._weights.of(layer), call).to(h.dtype)
         call.note_lengths(start, stop)
         return x.view(h.shape)
 
@@ -141,7 +88,7 @@ class FastSteps:
         """All blocks in one call of the kernels, if they can; see ``CachedTokens.blocks``."""
         if not isinstance(call, KernelCall):
             return None
-        weights = self._addresses_of(call.cache.keys.dtype)
+        weights = self._weights.addresses(call.cache.keys.dtype)
         if weights is None:
             return None
         return call.blocks(x, weights, self.shape, start, stop, kept=kept).to(x.dtype)
@@ -150,7 +97,7 @@ class FastSteps:
         """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
         so many tokens in all.
         """
-        return tokens <= FEW_TOKENS and self._current_table().dtype is not None
+        return tokens <= FEW_TOKENS and self._weights.dtype is not None
 
     def _run_some(
         self,
@@ -204,7 +151,7 @@ class FastSteps:
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
             for layer in range(start, stop):
-                of = self._of(layer)
+                of = self._weights.of(layer)
                 norm = None if self.post else of.norms[0]
                 call.store(self._linear(x, of.kv, norm=norm), layer)
         call.note_lengths(start, stop)
@@ -312,7 +259,7 @@ class FastSteps:
         self._vocabs[id(weight)] = weight, vocab, current, rows
         return rows
 
-    def _block(self, x: Tensor, layer: int, of: _Weights, call: Call) -> Tensor:
+    def _block(self, x: Tensor, layer: int, of: WeightsOfBlock, call: Call) -> Tensor:
         first, second = of.norms
         qkv = self._linear(x, of.qkv, norm=None if self.post else first)
         x = self._linear(call.attend(qkv, layer), of.out, residual=x)
@@ -332,13 +279,6 @@ class FastSteps:
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
 
-    def _of(self, layer: int) -> _Weights:
-        """A block's weights, read anew if the block's parameters are no longer those."""
-        weights = self._weights[layer]
-        if weights is None or not weights.current():
-            weights = self._weights[layer] = self._read(self.blocks[layer])
-        return weights
-
     @cached_property
     def shape(self) -> kernels.BlockShape:
         """What all blocks have in common."""
@@ -349,57 +289,4 @@ class FastSteps:
             units=first.mlp.gate_proj.out_features,
             eps=self.eps,
             post=self.post,
-        )
-
-    def _addresses_of(self, dtype: torch.dtype) -> Int[Tensor, "L 6"] | None:
-        """Of every block's weights, for the kernels; None if not all are of ``dtype``."""
-        table = self._current_table()
-        return table.rows if table.dtype == dtype else None
-
-    def _current_table(self) -> _Table:
-        """Every block's weights, looked up anew if a block's parameters are no longer those."""
-        table = self._table
-        if table is None or not table.current():
-            every = [self._of(layer) for layer in range(len(self.blocks))]
-            alike = all(of.dtype == every[0].dtype for of in every)
-            table = self._table = _Table(
-                rows=torch.tensor([of.table() for of in every]),
-                dtype=every[0].dtype if alike else None,
-                registers=[each for of in every for each in of.registers],
-                addresses=[each for of in every for each in of.addresses],
-            )
-        return table
-
-    def _read(self, block: Any) -> _Weights:
-        attention, mlp = block.self_attn, block.mlp
-        qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up = fuse([mlp.gate_proj, mlp.up_proj])
-        norms = (
-            (block.post_attention_layernorm, block.post_feedforward_layernorm)
-            if self.post
-            else (block.input_layernorm, block.post_attention_layernorm)
-        )
-        modules = (
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            *norms,
-        )
-        every = (qkv, gate_up, *(module.weight for module in modules))
-        alike = all(each.dtype == qkv.dtype and each.is_contiguous() for each in every)
-        return _Weights(
-            dtype=qkv.dtype if alike and self._compiled(qkv) else None,
-            qkv=qkv,
-            kv=qkv[attention.q_proj.out_features :],
-            out=attention.o_proj.weight,
-            gate_up=gate_up,
-            down=mlp.down_proj.weight,
-            norms=(norms[0].weight, norms[1].weight),
-            registers=tuple(module._parameters for module in modules),
-            parameters=tuple(module.weight.detach() for module in modules),
-            addresses=[module.weight.data_ptr() for module in modules],
         )
