@@ -11,7 +11,7 @@ from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
 Content = Mapping[str, Any]
 GREY = "#808080"
 KINDS = ("exit", "routed", "last layer")
-LARGEST_RATIO = 3.0  # to the best PPL; what is worse is left out of a frontier's picture
+LARGEST_RATIO = 1.5  # to the best PPL; what is worse is left out of a frontier's picture
 
 
 def recipes(content: Content) -> alt.LayerChart:
@@ -30,16 +30,13 @@ def recipes(content: Content) -> alt.LayerChart:
     marks = marks.encode(x=x, y=y, color=colour, tooltip=tooltip)
     bars = base.mark_rule(strokeWidth=2).encode(y=y, color=colour, x2="high:Q")
     bars = bars.encode(x=alt.X("low:Q", title=title).scale(type="log"))
-    static = [{"ppl": ppl, "text": f"static {layers}"} for layers, ppl in _static_means(content)]
+    static = [{"ppl": ppl, "text": str(layers)} for layers, ppl in _static_means(content)]
+    static[0]["text"] += " (layers of a static model)"
     lines = data_chart(static)
     rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
-    words = [
-        data_chart([entry])
-        .mark_text(align="left", dx=3, dy=-6 - 12 * (index % 2), color=GREY)
-        .encode(x="ppl:Q", y=alt.value(0), text="text:N")
-        for index, entry in enumerate(static)  # neighbours at two heights
-    ]
-    return layer(rules, *words, bars, marks).properties(
+    words = lines.mark_text(align="left", dx=-3, dy=-6, color=GREY)
+    words = words.encode(x="ppl:Q", y=alt.value(0), text="text:N")
+    return layer(rules, words, bars, marks).properties(
         width=WIDTH,
         height=24 * len(order),
         title=content["question"],
@@ -115,8 +112,13 @@ def measured(times: Content, confidence: str) -> alt.LayerChart:
 def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
     """PPL against a cost: a curve a recipe, and the static models as a dashed one."""
     names = list(dict.fromkeys(record["recipe"] for record in records))
-    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
+    colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+    dashes = [[1, 0] if i < len(PALETTE) else [6, 3] for i in range(len(names))]
     legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
+    colour, dash = (
+        {"title": None, "legend": legend, "scale": alt.Scale(domain=names, range=looks)}
+        for looks in (colours, dashes)
+    )
     selected = alt.selection_point(fields=["recipe"], bind="legend")
     x = axis.scale(zero=False)
     y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
@@ -124,7 +126,8 @@ def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCh
         data_chart(records)
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
         .encode(x=x, y=y, tooltip=tooltip, order="place:Q")
-        .encode(color=alt.Color("recipe:N", title=None, scale=scale, legend=legend))
+        .encode(color=alt.Color("recipe:N", **colour))
+        .encode(strokeDash=alt.StrokeDash("recipe:N", **dash))
         .encode(opacity=alt.when(selected).then(alt.value(0.9)).otherwise(alt.value(0.1)))
     )
     dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
