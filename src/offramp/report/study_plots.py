@@ -30,8 +30,12 @@ def recipes(content: Content) -> alt.LayerChart:
     marks = marks.encode(x=x, y=y, color=colour, tooltip=tooltip)
     bars = base.mark_rule(strokeWidth=2).encode(y=y, color=colour, x2="high:Q")
     bars = bars.encode(x=alt.X("low:Q", title=title).scale(type="log"))
-    static = [{"ppl": ppl, "text": str(layers)} for layers, ppl in _static_means(content)]
-    static[0]["text"] += " (layers of a static model)"
+    says = [str(layers) for layers, _ in _static_means(content)]
+    says[0] += " (layers of a static model)"
+    static = [
+        {"ppl": ppl, "text": text}
+        for (_, ppl), text in zip(_static_means(content), says, strict=True)
+    ]
     lines = data_chart(static)
     rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
     words = lines.mark_text(align="left", dx=-3, dy=-6, color=GREY)
@@ -115,10 +119,9 @@ def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCh
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
     dashes = [[1, 0] if i < len(PALETTE) else [6, 3] for i in range(len(names))]
     legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
-    colour, dash = (
-        {"title": None, "legend": legend, "scale": alt.Scale(domain=names, range=looks)}
-        for looks in (colours, dashes)
-    )
+    colour: Any = {"title": None, "legend": legend}
+    dash = colour | {"scale": alt.Scale(domain=names, range=dashes)}
+    colour |= {"scale": alt.Scale(domain=names, range=colours)}
     selected = alt.selection_point(fields=["recipe"], bind="legend")
     x = axis.scale(zero=False)
     y = alt.Y("ppl:Q", title="PPL").scale(zero=False)

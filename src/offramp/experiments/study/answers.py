@@ -3,32 +3,43 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offramp.experiments.statistics import SIGNIFICANT
+import numpy as np
+
+from offramp.experiments.statistics import SIGNIFICANT, Seeds, holm, paired_test
 from offramp.experiments.study.findings import CONFIDENCE, seed_findings
 from offramp.experiments.study.plan import Study
 from offramp.report.text import p_phrase
+
+BESIDE = (50.0, 80.0)
+"""flops_pct at which the lowest PPL is named, too, beside the one that the study compares at."""
 
 Row = Mapping[str, Any]
 
 
 def answers(study: Study, content: Mapping[str, Any]) -> list[str]:
-    """Sentences on the last layer, on equal cost, and on the study's baseline."""
-    said = []
+    """Sentences on the last layer, on the study's baseline, and on equal cost."""
+    said, compared_at = [], float(content["compared_at"])
     for confidence in study.measures:
         rows = [
             row
             for row in content["summary"]
             if _is(row, confidence) and row["missing_kv"] == "recompute"
         ]
+        tested = [row for row in rows if row["label"] not in study.shown_only]
+        points = [compared_at]
         if confidence == study.measures[0]:
-            said.append(_last_layer(rows))
+            said.append(_last_layer(tested, content["train_tokens"]))
+            if study.varies:
+                said.append(_trend(rows, study))
             if study.baseline:
-                said += _against_baseline(rows, study.baseline)
-        said.append(_equal_cost(rows, confidence, content["compared_at"]))
+                said += _against_baseline(tested, study.baseline, compared_at)
+            if len(tested) > 1:
+                points = sorted({*BESIDE, compared_at})
+        said += [_lowest(tested, confidence, point) for point in points]
         if len(study.recipes) == 1:
             said += [_point_by_point(row) for row in content["summary"] if _is(row, confidence)]
         if study.seed_findings and confidence == CONFIDENCE:
-            said += seed_findings(rows, content["compared_at"])
+            said += seed_findings(rows, compared_at)
     return said
 
 
@@ -36,32 +47,82 @@ def _is(row: Row, confidence: str) -> bool:
     return bool(row["confidence"] == confidence)
 
 
-def _last_layer(rows: Sequence[Row]) -> str:
-    better = _significant(rows, "final_to_standard", below=True)
-    worse = _significant(rows, "final_to_standard", below=False)
+def _last_layer(rows: Sequence[Row], tokens: int) -> str:
+    asked = f"Does training exits help the last layer? After {tokens:,} training tokens"
+    ratios = [row["final_to_standard"] for row in rows]
+    if len(rows) == 1:
+        change = _change(ratios[0]["mean"])
+        return (
+            f"{asked} its PPL is {change} than the standard model's on the same tokens "
+            f"({p_phrase(ratios[0]['p_holm'])})."
+        )
+    entries = [(row["label"], row["final_to_standard"]) for row in rows]
     return (
-        "Does training exits help the last layer? Against the standard model on the same tokens "
-        f"it is better with {_list(better)} and worse with {_list(worse)} of {len(rows)} recipes "
-        f"(p < {SIGNIFICANT}); the others are undecided."
+        f"{asked}, against the standard model on the same tokens, its PPL is "
+        f"{_sorted_out([(label, r['mean'], r['p_holm']) for label, r in entries])}."
     )
 
 
-def _equal_cost(rows: Sequence[Row], confidence: str, compared_at: float) -> str:
+def _trend(rows: Sequence[Row], study: Study) -> str:
+    """A line through the log PPL of the last layer for each seed: one test of all recipes."""
+    level = {recipe.label: recipe.level for recipe in study.recipes}
+    graded = [(level[row["label"]], row) for row in rows if level[row["label"]] is not None]
+    x = np.asarray([at for at, _ in graded], dtype=np.float64)
+    y = np.log([row["final_ppl"]["values"] for _, row in graded])
+    slopes = np.polyfit(x, y, 1)[0]
+    change = _change(float(np.exp(0.1 * slopes.mean())))
+    return (
+        f"From {x.min():g} to {x.max():g} of {study.varies}, the last layer's PPL is {change} for "
+        f"each 0.1 more ({p_phrase(paired_test(slopes))}; a line through the log PPL of each seed)."
+    )
+
+
+def _against_baseline(rows: Sequence[Row], baseline: str, compared_at: float) -> list[str]:
+    """Of the last layer, and routed; where a recipe's exits cost too much, at a higher cost."""
+    others = [row for row in rows if row["label"] != baseline]
+    own = next(row for row in rows if row["label"] == baseline)
+    finals = [(row["label"], row["final_to_baseline"]) for row in others]
+    said = [
+        f"Against {baseline}, the last layer's PPL is "
+        f"{_sorted_out([(label, r['mean'], r['p_holm']) for label, r in finals])}."
+    ]
+    points = [compared_at]
+    if any(row["to_baseline"]["mean"] is None for row in others):
+        points.append(max(BESIDE))
+    for point in points:
+        if entries := _against(own, others, point):
+            said.append(
+                f"Against {baseline} at {point:g}% of FLOPs, leaving by {own['confidence']}, the "
+                f"routed PPL is {_sorted_out(entries)}."
+            )
+    return said
+
+
+def _lowest(rows: Sequence[Row], confidence: str, compared_at: float) -> str:
     point = f"{compared_at:g}"
-    if all(row["ppl_at"][point]["mean"] is None for row in rows):
-        return f"At {point}% of FLOPs no recipe has a policy by {confidence}."
-    known = [row for row in rows if row["to_static"]["mean"] is not None]
+    place = f"At {point}% of FLOPs, leaving by {confidence}"
+    known = [row for row in rows if row["ppl_at"][point]["mean"] is not None]
     if not known:
+        return f"At {point}% of FLOPs no recipe has a policy by {confidence}."
+    statics = [row["ratio_to_static_at"][point] for row in known]
+    if all(static["mean"] is None for static in statics):
         return f"At {point}% of FLOPs there is no static model to compare with."
-    best = min(known, key=lambda row: float(row["ppl_at"][f"{compared_at:g}"]["mean"]))
-    static, standard = best["to_static"], best["ratio_to_standard_at"][f"{compared_at:g}"]
-    return (
-        f"At {compared_at:g}% of FLOPs, leaving by {confidence}, the lowest PPL is that of "
-        f"{best['label']}: {_percent(static['mean'])} against a static model of equal cost "
-        f"({p_phrase(static['p_holm'])}) and {_percent(standard['mean'])} against the standard "
-        "model at full cost."
-        + (" (The best of several, so a little flattered.)" if len(known) > 1 else "")
+    p_values = holm([static["p_value"] for static in statics])
+    best = min(range(len(known)), key=lambda at: float(known[at]["ppl_at"][point]["mean"]))
+    ppl, standard = (known[best][of][point] for of in ("ppl_at", "ratio_to_standard_at"))
+    whose = "the PPL is" if len(rows) == 1 else f"the lowest PPL is that of {known[best]['label']},"
+    said = (
+        f"{place}, {whose} {float(ppl['mean']):.3f}: {_change(statics[best]['mean'])} than that of "
+        f"a static model of equal cost ({p_phrase(p_values[best])}) and "
+        f"{_change(standard['mean'])} than the standard model's at full cost."
     )
+    others = [row for row in known if row is not known[best]]
+    if others:
+        said += (
+            " (The best of several, so a little flattered.) Against it the PPL is "
+            f"{_sorted_out(_against(known[best], others, compared_at))}."
+        )
+    return said
 
 
 def _point_by_point(row: Row) -> str:
@@ -72,8 +133,8 @@ def _point_by_point(row: Row) -> str:
         if static["mean"] is None or standard["mean"] is None:
             continue
         said.append(
-            f"at {point}% of FLOPs {_percent(static['mean'])} than static models of equal cost "
-            f"({p_phrase(static['p_value'])}) and {_percent(standard['mean'])} than the standard "
+            f"at {point}% of FLOPs {_change(static['mean'])} than static models of equal cost "
+            f"({p_phrase(static['p_value'])}) and {_change(standard['mean'])} than the standard "
             f"model at 100% ({p_phrase(standard['p_value'])})"
         )
     return (
@@ -82,38 +143,40 @@ def _point_by_point(row: Row) -> str:
     )
 
 
-def _against_baseline(rows: Sequence[Row], baseline: str) -> list[str]:
-    said = []
-    for row in rows:
-        if row["label"] == baseline:
-            continue
-        final, routed = row["final_to_baseline"], row["to_baseline"]
-        routing = (
-            "not comparable at equal cost"
-            if routed["mean"] is None
-            else f"{_percent(routed['mean'])} at equal cost ({p_phrase(routed['p_holm'])})"
-        )
-        said.append(
-            f"{row['label']} against {baseline}: the last layer's PPL is {_percent(final['mean'])} "
-            f"({p_phrase(final['p_holm'])}), the routed PPL {routing}."
-        )
-    return said
+def _against(
+    own: Row, others: Sequence[Row], compared_at: float
+) -> list[tuple[str, float, float | None]]:
+    """(label, ratio of its PPL to ``own``'s at equal cost, p); those without a PPL there left out.
+
+    Paired by seed, Holm's correction over the others.
+    """
+    labels, differences = [], []
+    for row in others:
+        difference = _log(row, compared_at) - _log(own, compared_at)
+        if np.isfinite(difference).all():
+            labels.append(str(row["label"]))
+            differences.append(difference)
+    p_values = holm([paired_test(difference) for difference in differences])
+    ratios = [float(np.exp(difference.mean())) for difference in differences]
+    return list(zip(labels, ratios, p_values, strict=True))
 
 
-def _significant(rows: Sequence[Row], ratio: str, *, below: bool) -> list[str]:
-    return [
-        str(row["label"])
-        for row in rows
-        if row[ratio]["p_holm"] is not None
-        and row[ratio]["p_holm"] < SIGNIFICANT
-        and (row[ratio]["mean"] < 1) == below
-    ]
+def _log(row: Row, compared_at: float) -> Seeds:
+    """Log PPL by seed, less that of the standard model."""
+    values = row["ratio_to_standard_at"][f"{compared_at:g}"]["values"]
+    return np.log([np.nan if value is None else float(value) for value in values])
 
 
-def _list(labels: Sequence[str]) -> str:
-    return ", ".join(labels) if labels else "none"
+def _sorted_out(entries: Sequence[tuple[str, float, float | None]]) -> str:
+    """(label, ratio, p) as: lower with A (-2.0%, p = 0.010); undecided with B (...)."""
+    groups: dict[str, list[str]] = {"lower": [], "higher": [], "undecided": []}
+    for label, ratio, p_value in entries:
+        surely = p_value is not None and p_value < SIGNIFICANT
+        group = "undecided" if not surely else "lower" if ratio < 1 else "higher"
+        groups[group].append(f"{label} ({100 * (ratio - 1):+.1f}%, {p_phrase(p_value)})")
+    return "; ".join(f"{name} with {', '.join(of)}" for name, of in groups.items() if of)
 
 
-def _percent(ratio: float | str) -> str:
+def _change(ratio: float | str) -> str:
     change = 100 * (float(ratio) - 1)
     return f"{abs(change):.1f}% {'higher' if change > 0 else 'lower'}"

@@ -17,6 +17,8 @@ from offramp.report.text import p_phrase
 
 ASYMMETRIC, HALF, LESS = "alpha 0.7", "alpha 0.5", "alpha 0.3"
 MIDDLE = "alpha 0.7, middle 1"
+SPOILS = "that loss spoils the last layer"
+"""The one claim that is not about routing."""
 CONFIDENCE = "max_prob"
 """The document's measure."""
 
@@ -39,6 +41,7 @@ def seed_findings(rows: Sequence[Row], compared_at: float) -> list[str]:
     middle = by_label[MIDDLE]
     final = _log(middle["final_to_baseline"])
     zero = np.zeros(len(standard))
+    routing = f" at {point}% of FLOPs by {CONFIDENCE}"
     tested: list[tuple[str, str, Comparison]] = [
         (
             f"{ASYMMETRIC} is the best of all methods",
@@ -66,16 +69,16 @@ def seed_findings(rows: Sequence[Row], compared_at: float) -> list[str]:
             compare_below(routed[MIDDLE], zero),
         ),
         (
-            "that loss spoils the last layer",
+            SPOILS,
             f"the last layer: {_percent(final)} with it",
             compare_below(-final, zero),
         ),
     ]
     corrected = holm([comparison.p_value for _, _, comparison in tested])
     return [
-        f"Finding {number} of the seed document, {claim}: {verdict(comparison, p)} here at "
-        f"{point}% of FLOPs by {CONFIDENCE} ({measured}; {p_phrase(p)}, Holm's correction over the "
-        "six)."
+        f"Finding {number} of the seed document, {claim}: {verdict(comparison, p)} here"
+        f"{'' if claim == SPOILS else routing} ({measured}; {p_phrase(p)}, Holm's correction over "
+        "the six)."
         for number, ((claim, measured, comparison), p) in enumerate(
             zip(tested, corrected, strict=True), start=1
         )

@@ -4,7 +4,7 @@ Losses and costs are kept by stretch of the text, not by token or by window: nei
 of one article, so the bootstrap draws stretches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,3 @@ def _frontier(
 def resampled(rng: np.random.Generator, stretches: int, draws: int) -> Floats:
     """(B, S): how often each stretch is in each of ``draws`` bootstrap samples."""
     return rng.multinomial(stretches, np.full(stretches, 1 / stretches), size=draws).astype(float)
-
-
-def named(frontiers: Mapping[str, Frontier], text: str, confidence: str, missing_kv: str) -> Any:
-    """The frontier on ``test`` or ``held_out`` text; None where there is none."""
-    return frontiers.get(f"{text}/{confidence}/{missing_kv}")

@@ -23,6 +23,10 @@ class Recipe:
     "Fields of DecoderConfig."
     specialise: SpecialiseConfig | None = None
     "After training, teach each exit the tokens that leave there."
+    level: float | None = None
+    "How much of what the study varies, where that is a number."
+    tested: bool = True
+    "Shown, but no claim is made of it: an end of a grid that leaves an exit untrained, say."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,15 @@ class Study:
     measures: tuple[str, ...] = ("max_prob",)
     "Confidence by which tokens leave, a frontier for each; the first is the one to look at."
     gates: GateFit = GateFit()
+    varies: str | None = None
+    "What the recipes' levels are of; the trend of the last layer over them is tested."
     seed_findings: bool = False
     "Whether its recipes are those of the seed document's findings."
     compared_at: float = 65.0
     "flops_pct at which recipes are tested against static models."
     seeds: int = 3
+
+    @property
+    def shown_only(self) -> set[str]:
+        """Labels of the recipes that no claim is made of."""
+        return {recipe.label for recipe in self.recipes if not recipe.tested}

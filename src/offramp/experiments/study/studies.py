@@ -148,12 +148,15 @@ ALPHA = replace(
     name="alpha",
     question="Which alpha? alpha x loss at layer 2 + (1 - alpha) x loss at layer 6.",
     baseline=ASYMMETRIC,
+    varies="alpha",
     seed_findings=True,
     recipes=(
         *(
             Recipe(
                 label=f"alpha {alpha:.1f}",
                 training={"loss_weights": _weights(e2=alpha, e6=round(1 - alpha, 1))},
+                level=alpha if alpha < 1 else None,  # at 1 the last layer has no loss
+                tested=0 < alpha < 1,
             )
             for alpha in (tenths / 10 for tenths in range(11))
         ),
@@ -168,12 +171,14 @@ MIDDLE = replace(
     GRID,
     name="middle",
     baseline="middle 0",
+    varies="the weight in between",
     question="Does the loss of the layers in between hurt? Half each at layers 2 and 6, and a "
     "weight at each of 3, 4 and 5.",
     recipes=tuple(
         Recipe(
             label=f"middle {middle:g}",
             training={"loss_weights": _weights(e2=0.5, e3=middle, e4=middle, e5=middle, e6=0.5)},
+            level=middle,
         )
         for middle in (0.0, 0.1, 0.25, 0.5, 1.0)
     ),

@@ -2,7 +2,7 @@
 
 Everything is compared at equal flops_pct of the standard model, with exit heads and gates
 counted, and with static models: shallower ones trained on the same tokens. Intervals are
-percentiles of a bootstrap over seeds and, within each, over stretches of the test text.
+percentiles of a bootstrap over seeds and over stretches of the test text, all seeds' alike.
 """
 
 import math
@@ -17,6 +17,8 @@ from offramp.experiments.study.run import StudyRun
 
 _RATIOS = ("to_static", "area", "final_to_standard")
 """What is tested of each row, with Holm's correction over the recipes."""
+_TO_BASELINE = ("to_baseline", "final_to_baseline")
+"""The same of each row but the baseline's own."""
 
 
 def summarise(study: Study, runs: Sequence[StudyRun], folder: Path) -> dict[str, Any]:
@@ -41,20 +43,7 @@ def summarise(study: Study, runs: Sequence[StudyRun], folder: Path) -> dict[str,
         for confidence in study.measures
         for kv in CONVENTIONS
     ]
-    for confidence in study.measures:  # each is a family of tests
-        for kv in CONVENTIONS:
-            family = [
-                row for row in rows if (row["confidence"], row["missing_kv"]) == (confidence, kv)
-            ]
-            for ratio in (
-                *_RATIOS,
-                *(("to_baseline", "final_to_baseline") if study.baseline else ()),
-            ):
-                corrected = holm([row[ratio]["p_value"] for row in family])
-                for row, p_value in zip(family, corrected, strict=True):
-                    row[ratio]["p_holm"] = p_value
-            for row in family:
-                row["p_value"] = row["to_static"]["p_holm"]
+    _correct(rows, study)
     content = {
         "train_tokens": runs[0].tokens,
         "test_tokens": done[0].about["test_tokens"],
@@ -66,6 +55,23 @@ def summarise(study: Study, runs: Sequence[StudyRun], folder: Path) -> dict[str,
         "summary": rows,
     }
     return cast("dict[str, Any]", _without_nan(content))
+
+
+def _correct(rows: Sequence[dict[str, Any]], study: Study) -> None:
+    """Holm's correction; rows by one measure and one meaning of the missing cache are a family."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault((row["confidence"], row["missing_kv"]), []).append(row)
+    for family in families.values():
+        for ratio in (*_RATIOS, *(_TO_BASELINE if study.baseline else ())):
+            untested = study.shown_only | ({study.baseline} if ratio in _TO_BASELINE else set())
+            corrected = holm(
+                [None if row["label"] in untested else row[ratio]["p_value"] for row in family]
+            )
+            for row, p_value in zip(family, corrected, strict=True):
+                row[ratio]["p_holm"] = p_value
+        for row in family:
+            row["p_value"] = row["to_static"]["p_holm"]
 
 
 def _without_nan(content: Any) -> Any:
