@@ -4,14 +4,17 @@ A run's folder appears only when it is whole, so a study that was stopped does o
 missing. What a run does and leaves in its folder is its own business (``Run.work``).
 """
 
+import glob
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -22,6 +25,7 @@ from typing import Protocol, TypeVar
 import psutil
 import torch
 
+from offramp.errors import TrainingError
 from offramp.training import Progress
 
 
@@ -38,10 +42,11 @@ class Run(Protocol):
         *,
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
         """Do it, and leave everything in ``folder``, which is there and empty.
 
-        Where ``should_stop`` says yes, return soon: the folder is then dropped.
+        Returns whether it is whole. Where ``should_stop`` says yes, it may return False soon:
+        the folder is then dropped.
         """
 
 
@@ -72,8 +77,9 @@ def run_all(
 ) -> None:
     """Do the runs that have no folder yet, ``jobs`` at a time with ``threads`` each.
 
-    Figures do not depend on ``jobs``. On KeyboardInterrupt the runs under way are dropped,
-    those that are done stay, and the interrupt goes on to the caller.
+    Figures do not depend on ``jobs``. On KeyboardInterrupt the runs that still train are dropped,
+    those that are done stay, and the interrupt goes on to the caller. A TrainingError where a
+    worker was killed.
     """
     missing = missing_of(runs, folder, on_done)
     if not missing:
@@ -96,6 +102,11 @@ def run_all(
                 for future in done:
                     future.result()
                     on_done(pending.pop(future).name)
+        except BrokenProcessPool:
+            raise TrainingError(
+                "runs: expected every process to end its run, and one was killed; for want of "
+                "memory? The same command goes on, and fewer jobs need less"
+            ) from None
         except BaseException:
             stop.set()
             workers.shutdown(wait=True, cancel_futures=True)
@@ -114,7 +125,7 @@ def missing_of(runs: Sequence[R], folder: Path, on_done: Callable[[str], None]) 
     return missing
 
 
-class _StoppedError(Exception):
+class _StoppedError(RuntimeError):
     """The study was interrupted while this run trained."""
 
 
@@ -165,18 +176,21 @@ def _work(run: Run, folder: Path) -> None:
         if progress.step % 8 == 0:
             _reports.put(_report(run.name, progress))
 
-    run.work(aside, on_step=on_step, should_stop=_stop.is_set)
-    if _stop.is_set():
+    if not run.work(aside, on_step=on_step, should_stop=_stop.is_set):
         raise _StoppedError(run.name)
     put_in_place(aside, folder / run.name)
 
 
 def aside_of(folder: Path, name: str) -> Path:
-    """An empty folder beside a run's, this process's own; those of dead processes are removed."""
-    for left in folder.glob(f".{name}.*.tmp"):
+    """An empty folder beside a run's, this process's own.
+
+    Those of this machine's dead processes are removed; other machines may share ``folder``.
+    """
+    here = f".{name}.{socket.gethostname()}"
+    for left in folder.glob(f"{glob.escape(here)}.*.tmp"):
         if not psutil.pid_exists(int(left.name.rsplit(".", 2)[1])):
             shutil.rmtree(left, ignore_errors=True)
-    aside = folder / f".{name}.{os.getpid()}.tmp"
+    aside = folder / f"{here}.{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     return aside

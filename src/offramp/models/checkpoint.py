@@ -82,6 +82,17 @@ def claim_folder(out: Path) -> None:
         raise CheckpointError(f"{out}: expected a folder that can be written to")
 
 
+def claim_marked(marker: Path, content: Any) -> None:
+    """Claim the folder of ``marker`` and write it there.
+
+    What a process that was killed at that left of the file is no obstacle.
+    """
+    for left in marker.parent.glob(f".{marker.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+    claim_folder(marker.parent)
+    write_json(marker, content)
+
+
 def save_checkpoint(
     model: Transformer, folder: Path, *, about: Mapping[str, Any], weights_about: Mapping[str, str]
 ) -> None:

@@ -107,8 +107,9 @@ def measured(times: Content, confidence: str) -> alt.LayerChart:
     return _curves(records, shown, axis, tooltip).properties(
         title=f'PPL against measured time, tokens leave by {confidence}, missing_kv = "propagate"',
         description=(
-            "Passes over the test text, medians over the seeds; the machines may have had "
-            "other work. Dashed: static models."
+            "Passes over the test text, each in percent of the same process's full pass, medians "
+            "over the seeds; the machines may have had other work. Dashed: static models, timed "
+            "side by side."
         ),
     )
 

@@ -1,22 +1,29 @@
 """Folders of runs that several studies share."""
 
 import os
+import signal
+import socket
+from dataclasses import dataclass
 
 import pytest
 
-from offramp.experiments.runs import aside_of, put_in_place
+from offramp.errors import TrainingError
+from offramp.experiments.runs import aside_of, put_in_place, run_all
 
 NOBODY = 2**22 + 1  # above the largest process id
 
 
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    dead, alive = tmp_path / f".run.{NOBODY}.tmp", tmp_path / f".run.{os.getppid()}.tmp"
-    other = tmp_path / f".other.{NOBODY}.tmp"
-    for folder in (dead, alive, other):
+    here = socket.gethostname()
+    dead = tmp_path / f".run.{here}.{NOBODY}.tmp"
+    alive = tmp_path / f".run.{here}.{os.getppid()}.tmp"
+    other = tmp_path / f".other.{here}.{NOBODY}.tmp"
+    elsewhere = tmp_path / f".run.another.host.{NOBODY}.tmp"  # alive there, for all we know
+    for folder in (dead, alive, other, elsewhere):
         folder.mkdir()
         (folder / "half").write_text("")
     mine = aside_of(tmp_path, "run")
-    assert sorted(tmp_path.iterdir()) == sorted([mine, alive, other])
+    assert sorted(tmp_path.iterdir()) == sorted([mine, alive, other, elsewhere])
     assert (alive / "half").exists()
     (mine / "file").write_text("")
     assert not list(aside_of(tmp_path, "run").iterdir())  # begun anew
@@ -34,3 +41,40 @@ def test_the_first_of_two_that_did_the_same_run_stays(tmp_path):
     (tmp_path / "other").write_text("in the way")
     with pytest.raises(OSError, match="other"):
         put_in_place(aside, tmp_path / "other")
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """Does what it is told to."""
+
+    name: str
+
+    def work(self, folder, *, on_step, should_stop):
+        if self.name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        (folder / "file").write_text("")
+        return self.name != "stopped"
+
+
+def all_of(names, folder):
+    done = []
+    runs = [FakeRun(name) for name in names]
+    try:
+        run_all(runs, folder, jobs=1, threads=1, on_progress=lambda _: None, on_done=done.append)
+    finally:
+        left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        assert left == sorted(done)
+    return done
+
+
+def test_a_killed_worker_is_said_in_a_sentence_and_what_is_done_stays(tmp_path):
+    with pytest.raises(TrainingError, match="one was killed"):
+        all_of(["first", "killed"], tmp_path)
+    assert [path.name for path in tmp_path.glob("f*")] == ["first"]
+    assert all_of(["first", "second"], tmp_path) == ["first", "second"]
+
+
+def test_a_run_that_stopped_half_way_is_dropped(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        all_of(["first", "stopped"], tmp_path)
+    assert (tmp_path / "first").is_dir()

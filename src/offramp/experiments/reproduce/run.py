@@ -32,7 +32,7 @@ class SeedRun:
         *,
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
         """Train; keep ``run.json`` and the traces of the best and the last parameters."""
         tokenizer = character_tokenizer(self.corpus.train)
         train_ids = encode(tokenizer, self.corpus.train)
@@ -66,7 +66,7 @@ class SeedRun:
             should_stop=should_stop,
         )
         if not result.finished:
-            return
+            return False
         layers = range(1, model.num_layers + 1)
         windows = list(batches(validation_ids, seq_len=window, batch_size=batch))
         collect_trace(model, windows, layers=layers).save(folder / "last.npz")
@@ -84,6 +84,7 @@ class SeedRun:
             "validations": [asdict(validation) for validation in result.validations],
         }
         write_json(folder / "run.json", about)
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

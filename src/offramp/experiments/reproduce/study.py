@@ -19,7 +19,7 @@ from offramp.experiments.reproduce.published import THRESHOLD
 from offramp.experiments.reproduce.run import SeedRun
 from offramp.experiments.runs import RunProgress, run_all
 from offramp.experiments.workflows import environment
-from offramp.models.checkpoint import claim_folder, read_json, replacing, write_json
+from offramp.models.checkpoint import claim_marked, read_json, replacing, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.report import html, plots
 from offramp.report import tables as report_tables
@@ -209,8 +209,7 @@ def go_on_or_claim(
         "offramp_version": __version__,
     }
     if not marker.exists():
-        claim_folder(out)
-        write_json(marker, mine)
+        claim_marked(marker, mine)
     elif read_json(marker) != mine:
         raise CheckpointError(
             f"{out}: holds an unfinished run with other settings; give that run's own flags to "

@@ -117,7 +117,7 @@ class StudyRun:
         *,
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
         """Train; keep ``run.json``, ``timing.json``, the model and its frontiers."""
         tokenizer, train_ids, held_out, test = self.tokenised()
         config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
@@ -132,7 +132,7 @@ class StudyRun:
             should_stop=should_stop,
         )
         if not result.finished:
-            return
+            return False
         trained = time.perf_counter()
         model.eval()
         left = None
@@ -140,6 +140,8 @@ class StudyRun:
             model = with_own_heads(model, seed=self.specialise.seed)
             left = specialise_exits(model, self._windows(train_ids), self.specialise)
         specialised = time.perf_counter()
+        if should_stop():
+            return False
         evaluation = evaluate(
             model,
             train_ids,
@@ -174,3 +176,4 @@ class StudyRun:
             {"seconds": seconds, "passes": evaluation.seconds, "environment": environment("cpu")},
         )
         write_json(folder / "run.json", about)
+        return True

@@ -18,7 +18,7 @@ from offramp.experiments.study.studies import STUDIES
 from offramp.experiments.study.summary import summarise
 from offramp.experiments.study.timing import timings
 from offramp.experiments.workflows import environment
-from offramp.models.checkpoint import claim_folder, read_json, write_json
+from offramp.models.checkpoint import claim_marked, read_json, write_json
 from offramp.report import study as report
 from offramp.version import __version__
 
@@ -153,7 +153,7 @@ def finish_study(
     }
     content["answers"] = answers(study, content)
     write_json(out / "study.json", content)
-    times = timings(runs, workers.folder)
+    times = timings(runs, workers.folder, threads=workers.threads)
     write_json(out / "timing.json", times)
     report.write(content, times, out)
     made_with = {"jobs": workers.jobs, "threads": workers.threads, "ray": workers.ray}
@@ -259,8 +259,7 @@ def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> None:
     marker = out / SETTINGS
     mine = {"format": FORMAT, **settings}
     if not marker.exists():
-        claim_folder(out)
-        write_json(marker, mine)
+        claim_marked(marker, mine)
         return
     stored = read_json(marker)
     if stored.get("format") != FORMAT:

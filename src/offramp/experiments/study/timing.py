@@ -1,50 +1,77 @@
 """What a study's runs took on the clock; apart from study.json, which is the same every time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
+from offramp.data import batches
 from offramp.experiments.study.comparison import Done
+from offramp.experiments.study.evaluate import BATCH, full_pass_seconds
 from offramp.experiments.study.run import StudyRun
+from offramp.training import new_model
+
+PASS_BATCHES, ROUNDS = 8, 3
+"""Of the passes that static models are timed by."""
 
 
-def timings(runs: Sequence[StudyRun], folder: Path) -> dict[str, Any]:
-    """Seconds of all runs, and PPL against the measured time of a pass, medians over the seeds.
+def timings(runs: Sequence[StudyRun], folder: Path, *, threads: int) -> dict[str, Any]:
+    """Seconds of all runs, and PPL against the time of a pass.
 
     ``seconds_pct`` is in percent of a full pass: for a routed model of its own in the same
-    process, for a static one of the standard model's of the same seed, which may have run beside
-    other work. Routed passes are those under ``propagate``, where who left costs keys, values
-    and attention, but no MLP; under ``recompute`` only a decoder saves time, so there is nothing
-    to measure in a pass.
+    process, median over the seeds; for a static one of the standard model's, timed side by side
+    here and now, since the runs may have had different company. Routed passes are those under
+    ``propagate``, where who left costs keys, values and attention, but no MLP; under
+    ``recompute`` only a decoder saves time, so there is nothing to measure in a pass.
     """
     done = [Done(run=run, folder=folder / run.name) for run in runs]
     seconds = [entry.timing["seconds"] for entry in done]
+    static = [entry for entry in done if len(entry.run.model.exit_layers) == 1]
+    routed = [entry for entry in done if len(entry.run.model.exit_layers) > 1]
     return {
         "seconds": {
             part: sum(entry.get(part, 0.0) for entry in seconds)
             for part in ("train", "specialise", "evaluate")
         },
-        "static": list(_static([entry for entry in done if len(entry.run.model.exit_layers) == 1])),
-        "routed": list(_routed([entry for entry in done if len(entry.run.model.exit_layers) > 1])),
+        "static": list(_static(static, _time_static(static, threads))),
+        "routed": list(_routed(routed)),
     }
 
 
-def _static(done: Sequence[Done]) -> Iterator[dict[str, Any]]:
-    depths = sorted({entry.run.model.num_hidden_layers for entry in done})
-    full = {
-        entry.seed: entry.timing["passes"]["full"][0]
-        for entry in done
-        if entry.run.model.num_hidden_layers == depths[-1]
+def _time_static(done: Sequence[Done], threads: int) -> dict[int, float]:
+    """Median seconds of a pass by depth, in turns; what the parameters are makes no difference."""
+    configs = {entry.run.model.num_hidden_layers: entry.run.model for entry in done}
+    first = done[0].run
+    vocab_size = first.tokenised()[0].get_vocab_size()
+    models = {
+        depth: new_model(replace(configs[depth], vocab_size=vocab_size), seed=0)
+        for depth in sorted(configs)
     }
-    for depth in depths:
+    shape = (PASS_BATCHES * BATCH * first.training.seq_len + 1,)
+    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    took: dict[int, list[float]] = {depth: [] for depth in models}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(ROUNDS):
+            for depth, model in models.items():
+                windows = batches(ids, seq_len=first.training.seq_len, batch_size=BATCH)
+                took[depth].append(full_pass_seconds(model.eval(), windows))
+    finally:
+        torch.set_num_threads(before)
+    return {depth: median(seconds) for depth, seconds in took.items()}
+
+
+def _static(done: Sequence[Done], took: Mapping[int, float]) -> Iterator[dict[str, Any]]:
+    for depth, seconds in took.items():
         here = [entry for entry in done if entry.run.model.num_hidden_layers == depth]
-        shares = [100.0 * entry.timing["passes"]["full"][0] / full[entry.seed] for entry in here]
         yield {
             "layers": depth,
-            "seconds_pct": median(shares),
+            "seconds_pct": 100.0 * seconds / took[max(took)],
             "ppl": float(np.mean([entry.exit_ppl[depth] for entry in here])),
         }
 
