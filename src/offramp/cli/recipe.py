@@ -14,7 +14,7 @@ from offramp.experiments.study import RecipeConfig, find_recipe
 from offramp.experiments.study.run import StudyRun
 from offramp.models.transformer import DecoderConfig
 from offramp.report.progress import bars
-from offramp.report.study import search_table
+from offramp.report.study import frontier_table, search_table
 from offramp.report.tables import terminal_table
 from offramp.training import TrainConfig
 
@@ -43,8 +43,10 @@ def recipe(
     with bars(console) as drawn:
         run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
-    output().print(terminal_table("recipe", search_table(content)))
+    for table in (search_table(content), frontier_table(content)):
+        output().print(terminal_table("recipe", table))
     say_answers(content)
+    output().print((out / FILE).read_text(encoding="utf-8"), highlight=False, markup=False)
     anew = f"offramp train --config {out / FILE} --out MODEL"
     if run.specialise is not None:
         anew += (

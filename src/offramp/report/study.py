@@ -35,6 +35,7 @@ def page(content: Content, times: Content) -> str:
         study_plots.frontiers(content, confidence, missing_kv)
         for confidence, missing_kv in _families(content)
     ]
+    figures.append(study_plots.frontiers(content, _usual(content), "recompute", "compute_pct"))
     figures.append(study_plots.measured(times, _usual(content)))
     return environment.get_template("study.html.jinja").render(
         content=content,
@@ -84,8 +85,8 @@ def tables(content: Content) -> list[Table]:
         _routed_table(content, confidence, missing_kv)
         for confidence, missing_kv in _families(content)
     ]
-    search = [search_table(content)] if "search" in content else []
-    return [*search, _exit_table(content), *routed, _static_table(content)]
+    found = [search_table(content), frontier_table(content)] if "search" in content else []
+    return [*found, _exit_table(content), *routed, _static_table(content)]
 
 
 def search_table(content: Content) -> Table:
@@ -110,6 +111,35 @@ def search_table(content: Content) -> Table:
     return Table(
         title="The search, on held-out training text", header=header, rows=rows, notes=notes
     )
+
+
+def frontier_table(content: Content) -> Table:
+    """What the recipe that ``offramp recipe`` found is worth at each cost, and how surely."""
+    row = content["summary"][0]
+    kinds: tuple[tuple[str, str], ...] = (
+        ("FLOPs%", "FLOPs%"),
+        ("Compute%", "Compute%"),
+        ("PPL", "PPL"),
+        ("95% interval", "95% interval"),
+        ("to static models of equal cost", "to static"),
+        ("to the standard model at 100%", "to standard"),
+    )
+    header = tuple(Column(title=title, short=short, kind="number") for title, short in kinds)
+    rows = tuple(
+        (
+            point,
+            _number(row["compute_pct_at"][point], ".1f"),
+            spread(ppl),
+            "–"
+            if ppl["interval"] is None
+            else " to ".join(f"{end:.3f}" for end in ppl["interval"]),
+            _ratio(row["ratio_to_static_at"][point]),
+            _ratio(row["ratio_to_standard_at"][point]),
+        )
+        for point, ppl in row["ppl_at"].items()
+    )
+    title = f'The recipe, leaving by {row["confidence"]}, missing_kv = "{row["missing_kv"]}"'
+    return Table(title=title, header=header, rows=rows)
 
 
 def rows_of(content: Content, confidence: str, missing_kv: str) -> list[Row]:

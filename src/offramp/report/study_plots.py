@@ -1,7 +1,7 @@
 """The plots of a study: pure functions from the content of study.json to an Altair chart."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import numpy as np
@@ -11,6 +11,11 @@ from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
 Content = Mapping[str, Any]
 GREY = "#808080"
 KINDS = ("exit", "routed", "last layer")
+Cost = Literal["flops_pct", "compute_pct"]
+COSTS: dict[Cost, tuple[str, str]] = {
+    "flops_pct": ("FLOPs%", "heads and gates counted"),
+    "compute_pct": ("Compute%", "layers only"),
+}
 LARGEST_RATIO = 1.5  # to the best PPL; what is worse is left out of a frontier's picture
 
 
@@ -52,8 +57,10 @@ def recipes(content: Content) -> alt.LayerChart:
     )
 
 
-def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerChart:
-    """PPL against FLOPs%: a curve a recipe, and the static models."""
+def frontiers(
+    content: Content, confidence: str, missing_kv: str, cost: Cost = "flops_pct"
+) -> alt.LayerChart:
+    """PPL against FLOPs% or Compute%: a curve a recipe, and the static models."""
     best = min(ppl for _, ppl in _static_means(content))
     records = [
         record
@@ -61,8 +68,8 @@ def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerCh
         if record["ppl"] < LARGEST_RATIO * best
     ]
     static = [
-        {"flops_pct": entry, "ppl": ppl, "text": f"static {layers}"}
-        for (layers, ppl), entry in zip(_static_means(content), _static_flops(content), strict=True)
+        {cost: _mean(content, layers, cost), "ppl": ppl, "text": f"static {layers}"}
+        for layers, ppl in _static_means(content)
         if ppl < LARGEST_RATIO * best
     ]
     tooltip = [
@@ -78,9 +85,10 @@ def frontiers(content: Content, confidence: str, missing_kv: str) -> alt.LayerCh
             )
         ),
     ]
-    axis = alt.X("flops_pct:Q", title="FLOPs% (heads and gates counted)")
+    name, counted = COSTS[cost]
+    axis = alt.X(f"{cost}:Q", title=f"{name} ({counted})")
     return _curves(records, static, axis, tooltip).properties(
-        title=f'PPL against FLOPs%, tokens leave by {confidence}, missing_kv = "{missing_kv}"',
+        title=f'PPL against {name}, tokens leave by {confidence}, missing_kv = "{missing_kv}"',
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
             "confidence. Dashed: static models. Point at a curve for its threshold and loss "
@@ -194,10 +202,6 @@ def _static_means(content: Content) -> list[tuple[int, float]]:
     """(layers, mean PPL), the shallowest first."""
     depths = sorted({entry["layers"] for entry in content["static"]})
     return [(depth, _mean(content, depth, "ppl")) for depth in depths]
-
-
-def _static_flops(content: Content) -> list[float]:
-    return [_mean(content, depth, "flops_pct") for depth, _ in _static_means(content)]
 
 
 def _mean(content: Content, depth: int, field: str) -> float:

@@ -4,12 +4,20 @@ import math
 
 import pytest
 
+from offramp.calibration.specialise import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import ConfigError
 from offramp.exits.schedules import check_objective, weights_at
 from offramp.experiments.study import RecipeConfig, Workers, find_recipe, recipe
 from offramp.experiments.study.plan import GateFit
-from offramp.experiments.study.recipe import check_budget, first_candidate, recipe_study, rounds
+from offramp.experiments.study.recipe import (
+    Candidate,
+    check_budget,
+    first_candidate,
+    possible,
+    recipe_study,
+    rounds,
+)
 from offramp.models.checkpoint import read_json
 from offramp.training import TrainConfig
 
@@ -17,8 +25,11 @@ TEXT = "The exits of a model stand after its blocks. " * 120
 
 
 class Watcher:
+    def __init__(self):
+        self.planned = {}
+
     def on_plan(self, name, total, tokens):
-        pass
+        self.planned[name] = total
 
     def on_progress(self, progress):
         pass
@@ -50,7 +61,7 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
 
 @pytest.mark.slow
 def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static_models(
-    corpus, tmp_path, monkeypatch
+    corpus, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(recipe, "GATES", GateFit(tokens=1000, steps=20))
     out, again = tmp_path / "out", tmp_path / "again"
@@ -58,7 +69,10 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
         corpus=str(corpus), layers=3, compute_budget=70.0, tokens=3 * 4096, seeds=2, dim=32
     )
     run, content = find_recipe(
-        config, out, watcher=Watcher(), workers=Workers(folder=tmp_path / "runs", jobs=2)
+        config,
+        out,
+        watcher=(watcher := Watcher()),
+        workers=Workers(folder=tmp_path / "runs", jobs=2),
     )
     for question in ("alpha", "exits", "head", "schedule", "specialise"):
         asked = [entry for entry in content["search"] if entry["question"] == question]
@@ -71,16 +85,31 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     said = [answer for answer in content["answers"] if "than static models of equal cost" in answer]
     assert len(said) == len(content["summary"])
     assert "The search" in (out / "report.html").read_text()
+    run_names = [path.name for path in (tmp_path / "runs").glob("[0-9a-f]*")]
+    assert len(run_names) == watcher.planned["search"] + watcher.planned["recipe"]
     code = main(
         f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
         f"--dim 32 --out {again} --runs {tmp_path / 'runs'}".split()
     )
     assert not code
+    printed = capsys.readouterr().out
+    assert (again / "recipe.toml").read_text() in printed
+    at_70 = content["summary"][0]["ppl_at"]["70"]
+    assert f"{at_70['mean']:.3f} ± {at_70['std']:.3f}" in printed
     assert (again / "study.json").read_bytes() == (out / "study.json").read_bytes()
     model = tmp_path / "model"
     assert not main(f"train --config {again / 'recipe.toml'} --steps 1 --out {model}".split())
     kept = read_json(model / "config.json")
     assert kept["model"]["exit_layers"] == list(run.model.exit_layers)
+
+
+def test_exits_that_a_budget_cannot_specialise_are_left_as_they_are(corpus):
+    study = recipe_study(RecipeConfig(corpus=str(corpus)))
+    for budget, expected in ((36.0, False), (60.0, True)):
+        specialised = SpecialiseConfig(compute_budget=budget)
+        for specialise, may in ((specialised, expected), (None, True)):
+            candidate = Candidate(exits=(2,), specialise=specialise)
+            assert possible(study, candidate, vocab_size=123) == may
 
 
 def test_what_is_no_budget_is_refused(corpus):

@@ -124,7 +124,7 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
     run_study(tiny, config, out, watcher=Watcher(), workers=one)
     assert (out / "study.json").read_bytes() == written
     assert "seconds" not in written.decode()
-    assert (out / "report.html").read_text().count("<figure>") == 4
+    assert (out / "report.html").read_text().count("<figure>") == 5
     assert (
         read_json(out / "runs" / first["runs"][1]["name"] / "timing.json")["seconds"]["train"] > 0
     )
@@ -229,9 +229,12 @@ def test_the_test_text_is_never_trained_on(tmp_path):
 def test_what_runs_would_refuse_is_refused_before_anything_is_written(tiny, tmp_path):
     path, out = tmp_path / "text.txt", tmp_path / "study"
     path.write_text(TEXT)
-    late = replace(tiny, recipes=(Recipe(label="late", training={"backbone_steps": 10}),))
+    training = {"loss_weights": "asymmetric:0.5", "backbone_steps": 10}
+    late = replace(tiny, recipes=(Recipe(label="late", training=training),))
     config, workers = StudyConfig(corpus=str(path)), Workers(folder=out / "runs")
-    with pytest.raises(ConfigError, match="backbone_steps"):
+    with pytest.raises(
+        ConfigError, match=r"tokens: expected enough for .* 'late', got 640 a run: backbone_"
+    ):
         run_study(late, config, out, watcher=Watcher(), workers=workers)
     path.write_text("too few")
     with pytest.raises(CorpusError, match="expected at least 65 tokens to train on"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.specialise import SpecialiseConfig, check_specialise
+from offramp.calibration.specialise import SpecialiseConfig, check_specialise, with_own_heads
 from offramp.errors import ConfigError
 from offramp.experiments.study.comparison import Done
 from offramp.experiments.study.frontier import at
@@ -149,14 +149,16 @@ def find_recipe(
     text = study_text(config)
     study = recipe_study(config)
     full = plan_runs(study, text)
-    check_budget(study, config.compute_budget, vocab_size=check_runs(full))
+    vocab_size = check_runs(full)
+    check_budget(study, config.compute_budget, vocab_size=vocab_size)
     workers.check(full)
     asked_for = {name: value for name, value in asdict(config).items() if name not in TEXTS}
     go_on_or_claim(out, {"study": RECIPE, **asked_for, "text": text.about})
     short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
-    searched = sum(len(changes) for _, changes in rounds(config.layers, config.compute_budget))
+    asked = list(rounds(config.layers, config.compute_budget))
+    searched = sum(len(changes) for _, changes in asked) - len(asked) + 1  # the best so far is done
     watcher.on_plan("search", searched, searched * short.tokens)
-    best, search = _search(study, config, text, watcher, workers)
+    best, search = _search(study, config, text, vocab_size, watcher, workers)
     recipe = replace(best.recipe(config.layers), label=RECIPE)
     final = replace(study, recipes=(recipe,))
     runs = plan_runs(final, text)
@@ -219,12 +221,32 @@ def check_budget(study: Study, budget: float, *, vocab_size: int) -> None:
     )
 
 
+def possible(study: Study, candidate: Candidate, *, vocab_size: int) -> bool:
+    """Whether the exits may be specialised at the budget, if they are to be."""
+    if candidate.specialise is None:
+        return True
+    shape = candidate.recipe(study.model.num_hidden_layers).model
+    model = new_model(replace(study.model, vocab_size=vocab_size, **shape), seed=0)
+    context = (study.training.seq_len + 1) / 2
+    try:
+        check_specialise(with_own_heads(model, seed=0), candidate.specialise, context=context)
+    except ConfigError:
+        return False
+    return True
+
+
 def _search(
-    study: Study, config: RecipeConfig, text: StudyText, watcher: Watcher, workers: Workers
+    study: Study,
+    config: RecipeConfig,
+    text: StudyText,
+    vocab_size: int,
+    watcher: Watcher,
+    workers: Workers,
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     best, search = first_candidate(config.layers), []
     for question, changes in rounds(config.layers, config.compute_budget):
-        candidates = [best.changed(**change) for change in changes]
+        changed = [best.changed(**change) for change in changes]
+        candidates = [each for each in changed if possible(study, each, vocab_size=vocab_size)]
         short = _short(study, candidates)
         recipes = short.recipes
         runs = plan_runs(short, text)

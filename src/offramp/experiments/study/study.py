@@ -208,12 +208,18 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
     """Refuse before any work what a run would refuse; returns their vocabulary's size."""
     tokenizer, *_ = runs[0].tokenised()
     for run in runs:
-        check_objective(
-            run.training,
-            total_steps=run.training.steps or 0,
-            num_layers=run.model.num_hidden_layers,
-            exit_layers=run.model.exit_layers,
-        )
+        try:
+            check_objective(
+                run.training,
+                total_steps=run.training.steps or 0,
+                num_layers=run.model.num_hidden_layers,
+                exit_layers=run.model.exit_layers,
+            )
+        except ConfigError as error:  # of a field that the user may never have set
+            raise ConfigError(
+                f"tokens: expected enough for the recipe {run.label!r}, got {run.tokens:,} a run: "
+                f"{error}"
+            ) from None
     return tokenizer.get_vocab_size()
 
 
