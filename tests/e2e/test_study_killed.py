@@ -62,18 +62,19 @@ def test_three_kills_change_nothing(tmp_path):
     expected = (tmp_path / "alone" / "study.json").read_bytes()
     runs = len(list((tmp_path / "alone" / "runs").iterdir()))
 
-    out, chance, found = tmp_path / "killed", random.Random(0), []
-    for kill in range(3):
+    out, chance, found = tmp_path / "killed", random.Random(0), [0]
+    for _ in range(3):
         process = start(corpus, out)
         deadline = time.monotonic() + 120
-        while len(list(out.glob("runs/[0-9a-f]*"))) <= kill and time.monotonic() < deadline:
+        while len(list(out.glob("runs/[0-9a-f]*"))) <= found[-1] and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
         process.wait()
         wait_for_the_workers(process)
         found.append(len(list(out.glob("runs/[0-9a-f]*"))))
-    assert found[0] < runs  # it was killed before it was done
+    assert found == sorted({*found})  # each time it got further,
+    assert found[-1] < runs  # and was killed before it was done
     assert start(corpus, out).wait(240) == 0
     assert (out / "study.json").read_bytes() == expected
     assert not list(out.glob("runs/.*.tmp"))
