@@ -65,7 +65,7 @@ def test_what_could_not_be_measured_is_not_a_verdict(missing):
 LEVELS = {"alpha 0.1": 0.1, "alpha 0.5": 0.5, "alpha 0.9": 0.9}
 
 
-def study_row(label, final, at_65, *, at_80=None, spread=0.001, base=None, seeds=3):
+def study_row(label, final, at_65, *, exit=1.0, at_80=None, spread=0.001, base=None, seeds=3):
     """PPLs of a recipe; those of the standard model are 1, those of ``base`` its baseline's."""
     p = None if seeds == 1 else 0.01
 
@@ -83,6 +83,7 @@ def study_row(label, final, at_65, *, at_80=None, spread=0.001, base=None, seeds
         "confidence": "gain",
         "missing_kv": "recompute",
         "final_ppl": ratios(final),
+        "exit_ppl": {"2": ratios(exit), "6": ratios(final)},
         "final_to_standard": ratios(final) | {"p_holm": p},
         "final_to_baseline": ratios(final / (base or final)) | {"p_holm": p},
         "to_baseline": at["65"] | {"p_holm": p},
@@ -104,15 +105,17 @@ def told(rows, **changed):
 
 def test_a_study_says_what_is_lower_higher_and_undecided():
     rows = [
-        study_row("alpha 0.1", 1.0, 0.9, base=1.1),
-        study_row("alpha 0.5", 1.1, 0.8, base=1.1, spread=0.002),
-        study_row("alpha 0.9", 1.2, 0.8004, base=1.1, spread=0.02),
+        study_row("alpha 0.1", 1.0, 0.9, base=1.1, exit=1.0),
+        study_row("alpha 0.5", 1.1, 0.8, base=1.1, exit=0.97**4, spread=0.002),
+        study_row("alpha 0.9", 1.2, 0.8004, base=1.1, exit=0.97**8, spread=0.02),
         study_row("shown", 9.0, 0.1, base=1.1),
     ]
     last, trend, final, routed, _, lowest, _ = told(rows, baseline="alpha 0.5", varies="alpha")
     assert "After 4,096 training tokens" in last
     assert "higher with alpha 0.1 (+0.0%, p = 0.010), alpha 0.5 (+10.0%, p = 0.010)" in last
-    assert "From 0.1 to 0.9 of alpha, the last layer's PPL is 2.3% higher for each 0.1" in trend
+    assert "From 0.1 to 0.9 of alpha, each 0.1 more makes the last layer's PPL 2.3% higher" in trend
+    assert "the exit's 3.0% lower (p = 0.0" in trend
+    assert "the routed one at 65% of FLOPs, leaving by gain, 1.5% lower" in trend
     assert "Against alpha 0.5, the last layer's PPL is lower with alpha 0.1 (-9.1%" in final
     assert "; higher with alpha 0.9 (+9.1%" in final
     assert "the routed PPL is higher with alpha 0.1 (+12.5%, p < 0.001)" in routed
@@ -145,4 +148,4 @@ def test_one_recipe_is_no_contest_and_one_seed_no_test():
     rows = [study_row("alpha 0.1", 1.0, 0.9, seeds=1), study_row("alpha 0.5", 1.1, 0.8, seeds=1)]
     lonely = told(rows, baseline=None, varies="alpha")
     assert "undecided with alpha 0.1 (+0.0%, p not known)" in lonely[0]
-    assert "p not known; a line" in lonely[1]
+    assert "the exit's 0.0% lower (p not known)" in lonely[1]

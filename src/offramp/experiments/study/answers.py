@@ -30,7 +30,7 @@ def answers(study: Study, content: Mapping[str, Any]) -> list[str]:
         if confidence == study.measures[0]:
             said.append(_last_layer(tested, content["train_tokens"]))
             if study.varies:
-                said.append(_trend(rows, study))
+                said.append(_trend(rows, study, compared_at))
             if study.baseline:
                 said += _against_baseline(tested, study.baseline, compared_at)
             if len(tested) > 1:
@@ -63,17 +63,28 @@ def _last_layer(rows: Sequence[Row], tokens: int) -> str:
     )
 
 
-def _trend(rows: Sequence[Row], study: Study) -> str:
-    """A line through the log PPL of the last layer for each seed: one test of all recipes."""
+def _trend(rows: Sequence[Row], study: Study, compared_at: float) -> str:
+    """A line through the log PPL of each seed: one test of all recipes."""
     level = {recipe.label: recipe.level for recipe in study.recipes}
     graded = [(level[row["label"]], row) for row in rows if level[row["label"]] is not None]
     x = np.asarray([at for at, _ in graded], dtype=np.float64)
-    y = np.log([row["final_ppl"]["values"] for _, row in graded])
-    slopes = np.polyfit(x, y, 1)[0]
-    change = _change(float(np.exp(0.1 * slopes.mean())))
+
+    def by_tenth(ppls: Sequence[Row]) -> str:
+        y = np.log(np.asarray([ppl["values"] for ppl in ppls], dtype=np.float64))
+        slopes = np.polyfit(x, y, 1)[0] if np.isfinite(y).all() else np.full(y.shape[1], np.nan)
+        if np.isnan(slopes).any():
+            return "not known"
+        change = _change(float(np.exp(0.1 * slopes.mean())))
+        return f"{change} ({p_phrase(paired_test(slopes))})"
+
+    final = [row["final_ppl"] for _, row in graded]
+    shallow = [row["exit_ppl"][min(row["exit_ppl"], key=int)] for _, row in graded]
+    routed = [row["ppl_at"][f"{compared_at:g}"] for _, row in graded]
     return (
-        f"From {x.min():g} to {x.max():g} of {study.varies}, the last layer's PPL is {change} for "
-        f"each 0.1 more ({p_phrase(paired_test(slopes))}; a line through the log PPL of each seed)."
+        f"From {x.min():g} to {x.max():g} of {study.varies}, each 0.1 more makes the last layer's "
+        f"PPL {by_tenth(final)}, the exit's {by_tenth(shallow)}, and the routed one at "
+        f"{compared_at:g}% of FLOPs, leaving by {rows[0]['confidence']}, {by_tenth(routed)}; "
+        "a line through the log PPL of each seed."
     )
 
 

@@ -155,8 +155,8 @@ ALPHA = replace(
             Recipe(
                 label=f"alpha {alpha:.1f}",
                 training={"loss_weights": _weights(e2=alpha, e6=round(1 - alpha, 1))},
-                level=alpha if alpha < 1 else None,  # at 1 the last layer has no loss
-                tested=0 < alpha < 1,
+                level=alpha if 0 < alpha < 1 else None,
+                tested=0 < alpha < 1,  # at 0 and 1 one of the two has no loss
             )
             for alpha in (tenths / 10 for tenths in range(11))
         ),
