@@ -181,7 +181,7 @@ def _frontier_records(
     for run in content["runs"]:
         by_label.setdefault(run["label"], []).append(run["frontiers"][confidence][missing_kv])
     for label, frontiers in by_label.items():
-        for place in range(min(len(of["ppl"]) for of in frontiers)):  # equal thresholds are one
+        for place in range(len(frontiers[0]["ppl"])):  # at equal shares of held-out tokens
             yield {
                 "recipe": label,
                 "loss_weights": weights[label],

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from offramp.evaluation.routed import RoutedTrace, collect_routed
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.policy import ThresholdPolicy
-from offramp.experiments.study.evaluate import evaluate
+from offramp.experiments.study.evaluate import _policies, evaluate
 from offramp.experiments.study.frontier import (
     STRETCHES,
     at,
@@ -169,3 +170,10 @@ def test_a_shallower_model_costs_its_share(evaluation):
     assert half.curve()[0] == pytest.approx([25.0])
     assert half.curve(cost="compute_pct")[0] == pytest.approx([50.0])
     assert replace(half, flops_pct=frontier.flops_pct).curve()[0] == pytest.approx([100.0])
+
+
+def test_shares_with_equal_thresholds_keep_a_policy_each():
+    """So that the n-th policies of two seeds are of one share, whatever their ties."""
+    held_out = SimpleNamespace(confidence={"max_prob": [np.ones(10)]}, exit_layers=(1, 2))
+    found = [threshold for threshold, _ in _policies(held_out, "max_prob", None, (0.1, 0.5, 0.9))]
+    assert found == [1.0] * 3

@@ -143,10 +143,13 @@ def _policies(
     cost: ModelCost,
     shares: NDArray[np.float64] | Sequence[float],
 ) -> Iterator[tuple[float, ThresholdPolicy | GainPolicy]]:
-    """(threshold at the first exit, policy), from the one that most tokens leave by."""
+    """(threshold at the first exit, policy) for each share, the largest first.
+
+    Shares whose thresholds are equal keep a policy each: the n-th of two models is comparable.
+    """
     first = held_out.confidence[measure][0].astype(np.float64)
     early = len(held_out.exit_layers) - 1
-    for threshold in np.unique(np.quantile(first, 1.0 - np.asarray(shares))):
+    for threshold in np.sort(np.quantile(first, 1.0 - np.asarray(shares))):
         if measure != "gain":
             yield float(threshold), ThresholdPolicy(thresholds=(float(threshold),) * early)
             continue

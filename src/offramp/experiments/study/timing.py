@@ -81,7 +81,6 @@ def _routed(done: Sequence[Done]) -> Iterator[dict[str, Any]]:
         here = [entry for entry in done if entry.run.label == label]
         for confidence in here[0].run.measures:
             points = [_points(entry, confidence) for entry in here]
-            policies = min(map(len, points))  # equal thresholds are one policy
             yield {
                 "label": label,
                 "confidence": confidence,
@@ -90,7 +89,7 @@ def _routed(done: Sequence[Done]) -> Iterator[dict[str, Any]]:
                         "seconds_pct": median(of[place][0] for of in points),
                         "ppl": float(np.mean([of[place][1] for of in points])),
                     }
-                    for place in range(policies)
+                    for place in range(len(points[0]))  # at equal shares of held-out tokens
                 ],
             }
 
