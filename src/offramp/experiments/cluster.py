@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, TrainingError
 from offramp.experiments.runs import Run, aside_of, missing_of, put_in_place
 
 RETRIES = 5
@@ -114,6 +114,11 @@ def _result(ray: Any, reference: Any) -> dict[str, bytes]:
         found: dict[str, bytes] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise TrainingError(
+            f"ray: expected the cluster to end a run, and after {RETRIES} retries it had not: "
+            f"{' '.join(str(error).split())}"
+        ) from None
     return found
 
 

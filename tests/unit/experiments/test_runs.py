@@ -62,8 +62,7 @@ def all_of(names, folder):
     try:
         run_all(runs, folder, jobs=1, threads=1, on_progress=lambda _: None, on_done=done.append)
     finally:
-        left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        assert left == sorted(done)
+        assert sorted(path.name for path in folder.glob("[!.]*")) == sorted(done)
     return done
 
 

@@ -226,6 +226,15 @@ def test_the_test_text_is_never_trained_on(tmp_path):
     assert "judged" not in found.train + found.held_out
 
 
+def test_runs_that_cannot_be_kept_are_refused_before_anything_is_written(tiny, tmp_path):
+    path, out = tmp_path / "text.txt", tmp_path / "study"
+    path.write_text(TEXT)
+    workers = Workers(folder=path / "of" / "runs")
+    with pytest.raises(CheckpointError, match=r"text\.txt: expected a folder for the runs, got a"):
+        run_study(tiny, StudyConfig(corpus=str(path)), out, watcher=Watcher(), workers=workers)
+    assert not out.exists()
+
+
 def test_what_runs_would_refuse_is_refused_before_anything_is_written(tiny, tmp_path):
     path, out = tmp_path / "text.txt", tmp_path / "study"
     path.write_text(TEXT)

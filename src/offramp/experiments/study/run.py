@@ -24,6 +24,7 @@ from offramp.experiments.workflows import environment
 from offramp.models.checkpoint import save_checkpoint, write_json
 from offramp.models.transformer import DecoderConfig
 from offramp.training import Progress, TrainConfig, new_model, train
+from offramp.version import __version__
 
 FORMAT = 5
 FRONTIERS = "frontiers.npz"
@@ -173,7 +174,11 @@ class StudyRun:
         }
         write_json(
             folder / TIMING,
-            {"seconds": seconds, "passes": evaluation.seconds, "environment": environment("cpu")},
+            {
+                "seconds": seconds,
+                "passes": evaluation.seconds,
+                "environment": {"offramp": __version__, **environment("cpu")},
+            },
         )
         write_json(folder / "run.json", about)
         return True

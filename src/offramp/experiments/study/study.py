@@ -1,6 +1,7 @@
 """``offramp study``: do what is missing of a study's runs, then summarise all of them."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,8 +81,11 @@ class Workers:
 
     def check(self, runs: Sequence[StudyRun]) -> None:
         """Refuse what could not do the runs that are missing, or not keep them."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: expected a folder for the runs, got a file")
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not there.is_dir():
+            raise CheckpointError(f"{there}: expected a folder for the runs, got a file")
+        if not os.access(there, os.W_OK):
+            raise CheckpointError(f"{there}: expected a folder that can be written to")
         if self.ray is not None and any(not (self.folder / run.name).exists() for run in runs):
             check_cluster(self.ray, threads=self.threads)
 
