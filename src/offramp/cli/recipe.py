@@ -46,7 +46,8 @@ def recipe(
     for table in (search_table(content), frontier_table(content)):
         output().print(terminal_table("recipe", table))
     say_answers(content)
-    output().print((out / FILE).read_text(encoding="utf-8"), highlight=False, markup=False)
+    toml = (out / FILE).read_text(encoding="utf-8")
+    output().print(toml, highlight=False, markup=False, soft_wrap=True)
     anew = f"offramp train --config {out / FILE} --out MODEL"
     if run.specialise is not None:
         anew += (

@@ -38,6 +38,7 @@ class Bars:
 
     def drop(self, name: str) -> None:
         """Take a bar away, if there is one."""
+        self._said.pop(name, None)
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
 

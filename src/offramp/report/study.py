@@ -61,16 +61,19 @@ def markdown(content: Content) -> str:
 def how(content: Content) -> str:
     """How the figures came about, in words."""
     seeds = len(content["seeds"])
+    frontier = content["runs"][0]["frontier"]
+    inner = {kv: len(frontier[kv]) - 2 for kv in ("recompute", "propagate")}
     return (
         f"Text: {content['text']['corpus']}; {content['text']['split']}, of which the first "
         f"{content['test_tokens']:,} tokens. {content['train_tokens']:,} training tokens a run, "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; mean ± sample standard deviation of the "
         "PPL. FLOPs% counts layers, exit heads and gates relative to the standard model; Compute% "
         "is layers run / layers in the model. Thresholds are quantiles on held-out training text; "
-        "PPL between them is interpolated in logs, between 39 of them under recompute, but 5 "
-        "under propagate, where each takes a pass of its own, which makes it look a little worse "
-        "than it is. Static: a shallower "
-        "model without exits, trained on the same tokens, interpolated between its depths. Gates, "
+        "PPL between them is interpolated in logs, between "
+        f"{inner['recompute']} of them under recompute and {inner['propagate']} under propagate, "
+        "where each takes a pass of its own, which makes it look a little worse than it is. "
+        "Static: a shallower model without exits, trained on the same tokens, interpolated "
+        "between its depths. Gates, "
         "and the exits of a recipe that specialises them, are fitted afterwards to a sample of "
         "the same training text, the backbone frozen; static models have neither. A ratio below 1 "
         "is better; in brackets its 95% bootstrap interval over seeds and stretches of the text, "

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -52,6 +53,8 @@ class FakeRun:
     def work(self, folder, *, on_step, should_stop):
         if self.name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        while self.name == "late" and not should_stop():
+            time.sleep(0.01)
         (folder / "file").write_text("")
         return self.name != "stopped"
 
@@ -59,10 +62,7 @@ class FakeRun:
 def all_of(names, folder):
     done = []
     runs = [FakeRun(name) for name in names]
-    try:
-        run_all(runs, folder, jobs=1, threads=1, on_progress=lambda _: None, on_done=done.append)
-    finally:
-        assert sorted(path.name for path in folder.glob("[!.]*")) == sorted(done)
+    run_all(runs, folder, jobs=1, threads=1, on_progress=lambda _: None, on_done=done.append)
     return done
 
 
@@ -76,4 +76,14 @@ def test_a_killed_worker_is_said_in_a_sentence_and_what_is_done_stays(tmp_path):
 def test_a_run_that_stopped_half_way_is_dropped(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         all_of(["first", "stopped"], tmp_path)
-    assert (tmp_path / "first").is_dir()
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["first"]
+
+
+def test_what_is_whole_when_the_stop_comes_is_kept(tmp_path):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    runs = [FakeRun(name) for name in ("late", "first")]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, tmp_path, jobs=2, threads=1, on_progress=lambda _: None, on_done=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "late"]

@@ -49,17 +49,15 @@ def _is(row: Row, confidence: str) -> bool:
 
 def _last_layer(rows: Sequence[Row], tokens: int) -> str:
     asked = f"Does training exits help the last layer? After {tokens:,} training tokens"
-    ratios = [row["final_to_standard"] for row in rows]
     if len(rows) == 1:
-        change = _change(ratios[0]["mean"])
+        ratio = rows[0]["final_to_standard"]
         return (
-            f"{asked} its PPL is {change} than the standard model's on the same tokens "
-            f"({p_phrase(ratios[0]['p_holm'])})."
+            f"{asked} its PPL is {_change(ratio['mean'])} than the standard model's on the same "
+            f"tokens ({p_phrase(ratio['p_holm'])})."
         )
-    entries = [(row["label"], row["final_to_standard"]) for row in rows]
     return (
         f"{asked}, against the standard model on the same tokens, its PPL is "
-        f"{_sorted_out([(label, r['mean'], r['p_holm']) for label, r in entries])}."
+        f"{_sorted_out(_entries(rows, 'final_to_standard'))}."
     )
 
 
@@ -92,11 +90,8 @@ def _against_baseline(rows: Sequence[Row], baseline: str, compared_at: float) ->
     """Of the last layer, and routed; where a recipe's exits cost too much, at a higher cost."""
     others = [row for row in rows if row["label"] != baseline]
     own = next(row for row in rows if row["label"] == baseline)
-    finals = [(row["label"], row["final_to_baseline"]) for row in others]
-    said = [
-        f"Against {baseline}, the last layer's PPL is "
-        f"{_sorted_out([(label, r['mean'], r['p_holm']) for label, r in finals])}."
-    ]
+    finals = _sorted_out(_entries(others, "final_to_baseline"))
+    said = [f"Against {baseline}, the last layer's PPL is {finals}."]
     points = [compared_at]
     if any(row["to_baseline"]["mean"] is None for row in others):
         points.append(max(BESIDE))
@@ -152,6 +147,10 @@ def _point_by_point(row: Row) -> str:
         f'{row["label"]} by {row["confidence"]}, missing_kv = "{row["missing_kv"]}": '
         f"PPL {'; '.join(said)}. These p are not corrected for their number."
     )
+
+
+def _entries(rows: Sequence[Row], ratio: str) -> list[tuple[str, float, float | None]]:
+    return [(row["label"], row[ratio]["mean"], row[ratio]["p_holm"]) for row in rows]
 
 
 def _against(
