@@ -18,7 +18,7 @@ from offramp.calibration.risk import threshold_path
 from offramp.data import batches
 from offramp.evaluation.trace import collect_trace
 from offramp.models.base import states_at, whole_step
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.training import new_model
 
 MODELS = {

@@ -23,7 +23,7 @@ from offramp.data import batches, encode
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace, collect_trace
-from offramp.models.loading import load_model
+from offramp.models.open import load_model
 
 MEASURES = ("max_prob", "gate", "gain")
 EPSILONS = (0.02, 0.05, 0.10)

@@ -13,7 +13,7 @@ import time
 from statistics import median
 
 from offramp.generation import GenerateConfig, generate
-from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.models.native.decoder import DecoderConfig, Transformer
 from offramp.training import new_model
 
 WIDTHS, SHARE, ROUNDS, NEW = (128, 256, 512, 768), 0.65, 15, 200

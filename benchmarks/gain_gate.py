@@ -24,8 +24,8 @@ from offramp.data import batches, character_tokenizer, encode
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import GateConfig
-from offramp.models.checkpoint import load_checkpoint, save_checkpoint
-from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
+from offramp.models.native.decoder import DecoderConfig, Transformer
 from offramp.training import TrainConfig, new_model, train
 
 MODEL = DecoderConfig(

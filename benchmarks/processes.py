@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from offramp.data import load_corpus
-from offramp.experiments.reproduce.study import plan_runs
-from offramp.experiments.runs import run_all
+from offramp.studies.reproduce.study import plan_runs
+from offramp.studies.runs import run_all
 
 WAYS = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
 

@@ -15,7 +15,7 @@ import numpy as np
 from offramp.data import batches, character_tokenizer, encode, load_corpus
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.training import new_model
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.models.native.decoder import DecoderConfig, Transformer
 from offramp.training import ExitLoss, TrainConfig, new_model
 
 MODELS = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data import make_tokenizer
-from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.models.native.decoder import DecoderConfig, Transformer
 from offramp.training import new_model
 
 torch.set_num_threads(1)

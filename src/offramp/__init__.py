@@ -27,14 +27,14 @@ from offramp.exits.weights import (
     standard,
 )
 from offramp.models.base import EarlyExitModel, Step
-from offramp.models.checkpoint import load_checkpoint, save_checkpoint
 from offramp.models.exit_heads import UntrainedExitsWarning
-from offramp.models.huggingface import HuggingFaceModel
+from offramp.models.huggingface.exits_file import from_pretrained, save_exits
+from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading import load_model
-from offramp.models.native import load_native
-from offramp.models.pretrained import from_pretrained, save_exits
-from offramp.models.transformer import DecoderConfig, Transformer
+from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
+from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.llama import load_native
+from offramp.models.open import load_model
 from offramp.training import TrainConfig, train
 from offramp.version import __version__
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from offramp.commands.bench import BenchConfig, run
 from offramp.evaluation.clock import measure_clock
-from offramp.experiments.bench import BenchConfig, run
 
 
 @pytest.fixture(scope="module")

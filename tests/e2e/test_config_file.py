@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from offramp.models.checkpoint import load_checkpoint
+from offramp.models.native.checkpoint import load_checkpoint
 
 SETTINGS = {
     "corpus": "pangram",

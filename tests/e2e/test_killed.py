@@ -14,7 +14,7 @@ from offramp.cli import main
 KILLS, INSIDE_A_WRITE = 20, 8
 STEPS = 120
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["offramp.cli", "offramp.experiments.workflows"])
+PROCESSES.set_forkserver_preload(["offramp.cli", "offramp.commands.train"])
 
 
 def start(*arguments):

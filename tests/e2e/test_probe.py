@@ -7,7 +7,7 @@ import pytest
 
 from offramp import collect_trace, load_checkpoint
 from offramp.data import batches, encode
-from offramp.models.loading import load_tokenizer
+from offramp.models.open import load_tokenizer
 
 
 def test_probe_says_what_the_trace_says(offramp, trained, tmp_path):

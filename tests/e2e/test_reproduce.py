@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from offramp.experiments.reproduce import study
-from offramp.models.checkpoint import read_json
+from offramp.files import read_json
+from offramp.studies.reproduce import study
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     out = tmp_path / "out"
     script = (
         "import signal\n"
-        "from offramp.experiments.reproduce import study\n"
+        "from offramp.studies.reproduce import study\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs of a shell ignore it
         "study.TRAIN_CHARACTERS, study.VALIDATION_CHARACTERS = 4200, 2100\n"
         "study.PANGRAM_EPOCHS = 2\n"

@@ -12,7 +12,7 @@ STUDY = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from offramp.experiments.study import STUDIES, Recipe, StudyConfig, Workers, run_study
+from offramp.studies.study import STUDIES, Recipe, StudyConfig, Workers, run_study
 
 class Watcher:
     def on_plan(self, name, total, tokens): pass

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offramp import load_checkpoint
-from offramp.experiments import workflows
+from offramp.commands import train as train_command
 from offramp.training import TrainResult
 
 UNFINISHED_RESULT = TrainResult(step=0, validations=(), finished=False)
@@ -119,7 +119,7 @@ def test_a_run_does_not_go_on_with_another_corpus(offramp, tmp_path):
     arguments = ["train", "--corpus", corpus, "--layers", 2, "--dim", 16, "--heads", 2]
     arguments += ["--steps", 4, "--seq-len", 16, "--batch-size", 4, "--out", out]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflows, "train", lambda *_, **__: UNFINISHED_RESULT)
+        patch.setattr(train_command, "train", lambda *_, **__: UNFINISHED_RESULT)
         assert offramp(*arguments).returncode == 130
     corpus.write_text("another text altogether\n" * 400)
     result = offramp("train", "--resume", out)

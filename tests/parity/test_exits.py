@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from offramp.models.base import states_at, whole_step
-from offramp.models.transformer import Transformer
+from offramp.models.native.decoder import Transformer
 
 
 @pytest.fixture(autouse=True)

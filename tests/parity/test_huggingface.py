@@ -13,7 +13,7 @@ from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.evaluation.trace import collect_trace
 from offramp.models.base import EarlyExitModel, Step, states_at, whole_step
 from offramp.models.exit_heads import UntrainedExitsWarning
-from offramp.models.huggingface import HuggingFaceModel
+from offramp.models.huggingface.model import HuggingFaceModel
 
 transformers = pytest.importorskip("transformers")
 

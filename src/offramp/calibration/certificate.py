@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import CertificateError
-from offramp.models.checkpoint import read_json, write_json
-from offramp.models.sources import file_sha256, find_checkpoint
+from offramp.files import file_sha256, read_json, write_json
+from offramp.models.sources import find_checkpoint
 
 _ABOUT = ("config.json", "tokenizer.json", "offramp.json")
 _WEIGHTS = (".safetensors", ".gguf")

@@ -22,10 +22,9 @@ from offramp.exits.gate import (
     gate_of,
 )
 from offramp.exits.temperature import fit_temperature
+from offramp.files import file_sha256, read_json, read_tensors, replacing, write_json
 from offramp.models.base import EarlyExitModel
-from offramp.models.checkpoint import read_json, read_tensors, replacing, write_json
-from offramp.models.pretrained import EXITS_FILE, EXITS_JSON
-from offramp.models.sources import file_sha256
+from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON
 
 TEMPERATURE_LOGITS = 50_000_000
 """Logits of one exit that a temperature is fitted to at the most; 200 MB in float32."""

@@ -25,7 +25,7 @@ from offramp.evaluation.sample import ExitSample, collect_sample
 from offramp.exits.gate import FittedExits, Gate, GateConfig, expected_kl
 from offramp.exits.policy import GainPolicy
 from offramp.models.exit_heads import ExitHead
-from offramp.models.transformer import Transformer
+from offramp.models.native.decoder import Transformer
 
 _ROUNDS = 40
 _AT_ONCE = 8192  # tokens

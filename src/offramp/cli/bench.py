@@ -7,8 +7,8 @@ import torch
 from cyclopts import Parameter
 
 from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
-from offramp.experiments.bench import BenchConfig, run_bench
-from offramp.models.checkpoint import write_json
+from offramp.commands.bench import BenchConfig, run_bench
+from offramp.files import write_json
 from offramp.report.bench import bench_table
 from offramp.report.progress import bars
 

@@ -9,9 +9,9 @@ from offramp.calibration.certificate import Certificate
 from offramp.calibration.certify import DEFAULT_DELTA, Method, Promise
 from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
 from offramp.cli.confidence import warn
+from offramp.commands.calibrate import certify_folder, check_folder, keep_budget_folder
 from offramp.errors import ConfigError
-from offramp.experiments.calibrate import certify_folder, check_folder, keep_budget_folder
-from offramp.models.checkpoint import write_json
+from offramp.files import write_json
 from offramp.report.confidence import certificate_table, drift_sentence
 from offramp.report.progress import bars
 from offramp.report.sweep import sweep_table

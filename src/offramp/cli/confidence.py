@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
-from offramp.experiments.confidence import fit_folder, measure_confidence
-from offramp.models.checkpoint import write_json
+from offramp.commands.confidence import fit_folder, measure_confidence
+from offramp.files import write_json
 from offramp.report.confidence import confidence_table, frontier_table, save_confidence_png
 from offramp.report.progress import bars
 

@@ -15,7 +15,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
 
 from offramp.errors import ConfigError
-from offramp.models.checkpoint import replacing
+from offramp.files import replacing
 
 NOT_IN_A_FILE = {"config", "resume"}
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from offramp.cli.base import app, say
-from offramp.experiments.export import export_exit
+from offramp.commands.export import export_exit
 
 
 @app.command

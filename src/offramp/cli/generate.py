@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from offramp.cli.base import Device, Dtype, Threads, app, output, say, use
+from offramp.commands.generate import Generator, open_generator, token_id, under_certificate
 from offramp.errors import ConfigError
-from offramp.experiments.generate import Generator, open_generator, token_id, under_certificate
 from offramp.generation import GenerateConfig, Generation, MissingKV, SamplingConfig, Token
 
 GREEDY = SamplingConfig()

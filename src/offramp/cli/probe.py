@@ -7,8 +7,8 @@ from rich.text import Text
 
 from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, use
 from offramp.cli.confidence import warn
-from offramp.experiments.probe import probe as run_probe
-from offramp.models.checkpoint import write_json
+from offramp.commands.probe import probe as run_probe
+from offramp.files import write_json
 from offramp.report.probe import probe_table
 from offramp.report.progress import bars
 

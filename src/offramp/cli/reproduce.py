@@ -10,11 +10,11 @@ from cyclopts import Parameter
 
 from offramp.cli.base import Device, app, console, new_folder, output, say, use
 from offramp.errors import ConfigError
-from offramp.experiments.reproduce.study import ReproduceConfig
-from offramp.experiments.reproduce.study import reproduce as run_reproduction
-from offramp.experiments.runs import RunProgress
 from offramp.report.progress import Bars, bars
 from offramp.report.tables import rich_tables
+from offramp.studies.reproduce.study import ReproduceConfig
+from offramp.studies.reproduce.study import reproduce as run_reproduction
+from offramp.studies.runs import RunProgress
 
 
 @app.command

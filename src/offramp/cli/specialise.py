@@ -8,7 +8,7 @@ from rich.table import Table
 
 from offramp.calibration.specialise import SpecialiseConfig
 from offramp.cli.base import Device, Threads, app, output, say, use
-from offramp.experiments.specialise import specialise_folder
+from offramp.commands.specialise import specialise_folder
 
 
 @app.command

@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 from offramp.cli.base import app, console, output, say
 from offramp.errors import ConfigError
-from offramp.experiments.runs import RunProgress
-from offramp.experiments.study import StudyConfig, Workers, run_study, study_named
 from offramp.report.progress import Bars, bars
+from offramp.studies.runs import RunProgress
+from offramp.studies.study import StudyConfig, Workers, run_study, study_named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from offramp.cli.base import (
     use,
 )
 from offramp.cli.confidence import warn
+from offramp.commands.calibrate import sweep_certificate
+from offramp.commands.sweep import sweep_folder
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import Threshold
-from offramp.experiments.calibrate import sweep_certificate
-from offramp.experiments.sweeping import sweep_folder
-from offramp.models.checkpoint import write_json
+from offramp.files import write_json
 from offramp.report.progress import bars
 from offramp.report.sweep import sweep_table
 

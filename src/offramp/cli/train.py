@@ -8,10 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from offramp.cli.base import Device, Threads, app, console, say, stop_on_signals, use
+from offramp.commands.train import TrainRun, resume_run, start_run
+from offramp.commands.train import Watcher as TrainWatcher
 from offramp.errors import ConfigError
-from offramp.experiments.workflows import TrainRun, resume_run, start_run
-from offramp.experiments.workflows import Watcher as TrainWatcher
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.report.progress import bars
 from offramp.training import Progress, TrackerName, TrainConfig, Validation, local_device
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
-from offramp.experiments.tune import TuneConfig, tune_model
+from offramp.commands.tune import TuneConfig, tune_model
 from offramp.report.progress import bars
 from offramp.report.text import ppl_text
 from offramp.training.frozen import TuneProgress

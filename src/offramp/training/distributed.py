@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offramp.errors import ConfigError, OfframpError
-from offramp.models.transformer import Transformer
+from offramp.models.native.decoder import Transformer
 from offramp.training.config import TrainConfig
 from offramp.training.exit_loss import ExitLoss
 

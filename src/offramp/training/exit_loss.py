@@ -13,8 +13,8 @@ from offramp.exits.loss import head_parameters, weighted_exit_loss
 from offramp.exits.schedules import weighted_layers, weights_at
 from offramp.exits.weights import LossWeights
 from offramp.models.base import Step, states_at, whole_step
-from offramp.models.huggingface import HuggingFaceModel
-from offramp.models.transformer import Transformer
+from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.native.decoder import Transformer
 from offramp.training.config import TrainConfig
 
 Trainable = Transformer | HuggingFaceModel

@@ -19,7 +19,7 @@ from torch import Tensor
 from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.exits.loss import weighted_exit_loss
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface import HuggingFaceModel
+from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.training.kept_states import KeptStates, keep_states, portions
 
 Objective = Literal["distill", "text", "both"]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from offramp.models.base import states_at, whole_step
-from offramp.models.huggingface import HuggingFaceModel
+from offramp.models.huggingface.model import HuggingFaceModel
 
 KEPT_BYTES = 1 << 30
 """Memory of the kept states; a longer text is read in portions of that size."""

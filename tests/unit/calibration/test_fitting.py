@@ -19,7 +19,7 @@ from offramp.evaluation.sample import collect_sample
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits, GateConfig
 from offramp.exits.temperature import fit_temperature
-from offramp.models.sources import file_sha256
+from offramp.files import file_sha256
 
 QUICK = GateConfig(steps=20, batch_size=64)
 

@@ -13,7 +13,7 @@ from offramp.data import (
 )
 from offramp.data import text as text_module
 from offramp.errors import CorpusError
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.training import new_model
 
 # Corpora.

@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from offramp.errors import ConfigError
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.training import (
     Progress,
     RunLog,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from offramp.errors import OfframpError
-from offramp.models.transformer import DecoderConfig
+from offramp.models.native.decoder import DecoderConfig
 from offramp.training import Checkpoints, Processes, TrainConfig, join, new_model, train
 from offramp.training.distributed import whole
 

@@ -1,0 +1,1 @@
+"""The work of one command on one model, without printing: training, tuning, sweeping, decoding."""

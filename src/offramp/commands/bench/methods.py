@@ -1,0 +1,203 @@
+"""The ways to decode that ``offramp bench`` compares: offramp's own, and its peers'.
+
+Every method gets a batch of prompts and gives the same number of new tokens for each; it says when
+it had the first token of each row and when the last.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.exits.gate import FittedExits
+from offramp.generation import GenerateConfig, generate, generate_batch
+from offramp.models.base import EarlyExitModel
+from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.work import Work
+
+Batch = Sequence[Sequence[int]]
+LOOKUP_TOKENS = 10
+"""Of transformers' prompt lookup, as in its documentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One batch decoded by one method."""
+
+    tokens: list[list[int]]
+    "New ones, by row."
+    seconds: float
+    "From the first token of the last row to have one, to the end."
+    first_seconds: float
+    "Before that: the prompts."
+    work: Work | None = None
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def count(self) -> int:
+        """New tokens after the first of each row."""
+        return sum(len(row) - 1 for row in self.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all rows together, once every row has its first."""
+        return self.count / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to decode, under its name."""
+
+    name: str
+    run: Callable[[Batch], Sample]
+    slow: bool = False
+    "A slow peer: it runs on two prompts only."
+    foreign: bool = False
+    "Another package's: where it fails that is said, and the others go on."
+
+
+def own(
+    name: str,
+    model: EarlyExitModel,
+    config: GenerateConfig,
+    *,
+    fitted: FittedExits,
+) -> Method:
+    """One of offramp's."""
+
+    def run(batch: Batch) -> Sample:
+        start = time.perf_counter()
+        if len(batch) > 1:
+            times: list[float] = []
+            completions, work = generate_batch(
+                model,
+                batch,
+                config,
+                fitted=fitted,
+                on_token=lambda *_: times.append(time.perf_counter()),
+            )
+            first = times[len(batch) - 1]
+            tokens = [completion.ids for completion in completions]
+            return _sample(tokens, start, first, time.perf_counter(), work=work)
+        generation = generate(model, batch[0], config, fitted=fitted)
+        next(generation)
+        first = time.perf_counter()
+        for _ in generation:
+            pass
+        return replace(
+            _sample([generation.completion.ids], start, first, time.perf_counter()),
+            work=generation.work,
+            drafted=generation.drafted,
+            accepted=generation.accepted,
+        )
+
+    return Method(name=name, run=run)
+
+
+def hugging_face(
+    name: str, lm: Any, new_tokens: int, *, slow: bool = False, **options: Any
+) -> Method:
+    """``generate`` of transformers with some options; greedy, and no token ends a text."""
+
+    def run(batch: Batch) -> Sample:
+        ids, mask = _padded(batch, lm.device)
+        watch = _Watch(ids.shape[1])
+        start = time.perf_counter()
+        with quiet():
+            out = lm.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                stopping_criteria=[watch],
+                **options,
+            )
+        end = time.perf_counter()
+        return _sample(out[:, ids.shape[1] :].tolist(), start, watch.first, end, early=watch.tokens)
+
+    return Method(name=name, run=run, slow=slow)
+
+
+def economize_methods(
+    lm: Any, new_tokens: int, *, draft_exit: int, threshold: float
+) -> list[Method]:
+    """The peer ``economize``, if it is installed: its early-exit drafter and its CALM."""
+    if importlib.util.find_spec("economize") is None:
+        return []
+    import economize  # type: ignore[import-not-found]
+    from economize.techniques.dynamic_depth import CalmConfig  # type: ignore[import-not-found]
+    from economize.techniques.early_exit import EarlyExitConfig  # type: ignore[import-not-found]
+
+    configs = {
+        f"economize_early_exit@{draft_exit}": EarlyExitConfig(exit_layer=draft_exit, head="shared"),
+        f"economize_calm@{threshold:g}": CalmConfig(threshold=threshold, min_layer=draft_exit),
+    }
+    return [
+        _economize(name, partial(economize.apply, lm, config), new_tokens)
+        for name, config in configs.items()
+    ]
+
+
+def _economize(name: str, attach: Callable[[], Any], new_tokens: int) -> Method:
+    def run(batch: Batch) -> Sample:
+        [prompt] = batch
+        model = attach()
+        try:
+            ids = torch.tensor([list(prompt)])
+            model.generate(ids, max_new_tokens=1, do_sample=False)
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=1, do_sample=False)
+            first = time.perf_counter()
+            out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+            end = time.perf_counter() - (first - start)  # the prompt, once more
+        finally:
+            detach = getattr(model, "detach", None)
+            if detach is not None:
+                detach()
+        return _sample(out[:, len(prompt) :].tolist(), start, first, end)
+
+    return Method(name=name, run=run, slow=True, foreign=True)
+
+
+class _Watch:
+    """A stopping criterion that stops nothing: it notes when the first token was there."""
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt, self.first, self.tokens = prompt, 0.0, 0
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if not self.first:
+            self.first, self.tokens = time.perf_counter(), ids.shape[1] - self.prompt
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def _padded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, padded on the left."""
+    width = max(map(len, batch))
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, prompt in enumerate(batch):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def plain_generation(lm: Any) -> Any:
+    """The model with a generation config that ends no text by itself."""
+    lm.generation_config = transformers().GenerationConfig(pad_token_id=0, eos_token_id=None)
+    return lm
+
+
+def _sample(
+    tokens: list[list[int]], start: float, first: float, end: float, **fields: Any
+) -> Sample:
+    early = fields.pop("early", 1)  # tokens that were there with the first
+    new = len(tokens[0])
+    seconds = end - start if early >= new else (end - first) * (new - 1) / (new - early)
+    return Sample(tokens=tokens, seconds=seconds, first_seconds=first - start, **fields)

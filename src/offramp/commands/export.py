@@ -1,0 +1,129 @@
+"""The first layers of a model and their exit as a plain checkpoint: ``offramp export``."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.errors import ConfigError, UnsupportedArchitectureError
+from offramp.files import claim_folder
+from offramp.models.base import states_at, whole_step
+from offramp.models.exit_heads import ExitHead
+from offramp.models.huggingface.exits_file import EXITS_JSON, from_pretrained, save_backbone
+from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.huggingface.runner import close
+from offramp.models.native.checkpoint import load_checkpoint
+from offramp.models.native.decoder import Transformer
+from offramp.models.native.llama import to_transformers
+from offramp.models.open import is_native
+
+
+def export_exit(
+    model_dir: str | Path, exit_layer: int, out: Path, *, dtype: torch.dtype | None = None
+) -> HuggingFaceModel:
+    """Write the first ``exit_layer`` layers, with that exit's norm and LM head, into a new folder.
+
+    Any program that reads Hugging Face checkpoints can read it. Returns the model it came from.
+
+    Raises ConfigError for a layer that is no exit of the model or a head that no plain checkpoint
+    can hold (``adapter``), UnsupportedArchitectureError where the shorter model would not say
+    what the exit says.
+    """
+    folder = Path(model_dir)
+    if is_native(folder):
+        native, _ = load_checkpoint(folder, dtype=dtype)
+        model, texts = as_huggingface(native), folder
+    elif (folder / EXITS_JSON).is_file():
+        model = from_pretrained(folder, dtype=dtype)
+    else:
+        model = from_pretrained(model_dir, exit_layers=(exit_layer,), dtype=dtype)
+    if model.source is not None:
+        texts = model.source.folder
+    model.exits.warned = True  # a plain checkpoint's exits are what they are
+    if exit_layer not in model.exit_layers:
+        raise ConfigError(
+            f"exit: expected one of the model's exit layers "
+            f"{', '.join(map(str, model.exit_layers))}, got {exit_layer}"
+        )
+    short = shortened(model, exit_layer)
+    claim_folder(out)
+    save_backbone(short, out, texts=texts)
+    return model
+
+
+def as_huggingface(native: Transformer) -> HuggingFaceModel:
+    """The same model and exits as ``transformers`` runs them."""
+    model = HuggingFaceModel(
+        to_transformers(native),
+        exit_layers=native.exit_layers,
+        exit_head=native.config.exit_head,
+    )
+    model.exits.load_state_dict(native.exits.state_dict())
+    model.exits.trained = native.exits.trained
+    return model.eval()
+
+
+@torch.no_grad()
+def shortened(model: HuggingFaceModel, exit_layer: int) -> Any:
+    """The causal language model of ``transformers`` that says what an exit says."""
+    own = model.exits.at(exit_layer)
+    parts = _own_parts(model, own, exit_layer)
+    config = deepcopy(model.backbone.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = exit_layer
+    for name, value in vars(text).items():  # what the config says of every layer
+        if isinstance(value, list) and len(value) == model.num_layers:
+            setattr(text, name, value[:exit_layer])
+    if own is not None and own.lm_head is not None:
+        config.tie_word_embeddings = text.tie_word_embeddings = False
+    with quiet(), torch.random.fork_rng(devices=[]):
+        short = transformers().AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+    wanted = short.state_dict()
+    state = {**model.backbone.state_dict(), **parts}
+    try:
+        short.load_state_dict({name: state[name] for name in wanted})
+    except (KeyError, RuntimeError):
+        raise UnsupportedArchitectureError(
+            f"{model.model_type}: its first {exit_layer} layers are no smaller model of its kind"
+        ) from None
+    short.to(model.device)
+    ids = torch.arange(8, device=model.device)[None] % model.vocab_size
+    [(_, h)] = states_at(model, ids, [exit_layer], step=whole_step(ids))
+    if not close(short(input_ids=ids).logits, model.unembed(h, exit_layer)):
+        raise UnsupportedArchitectureError(
+            f"{model.model_type}: its first {exit_layer} layers, as a model of their own, do not "
+            "say what the exit says"
+        )
+    short.generation_config = deepcopy(model.backbone.generation_config)
+    return short
+
+
+def _own_parts(
+    model: HuggingFaceModel, own: ExitHead | None, exit_layer: int
+) -> dict[str, torch.Tensor]:
+    """The parameters of an exit's own head by the names that the final ones have."""
+    if own is None:
+        return {}
+    if own.adapter is not None:
+        raise ConfigError(
+            f"exit: expected an exit whose head is shared, norm or full, since no plain checkpoint "
+            f"can hold an adapter, got exit {exit_layer} with one"
+        )
+    final = model.final_norm
+    if final is None:
+        raise ConfigError(
+            f"exit: expected an exit that has the final norm, since {model.model_type} has none "
+            f"to put its own in the place of, got exit {exit_layer}"
+        )
+    parts = _named(model.backbone, final, own.norm)
+    if own.lm_head is not None:
+        parts |= _named(model.backbone, model.backbone.get_output_embeddings(), own.lm_head)
+    return parts
+
+
+def _named(backbone: nn.Module, place: nn.Module, part: nn.Module) -> dict[str, torch.Tensor]:
+    [prefix] = [name for name, module in backbone.named_modules() if module is place]
+    return {f"{prefix}.{name}": value for name, value in part.state_dict().items()}

@@ -1,0 +1,129 @@
+"""Whether exits pay on a model: ``offramp probe``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.commands.reading import OnTokens, open_reading
+from offramp.errors import ConfigError
+from offramp.evaluation.cost import ModelCost
+from offramp.evaluation.sweep import sweep
+from offramp.evaluation.trace import ExitTrace
+
+CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95)
+DISAGREEMENT = 0.02
+"""Share of tokens that may differ from the full model's in what is called a gain."""
+PAYS_FROM = 1.03
+"""Expected speed-ups below this are called none."""
+
+
+def probe(
+    path: Path,
+    corpus_name: str,
+    *,
+    tokens: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    on_tokens: OnTokens | None = None,
+) -> dict[str, Any]:
+    """What ``offramp probe`` writes, from one pass over the text or its first ``tokens``.
+
+    ``agreement`` is that of an exit's first choice with the last layer's, ``coverage`` the share
+    of tokens whose max_prob there is at least so much, ``agreement_at`` the agreement of those,
+    ``oracle_layers`` the mean layer of the first exit that agrees: what a perfect predictor would
+    need.
+    """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"tokens: expected at least 1, got {tokens}")
+    reading = open_reading(path, corpus_name, device=device, dtype=dtype)
+    if tokens is not None:
+        reading = replace(reading, ids=reading.ids[: tokens + 1])
+    if len(reading.model.exit_layers) < 2:
+        raise ConfigError("exit layers: expected at least one before the last, got none")
+    trace = reading.trace(("max_prob",), on_tokens=on_tokens)
+    cost = reading.cost()
+    agree = trace.argmax == trace.argmax[-1]
+    speedup, how = _expected_speedup(trace, agree, cost)
+    oracle = float(np.asarray(trace.exit_layers)[agree.argmax(axis=0)].mean())
+    return {
+        **reading.about(),
+        "untrained": reading.untrained,
+        "exits": [_exit(trace, agree, index, cost) for index in range(len(trace.exit_layers))],
+        "oracle_layers": oracle,
+        "expected_speedup": speedup,
+        "verdict": _verdict(trace, oracle, speedup, how, untrained=reading.untrained),
+    }
+
+
+def _exit(
+    trace: ExitTrace, agree: NDArray[np.bool_], index: int, cost: ModelCost | None
+) -> dict[str, Any]:
+    layer = trace.exit_layers[index]
+    sure = {level: trace.confidence["max_prob"][index] >= level for level in CONFIDENCES}
+    return {
+        "exit_layer": layer,
+        "agreement": float(agree[index].mean()),
+        "ppl": trace.ppl(layer),
+        "coverage": {str(level): float(here.mean()) for level, here in sure.items()},
+        "agreement_at": {
+            str(level): float(agree[index][here].mean()) if here.any() else None
+            for level, here in sure.items()
+        },
+        "head_cost_layers": None
+        if cost is None
+        else cost.heads[layer] / float(np.mean(cost.layers)),
+    }
+
+
+def _expected_speedup(
+    trace: ExitTrace, agree: NDArray[np.bool_], cost: ModelCost | None
+) -> tuple[float | None, str]:
+    """The least FLOPs of a policy by max_prob that few tokens notice, and that policy in words.
+
+    A policy uses one exit, or all with a common threshold.
+    """
+    if cost is None:
+        return None, ""
+    early = trace.exit_layers[:-1]
+    uses: list[tuple[int, ...]] = [(layer, trace.exit_layers[-1]) for layer in early]
+    if len(early) > 1:
+        uses.append(trace.exit_layers)
+    best, how = 1.0, ""
+    for layers in uses:
+        part, part_cost = trace.at(layers), cost.at(layers)
+        rows = [trace.exit_layers.index(layer) for layer in layers]
+        scores = part.confidence["max_prob"][:-1]
+        grid = np.unique(np.quantile(scores.max(axis=0), np.linspace(0, 1, 101)))
+        for threshold, row in zip(grid, sweep(part, grid.tolist(), cost=part_cost), strict=True):
+            leaving = scores >= threshold
+            first = np.where(leaving.any(axis=0), leaving.argmax(axis=0), len(scores))
+            right = agree[rows][first, np.arange(part.num_tokens)].mean()
+            assert row.flops_pct is not None
+            if 1 - right <= DISAGREEMENT and 100.0 / row.flops_pct > best:
+                best = 100.0 / row.flops_pct
+                where = ", ".join(map(str, layers[:-1]))
+                how = f"exit {where} at max_prob {threshold:.3f}"
+    return best, how
+
+
+def _verdict(
+    trace: ExitTrace, oracle: float, speedup: float | None, how: str, *, untrained: bool
+) -> str:
+    least = f"a perfect predictor would need {oracle:.1f} of {trace.num_layers} layers"
+    tune = "; its exits were never trained: tune them first" if untrained else ""
+    if speedup is None:
+        return f"The FLOPs of this model cannot be counted; {least}{tune}."
+    share = f"{100 * DISAGREEMENT:g}% of the tokens"
+    if speedup < PAYS_FROM:
+        return (
+            f"Exits will not pay as they are: no threshold on max_prob saves FLOPs (heads "
+            f"counted) while at most {share} differ, though {least}{tune}."
+        )
+    return (
+        f"Exits will pay: {how} needs {100 / speedup:.0f}% of the FLOPs (heads counted), "
+        f"{speedup:.2f} times fewer, while at most {share} differ; {least}{tune}."
+    )

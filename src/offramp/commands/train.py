@@ -1,0 +1,263 @@
+"""From a corpus to a model folder."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from offramp.cache import cache_folder
+from offramp.data import (
+    StreamedCorpus,
+    TokenShards,
+    count_unknown,
+    make_tokenizer,
+    stream_corpus,
+    tokenise,
+)
+from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.environment import environment
+from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.exits.weights import RECOMMENDED, parse_loss_weights
+from offramp.files import claim_folder, read_json, write_json
+from offramp.models.native.checkpoint import save_checkpoint
+from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.open import load_tokenizer
+from offramp.training import (
+    Checkpoints,
+    Processes,
+    Progress,
+    RunLog,
+    TrackerName,
+    TrainConfig,
+    TrainResult,
+    Validation,
+    check_processes,
+    check_tracker,
+    join,
+    new_model,
+    train,
+    whole_model,
+)
+from offramp.version import __version__
+
+UNFINISHED = "unfinished.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """A whole training run as a value."""
+
+    corpus: str
+    tokenizer: str = "characters"
+    model: DecoderConfig
+    training: TrainConfig
+    tracker: TrackerName = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """What is told as a run goes on; see ``training.train``."""
+
+    on_step: Callable[[Progress], None] = lambda progress: None
+    on_validation: Callable[[Validation], None] = lambda validation: None
+    on_damaged: Callable[[str], None] = lambda sentence: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+NOBODY = Watcher()
+
+
+def resolve(run: TrainRun) -> TrainRun:
+    """Give ``recommended`` its exit layer and its threshold; check the loss weights."""
+    model, training = run.model, run.training
+    if training.loss_weights == "recommended":
+        model = replace(model, exit_layers=(RECOMMENDED.exit_layer, *model.exit_layers))
+        if training.select_at is None:
+            training = replace(training, select_at=RECOMMENDED.threshold)
+    parse_loss_weights(
+        training.loss_weights, num_layers=model.num_hidden_layers, exit_layers=model.exit_layers
+    )
+    return replace(run, model=model, training=training)
+
+
+def start_run(
+    run: TrainRun, out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY
+) -> TrainResult:
+    """Train a native decoder on a corpus into a new folder.
+
+    ``out`` gets the best parameters by validation as soon as they are known
+    (``model.safetensors``, ``config.json``, ``tokenizer.json``), the last in ``last/``, and
+    checkpoints to resume from in ``checkpoints/``. Until the run is finished it holds
+    ``unfinished.json``, all that ``resume_run`` needs. A tracker writes into ``logs/``.
+
+    Of several processes (see ``training.train``) rank 0 reads the corpus first and writes all
+    files; every one of them calls the watcher.
+    """
+    run = resolve(run)
+    check_tracker(run.tracker)
+    processes = join(device)
+    check_processes(run.training, processes)
+    corpus = processes.main_first(lambda: stream_corpus(run.corpus))
+    tokenizer = processes.on_main(lambda: make_tokenizer(run.tokenizer, corpus.train))
+    shape = replace(
+        run.model,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=max(run.model.max_position_embeddings, run.training.seq_len),
+    )
+    run = replace(run, model=shape)
+    tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
+    try:
+        model = new_model(run.model, seed=run.training.seed)  # before a folder is claimed
+    except RuntimeError as error:
+        raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
+
+    def claim() -> None:
+        claim_folder(out)
+        tokenizer.save(str(out / TOKENIZER_FILE))
+        write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
+
+    processes.on_main(claim)
+    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+
+
+def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> TrainResult:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+
+    Raises CheckpointError where there is no unfinished run, or the corpus is another by now.
+    """
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
+    if not (out / UNFINISHED).exists():
+        finished = "the run there is finished" if (out / "config.json").exists() else "found none"
+        raise CheckpointError(f"{out}: expected an unfinished run to go on with, but {finished}")
+    stored = read_json(out / UNFINISHED)
+    run = _stored_run(stored["run"])
+    check_tracker(run.tracker)
+    processes = join(device)
+    check_processes(run.training, processes)
+    corpus = processes.main_first(lambda: stream_corpus(run.corpus))
+    if corpus.sha256 != stored["corpus_sha256"]:
+        raise CheckpointError(
+            f"{run.corpus}: expected the corpus that the run began with, sha256 "
+            f"{stored['corpus_sha256']}, got {corpus.sha256}"
+        )
+    tokenizer = load_tokenizer(out)
+    tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
+    model = new_model(run.model, seed=run.training.seed)
+    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+
+
+def _tokens(
+    run: TrainRun, corpus: StreamedCorpus, tokenizer: Tokenizer
+) -> tuple[TokenShards, Tensor]:
+    """Training tokens, on disk, and validation ids; refused where there are too few."""
+    shards, validation = (
+        tokenise(text, tokenizer, cache_folder("tokens"))
+        for text in (corpus.train, corpus.validation)
+    )
+    needed = run.training.seq_len * run.training.batch_size + 1
+    if len(shards) < needed or len(validation) < 2:
+        raise CorpusError(
+            f"{run.corpus}: expected at least {needed} training tokens (one batch of "
+            f"{run.training.batch_size} x {run.training.seq_len}) and 2 to validate, "
+            f"got {len(shards)} and {len(validation)}"
+        )
+    return shards, validation.read(0, len(validation))
+
+
+def _train(
+    run: TrainRun,
+    model: Transformer,
+    out: Path,
+    corpus: StreamedCorpus,
+    tokenizer: Tokenizer,
+    train_tokens: TokenShards,
+    validation_ids: Tensor,
+    processes: Processes,
+    watcher: Watcher,
+) -> TrainResult:
+    if processes.size == 1:  # else training moves it, whole or in shards
+        model = model.to(processes.device)
+    about = {
+        "training": asdict(run.training),
+        "tokenizer": run.tokenizer,
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "split": corpus.split,
+            "train_tokens": len(train_tokens),
+            "validation_tokens": len(validation_ids),
+            "unknown_validation_tokens": count_unknown(tokenizer, validation_ids),
+        },
+        "environment": {**environment(str(processes.device)), "processes": processes.size},
+        "offramp_version": __version__,
+    }
+
+    log = RunLog(run.tracker if processes.is_main else "none", out / "logs", run.training)
+
+    def on_step(progress: Progress) -> None:
+        log.on_step(progress)
+        watcher.on_step(progress)
+
+    def on_validation(validation: Validation) -> None:
+        if validation.is_best:
+            best = whole_model(model, processes)
+            processes.on_main(lambda: _save(best, out, about, validation))
+        log.on_validation(validation)
+        watcher.on_validation(validation)
+
+    try:
+        result = train(
+            model,
+            train_tokens,
+            validation_ids,
+            run.training,
+            on_step=on_step,
+            on_validation=on_validation,
+            on_damaged=watcher.on_damaged,
+            should_stop=watcher.should_stop,
+            checkpoints=Checkpoints(folder=out / "checkpoints", keep=run.training.keep_checkpoints),
+        )
+    finally:
+        log.close()
+    if result.finished:
+        last = whole_model(model, processes)
+        processes.on_main(lambda: _finish(last, out, tokenizer, about, result))
+    return result
+
+
+def _finish(
+    model: Transformer, out: Path, tokenizer: Tokenizer, about: dict[str, Any], result: TrainResult
+) -> None:
+    aside = out / ".last.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    tokenizer.save(str(aside / TOKENIZER_FILE))
+    _save(model, aside, about, result.validations[-1])
+    aside.rename(out / "last")
+    (out / UNFINISHED).unlink()
+
+
+def _save(model: Transformer, folder: Path, about: dict[str, Any], validation: Validation) -> None:
+    where = {"step": str(validation.step), "validation_score": repr(validation.score)}
+    save_checkpoint(model, folder, about=about, weights_about=where)
+
+
+def _stored_run(stored: dict[str, Any]) -> TrainRun:
+    """A run as ``asdict`` and JSON left it: infinity is a word, tuples are lists."""
+    training = dict(stored["training"])
+    if isinstance(training["select_at"], str):
+        training["select_at"] = float(training["select_at"])
+    training["alpha_steps"] = tuple(training["alpha_steps"])
+    model = {**stored["model"], "exit_layers": tuple(stored["model"]["exit_layers"])}
+    return TrainRun(
+        corpus=stored["corpus"],
+        tokenizer=stored["tokenizer"],
+        model=DecoderConfig(**model),
+        training=TrainConfig(**training),
+        tracker=stored.get("tracker", "none"),
+    )

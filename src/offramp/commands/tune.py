@@ -1,0 +1,236 @@
+"""From a pretrained checkpoint to one with trained exits: ``offramp tune``."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from offramp.calibration.fitting import save_fitted
+from offramp.commands.sweep import LARGEST_LOGITS
+from offramp.data import batches, encode, load_corpus
+from offramp.environment import environment
+from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.evaluation.trace import collect_trace
+from offramp.exits.gate import FittedExits
+from offramp.exits.weights import parse_loss_weights
+from offramp.files import claim_folder
+from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.huggingface.exits_file import EXITS_JSON, from_pretrained, save_exits
+from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.open import check_vocabulary, is_native, load_tokenizer
+from offramp.training import Progress, TrainConfig, train
+from offramp.training.frozen import (
+    FrozenConfig,
+    Objective,
+    TuneProgress,
+    check_exits,
+    tune_exits,
+)
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 20, 4096
+"""One token in so many at the end of the text is held out, but no more than so many."""
+JOINT_LR = 1e-5
+DRAFT_VOCAB = 4096
+"""Tokens that drafts may name, at the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which exits to train, and how."""
+
+    exit_layers: tuple[int, ...] | None = None
+    "Exit layers, such as 8,12,16,20 (default: at each quarter of the depth)."
+    exit_head: ExitHeadKind = "adapter"
+    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
+    specialist (norm, small adapter and LM head)."""
+    objective: Objective | None = None
+    """Imitate the final layer (distill, the default), predict the text (text; the default with
+    --unfreeze), or both."""
+    unfreeze: bool = False
+    "Train everything jointly, the backbone too."
+    loss_weights: str | None = None
+    "With --unfreeze: weights by layer, such as 8=0.5,30=1 (default: 1 at every exit)."
+    tokens: int | None = None
+    "Read only so many tokens of the text."
+    epochs: int | None = None
+    "Passes over the text (default: 4; with --unfreeze 1)."
+    lr: float | None = None
+    "Peak learning rate (default: 1e-3; with --unfreeze 1e-5)."
+    seq_len: int = 256
+    "Tokens a window."
+    seed: int = 0
+    "Seed of the exits' parameters and of the order of the text."
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 2:
+            raise ConfigError(f"tokens: expected at least 2, got {self.tokens}")
+        if self.unfreeze and self.objective == "distill":
+            raise ConfigError(
+                "objective: expected text or both with --unfreeze, which gives the final layer "
+                "itself something to learn, got distill"
+            )
+        if self.loss_weights is not None and not self.unfreeze:
+            raise ConfigError(
+                "loss_weights: expected --unfreeze with it (frozen, exits do not share anything "
+                f"that learns), got {self.loss_weights!r} alone"
+            )
+        _ = self.joint((1,)) if self.unfreeze else self.frozen()
+
+    def frozen(self) -> FrozenConfig:
+        """How the exits are trained on a frozen backbone."""
+        given = {"epochs": self.epochs, "lr": self.lr}
+        return FrozenConfig(
+            objective=self.objective or "distill",
+            seq_len=self.seq_len,
+            seed=self.seed,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def joint(self, exit_layers: tuple[int, ...]) -> TrainConfig:
+        """How everything is trained at once."""
+        return TrainConfig(
+            loss_weights=self.loss_weights or ",".join(f"{layer}=1" for layer in exit_layers),
+            distill=1.0 if self.objective == "both" else 0.0,
+            seq_len=self.seq_len,
+            batch_size=4,
+            epochs=self.epochs if self.epochs is not None else 1,
+            lr=JOINT_LR if self.lr is None else self.lr,
+            schedule="cosine",
+            seed=self.seed,
+        )
+
+
+OnProgress = Callable[[TuneProgress], None]
+
+
+def tune_model(
+    model_name: str | Path,
+    corpus_name: str,
+    out: Path,
+    config: TuneConfig,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    on_progress: OnProgress = lambda progress: None,
+) -> dict[str, Any]:
+    """Train exits on the whole of a text, or its training split, into the new folder ``out``.
+
+    ``out`` gets ``offramp.json`` and ``exits.safetensors``, and with ``unfreeze`` the backbone
+    too. Returns what ``offramp.json`` says under ``trained``: among others agreement with the
+    final layer and PPL by exit layer, before and after, on tokens at the end of the text that
+    nothing was trained on.
+    """
+    folder = Path(model_name)
+    if (folder / EXITS_JSON).is_file():
+        raise CheckpointError(f"{folder}: expected a model without exits, got one that has them")
+    if is_native(folder):
+        raise CheckpointError(
+            f"{folder}: expected a Hugging Face checkpoint, got a model of offramp train, whose "
+            "exits that command trains"
+        )
+    corpus = load_corpus(corpus_name)
+    text = corpus.whole if corpus.test is None else corpus.train
+    model = from_pretrained(
+        model_name,
+        exit_layers=config.exit_layers,
+        exit_head=config.exit_head,
+        device=device,
+        dtype=dtype,
+    )
+    tokenizer = load_tokenizer(model_name)
+    check_vocabulary(model_name, tokenizer, model)
+    ids = encode(tokenizer, text)[: config.tokens]
+    if len(ids) < 2:
+        raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
+    if config.unfreeze:
+        parse_loss_weights(
+            config.joint(model.exit_layers).loss_weights,
+            num_layers=model.num_layers,
+            exit_layers=model.exit_layers,
+        )
+    else:
+        check_exits(model)
+    held_out = min(len(ids) // HELD_OUT_SHARE, HELD_OUT_MOST)
+    claim_folder(out)
+    model.exits.warned = True  # the exits are about to be trained
+    before = measure(model, ids[len(ids) - held_out :], config.seq_len)
+    if config.unfreeze:
+        _tune_jointly(model, ids, held_out, config, on_progress)
+    else:
+        tune_exits(model, ids[: len(ids) - held_out], config.frozen(), on_progress=on_progress)
+    trained = {
+        **asdict(config),
+        "exit_layers": list(model.exit_layers),
+        "objective": config.objective or ("text" if config.unfreeze else "distill"),
+        "tokens": len(ids),
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "read": "whole" if corpus.test is None else "training split",
+        },
+        "held_out_tokens": held_out,
+        "before": before,
+        "after": measure(model, ids[len(ids) - held_out :], config.seq_len),
+        "environment": environment(device),
+    }
+    save_exits(model, out, trained=trained)
+    if model.vocab_size > 2 * DRAFT_VOCAB:
+        save_fitted(FittedExits(draft_vocab=frequent_tokens(ids[: len(ids) - held_out])), out)
+    return trained
+
+
+def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:
+    """The tokens that stand most often in a text, in falling order."""
+    tokens, counts = ids.unique(return_counts=True)
+    chosen: Tensor = tokens[counts.argsort(descending=True, stable=True)][:DRAFT_VOCAB]
+    return chosen
+
+
+def measure(model: HuggingFaceModel, ids: Int[Tensor, " N"], seq_len: int) -> list[dict[str, Any]]:
+    """Agreement with the final layer and PPL of each exit; empty without tokens to predict."""
+    if len(ids) < 2:
+        return []
+    seq_len = min(seq_len, model.max_length)
+    rows = max(1, min(8, LARGEST_LOGITS // (seq_len * model.vocab_size)))
+    trace = collect_trace(model, batches(ids, seq_len=seq_len, batch_size=rows))
+    return [
+        {
+            "exit_layer": layer,
+            "agreement": float((trace.argmax[row] == trace.argmax[-1]).mean()),
+            "ppl": trace.ppl(layer),
+        }
+        for row, layer in enumerate(trace.exit_layers)
+    ]
+
+
+def _tune_jointly(
+    model: HuggingFaceModel,
+    ids: Tensor,
+    held_out: int,
+    config: TuneConfig,
+    on_progress: OnProgress,
+) -> None:
+    def on_step(progress: Progress) -> None:
+        on_progress(
+            TuneProgress(
+                doing="tune",
+                done=progress.step,
+                total=progress.total_steps,
+                loss=progress.loss.detach(),
+            )
+        )
+
+    model.exits.trained = True
+    model.requires_grad_(True)
+    validation = ids[len(ids) - max(held_out, 2) :]
+    train(
+        model,
+        ids[: len(ids) - held_out],
+        validation,
+        config.joint(model.exit_layers),
+        on_step=on_step,
+    )

@@ -1,1 +1,0 @@
-"""Experiments: one module a study; a table row is a value, not a script."""

@@ -1,0 +1,123 @@
+"""Files: JSON and safetensors are read with one sentence for what is wrong, and written whole.
+
+Every file is written beside its final name, synced and renamed, so that it appears only when it
+is complete. Weights are safetensors; nothing loads a pickle.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from offramp.errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; on success it is synced and takes its name."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. JSON has no infinity: it is written as "inf" or "-inf"."""
+    text = json.dumps(_without_infinity(content), indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_infinity(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _without_infinity(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_infinity(value) for value in content]
+    return str(content) if isinstance(content, float) and math.isinf(content) else content
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a CheckpointError names what is wrong with it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected a file, found none") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected readable JSON, got {error}") from None
+
+
+def claim_folder(out: Path) -> None:
+    """Make a new folder for a run, or take an empty one; a CheckpointError says what is wrong."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out}: expected a folder to write to, got a file")
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(
+                f"{out}: expected a new or empty folder, but it holds another run or other files; "
+                "choose another --out, or remove it first"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise CheckpointError(f"{out}: expected a folder that can be written to")
+
+
+def claim_marked(marker: Path, content: Any) -> None:
+    """Claim the folder of ``marker`` and write it there.
+
+    What a process that was killed at that left of the file is no obstacle.
+    """
+    for left in marker.parent.glob(f".{marker.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+    claim_folder(marker.parent)
+    write_json(marker, content)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Every tensor of a safetensors file; a CheckpointError names what is wrong with it."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_tensors(path: Path) -> None:
+    """Raise a CheckpointError unless this is a whole safetensors file; its header says so."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected a file, found none") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected whole safetensors, got: {error}") from None
+
+
+def file_sha256(*paths: Path) -> str:
+    """Hash of files one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

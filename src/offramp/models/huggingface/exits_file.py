@@ -1,0 +1,286 @@
+"""Pretrained models and their exits on disk.
+
+The backbone stays a plain Hugging Face checkpoint. Beside it, or in a folder of their own that
+names the backbone and its hash, stand ``offramp.json`` (exit layers, kind of head, how they
+were trained, policy) and ``exits.safetensors`` (``exits.<layer>.norm.weight`` and so on).
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from offramp.data.hub import one_line
+from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from offramp.files import (
+    check_tensors,
+    file_sha256,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+)
+from offramp.models.exit_heads import ExitHeadKind, ExitHeads
+from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.sources import Source, find_checkpoint
+from offramp.version import __version__
+
+FORMAT = 1
+EXITS_JSON = "offramp.json"
+EXITS_FILE = "exits.safetensors"
+_TEXT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def from_pretrained(
+    id_or_dir: str | Path | nn.Module,
+    *,
+    exit_layers: Iterable[int] | None = None,
+    exit_head: ExitHeadKind | None = None,
+    base: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> HuggingFaceModel:
+    """Give exits to a decoder-only language model of ``transformers``, or load such a model.
+
+    ``id_or_dir`` is a checkpoint's folder, a name on the Hugging Face hub, ``smollm2-135m``
+    (extra ``demo``), a folder that ``save_exits`` wrote, or a model in memory.
+    ``exit_layers`` None puts exits at each quarter of the depth; ``exit_head`` None is
+    ``shared``; a folder with exits knows both. ``base`` says where the backbone of such a
+    folder is by now. ``dtype`` None keeps the checkpoint's. Returns the model in eval mode.
+
+    Raises CheckpointError for what is missing, damaged, changed or a pickle; ConfigError for
+    exits out of range; UnsupportedArchitectureError for what is no decoder-only language model.
+    """
+    if isinstance(id_or_dir, nn.Module):
+        model = _with_exits(id_or_dir, exit_layers, exit_head)
+        return model.to(device=device, dtype=dtype).eval()
+    folder = Path(id_or_dir).expanduser()
+    if not (folder / EXITS_JSON).is_file():
+        if base is not None:
+            raise ConfigError(f"base: expected with a folder of exits only, got {id_or_dir}")
+        source = find_checkpoint(id_or_dir)
+        model = _with_exits(_backbone(source, dtype), exit_layers, exit_head)
+        model.source = source
+        return model.to(device).eval()
+    if exit_layers is not None or exit_head is not None:
+        raise ConfigError(
+            f"exit_layers and exit_head: expected none, since {folder / EXITS_JSON} has them"
+        )
+    return _load_exits(folder, base, dtype).to(device).eval()
+
+
+def save_exits(
+    model: HuggingFaceModel,
+    folder: str | Path,
+    *,
+    trained: Mapping[str, Any] | None = None,
+    policy: Mapping[str, Any] | None = None,
+    backbone: bool | None = None,
+) -> None:
+    """Write ``exits.safetensors`` and ``offramp.json`` into a folder, which is made.
+
+    ``trained`` says how the exits were trained (None: they were not), ``policy`` how to use
+    them. ``backbone`` True also writes the backbone and its tokenizer there, as a plain
+    checkpoint; None does so unless the backbone is frozen. Otherwise ``offramp.json`` names the
+    checkpoint that the backbone came from, and its hash.
+    """
+    folder = Path(folder)
+    if backbone is None:
+        backbone = any(parameter.requires_grad for parameter in model.backbone.parameters())
+    if not backbone and model.source is None:
+        raise ConfigError(
+            "backbone: expected True, since the model does not come from a checkpoint"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+    if backbone:
+        source = model.source
+        save_backbone(model.backbone, folder, texts=None if source is None else source.folder)
+        model.source = Source(id=str(folder), folder=folder)
+    assert model.source is not None
+    heads = {f"exits.{name}": value for name, value in model.exits.state_dict().items()}
+    with replacing(folder / EXITS_FILE) as aside:
+        save_file({name: value.contiguous() for name, value in heads.items()}, aside)
+    content = {
+        "format": FORMAT,
+        "offramp_version": __version__,
+        "base": {"id": _name(model.source, folder), "sha256": model.source.sha256},
+        "model_type": model.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "exit_layers": list(model.exit_layers),
+        "exit_head": model.exit_head,
+        "exits_sha256": file_sha256(folder / EXITS_FILE),
+        "trained": None if trained is None else dict(trained),
+        "policy": None if policy is None else dict(policy),
+    }
+    write_json(folder / EXITS_JSON, content)
+
+
+def read_exits(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's ``offramp.json``."""
+    path = Path(folder) / EXITS_JSON
+    about = read_json(path)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise CheckpointError(f"{path}: expected exits of format {FORMAT}, got format {found!r}")
+    for name, kind in (("base", dict), ("exit_layers", list), ("exit_head", str)):
+        if not isinstance(about.get(name), kind):
+            raise CheckpointError(f"{path}: expected {name}, got {about.get(name)!r}")
+    return about
+
+
+def base_of(folder: str | Path, base: str | Path | None = None) -> Source:
+    """The checkpoint below a folder's exits; a CheckpointError if it is another by now."""
+    folder = Path(folder)
+    stored = read_exits(folder)["base"]
+    name = base if base is not None else stored.get("id")
+    if name == ".":
+        name = folder
+    try:
+        source = find_checkpoint(str(name))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: its exits stand on another model: {error}") from None
+    if source.sha256 != stored.get("sha256"):
+        raise CheckpointError(
+            f"{folder}: its exits were trained on {name} with sha256 {stored.get('sha256')}, "
+            f"but its sha256 is {source.sha256} by now"
+        )
+    return source
+
+
+def _load_exits(
+    folder: Path, base: str | Path | None, dtype: torch.dtype | None
+) -> HuggingFaceModel:
+    about = read_exits(folder)
+    source = base_of(folder, base)
+    own_dtype = getattr(torch, str(about.get("dtype")), None)
+    if not isinstance(own_dtype, torch.dtype):
+        raise CheckpointError(
+            f"{folder / EXITS_JSON}: expected a dtype, got {about.get('dtype')!r}"
+        )
+    backbone = _backbone(source, dtype or own_dtype)
+    model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
+    model.source = source
+    load_exits(model.exits, folder)
+    return model
+
+
+def load_exits(exits: ExitHeads, folder: str | Path) -> None:
+    """Give a model's exits the parameters in a folder's ``exits.safetensors``."""
+    folder = Path(folder)
+    about = read_exits(folder)
+    path = folder / EXITS_FILE
+    stored = read_tensors(path)
+    if file_sha256(path) != about.get("exits_sha256"):
+        raise CheckpointError(
+            f"{path}: expected the exits of {EXITS_JSON}, sha256 {about.get('exits_sha256')}, "
+            f"got {file_sha256(path)}"
+        )
+    own = {  # gates have names of their own
+        name.removeprefix("exits."): value
+        for name, value in stored.items()
+        if name.startswith("exits.")
+    }
+    try:
+        exits.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit {EXITS_JSON}: {one_line(error)}") from None
+    exits.trained = about.get("trained") is not None
+
+
+def _with_exits(
+    backbone: nn.Module, exit_layers: Iterable[int] | None, exit_head: ExitHeadKind | None
+) -> HuggingFaceModel:
+    with quiet():
+        return HuggingFaceModel(backbone, exit_layers=exit_layers, exit_head=exit_head or "shared")
+
+
+def _backbone(source: Source, dtype: torch.dtype | None) -> Any:
+    """The causal language model of a checkpoint, every weight of which was in it."""
+    library = transformers()
+    path = source.folder / "config.json"
+    if not isinstance(read_json(path), dict) or "model_type" not in read_json(path):
+        raise CheckpointError(f"{path}: expected the config of a model with a model_type")
+    if read_json(path)["model_type"] not in library.CONFIG_MAPPING:
+        raise UnsupportedArchitectureError(
+            f"{source.id}: expected a model_type of transformers {library.__version__}, got "
+            f"{read_json(path)['model_type']!r}; code that comes with a model is never run"
+        )
+    with quiet():
+        try:
+            config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        except Exception as error:  # the library has many kinds
+            raise CheckpointError(f"{path}: expected a config, got: {one_line(error)}") from None
+        encodes = getattr(config, "is_encoder_decoder", False)
+        if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UnsupportedArchitectureError(
+                f"{source.id}: expected a decoder-only (causal) language model, got "
+                f"{config.model_type}, {'an encoder and a decoder' if encodes else 'which is none'}"
+            )
+        for file in source.weights:
+            check_tensors(file)
+        try:
+            model, report = library.AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported and refused below, with their names
+            )
+        except Exception as error:
+            raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
+    for problem in ("missing_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, report[problem])):
+            raise CheckpointError(
+                f"{source.id}: the weights do not fit config.json: {problem.replace('_', ' ')} "
+                f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+            )
+    return model
+
+
+def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
+    """Write a model of ``transformers`` as a plain checkpoint into an existing folder, and the
+    tokenizer that lies in ``texts``. The folder may be the one that the model came from.
+    """
+    aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with quiet():
+            backbone.save_pretrained(aside)
+        if texts is not None and texts.resolve() != folder.resolve():
+            for kind in _TEXT_FILES:
+                for path in texts.glob(kind):
+                    shutil.copyfile(path, aside / path.name)
+        for path in sorted(aside.iterdir()):
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name(source: Source, folder: Path) -> str:
+    """How a folder's ``offramp.json`` names its backbone: ``.`` for the folder itself."""
+    if source.packaged is not None or not Path(source.id).expanduser().is_dir():
+        return source.id
+    path = source.folder.resolve()
+    return "." if path == folder.resolve() else str(path)

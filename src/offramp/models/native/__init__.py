@@ -1,0 +1,1 @@
+"""The native decoder, its checkpoints, and its fast steps for a few tokens."""

@@ -1,0 +1,81 @@
+"""A model folder: ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from offramp.errors import CheckpointError, ConfigError
+from offramp.files import read_json, read_tensors, replacing, write_json
+from offramp.models.native.decoder import DecoderConfig, Transformer
+
+FORMAT = 1
+_TIED = "lm_head.weight"
+
+
+def save_checkpoint(
+    model: Transformer, folder: Path, *, about: Mapping[str, Any], weights_about: Mapping[str, str]
+) -> None:
+    """Write ``model.safetensors``, then ``config.json``, into an existing folder.
+
+    ``about`` is stored in config.json beside the model's own config and must not change during
+    a run; ``weights_about`` (step, validation figure) travels inside the weights' header.
+    """
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state[_TIED]
+    with replacing(folder / "model.safetensors") as aside:
+        save_file(state, aside, metadata={"format": "pt", **weights_about})
+    config = {"format": FORMAT, "model": asdict(model.config), **about}
+    write_json(folder / "config.json", config)
+
+
+def load_checkpoint(
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+    """Load a model folder: the model in eval mode, and the content of its config.json."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a model folder, found none")
+    about = read_json(folder / "config.json")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected an offramp model of format {FORMAT}, "
+            f"got format {about.get('format') if isinstance(about, dict) else None!r}"
+        )
+    config = _config_of(about.get("model"), folder)
+    try:
+        model = Transformer(config)
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    state = read_tensors(folder / "model.safetensors")
+    if config.tie_word_embeddings:
+        state[_TIED] = state.get("model.embed_tokens.weight", torch.empty(0))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'}: the weights do not fit config.json: "
+            + " ".join(str(error).split())
+        ) from None
+    return model.to(device=device, dtype=dtype).eval(), about
+
+
+def weights_about(folder: Path) -> dict[str, str]:
+    """What ``save_checkpoint`` stored in the weights' header."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _config_of(stored: Any, folder: Path) -> DecoderConfig:
+    known = {field.name for field in fields(DecoderConfig)}
+    if not isinstance(stored, dict) or not {"vocab_size"} <= set(stored) <= known:
+        raise CheckpointError(f"{folder / 'config.json'}: expected a decoder config under 'model'")
+    try:
+        return DecoderConfig(**{**stored, "exit_layers": tuple(stored["exit_layers"])})
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None

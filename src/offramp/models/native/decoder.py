@@ -1,0 +1,297 @@
+"""The native decoder.
+
+Architecture: rotary positions (halves rotated, as Hugging Face does), RMSNorm, SwiGLU,
+grouped-query attention, no biases, no dropout. ``norm="pre"`` is Llama's order (and its
+parameter names); ``norm="post"`` normalises *after* each residual sum, with no final norm, as
+the seed document's models do. The LM head may be tied to the embedding, and exits may have
+norms and heads of their own (exit_heads.py).
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from offramp.errors import ConfigError
+from offramp.models.base import Step, states_at, whole_step
+from offramp.models.exit_heads import (
+    ExitAdapter,
+    ExitHead,
+    ExitHeads,
+    adapter_of,
+    has_lm_head,
+)
+from offramp.models.kv_cache import KVCache
+from offramp.models.native.blocks import (
+    BlockContext,
+    DecoderBlock,
+    DecoderConfig,
+    PostNormBlock,
+    PreNormBlock,
+)
+from offramp.models.native.fast.steps import FastSteps
+
+__all__ = ["DecoderConfig", "Transformer"]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, named as in Hugging Face's ``LlamaModel``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        block = PreNormBlock if config.norm == "pre" else PostNormBlock
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.norm: nn.Module = nn.Identity()
+        if config.norm == "pre":
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The native early-exit decoder; implements the waist (base.py).
+
+    Parameters are drawn as in the seed document: embedding normal with std 0.02, every linear
+    weight normal with std 1/sqrt(hidden_size), both truncated to [-2, 2].
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.exits = ExitHeads(num_layers=config.num_hidden_layers)
+        if config.exit_head != "shared":
+            for layer in config.exit_layers[:-1]:
+                self.exits[str(layer)] = _exit_head(config)
+        assert config.head_dim is not None
+        with torch.device("cpu"):  # real numbers, even where the parameters are on "meta"
+            places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
+            exponents = (torch.arange(0, config.head_dim, 2) / config.head_dim).double()
+        angles = torch.outer(places, config.rope_theta**-exponents)  # (P, Dh / 2)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
+        self._fast = FastSteps(
+            self.model.layers,
+            eps=config.rms_norm_eps,
+            head_dim=config.head_dim,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            post=config.norm == "post",
+        )
+        self.reset_parameters()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.config.hidden_size**-0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for head in self.exits.values():
+            if isinstance(adapter := getattr(head, "adapter", None), ExitAdapter):
+                adapter.add_nothing()
+
+    def start_exits(self) -> None:
+        """Let the exits say what the final norm and head would, whatever they said."""
+        for head in self.exits.values():
+            head.to_empty(device=self.device)
+            cast(ExitHead, head).start_from(self.model.norm, self.lm_head)
+
+    # The waist.
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks, L."""
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state, D."""
+        return self.config.hidden_size
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Where a policy may stop: ascending, the last one is ``num_layers``."""
+        return self.config.exit_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lm_head.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return self.config.max_position_embeddings
+
+    def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
+        """Token embeddings (positions are rotary, so the step is not needed)."""
+        return F.embedding(input_ids, self.model.embed_tokens.weight)
+
+    def run_layers(
+        self,
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        active: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        if self._is_fast(h, step):
+            return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
+        context = self._context(step, h.dtype)
+        for layer in range(start, stop):
+            h = self._block(layer)(h, layer, context, step, active)
+        return h
+
+    def fills_beside(self, tokens: int) -> bool:
+        """Whether ``run_layers`` makes the keys and values of tokens that are not active at no
+        cost, for so many tokens in all that are read with a cache and without gradients.
+        """
+        return self.device.type == "cpu" and self._fast.fills_beside(tokens)
+
+    def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
+        """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
+        assert step.cache is not None, "project_kv needs a cache"
+        if self._is_fast(h, step):
+            self._fast.project_kv(h, start, stop, step=step, **self._places(step))
+            return
+        context = self._context(step, h.dtype)
+        for layer in range(start, stop):
+            block = self._block(layer)
+            k, v = block.self_attn.keys_values(block.attention_input(h), context)
+            step.cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
+
+    def unembed(
+        self,
+        h: Float[Tensor, "B T D"],
+        exit_layer: int,
+        *,
+        vocab: Int[Tensor, " W"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
+        own = self.exits.at(exit_layer)
+        head = self.lm_head if own is None or own.lm_head is None else own.lm_head
+        norm = self.model.norm if own is None else own
+        if self._fast.fit(h):
+            return self._fast.logits(h, norm, head.weight, vocab)
+        return F.linear(norm(h), head.weight if vocab is None else head.weight[vocab])
+
+    def _is_fast(self, h: Tensor, step: Step) -> bool:
+        return step.cache is not None and step.real is None and self._fast.fit(h)
+
+    def _block(self, layer: int) -> DecoderBlock:
+        return cast(DecoderBlock, self.model.layers[layer])
+
+    def make_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for this model, of its dtype and on its device."""
+        weight = self.lm_head.weight
+        assert self.config.num_key_value_heads is not None
+        assert self.config.head_dim is not None
+        return KVCache(
+            num_layers=self.num_layers,
+            batch_size=batch_size,
+            num_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def compile_blocks(self) -> None:
+        """Compile each block where it stands; parameter names stay what they are."""
+        for block in self.model.layers:
+            block.compile()
+
+    # The seed document's names, as thin conveniences.
+
+    def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Logits of the full model."""
+        step = whole_step(input_ids)
+        h = self.run_layers(self.embed(input_ids, step=step), 0, self.num_layers, step=step)
+        return self.unembed(h, self.num_layers)
+
+    def forward_all_layers(self, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T V"]]:
+        """Logits of every layer, first to last."""
+        layers = range(1, self.num_layers + 1)
+        states = states_at(self, input_ids, layers, step=whole_step(input_ids))
+        return [self.unembed(h, layer) for layer, h in states]
+
+    def forward_train(
+        self, input_ids: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T V"]]:
+        """Shallow and deep logits: those of the first exit and those of the last layer."""
+        layers = {self.exit_layers[0], self.num_layers}
+        states = states_at(self, input_ids, layers, step=whole_step(input_ids))
+        logits = [self.unembed(h, layer) for layer, h in states]
+        return logits[0], logits[-1]
+
+    def _context(self, step: Step, dtype: torch.dtype) -> BlockContext:
+        context: BlockContext | None = step.memo.get((self, dtype))
+        if context is None:
+            context = step.memo[self, dtype] = self._new_context(step, dtype)
+        return context
+
+    def _end(self, step: Step) -> int:
+        """Keys stand at positions 0 .. end - 1."""
+        end: int | None = step.memo.get(self)
+        if end is None:
+            end = step.memo[self] = self._checked_end(step)
+        return end
+
+    def _places(self, step: Step) -> dict[str, Any]:
+        """What the fast path is told of the positions."""
+        return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
+
+    def _checked_end(self, step: Step) -> int:
+        if step.cache is None:
+            end = step.positions.shape[1]
+        else:
+            places = step.positions.flatten().tolist()
+            first, end = min(places), max(places) + 1
+            if first < 0:
+                raise ValueError(f"positions: expected at least 0, got {first}")
+        if end > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"sequence length: expected at most {self.config.max_position_embeddings} "
+                f"(max_position_embeddings), got {end}"
+            )
+        if step.cache is not None:
+            step.cache.require(end)
+        return end
+
+    def _new_context(self, step: Step, dtype: torch.dtype) -> BlockContext:
+        end = self._end(step)
+        cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
+        sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
+        return BlockContext(
+            positions=step.positions,
+            real=step.real,
+            cached=step.cache is not None,
+            cos=cos,
+            sin=sin,
+            end=end,
+        )
+
+
+def _exit_head(config: DecoderConfig) -> ExitHead:
+    def norm() -> nn.Module:
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    head = None
+    if has_lm_head(config.exit_head):
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    adapter = adapter_of(config.exit_head, config.hidden_size)
+    return ExitHead(norm=norm(), adapter=adapter, lm_head=head)

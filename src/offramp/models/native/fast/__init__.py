@@ -1,0 +1,1 @@
+"""Fast steps of the native decoder: compiled kernels, or PyTorch's products without them."""

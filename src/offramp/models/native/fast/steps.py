@@ -1,0 +1,292 @@
+"""The native decoder's blocks for steps of a few tokens with a cache, without gradients.
+
+The arithmetic is that of transformer.py; what differs is how long it takes. Queries, keys and
+values are one product, and so are gate and up; the products read the weights as fast as the
+memory gives them, by compiled kernels (kernels.py) or by the fastest form that PyTorch has
+(fast_linear.py); and what all blocks of a step share is computed once.
+"""
+
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from offramp.models.base import FEW_TOKENS, Step
+from offramp.models.exit_heads import ExitHead
+from offramp.models.native.fast import kernels
+from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
+from offramp.models.native.fast.tokens import Call, KernelCall, Tables
+from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
+
+
+class FastSteps:
+    """Runs blocks for a few tokens. It reads the blocks' own parameters and copies none."""
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        *,
+        eps: float,
+        head_dim: int,
+        kv_heads: int,
+        post: bool,
+    ) -> None:
+        self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
+        self.post = post
+        self._weights = BlockWeights(blocks, head_dim=head_dim, post=post)
+        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._size = sum(p.numel() for block in blocks for p in block.parameters())
+        self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps nothing of what was read of the parameters."""
+        return {**vars(self), "_vocabs": {}, "_tables": None}
+
+    @staticmethod
+    def fit(h: Tensor) -> bool:
+        """Whether these are few tokens, on a CPU and without gradients."""
+        return (
+            h.shape[0] * h.shape[1] <= FEW_TOKENS
+            and h.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
+
+    def run(
+        self,
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        end: int,
+        tables: Tables,
+        active: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1, which ``tables`` cover.
+
+        Tokens not ``active`` keep their state; their keys and values come of the product that
+        gives those of the others, so that they cost no weight of their own.
+        """
+        x = h.reshape(-1, h.shape[-1])
+        if active is not None:
+            return self._run_some(x, start, stop, step, end, tables, active).view(h.shape)
+        call = self._call(h.shape[:2], h.dtype, step, end, tables)
+        if (whole := self._run_whole(call, x, start, stop)) is not None:
+            return whole.view(h.shape)
+        with native_bfloat16(x, x.shape[0]):
+            for layer in range(start, stop):  # rounded at each: one may stop between two
+                x = self._block(x.to(call.dtype), layer, self._weights.of(layer), call).to(h.dtype)
+        call.note_lengths(start, stop)
+        return x.view(h.shape)
+
+    def _run_whole(
+        self, call: Call, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
+    ) -> Float[Tensor, "N D"] | None:
+        """All blocks in one call of the kernels, if they can; see ``CachedTokens.blocks``."""
+        if not isinstance(call, KernelCall):
+            return None
+        weights = self._weights.addresses(call.cache.keys.dtype)
+        if weights is None:
+            return None
+        return call.blocks(x, weights, self.shape, start, stop, kept=kept).to(x.dtype)
+
+    def fills_beside(self, tokens: int) -> bool:
+        """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
+        so many tokens in all.
+        """
+        return tokens <= FEW_TOKENS and self._weights.dtype is not None
+
+    def _run_some(
+        self,
+        x: Float[Tensor, "N D"],
+        start: int,
+        stop: int,
+        step: Step,
+        end: int,
+        tables: Tables,
+        active: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "N D"]:
+        """``run`` for the ``active`` tokens; of the others only keys and values are written."""
+        running = active.flatten().tolist()
+        kept = running.count(False)
+        h = x.view(*active.shape, -1)
+        if kept == 0:
+            return self.run(h, start, stop, step=step, end=end, tables=tables).view(x.shape)
+        if kept == len(running):
+            self.project_kv(h, start, stop, step=step, end=end, tables=tables)
+            return x
+        if not any(running[:kept]):
+            call = self._call(active.shape, x.dtype, step, end, tables)
+            if (whole := self._run_whole(call, x, start, stop, kept=kept)) is not None:
+                return whole
+        places = step.positions.expand(active.shape).flatten()
+        rows = torch.arange(active.shape[0]) if step.rows is None else step.rows
+        rows = rows[:, None].expand(active.shape).flatten()
+
+        def at(part: Tensor) -> dict[str, Any]:
+            step_there = Step(positions=places[part, None], cache=step.cache, rows=rows[part])
+            return {"step": step_there, "end": int(places[part].max()) + 1, "tables": tables}
+
+        owed, going = (part.flatten().nonzero()[:, 0] for part in (~active, active))
+        self.project_kv(x[owed, None], start, stop, **at(owed))
+        out = self.run(x[going, None], start, stop, **at(going))
+        return x.index_copy(0, going, out[:, 0])
+
+    def project_kv(
+        self,
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        end: int,
+        tables: Tables,
+    ) -> None:
+        """Write only the keys and values of blocks start+1 .. stop."""
+        call = self._call(h.shape[:2], h.dtype, step, end, tables)
+        x = h.reshape(-1, h.shape[-1])
+        with native_bfloat16(x, x.shape[0]):
+            x = x.to(call.dtype)
+            for layer in range(start, stop):
+                of = self._weights.of(layer)
+                norm = None if self.post else of.norms[0]
+                call.store(self._linear(x, of.kv, norm=norm), layer)
+        call.note_lengths(start, stop)
+
+    def logits(
+        self,
+        h: Float[Tensor, "B T D"],
+        norm: nn.Module | ExitHead,
+        weight: Float[Tensor, "V D"],
+        vocab: Int[Tensor, " W"] | None,
+    ) -> Float[Tensor, "B T _"]:
+        """Logits of a few tokens by a norm, or an exit's own, and a head's weight.
+
+        ``vocab`` None: of all tokens.
+        """
+        x = h.reshape(-1, h.shape[-1])
+        if vocab is not None:
+            weight = self._rows(weight, vocab)
+        own = norm if isinstance(norm, ExitHead) else None
+        adapter = None if own is None else own.adapter
+        last = norm if own is None else own.norm
+        if adapter is None and isinstance(last, nn.RMSNorm) and self._compiled(weight):
+            eps = self.eps if last.eps is None else last.eps
+            logits = kernels.linear(x.float(), weight, norm=last.weight, eps=eps)
+            return logits.to(h.dtype).view(*h.shape[:2], -1)
+        with native_bfloat16(x, x.shape[0]):
+            x = self._normed(x, last).to(self._dtype(weight))
+            if adapter is not None:
+                direct = adapter.direct_proj
+                read = x if direct is None else self._linear(x, direct.weight, residual=x)
+                both = [
+                    self._linear(x, part.weight) for part in (adapter.gate_proj, adapter.up_proj)
+                ]
+                x = self._linear(
+                    torch.cat(both, 1), adapter.down_proj.weight, gated=True, residual=read
+                )
+            logits = self._linear(x, weight)
+        return logits.to(h.dtype).view(*h.shape[:2], -1)
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        norm: Tensor | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """f(x) weight^T + residual, (N, I) -> (N, O): see ``kernels.linear``."""
+        if self._compiled(weight):
+            return kernels.linear(
+                x, weight, norm=norm, eps=self.eps, gated=gated, residual=residual
+            )
+        if norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], norm, self.eps)
+        elif gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        pay = few_columns_pay(weight, self._size * weight.element_size())
+        out = fast_linear(x, weight, few_columns=pay)
+        return out if residual is None else residual + out
+
+    def _compiled(self, weight: Tensor) -> bool:
+        return kernels.kernels_fit(weight, self.head_dim)
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        """What states are computed in."""
+        return torch.float32 if self._compiled(weight) else weight.dtype
+
+    def _call(
+        self, shape: torch.Size, dtype: torch.dtype, step: Step, end: int, tables: Tables
+    ) -> Call:
+        key = self, shape, dtype
+        call: Call | None = step.memo.get(key)
+        if call is None:
+            assert step.cache is not None
+            weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
+            about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
+            if self._compiled(weight) and step.cache.keys.dtype in kernels.DTYPES:
+                call = KernelCall(
+                    step, shape, tables=self._wide(tables), dtype=torch.float32, **about
+                )
+            else:
+                call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
+            step.memo[key] = call
+        return call
+
+    def _wide(self, tables: Tables) -> Tables:
+        """The tables in float32, kept for the next token."""
+        if tables[0].dtype == torch.float32:
+            return tables
+        kept = self._tables
+        if kept is None or kept[0] is not tables[0] or kept[1] is not tables[1]:
+            cos, sin = (table.float() for table in tables)
+            kept = self._tables = (*tables, cos, sin)
+        return kept[2], kept[3]
+
+    def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
+        """``weight[vocab]``, kept for the next token."""
+        current = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        kept = self._vocabs.get(id(weight))
+        if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
+            return kept[3]
+        rows = weight[vocab]
+        self._vocabs[id(weight)] = weight, vocab, current, rows
+        return rows
+
+    def _block(self, x: Tensor, layer: int, of: WeightsOfBlock, call: Call) -> Tensor:
+        first, second = of.norms
+        qkv = self._linear(x, of.qkv, norm=None if self.post else first)
+        x = self._linear(call.attend(qkv, layer), of.out, residual=x)
+        if self.post:
+            x = self._normalised(x, first)
+            gate_up = self._linear(x, of.gate_up)
+            return self._normalised(self._linear(gate_up, of.down, gated=True, residual=x), second)
+        gate_up = self._linear(x, of.gate_up, norm=second)
+        return self._linear(gate_up, of.down, gated=True, residual=x)
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a final norm makes of states; post-norm models have none."""
+        if not isinstance(norm, nn.RMSNorm):
+            return cast(Tensor, norm(x))
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
+
+    @cached_property
+    def shape(self) -> kernels.BlockShape:
+        """What all blocks have in common."""
+        first: Any = self.blocks[0]
+        return kernels.BlockShape(
+            hidden=first.self_attn.q_proj.in_features,
+            heads=first.self_attn.q_proj.out_features // self.head_dim,
+            units=first.mlp.gate_proj.out_features,
+            eps=self.eps,
+            post=self.post,
+        )

@@ -1,0 +1,167 @@
+"""What the blocks of one call for a few tokens share: see fast_step.py."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from offramp.models.base import Step
+from offramp.models.kv_cache import KVCache
+from offramp.models.native.fast import kernels
+
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
+
+
+def _span(rows: Int[Tensor, " B"]) -> tuple[int, int]:
+    """The first of them, and one more than the last."""
+    numbers = rows.tolist()
+    return min(numbers), max(numbers) + 1
+
+
+class Call:
+    """What the blocks of one call share."""
+
+    def __init__(
+        self,
+        step: Step,
+        shape: torch.Size,
+        *,
+        end: int,
+        tables: Tables,
+        dtype: torch.dtype,
+        head_dim: int,
+        kv_heads: int,
+    ) -> None:
+        assert step.cache is not None
+        self.cache: KVCache = step.cache
+        self.end, self.dtype = end, dtype
+        self.batch, self.tokens = shape
+        self.head_dim, self.kv_heads = head_dim, kv_heads
+        whole = step.positions.shape == shape
+        self.slots = step.positions if whole else step.positions.expand(*shape)  # (B, T)
+        self.chosen = step.rows
+        least, most = (0, self.batch) if step.rows is None else _span(step.rows)
+        held = self.cache.keys.shape[1]
+        if least < 0 or most > held:
+            raise ValueError(f"the cache holds {held} rows, got {least if least < 0 else most}")
+        self.one = self.batch == 1 and step.rows is None
+        self.tables = tables
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " B"]:
+        """Of the cache, one for each row of the call."""
+        return torch.arange(self.batch) if self.chosen is None else self.chosen
+
+    @cached_property
+    def turns(self) -> Tables:
+        """Cosines and sines of the tokens, (N, 1, Dh)."""
+        flat = self.slots.reshape(-1)
+        cos, sin = (table[flat][:, None].to(self.dtype) for table in self.tables)
+        return cos, sin
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Attention without its last product; writes the keys and values."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
+        groups = heads.shape[1] // self.kv_heads - 2
+        turned = self._turned(heads[:, : -self.kv_heads])
+        q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
+        keys, values = self._store(layer, k, heads[:, -self.kv_heads :])
+        q = q.view(self.batch, self.tokens, self.kv_heads, groups, self.head_dim)
+        q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
+        out = out.view(self.batch, self.kv_heads, groups, self.tokens, self.head_dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        k, v = kv.view(kv.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
+        self._store(layer, self._turned(k), v)
+
+    def _turned(self, heads: Float[Tensor, "N H Dh"]) -> Float[Tensor, "N H Dh"]:
+        half = self.head_dim // 2
+        swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+        cos, sin = self.turns
+        return torch.addcmul(heads * cos, swapped, sin)
+
+    def _mask(self, groups: int) -> Tensor | None:
+        if self.batch * self.tokens == 1:
+            return None
+        if self._added is None:
+            seen = torch.arange(self.end) <= self.slots[..., None]  # (B, T, S)
+            added = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+            self._added = added.repeat(1, groups, 1)[:, None]  # (B, 1, G T, S)
+        return self._added
+
+    _added: Tensor | None = None
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (N, H_kv, Dh) of each; returns (B, H_kv, S, Dh), all that the tokens may see."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.one:
+            for store, new in ((keys[0], k), (values[0], v)):
+                store.index_copy_(1, self.slots[0], new.transpose(0, 1))
+        else:
+            at = (self.rows[:, None], slice(None), self.slots)
+            shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
+            keys[at], values[at] = k.reshape(shape), v.reshape(shape)
+            if self.chosen is not None:
+                keys, values = keys[self.rows], values[self.rows]
+        return keys[:, :, : self.end], values[:, :, : self.end]
+
+    def note_lengths(self, start: int, stop: int) -> None:
+        """The cache holds these positions now."""
+        lengths = self.cache.lengths[start:stop]
+        if self.one:
+            lengths.clamp_(min=self.end)
+        else:
+            ends = (self.slots.amax(dim=1) + 1).expand(len(lengths), -1)
+            lengths.scatter_reduce_(1, self.rows.expand(len(lengths), -1), ends, "amax")
+
+
+class KernelCall(Call):
+    """The same by the compiled kernels, which can also run blocks whole."""
+
+    @cached_property
+    def _at(self) -> kernels.CachedTokens:
+        if self.one:
+            rows = self._cache.first_row[: self.tokens]
+        else:
+            rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
+        slots = self.slots.reshape(-1).contiguous()
+        return kernels.CachedTokens(self._cache, slots=slots, rows=rows.contiguous())
+
+    @property
+    def _cache(self) -> kernels.KernelCache:
+        """The cache as the kernels read it: the same for every token, while its tensors are."""
+        tensors = (self.cache.keys, self.cache.values, self.cache.lengths, *self.tables)
+        kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
+        if kept is None or not kept.holds(tensors):
+            kept = self.cache.memo[kernels.KernelCache] = kernels.KernelCache(*tensors)
+        return kept
+
+    def blocks(
+        self,
+        x: Float[Tensor, "N D"],
+        weights: Int[Tensor, "L 6"],
+        shape: kernels.BlockShape,
+        start: int,
+        stop: int,
+        *,
+        kept: int,
+    ) -> Float[Tensor, "N D"]:
+        """Blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
+        return self._at.blocks(x, weights, shape, start, stop, kept=kept)
+
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+        """Attention without its last product; writes the keys and values."""
+        return self._at.attend(qkv, layer)
+
+    def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
+        """Write keys and values alone."""
+        self.attend(kv, layer)
+
+    def note_lengths(self, start: int, stop: int) -> None:
+        """The kernels did."""

@@ -1,0 +1,150 @@
+"""Llama-family checkpoints in the native decoder and back; parameters have the same names."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.errors import CheckpointError, UnsupportedArchitectureError
+from offramp.files import read_json, read_tensors
+from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.sources import find_checkpoint
+
+FAMILIES = ("llama", "mistral")
+_MISTRAL_WINDOW = 4096  # of files that do not say
+
+
+def load_native(
+    id_or_dir: str | Path,
+    *,
+    exit_layers: Iterable[int] = (),
+    exit_head: ExitHeadKind = "shared",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """Load a Llama-family checkpoint (Llama, SmolLM2, Mistral, ...) into the native decoder.
+
+    ``dtype`` None keeps the file's. The exits begin as the final norm and head. Returns the
+    model in eval mode.
+
+    Raises UnsupportedArchitectureError naming the field that the native decoder cannot have,
+    CheckpointError for missing or damaged files, ConfigError for exits out of range.
+    """
+    source = find_checkpoint(id_or_dir)
+    path = source.folder / "config.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path}: expected the config of a model")
+    config = decoder_config(stored, exit_layers=exit_layers, exit_head=exit_head)
+    state: dict[str, torch.Tensor] = {}
+    for file in source.weights:
+        state |= read_tensors(file)
+    with torch.device("meta"):  # nothing is drawn at random
+        model = Transformer(config)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state = {name: value for name, value in state.items() if not name.endswith("inv_freq")}
+    try:
+        fits = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source.id}: the weights do not fit config.json: {' '.join(str(error).split())}"
+        ) from None
+    missing = [name for name in fits.missing_keys if not name.startswith("exits.")]
+    for names, what in ((missing, "lack"), (fits.unexpected_keys, "have a strange")):
+        if names:
+            raise CheckpointError(
+                f"{source.id}: the weights do not fit config.json: they {what} {names[0]}"
+            )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.start_exits()
+    model.exits.to(model.lm_head.weight.dtype)
+    model.exits.trained = False
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def decoder_config(
+    stored: Mapping[str, Any], *, exit_layers: Iterable[int], exit_head: ExitHeadKind
+) -> DecoderConfig:
+    """The native decoder's config for the content of a Llama-family ``config.json``."""
+    family = stored.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedArchitectureError(
+            f"model_type: the native decoder takes {' and '.join(FAMILIES)}, got {family!r}; "
+            "offramp.from_pretrained takes any causal language model"
+        )
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    longest = stored.get("max_position_embeddings", 2048 if family == "llama" else 131072)
+    window = stored.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None
+    plain = {
+        "hidden_act": (stored.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(stored.get("attention_bias")), False),
+        "mlp_bias": (bool(stored.get("mlp_bias")), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "sliding_window": (None if window is None or window >= longest else window, None),
+    }
+    for name, (got, expected) in plain.items():
+        if got != expected:
+            raise UnsupportedArchitectureError(
+                f"{name}: the native decoder has {expected!r} only, got {got!r}; "
+                "offramp.from_pretrained takes any causal language model"
+            )
+    try:
+        return DecoderConfig(
+            vocab_size=stored["vocab_size"],
+            hidden_size=stored["hidden_size"],
+            num_hidden_layers=stored["num_hidden_layers"],
+            num_attention_heads=stored["num_attention_heads"],
+            num_key_value_heads=stored.get("num_key_value_heads"),
+            head_dim=stored.get("head_dim"),
+            intermediate_size=stored["intermediate_size"],
+            exit_layers=tuple(exit_layers),
+            exit_head=exit_head,
+            tie_word_embeddings=bool(stored.get("tie_word_embeddings")),
+            max_position_embeddings=longest,
+            rms_norm_eps=stored.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", stored.get("rope_theta", 10_000.0))),
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json: expected the config of a model: {error}") from None
+
+
+def to_transformers(model: Transformer) -> Any:
+    """The ``LlamaForCausalLM`` that says what a native model's last layer says.
+
+    It shares the parameters. Raises UnsupportedArchitectureError for a post-norm model, which
+    ``transformers`` does not have.
+    """
+    config = model.config
+    if config.norm != "pre":
+        raise UnsupportedArchitectureError(
+            "norm: expected a pre-norm model, as Llama is, got a post-norm one, which no plain "
+            "Hugging Face checkpoint can hold"
+        )
+    library = transformers()
+    llama = library.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        plain = library.AutoModelForCausalLM.from_config(llama, dtype=model.lm_head.weight.dtype)
+    state = {name: value for name, value in model.state_dict().items() if name[:6] != "exits."}
+    plain.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        plain.tie_weights()
+    return plain.to(model.device).eval()

@@ -1,0 +1,1 @@
+"""Studies of many models: runs, statistics, the seed document's tables, comparisons."""

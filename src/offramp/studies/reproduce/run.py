@@ -1,0 +1,105 @@
+"""One training run of the reproduction, and what is kept of it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offramp.data import Corpus, batches, character_tokenizer, count_unknown, encode
+from offramp.errors import CorpusError
+from offramp.evaluation.trace import ExitTrace, collect_trace
+from offramp.files import read_json, write_json
+from offramp.models.native.decoder import DecoderConfig
+from offramp.training import Progress, TrainConfig, Validation, new_model, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRun:
+    """One model to train. ``model.vocab_size`` is set from the corpus."""
+
+    name: str
+    "Its folder."
+    corpus: Corpus
+    model: DecoderConfig
+    training: TrainConfig
+    device: str = "cpu"
+
+    def work(
+        self,
+        folder: Path,
+        *,
+        on_step: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> bool:
+        """Train; keep ``run.json`` and the traces of the best and the last parameters."""
+        tokenizer = character_tokenizer(self.corpus.train)
+        train_ids = encode(tokenizer, self.corpus.train)
+        window, batch = self.training.seq_len, self.training.batch_size
+        validation_ids = encode(tokenizer, self.corpus.validation)
+        whole = (len(validation_ids) - 1) // (window * batch) * window * batch
+        if whole < 1:
+            raise CorpusError(
+                f"{self.corpus.name}: expected at least {window * batch + 1} validation "
+                f"characters, got {len(validation_ids)}"
+            )
+        validation_ids = validation_ids[: whole + 1]  # whole batches only: the seed's protocol
+        config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
+        model = new_model(config, seed=self.training.seed).to(self.device)
+
+        best_state: dict[str, Tensor] = {}
+
+        def on_validation(validation: Validation) -> None:
+            if validation.is_best:
+                best_state.update(
+                    {name: value.clone() for name, value in model.state_dict().items()}
+                )
+
+        result = train(
+            model,
+            train_ids,
+            validation_ids,
+            self.training,
+            on_step=on_step,
+            on_validation=on_validation,
+            should_stop=should_stop,
+        )
+        if not result.finished:
+            return False
+        layers = range(1, model.num_layers + 1)
+        windows = list(batches(validation_ids, seq_len=window, batch_size=batch))
+        collect_trace(model, windows, layers=layers).save(folder / "last.npz")
+        model.load_state_dict(best_state)
+        collect_trace(model, windows, layers=layers).save(folder / "best.npz")
+        about = {
+            "name": self.name,
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+            "model": asdict(config),
+            "training": asdict(self.training),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "train_tokens": len(train_ids),
+            "validation_tokens": len(validation_ids),
+            "unknown_tokens": count_unknown(tokenizer, validation_ids),
+            "validations": [asdict(validation) for validation in result.validations],
+        }
+        write_json(folder / "run.json", about)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left in its folder."""
+
+    about: dict[str, Any]
+    best: ExitTrace
+    last: ExitTrace
+
+
+def load_run(folder: Path) -> RunResult:
+    """Read what ``SeedRun.work`` left in its folder."""
+    return RunResult(
+        about=read_json(folder / "run.json"),
+        best=ExitTrace.load(folder / "best.npz"),
+        last=ExitTrace.load(folder / "last.npz"),
+    )

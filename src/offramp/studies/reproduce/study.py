@@ -1,0 +1,250 @@
+"""``offramp reproduce``: every figure of the seed document beside what this machine measures.
+
+Each method is trained with each seed under the protocol behind the published figures; the
+traces of its best and last epoch's parameters on the validation text are kept, and every table,
+finding and explanation is array work on those (tables.py is the tables, claims.py the findings).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from offramp.data import Corpus, load_corpus
+from offramp.environment import environment
+from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.files import claim_marked, read_json, replacing, write_json
+from offramp.models.native.decoder import DecoderConfig
+from offramp.report import html, plots
+from offramp.report import tables as report_tables
+from offramp.studies.reproduce import claims, tables
+from offramp.studies.reproduce.methods import METHODS, Method, Study, load_study
+from offramp.studies.reproduce.published import THRESHOLD
+from offramp.studies.reproduce.run import SeedRun
+from offramp.studies.runs import RunProgress, run_all
+from offramp.training import TrainConfig
+from offramp.version import __version__
+
+TRAIN_CHARACTERS = 100_000
+VALIDATION_CHARACTERS = 10_000
+SEEDS = {"pangram": 5}
+TEXT_SEEDS = 3
+TEXT_EPOCHS = 2
+PANGRAM_EPOCHS = 50  # early stopping ends a run long before
+QUICK_SEEDS = 2
+MARKER = "unfinished.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """What ``offramp reproduce`` is asked for."""
+
+    corpus: str | None = None
+    "pangram, python-docs, or a text file or folder; without it pangram, then python-docs."
+    seeds: int | None = None
+    "Seeds a method (default: 5 on the pangram, 3 on text)."
+    quick: bool = False
+    "The pangram only, with 2 seeds: the same protocol in about a minute."
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise ConfigError(f"seeds: expected at least 1, got {self.seeds}")
+
+    def plan(self) -> list[tuple[str, int]]:
+        """(corpus, number of seeds) in the order in which they run."""
+        default = ["pangram"] if self.quick else ["pangram", "python-docs"]
+        names = default if self.corpus is None else [self.corpus]
+        usual = QUICK_SEEDS if self.quick else None
+        return [(name, self.seeds or usual or SEEDS.get(name, TEXT_SEEDS)) for name in names]
+
+
+def cut(corpus: Corpus) -> Corpus:
+    """The first 100,000 characters of the training text and 10,000 of the validation text."""
+    lengths = (
+        f"of these the first {min(TRAIN_CHARACTERS, len(corpus.train)):,} and "
+        f"{min(VALIDATION_CHARACTERS, len(corpus.validation)):,} characters"
+    )
+    return replace(
+        corpus,
+        train=corpus.train[:TRAIN_CHARACTERS],
+        validation=corpus.validation[:VALIDATION_CHARACTERS],
+        split=corpus.split if corpus.name == "pangram" else f"{corpus.split}; {lengths}",
+    )
+
+
+def seed_model(method: Method) -> DecoderConfig:
+    """The seed document's model; the vocabulary is the corpus's."""
+    return DecoderConfig(
+        vocab_size=1,
+        hidden_size=64,
+        num_hidden_layers=method.num_layers,
+        num_attention_heads=4,
+        intermediate_size=256,
+        exit_layers=(1,),
+        norm="post",
+        max_position_embeddings=64,
+    )
+
+
+def seed_training(method: Method, *, seed: int, epochs: int) -> TrainConfig:
+    """The seed document's training: batches in order, stopped at the first worse epoch."""
+    return TrainConfig(
+        loss_weights=method.loss_weights,
+        epochs=epochs,
+        seq_len=64,
+        batch_size=32,
+        lr=1e-3,
+        grad_clip=1.0,
+        patience=0,
+        select_at=THRESHOLD if method.routed else None,
+        shuffle=False,
+        seed=seed,
+    )
+
+
+def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
+    """Every method with every seed, seed by seed, so that a study cut short has whole seeds."""
+    epochs = PANGRAM_EPOCHS if corpus.name == "pangram" else TEXT_EPOCHS
+    return [
+        SeedRun(
+            name=f"{method.key}-seed{seed}",
+            corpus=corpus,
+            model=seed_model(method),
+            training=seed_training(method, seed=seed, epochs=epochs),
+            device=device,
+        )
+        for seed in range(seeds)
+        for method in METHODS.values()
+    ]
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """What is told as a reproduction goes on."""
+
+    def on_corpus(self, name: str, total: int) -> None:
+        """A corpus begins; it has so many runs."""
+
+    def on_progress(self, progress: RunProgress) -> None:
+        """A run goes on."""
+
+    def on_done(self, name: str) -> None:
+        """A run is finished."""
+
+
+def reproduce(
+    config: ReproduceConfig,
+    out: Path,
+    *,
+    command: str,
+    watcher: Watcher,
+    jobs: int,
+    threads: int = 1,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train, measure and report; returns the content of ``results.json``.
+
+    ``out`` gets the runs, results.json, tables.md and report.html; the last three are written
+    anew after each corpus, and once more for the whole seeds if the study is interrupted.
+    """
+    start = time.monotonic()
+    corpora = [(cut(load_corpus(name)), seeds) for name, seeds in config.plan()]
+    planned = [(corpus, plan_runs(corpus, seeds, device=device)) for corpus, seeds in corpora]
+    for corpus, runs in planned:
+        check_lengths(corpus, runs[0].training)
+    go_on_or_claim(out, config, corpora)
+    results: dict[str, Any] = {
+        "offramp_version": __version__,
+        "command": command,
+        "corpora": {},
+        "environment": {**environment(device), "processes": jobs, "threads": threads},
+    }
+
+    def report(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> None:
+        results["corpora"][corpus.name] = summarise(load_study(corpus, folder, seeds))
+        results["seconds"] = round(time.monotonic() - start, 1)
+        write_results(results, out)
+
+    for corpus, runs in planned:
+        folder = out / "runs" / Path(corpus.name).name
+        watcher.on_corpus(corpus.name, len(runs))
+        try:
+            run_all(
+                runs,
+                folder,
+                jobs=jobs,
+                threads=threads,
+                on_progress=watcher.on_progress,
+                on_done=watcher.on_done,
+            )
+        except KeyboardInterrupt:
+            if whole := whole_seeds(runs, folder):
+                report(corpus, folder, whole)
+            raise
+        report(corpus, folder, range(len(runs) // len(METHODS)))
+    (out / MARKER).unlink()
+    return results
+
+
+def check_lengths(corpus: Corpus, training: TrainConfig) -> None:
+    """Refuse a corpus that has not one batch to train on and one to validate on."""
+    needed = training.seq_len * training.batch_size + 1
+    for part, text in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(text) < needed:
+            raise CorpusError(
+                f"{corpus.name}: expected at least {needed} {part} characters "
+                f"(one batch of {training.batch_size} x {training.seq_len}), got {len(text)}"
+            )
+
+
+def go_on_or_claim(
+    out: Path, config: ReproduceConfig, corpora: Sequence[tuple[Corpus, int]]
+) -> None:
+    """Make ``out``, or go on with one that an interrupted run of the same settings left."""
+    marker = out / MARKER
+    mine = {
+        "unfinished": asdict(config),
+        "corpora": {corpus.name: [corpus.sha256, seeds] for corpus, seeds in corpora},
+        "offramp_version": __version__,
+    }
+    if not marker.exists():
+        claim_marked(marker, mine)
+    elif read_json(marker) != mine:
+        raise CheckpointError(
+            f"{out}: holds an unfinished run with other settings; give that run's own flags to "
+            "go on with it, or choose another --out"
+        )
+
+
+def whole_seeds(runs: Sequence[SeedRun], folder: Path) -> list[int]:
+    """The seeds with which every method is done."""
+    missing = {run.training.seed for run in runs if not (folder / run.name).exists()}
+    return sorted({run.training.seed for run in runs} - missing)
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Everything that results.json says about one corpus."""
+    found = claims.findings(study)
+    return {
+        "sha256": study.corpus.sha256,
+        "protocol": tables.protocol(study),
+        "tables": tables.all_tables(study),
+        "findings": found,
+        "explanations": claims.explanations(study),
+        "curves": tables.curves(study),
+        "exit_ppl": tables.exit_ppl(study),
+        "passages": tables.passages(study),
+        "notes": tables.notes(study),
+    }
+
+
+def write_results(results: dict[str, Any], out: Path) -> None:
+    """results.json, tables.md, the main plots and report.html, each whole or not at all."""
+    write_json(out / "results.json", results)
+    with replacing(out / "tables.md") as aside:
+        aside.write_text(report_tables.markdown(results), encoding="utf-8")
+    for name, corpus in results["corpora"].items():
+        with replacing(out / f"frontier-{Path(name).name}.png") as aside:
+            plots.save_png(plots.frontier(corpus), aside)
+    html.write_report(results, out / "report.html")

@@ -1,0 +1,64 @@
+"""A plain checkpoint of a native model's first layers says what its exit says."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from offramp.commands.export import as_huggingface, export_exit
+from offramp.errors import ConfigError, UnsupportedArchitectureError
+from offramp.models.base import whole_step
+from offramp.models.native.checkpoint import save_checkpoint
+
+
+def saved(model, folder):
+    folder.mkdir()
+    save_checkpoint(model, folder, about={}, weights_about={})
+    return folder
+
+
+@pytest.mark.parametrize("exit_head", ["shared", "norm", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("exit_layer", [2, 3])
+def test_a_native_exit_becomes_a_plain_checkpoint(
+    make_model, make_ids, tmp_path, exit_head, tied, exit_layer
+):
+    model = make_model(
+        dtype=torch.float32,
+        exit_layers=(2,),
+        exit_head=exit_head,
+        tie_word_embeddings=tied,
+        num_key_value_heads=2,
+        rope_theta=500.0,
+    )
+    export_exit(saved(model, tmp_path / "model"), exit_layer, tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.num_hidden_layers == exit_layer
+    ids = make_ids(2, 7)
+    assert_close(plain(ids).logits, model.forward_all_layers(ids)[exit_layer - 1])
+
+
+def test_every_exit_is_the_same_behind_transformers(make_model, make_ids):
+    model = make_model(dtype=torch.float32, exit_layers=(1, 2), exit_head="adapter")
+    model.exits["1"].adapter.direct_proj.weight.data.normal_(std=0.1)
+    ids = make_ids(2, 5)
+    other = as_huggingface(model)
+    for layer in (1, 2, 3):
+        h = other.embed(ids, step=(step := whole_step(ids)))
+        logits = other.unembed(other.run_layers(h, 0, layer, step=step), layer)
+        assert_close(logits, model.forward_all_layers(ids)[layer - 1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"norm": "post"}, UnsupportedArchitectureError, "pre-norm"),
+        ({"exit_head": "adapter"}, ConfigError, "adapter"),
+    ],
+)
+def test_what_no_plain_checkpoint_can_hold_is_refused(make_model, tmp_path, fields, error, message):
+    model = make_model(dtype=torch.float32, exit_layers=(2,), **fields)
+    folder = saved(model, tmp_path / "model")
+    with pytest.raises(error, match=message):
+        export_exit(folder, 2, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()

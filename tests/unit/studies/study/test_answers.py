@@ -1,0 +1,151 @@
+"""What a study says in words is what its figures say."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from offramp.studies.study import STUDIES, Recipe
+from offramp.studies.study.answers import answers
+from offramp.studies.study.findings import seed_findings
+
+
+def row(label, against_half_percent, *, final=1.0, standard=1.0, static=1.0):
+    """PPL in percent of alpha 0.7's, three seeds with a little spread."""
+
+    def ratio(mean):
+        return {"values": [mean * factor for factor in (0.999, 1.0, 1.001)]}
+
+    return {
+        "label": label,
+        "to_baseline": ratio(against_half_percent),
+        "final_to_baseline": ratio(final),
+        "ratio_to_standard_at": {"65": ratio(standard)},
+        "ratio_to_static_at": {"65": ratio(static)},
+    }
+
+
+def sentences(**changed):
+    figures = {"alpha 0.3": 1.05, "alpha 0.5": 1.04, "alpha 0.7, middle 1": 1.4, **changed}
+    rows = [row("alpha 0.7", 1.0, standard=0.66, static=0.9)]
+    rows += [row(label, ratio, final=1.2) for label, ratio in figures.items()]
+    return seed_findings(rows, 65)
+
+
+def test_findings_that_are_true_hold():
+    said = sentences()
+    assert len(said) == 6
+    assert all(": holds here at 65% of FLOPs" in sentence for sentence in said[:5])
+    assert ": holds here (the last layer" in said[5]  # it is not about routing
+    assert "PPL -34.0% against the standard model" in said[1]
+    assert "with it PPL +40.0%" in said[4]
+    assert "+20.0% with it" in said[5]
+
+
+def test_findings_that_are_false_do_not_hold():
+    said = sentences(**{"alpha 0.5": 0.9, "alpha 0.7, middle 1": 0.95})
+    assert [": does not hold" in sentence for sentence in said] == [1, 0, 1, 1, 1, 0]
+    assert "strongest rival, alpha 0.5" in said[0]
+
+
+def test_what_spread_hides_is_undecided():
+    rows = [row("alpha 0.7", 1.0), *(row(label, 1.0) for label in ("alpha 0.3", "alpha 0.5"))]
+    rows.append(row("alpha 0.7, middle 1", 1.0))
+    assert all(": undecided here" in sentence for sentence in seed_findings(rows, 65))
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_what_could_not_be_measured_is_not_a_verdict(missing):
+    rows = [row("alpha 0.7", 1.0), *(row(label, 1.1) for label in ("alpha 0.3", "alpha 0.5"))]
+    rows.append(row("alpha 0.7, middle 1", 1.1))
+    rows[0]["ratio_to_standard_at"]["65"]["values"] = [missing] * 3
+    assert ": undecided" in seed_findings(rows, 65)[1]
+
+
+LEVELS = {"alpha 0.1": 0.1, "alpha 0.5": 0.5, "alpha 0.9": 0.9}
+
+
+def study_row(label, final, at_65, *, exit=1.0, at_80=None, spread=0.001, base=None, seeds=3):
+    """PPLs of a recipe; those of the standard model are 1, those of ``base`` its baseline's."""
+    p = None if seeds == 1 else 0.01
+
+    def ratios(value):
+        values = [value * (1 + spread * (seed - 1)) for seed in range(seeds)]
+        return {"mean": value, "values": values, "std": None, "p_value": p}
+
+    def none():
+        return {"mean": None, "values": [None] * seeds, "std": None, "p_value": None}
+
+    at = {"50": none(), "65": none() if at_65 is None else ratios(at_65)}
+    at["80"] = at["65"] if at_80 is None else ratios(at_80)
+    return {
+        "label": label,
+        "confidence": "gain",
+        "missing_kv": "recompute",
+        "final_ppl": ratios(final),
+        "exit_ppl": {"2": ratios(exit), "6": ratios(final)},
+        "final_to_standard": ratios(final) | {"p_holm": p},
+        "final_to_baseline": ratios(final / (base or final)) | {"p_holm": p},
+        "to_baseline": at["65"] | {"p_holm": p},
+        "ppl_at": at,
+        "ratio_to_standard_at": at,
+        "ratio_to_static_at": at,
+    }
+
+
+def told(rows, **changed):
+    recipes = tuple(
+        Recipe(label=row["label"], level=LEVELS.get(row["label"]), tested=row["label"] != "shown")
+        for row in rows
+    )
+    study = replace(STUDIES["middle"], **{"recipes": recipes, "measures": ("gain",), **changed})
+    content = {"summary": rows, "compared_at": 65.0, "train_tokens": 4096}
+    return answers(study, content)
+
+
+def test_a_study_says_what_is_lower_higher_and_undecided():
+    rows = [
+        study_row("alpha 0.1", 1.0, 0.9, base=1.1, exit=1.0),
+        study_row("alpha 0.5", 1.1, 0.8, base=1.1, exit=0.97**4, spread=0.002),
+        study_row("alpha 0.9", 1.2, 0.8004, base=1.1, exit=0.97**8, spread=0.02),
+        study_row("shown", 9.0, 0.1, base=1.1),
+    ]
+    last, trend, final, routed, _, lowest, _ = told(rows, baseline="alpha 0.5", varies="alpha")
+    assert "After 4,096 training tokens" in last
+    assert "higher with alpha 0.1 (+0.0%, p = 0.010), alpha 0.5 (+10.0%, p = 0.010)" in last
+    assert "From 0.1 to 0.9 of alpha, each 0.1 more makes the last layer's PPL 2.3% higher" in trend
+    assert "the exit's 3.0% lower (p = 0.0" in trend
+    assert "the routed one at 65% of FLOPs, leaving by gain, 1.5% lower" in trend
+    assert "Against alpha 0.5, the last layer's PPL is lower with alpha 0.1 (-9.1%" in final
+    assert "; higher with alpha 0.9 (+9.1%" in final
+    assert "the routed PPL is higher with alpha 0.1 (+12.5%, p < 0.001)" in routed
+    assert "undecided with alpha 0.9 (+0.0%" in routed
+    assert "the lowest PPL is that of alpha 0.5, 0.800: 20.0% lower than that of a static" in lowest
+    assert "(p = 0.030)" in lowest  # the least of three
+    assert "higher with alpha 0.1 (+12.5%, p < 0.001); undecided with alpha 0.9" in lowest
+    assert not any("shown" in sentence for sentence in (last, final, routed, lowest))
+
+
+def test_where_exits_cost_too_much_the_baseline_is_met_at_a_higher_cost():
+    rows = [
+        study_row("low", 1.0, 0.9),
+        study_row("high", 1.0, None, at_80=0.8, spread=0.002),
+    ]
+    said = told(rows, baseline="low", varies=None)
+    against = [sentence for sentence in said if "Against low at" in sentence]
+    assert len(against) == 1
+    assert (
+        "Against low at 80% of FLOPs, leaving by gain, the routed PPL is lower with high"
+        in (against[0])
+    )
+
+
+def test_one_recipe_is_no_contest_and_one_seed_no_test():
+    one = told([study_row("recipe", 0.98, 0.9)], baseline=None, varies=None)
+    assert "its PPL is 2.0% lower than the standard model's on the same tokens" in one[0]
+    assert "the PPL is 0.900: 10.0% lower than that of a static model" in one[1]
+    assert "best of several" not in " ".join(one)
+    rows = [study_row("alpha 0.1", 1.0, 0.9, seeds=1), study_row("alpha 0.5", 1.1, 0.8, seeds=1)]
+    lonely = told(rows, baseline=None, varies="alpha")
+    assert "undecided with alpha 0.1 (+0.0%, p not known)" in lonely[0]
+    assert "the exit's 0.0% lower (p not known)" in lonely[1]
