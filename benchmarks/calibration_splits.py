@@ -23,7 +23,7 @@ from offramp.data import batches, encode
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace, collect_trace
-from offramp.models.open import load_model
+from offramp.models.open import open_model
 
 MEASURES = ("max_prob", "gate", "gain")
 EPSILONS = (0.02, 0.05, 0.10)
@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--delta", type=float, default=0.05)
     arguments = parser.parse_args()
-    model, tokenizer = load_model(arguments.model)
+    opened = open_model(arguments.model)
+    model, tokenizer = opened.model, opened.tokenizer
     train_ids, test_ids = (
         encode(tokenizer, path.read_text(encoding="utf-8"))[: limit + 1]
         for path, limit in (

@@ -34,7 +34,6 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
 from offramp.models.native.decoder import DecoderConfig, Transformer
 from offramp.models.native.llama import load_native
-from offramp.models.open import load_model
 from offramp.training import TrainConfig, train
 from offramp.version import __version__
 
@@ -69,7 +68,6 @@ __all__ = [
     "from_pretrained",
     "load_checkpoint",
     "load_corpus",
-    "load_model",
     "load_native",
     "save_checkpoint",
     "save_exits",

@@ -59,8 +59,8 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: expected readable JSON, got {error}") from None
 
 
-def claim_folder(out: Path) -> None:
-    """Make a new folder for a run, or take an empty one; a CheckpointError says what is wrong."""
+def check_free(out: Path) -> None:
+    """Raise a CheckpointError unless ``out`` can become a new folder, or is an empty one."""
     try:
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out}: expected a folder to write to, got a file")
@@ -69,11 +69,20 @@ def claim_folder(out: Path) -> None:
                 f"{out}: expected a new or empty folder, but it holds another run or other files; "
                 "choose another --out, or remove it first"
             )
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise CheckpointError(f"{out}: expected a folder that can be written to")
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
+
+
+def claim_folder(out: Path) -> None:
+    """Make a new folder for a run, or take an empty one; a CheckpointError says what is wrong."""
+    check_free(out)
+    try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise CheckpointError(f"{out}: expected a folder that can be written to")
 
 
 def claim_marked(marker: Path, content: Any) -> None:

@@ -137,7 +137,7 @@ def test_exits_are_specialised_into_a_new_model(offramp, model, text, tmp_path):
     assert again.returncode == 2
     other = offramp("specialise", tmp_path, "--corpus", "pangram", "--out", tmp_path / "other")
     assert other.returncode == 2
-    assert "expected a model of offramp train" in other.stderr
+    assert "config.json: expected a file, found none" in other.stderr
     little = offramp(
         "specialise", model, "--corpus", "pangram", "--out", tmp_path / "low", "--compute-budget", 3
     )

@@ -7,7 +7,7 @@ import pytest
 
 from offramp import collect_trace, load_checkpoint
 from offramp.data import batches, encode
-from offramp.models.open import load_tokenizer
+from offramp.models.open import open_model
 
 
 def test_probe_says_what_the_trace_says(offramp, trained, tmp_path):
@@ -23,7 +23,7 @@ def test_probe_says_what_the_trace_says(offramp, trained, tmp_path):
     assert content["verdict"] in result.stdout.replace("\n", " ")
 
     model, _ = load_checkpoint(trained)
-    ids = encode(load_tokenizer(trained), text.read_text())[:2001]
+    ids = encode(open_model(trained).tokenizer, text.read_text())[:2001]
     trace = collect_trace(model, batches(ids, seq_len=32, batch_size=8))
     agree = trace.argmax == trace.argmax[-1]
     for index, row in enumerate(content["exits"]):

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import CertificateError
-from offramp.files import file_sha256, read_json, write_json
-from offramp.models.sources import find_checkpoint
-
-_ABOUT = ("config.json", "tokenizer.json", "offramp.json")
-_WEIGHTS = (".safetensors", ".gguf")
+from offramp.files import read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +54,12 @@ class Certificate:
         return float(self.assumptions["bound"])
 
     def require_model(self, model_sha256: str) -> None:
-        """CertificateError unless it is this model's."""
-        if model_sha256 != self.model_sha256:
-            raise CertificateError(
-                f"certificate: expected one for this model, sha256 {model_sha256}, "
-                f"got one for {self.model_sha256}"
-            )
+        """Raise a CertificateError unless the certificate is this model's."""
+        check_model(self.model_sha256, model_sha256)
 
-    def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_json(path, self.content())
+    def save(self, path: str | Path) -> None:
+        """Write the certificate as JSON, whole or not at all."""
+        write_json(Path(path), self.content())
 
     def content(self) -> dict[str, Any]:
         """As in JSON, where infinity is a word."""
@@ -96,6 +88,14 @@ class Certificate:
         )
 
 
+def check_model(of_file: str, of_model: str) -> None:
+    """Raise a CertificateError unless a file's thresholds were found for this model."""
+    if of_file != of_model:
+        raise CertificateError(
+            f"certificate: expected one for this model, sha256 {of_model}, got one for {of_file}"
+        )
+
+
 def finite_or_word(numbers: Sequence[float]) -> list[float | str]:
     """JSON has no infinity."""
     return [str(number) if math.isinf(number) else number for number in numbers]
@@ -109,18 +109,3 @@ def _canonical(stored: dict[str, Any]) -> bytes:
     """Everything but the sha256, as JSON with sorted keys and no spaces, UTF-8."""
     rest = {name: value for name, value in stored.items() if name != "sha256"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def model_sha256(path_or_name: str | Path) -> str:
-    """Hash of a model as ``load_model`` takes it: of config, tokenizer, weights, exits and gates.
-
-    By name and content; exits that stand on a checkpoint elsewhere name it by its own hash.
-    """
-    folder = Path(path_or_name)
-    if not folder.is_dir():
-        folder = find_checkpoint(path_or_name).folder
-    files = [
-        path for path in sorted(folder.iterdir()) if path.name in _ABOUT or path.suffix in _WEIGHTS
-    ]
-    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

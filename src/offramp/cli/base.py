@@ -14,8 +14,12 @@ import torch
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from offramp.calibration.certificate import Certificate
+from offramp.calibration.thresholds import StoredThresholds
 from offramp.cli.config_file import read_config_file
 from offramp.errors import CheckpointError, ConfigError
+from offramp.models.model_files import find_model
+from offramp.models.open import OpenedModel, open_model
 from offramp.version import __version__
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -75,6 +79,22 @@ def use(device: str, threads: int | None) -> None:
         if threads < 1:
             raise ConfigError(f"threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+
+
+def open_for(
+    name: str | Path,
+    *,
+    device: str,
+    dtype: str | None,
+    stored: StoredThresholds | Certificate | None = None,
+) -> OpenedModel:
+    """Open a command's model once; a file of thresholds for another model is refused first."""
+    files = find_model(name)
+    if stored is not None:
+        stored.require_model(files.sha256)
+    opened = open_model(files, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    opened.model.exits.warned = True  # the command itself says so
+    return opened
 
 
 def say(text: str) -> None:

@@ -3,10 +3,20 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from cyclopts import Parameter
 
-from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
+from offramp.cli.base import (
+    Device,
+    Dtype,
+    Threads,
+    app,
+    check_out_file,
+    console,
+    open_for,
+    output,
+    say,
+    use,
+)
 from offramp.commands.bench import BenchConfig, run_bench
 from offramp.files import write_json
 from offramp.report.bench import bench_table
@@ -43,11 +53,9 @@ def bench(
     check_out_file(out)
     with bars(console) as drawn:
         content = run_bench(
-            model,
+            open_for(model, device=device, dtype=dtype),
             corpus,
             config or BenchConfig(),
-            device=device,
-            dtype=getattr(torch, dtype),
             on_run=lambda done, total, name: drawn.show("bench", done=done, total=total, text=name),
         )
     output().print(bench_table(content))

@@ -3,13 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.certify import DEFAULT_DELTA, Method, Promise
-from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
+from offramp.calibration.thresholds import thresholds_flag
+from offramp.cli.base import (
+    Device,
+    Dtype,
+    Threads,
+    app,
+    check_out_file,
+    console,
+    open_for,
+    output,
+    say,
+    use,
+)
 from offramp.cli.confidence import warn
-from offramp.commands.calibrate import certify_folder, check_folder, keep_budget_folder
+from offramp.commands.calibrate import certify, keep_compute_budget
+from offramp.commands.calibrate import check as run_check
 from offramp.errors import ConfigError
 from offramp.files import write_json
 from offramp.report.confidence import certificate_table, drift_sentence
@@ -76,35 +87,46 @@ def calibrate(
         raise ConfigError("confidence: expected none with --check, since the certificate names it")
     with bars(console) as drawn:
         common: dict[str, Any] = {
-            "device": device,
-            "dtype": getattr(torch, dtype),
             "on_tokens": lambda done, total: drawn.show(
                 "trace", done=done, total=total, text="tokens"
             ),
         }
         measure = confidence or "max_prob"
-        if check is not None:
+        kept = Promise(**promise) if check is None else Promise()
+        checked = None if check is None else Certificate.load(check)
+        opened = open_for(model, device=device, dtype=dtype, stored=checked)
+        if checked is not None:
             level = DEFAULT_DELTA if delta is None else delta
-            content = about = check_folder(model, corpus, check, level=level, **common)
+            content = about = run_check(opened, corpus, checked, level=level, **common)
         elif compute_budget is not None:
-            content = about = keep_budget_folder(
-                model, corpus, compute_budget, confidence=measure, **common
+            content = about = keep_compute_budget(
+                opened, corpus, compute_budget, confidence=measure, **common
             )
         else:
-            kept = Promise(**promise)
-            certificate, reading = certify_folder(model, corpus, kept, confidence=measure, **common)
-            content = certificate.content()
-            about = {**reading.about(), "untrained": reading.untrained}
+            certificate, text = certify(opened, corpus, kept, confidence=measure, **common)
+            content, about = certificate.content(), text.about()
     if check is not None:
         output().print(drift_sentence(content), highlight=False, soft_wrap=True)
     elif compute_budget is not None:
         output().print(sweep_table(content))
+        flag = thresholds_flag([float(value) for value in content["thresholds"]])
+        output().print(f"--thresholds {flag}", highlight=False, markup=False, soft_wrap=True)
     else:
         output().print(certificate_table(content))
         _say_too_few(certificate, kept)
+        _say_dear(certificate)
     warn(model, corpus, about)
     if out:
         write_json(out, content)
+
+
+def _say_dear(certificate: Certificate) -> None:
+    flops = certificate.expected_flops_pct
+    if flops is not None and flops > 100:
+        say(
+            f"These thresholds cost {flops:.1f}% of the full model's FLOPs: evaluating the exits "
+            "costs more than the layers it saves. Try --confidence gate or gain, or fewer exits."
+        )
 
 
 def _say_too_few(certificate: Certificate, promise: Promise) -> None:

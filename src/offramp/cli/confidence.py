@@ -2,10 +2,20 @@
 
 from pathlib import Path
 
-import torch
-
-from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, say, use
-from offramp.commands.confidence import fit_folder, measure_confidence
+from offramp.cli.base import (
+    Device,
+    Dtype,
+    Threads,
+    app,
+    check_out_file,
+    console,
+    open_for,
+    output,
+    say,
+    use,
+)
+from offramp.commands.confidence import fit as fit_exits
+from offramp.commands.confidence import measure_confidence
 from offramp.files import write_json
 from offramp.report.confidence import confidence_table, frontier_table, save_confidence_png
 from offramp.report.progress import bars
@@ -45,16 +55,15 @@ def confidence(
     """
     use(device, threads)
     check_out_file(out)
+    opened = open_for(model, device=device, dtype="float32" if fit else dtype)
     if fit is not None:
         say(f"{model}: gates and temperatures are fitted to {fit}")
-        fit_folder(model, fit, device=device)
+        opened = fit_exits(opened, fit)
     with bars(console) as drawn:
         content = measure_confidence(
-            model,
+            opened,
             corpus,
             measures=measures,
-            device=device,
-            dtype=getattr(torch, dtype),
             on_tokens=lambda done, total: drawn.show(
                 "trace", done=done, total=total, text="tokens"
             ),
@@ -74,4 +83,9 @@ def warn(model: Path, corpus: str, content: dict[str, object]) -> None:
     if content.get("untrained"):
         say(f"{model}: its exits were never trained.")
     if content.get("unknown_tokens"):
-        say(f"{content['unknown_tokens']:,} of the tokens are <unk>.")
+        say(
+            f"{content['unknown_tokens']:,} of the tokens are <unk>: characters or words that the "
+            "tokenizer does not have."
+        )
+    if content.get("unfinished"):
+        say(f"{model}: its training run is unfinished; this is its best model so far.")

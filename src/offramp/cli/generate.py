@@ -5,14 +5,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from cyclopts import Parameter
 from rich.text import Text
 
-from offramp.cli.base import Device, Dtype, Threads, app, output, say, use
-from offramp.commands.generate import Generator, open_generator, token_id, under_certificate
+from offramp.calibration.thresholds import load_thresholds
+from offramp.cli.base import Device, Dtype, Threads, app, open_for, output, say, use
+from offramp.commands.generate import generate as run_generate
+from offramp.commands.generate import token_id, with_thresholds
 from offramp.errors import ConfigError
 from offramp.generation import GenerateConfig, Generation, MissingKV, SamplingConfig, Token
+from offramp.models.open import OpenedModel
 
 GREEDY = SamplingConfig()
 SHALLOW, DEEP = (70, 170, 240), (240, 150, 60)
@@ -95,17 +97,19 @@ def generate(
     if threshold is not None:
         given["threshold"] = _threshold(threshold)
     config = GenerateConfig(**given)
+    stored = None
     if certificate is not None:
         if threshold is not None:
             raise ConfigError("threshold: expected none with --certificate, which has its own")
-        config = under_certificate(config, model, certificate, missing_kv=missing_kv)
-    loaded = open_generator(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+        stored = load_thresholds(certificate)
+        config = with_thresholds(config, stored, missing_kv=missing_kv)
+    loaded = open_for(model, device=device, dtype=dtype, stored=stored)
     stops = tuple(token_id(loaded.tokenizer, written) for written in stop_token or ())
     config = GenerateConfig(**{**vars(config), "stop_tokens": stops})
-    if loaded.untrained and (config.threshold is not None or speculative):
+    if not loaded.exits_trained and (config.threshold is not None or speculative):
         say(f"{model}: its exits were never trained.")
     began = time.perf_counter()
-    generation = loaded.start(prompt, config, chat=chat)
+    generation = run_generate(loaded, prompt, config, chat=chat)
     first: float | None = None
     for token in generation:
         first = first or time.perf_counter()
@@ -132,7 +136,7 @@ def _threshold(written: str) -> float | tuple[float, ...]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _coloured(token: Token, loaded: Generator) -> Text:
+def _coloured(token: Token, loaded: OpenedModel) -> Text:
     share = (token.exit_layer - 1) / max(1, loaded.model.num_layers - 1)
     mixed = [round(a + share * (b - a)) for a, b in zip(SHALLOW, DEEP, strict=True)]
     early = token.exit_layer < loaded.model.num_layers
@@ -154,7 +158,7 @@ def _content(generation: Generation, rate: float | None) -> dict[str, Any]:
 
 
 def _say_summary(
-    generation: Generation, loaded: Generator, *, rate: float | None, prefill: float
+    generation: Generation, loaded: OpenedModel, *, rate: float | None, prefill: float
 ) -> None:
     parts = [f"{len(generation.completion.tokens)} tokens"]
     if rate is not None:

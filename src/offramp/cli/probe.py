@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
-import torch
 from rich.text import Text
 
-from offramp.cli.base import Device, Dtype, Threads, app, check_out_file, console, output, use
+from offramp.cli.base import (
+    Device,
+    Dtype,
+    Threads,
+    app,
+    check_out_file,
+    console,
+    open_for,
+    output,
+    use,
+)
 from offramp.cli.confidence import warn
 from offramp.commands.probe import probe as run_probe
 from offramp.files import write_json
@@ -45,11 +54,9 @@ def probe(
     check_out_file(out)
     with bars(console) as drawn:
         content = run_probe(
-            model,
+            open_for(model, device=device, dtype=dtype),
             corpus,
             tokens=tokens,
-            device=device,
-            dtype=getattr(torch, dtype),
             on_tokens=lambda done, total: drawn.show(
                 "probe", done=done, total=total, text="tokens"
             ),

@@ -7,8 +7,8 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from offramp.calibration.specialise import SpecialiseConfig
-from offramp.cli.base import Device, Threads, app, output, say, use
-from offramp.commands.specialise import specialise_folder
+from offramp.cli.base import Device, Threads, app, open_for, output, say, use
+from offramp.commands.specialise import specialise as run_specialise
 
 
 @app.command
@@ -36,8 +36,12 @@ def specialise(
         Folder for the new model.
     """
     use(device, threads)
-    found = specialise_folder(
-        model, corpus, out, specialising or SpecialiseConfig(), device=device, on_stage=say
+    found = run_specialise(
+        open_for(model, device=device, dtype=None),
+        corpus,
+        out,
+        specialising or SpecialiseConfig(),
+        on_stage=say,
     )
     table = Table(title="At the budget; PPL of all tokens of the validation text")
     for column in ("exit layer", "training tokens that left", "PPL before", "after"):

@@ -1,11 +1,11 @@
 """offramp sweep."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 from cyclopts import Parameter
 
+from offramp.calibration.thresholds import load_thresholds
 from offramp.cli.base import (
     Device,
     Dtype,
@@ -13,20 +13,17 @@ from offramp.cli.base import (
     app,
     check_out_file,
     console,
+    open_for,
     output,
-    say,
     use,
 )
 from offramp.cli.confidence import warn
-from offramp.commands.calibrate import sweep_certificate
-from offramp.commands.sweep import sweep_folder
+from offramp.commands.sweep import sweep as run_sweep
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import Threshold
 from offramp.files import write_json
 from offramp.report.progress import bars
 from offramp.report.sweep import sweep_table
-
-DEFAULT_THRESHOLDS = "0.5,0.7,0.8,0.9,0.95,0.99"
 
 
 @app.command
@@ -35,6 +32,7 @@ def sweep(
     *,
     corpus: str,
     thresholds: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    confidence: str | None = None,
     certificate: Path | None = None,
     out: Path | None = None,
     device: Device = "cpu",
@@ -53,47 +51,40 @@ def sweep(
         whole, or its test split where it has named ones.
     thresholds
         Numbers between commas; one for each exit but the last is written 0.9:0.8
-        (default: 0.5,0.7,0.8,0.9,0.95,0.99).
+        (default: 0.5,0.7,0.8,0.9,0.95,0.99 for measures from 0 to 1).
+    confidence
+        The measure that the thresholds are of: max_prob (default), margin, entropy, saturation,
+        patience, gate or gain.
     certificate
-        Instead: the thresholds of a certificate that ``offramp calibrate`` wrote for this model.
+        Instead: the thresholds in a file that ``offramp calibrate`` wrote for this model.
     out
         Write the table to this JSON file, too.
     dtype
         Precision of the model.
     """
     use(device, threads)
-    if certificate is not None and thresholds is not None:
-        raise ConfigError("thresholds: expected none with --certificate, which has its own")
-    parsed = parse_thresholds(thresholds or DEFAULT_THRESHOLDS)
+    if certificate is not None and (thresholds is not None or confidence is not None):
+        name = "thresholds" if thresholds is not None else "confidence"
+        raise ConfigError(f"{name}: expected none with --certificate, which has its own")
+    parsed = None if thresholds is None else parse_thresholds(thresholds)
     check_out_file(out)
+    stored = None if certificate is None else load_thresholds(certificate)
+    opened = open_for(model_dir, device=device, dtype=dtype, stored=stored)
     with bars(console) as drawn:
-        common: dict[str, Any] = {
-            "device": device,
-            "dtype": getattr(torch, dtype),
-            "on_tokens": lambda done, total: drawn.show(
+        content = run_sweep(
+            opened,
+            corpus,
+            parsed,
+            confidence=confidence or "max_prob",
+            stored=stored,
+            on_tokens=lambda done, total: drawn.show(
                 "trace", done=done, total=total, text="tokens"
             ),
-        }
-        if certificate is not None:
-            content = sweep_certificate(model_dir, corpus, certificate, **common)
-        else:
-            result = sweep_folder(model_dir, corpus, parsed, **common)
-            content = result.content
+        )
     output().print(sweep_table(content))
     if out:
         write_json(out, content)
-    if certificate is not None:
-        warn(model_dir, corpus, content)
-        return
-    if result.unfinished:
-        say(f"{model_dir}: its run is unfinished; this is its best model so far.")
-    if result.untrained:
-        say(f"{model_dir}: its exits were never trained.")
-    if result.unknown_tokens:
-        say(
-            f"{result.unknown_tokens:,} of the tokens are <unk>: characters that the training "
-            "text does not have."
-        )
+    warn(model_dir, corpus, content)
 
 
 def parse_thresholds(text: str) -> list[Threshold]:

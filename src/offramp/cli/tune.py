@@ -8,7 +8,8 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
-from offramp.commands.tune import TuneConfig, tune_model
+from offramp.commands.tune import TuneConfig, open_for_tuning
+from offramp.commands.tune import tune as run_tune
 from offramp.report.progress import bars
 from offramp.report.text import ppl_text
 from offramp.training.frozen import TuneProgress
@@ -49,15 +50,9 @@ def tune(
                 text = "" if progress.loss is None else f"loss {float(progress.loss):.3f}"
                 drawn.show("tune", done=progress.done, total=progress.total, text=text)
 
-        trained = tune_model(
-            model,
-            corpus,
-            out,
-            tuning or TuneConfig(),
-            device=device,
-            dtype=getattr(torch, dtype),
-            on_progress=on_progress,
-        )
+        config = tuning or TuneConfig()
+        opened = open_for_tuning(model, config, device=device, dtype=getattr(torch, dtype))
+        trained = run_tune(opened, corpus, out, config, on_progress=on_progress)
     if trained["after"]:
         table = Table(title=f"{trained['held_out_tokens'] - 1:,} held-out tokens")
         for column in ("exit layer", "agreement before", "after", "PPL before", "after"):

@@ -1,137 +1,103 @@
-"""Certified thresholds of a model on a text: ``offramp calibrate``."""
+"""Certified thresholds, compute budgets and drift checks: ``offramp calibrate``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from offramp.calibration.budget import keep_budget
-from offramp.calibration.certificate import Certificate, model_sha256
-from offramp.calibration.certify import DEFAULT_DELTA, Promise, certify, check_drift
+from offramp.calibration.certificate import Certificate, finite_or_word
+from offramp.calibration.certify import DEFAULT_DELTA, Promise, check_drift
+from offramp.calibration.certify import certify as certify_trace
 from offramp.calibration.risk import check_path
-from offramp.commands.reading import OnTokens, Reading, open_reading
+from offramp.commands.text import MeasuredText, OnTokens, read_text
 from offramp.errors import ConfigError
-from offramp.evaluation.cost import ModelCost
-from offramp.evaluation.sweep import sweep
+from offramp.models.open import OpenedModel
 
 
-def certify_folder(
-    folder: Path,
-    corpus_name: str,
+def certify(
+    opened: OpenedModel,
+    corpus: str,
     promise: Promise,
     *,
     confidence: str = "max_prob",
     path: Sequence[Sequence[float]] | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     on_tokens: OnTokens | None = None,
-) -> tuple[Certificate, Reading]:
-    """A certificate for a model on a text, from one pass; and what was read, for warnings.
+) -> tuple[Certificate, MeasuredText]:
+    """Certify thresholds for a model on a text, from one pass; also returns the text.
 
-    With fewer sequences than ``promise.sequences_needed`` it is one for the full model.
+    With fewer sequences than ``promise.sequences_needed`` the certificate is for the full model.
     """
-    reading = _open(folder, corpus_name, device, dtype)
+    opened.require_exits()
+    text = read_text(opened, corpus)
     if path is not None:
-        path = check_path(path, len(reading.model.exit_layers))
-    certificate = certify(
-        reading.trace((confidence,), on_tokens=on_tokens),
+        path = check_path(path, len(opened.model.exit_layers))
+    certificate = certify_trace(
+        text.trace((confidence,), on_tokens=on_tokens),
         promise,
-        model_sha256=model_sha256(folder),
-        corpus_sha256=reading.corpus.sha256,
+        model_sha256=opened.sha256,
+        corpus_sha256=text.corpus.sha256,
         confidence=confidence,
         path=path,
-        cost=reading.cost(),
+        cost=text.cost(),
     )
-    return certificate, reading
+    return certificate, text
 
 
-def keep_budget_folder(
-    folder: Path,
-    corpus_name: str,
+def keep_compute_budget(
+    opened: OpenedModel,
+    corpus: str,
     compute_budget: float,
     *,
     confidence: str = "max_prob",
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[str, Any]:
-    """The thresholds of least loss whose flops_pct is at most the budget, as a sweep's content."""
-    reading = _open(folder, corpus_name, device, dtype)
-    trace = reading.trace((confidence,), on_tokens=on_tokens)
-    row = keep_budget(trace, compute_budget, cost=_needed(reading), confidence=confidence)
-    return {
-        **reading.about(),
-        "confidence": confidence,
-        "compute_budget": compute_budget,
-        "rows": [asdict(row)],
-        "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
-    }
+    """Find the thresholds of least loss whose FLOPs% is at most the budget.
 
-
-def check_folder(
-    folder: Path,
-    corpus_name: str,
-    certificate_file: Path,
-    *,
-    level: float = DEFAULT_DELTA,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    on_tokens: OnTokens | None = None,
-) -> dict[str, Any]:
-    """Whether a certificate's promise still holds on new text; refused for another model."""
-    certificate = Certificate.load(certificate_file)
-    certificate.require_model(model_sha256(folder))
-    reading = _open(folder, corpus_name, device, dtype)
-    trace = reading.trace((certificate.confidence,), on_tokens=on_tokens)
-    check = check_drift(certificate, trace, level=level, cost=reading.cost())
-    return {
-        **reading.about(),
-        "certificate": certificate.sha256,
-        "same_corpus": reading.corpus.sha256 == certificate.corpus_sha256,
-        **asdict(check),
-    }
-
-
-def sweep_certificate(
-    folder: Path,
-    corpus_name: str,
-    certificate_file: Path,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    on_tokens: OnTokens | None = None,
-) -> dict[str, Any]:
-    """A sweep's content for the certified thresholds; refused for another model."""
-    certificate = Certificate.load(certificate_file)
-    certificate.require_model(model_sha256(folder))
-    reading = _open(folder, corpus_name, device, dtype)
-    trace = reading.trace((certificate.confidence,), on_tokens=on_tokens)
-    rows = sweep(
-        trace, [certificate.thresholds], confidence=certificate.confidence, cost=reading.cost()
-    )
-    return {
-        **reading.about(),
-        "confidence": certificate.confidence,
-        "certificate": certificate.sha256,
-        "rows": [asdict(row) for row in rows],
-        "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
-    }
-
-
-def _open(folder: Path, corpus_name: str, device: str, dtype: torch.dtype | None) -> Reading:
-    reading = open_reading(folder, corpus_name, device=device, dtype=dtype)
-    if len(reading.model.exit_layers) < 2:
-        raise ConfigError("exit layers: expected at least one before the last, got none")
-    return reading
-
-
-def _needed(reading: Reading) -> ModelCost:
-    cost = reading.cost()
+    Returns the content of a sweep with one row, and the thresholds in the form that
+    ``load_thresholds`` reads.
+    """
+    opened.require_exits()
+    text = read_text(opened, corpus)
+    trace = text.trace((confidence,), on_tokens=on_tokens)
+    cost = text.cost()
     if cost is None:
         raise ConfigError(
             "compute_budget: expected a model whose blocks can be run one by one, to count "
             "their FLOPs"
         )
-    return cost
+    row = keep_budget(trace, compute_budget, cost=cost, confidence=confidence)
+    thresholds = row.threshold if isinstance(row.threshold, tuple) else (row.threshold,)
+    return {
+        **text.about(),
+        "confidence": confidence,
+        "compute_budget": compute_budget,
+        "model_sha256": opened.sha256,
+        "thresholds": finite_or_word(thresholds),
+        "rows": [asdict(row)],
+        "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
+    }
+
+
+def check(
+    opened: OpenedModel,
+    corpus: str,
+    certificate: Certificate,
+    *,
+    level: float = DEFAULT_DELTA,
+    on_tokens: OnTokens | None = None,
+) -> dict[str, Any]:
+    """Test on new text whether a certificate's guarantee still holds.
+
+    Raises CertificateError for another model's certificate.
+    """
+    certificate.require_model(opened.sha256)
+    opened.require_exits()
+    text = read_text(opened, corpus)
+    trace = text.trace((certificate.confidence,), on_tokens=on_tokens)
+    found = check_drift(certificate, trace, level=level, cost=text.cost())
+    return {
+        **text.about(),
+        "certificate": certificate.sha256,
+        "same_corpus": text.corpus.sha256 == certificate.corpus_sha256,
+        **asdict(found),
+    }

@@ -2,66 +2,63 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.calibration.fitting import fit_gates, fit_temperatures, save_fitted
-from offramp.commands.reading import OnTokens, Reading, open_reading
-from offramp.data import encode
-from offramp.errors import ConfigError, CorpusError
+from offramp.calibration.fitting import fit_gates, fit_temperatures
+from offramp.commands.text import OnTokens, read_text, training_ids, windows
+from offramp.data.corpus import load_corpus
+from offramp.errors import ConfigError
 from offramp.evaluation.quality import Quality, Reliability, frontier, quality
 from offramp.evaluation.sample import collect_sample
 from offramp.exits.confidence import CONFIDENCE, confidence_named
 from offramp.exits.gate import GATE_KINDS, FittedExits, GateConfig
-from offramp.models.open import load_tokenizer
+from offramp.models.fitted import save_fitted
+from offramp.models.open import OpenedModel
 
 CURVE_POINTS = 101
 
 
-def usable_measures(reading: Reading) -> tuple[str, ...]:
-    """The measures that this model can have: without gates those of gates are left out.
+def usable_measures(opened: OpenedModel) -> tuple[str, ...]:
+    """Names of the measures that this model can use.
 
-    ``patience`` says nothing with one exit before the last.
+    Those that need a gate are left out if no gate was fitted, and ``patience``, which counts
+    exits that agree, if the model has one early exit only.
     """
-    early = reading.model.exit_layers[:-1]
+    early = opened.model.exit_layers[:-1]
     return tuple(
         name
         for name, measure in CONFIDENCE.items()
-        if not (measure.needs_gate and not set(early) <= set(reading.fitted.gates.get(name, ())))
+        if not (measure.needs_gate and not set(early) <= set(opened.fitted.gates.get(name, ())))
         and not (name == "patience" and len(early) < 2)
     )
 
 
 def measure_confidence(
-    folder: Path,
-    corpus_name: str,
+    opened: OpenedModel,
+    corpus: str,
     *,
     measures: Sequence[str] = (),
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[str, Any]:
     """What ``offramp confidence`` writes: each measure's quality and frontier, from one pass.
 
-    ``measures``: all that the model can have, unless some are named.
+    ``measures`` are their names; by default all that the model can use.
     """
-    reading = open_reading(folder, corpus_name, device=device, dtype=dtype)
-    if len(reading.model.exit_layers) < 2:
-        raise ConfigError("exit layers: expected at least one before the last, got none")
-    names = tuple(measures) or usable_measures(reading)
+    opened.require_exits()
+    names = tuple(measures) or usable_measures(opened)
     for name in names:
         confidence_named(name)
-    trace = reading.trace(names, on_tokens=on_tokens)
-    cost = reading.cost()
+    text = read_text(opened, corpus)
+    trace = text.trace(names, on_tokens=on_tokens)
+    cost = text.cost()
     return {
-        **reading.about(),
-        "untrained": reading.untrained,
+        **text.about(),
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
-        "temperatures": dict(reading.fitted.temperatures),
         "measures": [
             {
                 "confidence": name,
@@ -81,43 +78,49 @@ def measure_confidence(
     }
 
 
-def fit_folder(
-    folder: Path,
-    corpus_name: str,
+def fit(
+    opened: OpenedModel,
+    corpus: str,
     *,
     max_tokens: int = 131_072,
     config: GateConfig | None = None,
-    device: str = "cpu",
-) -> FittedExits:
-    """Fit gates to a corpus's training text and temperatures to its validation text; keep them.
+) -> OpenedModel:
+    """Fit gates to a corpus's training text and temperatures to its validation text.
 
-    They go into the folder's ``exits.safetensors``; the model stays as it is.
+    They are kept in the ``exits.safetensors`` of the model's folder; the model stays as it is.
+    Returns the model with them. Raises ConfigError for a model that has no folder.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: expected the folder of a model, to keep its gates in")
-    reading = open_reading(folder, corpus_name, device=device)
-    if len(reading.model.exit_layers) < 2:
-        raise ConfigError("exit layers: expected at least one before the last, got none")
+    folder = None if opened.files is None else opened.files.own
+    if folder is None:
+        raise ConfigError(f"{opened.name}: expected the folder of a model, to keep its gates in")
+    fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config)
+    save_fitted(fitted, folder)
+    assert opened.files is not None
+    return replace(opened, fitted=fitted, files=replace(opened.files))  # with a new hash
+
+
+def fit_to(
+    opened: OpenedModel,
+    corpus: str,
+    *,
+    max_tokens: int = 131_072,
+    config: GateConfig | None = None,
+) -> FittedExits:
+    """The gates and temperatures that ``fit`` keeps."""
+    opened.require_exits()
     config = config or GateConfig()
-    tokenizer = load_tokenizer(folder)
-    train_ids, validation_ids = (
-        encode(tokenizer, text) for text in (reading.corpus.train, reading.corpus.validation)
-    )
-    if len(train_ids) < 2 or len(validation_ids) < 2:
-        raise CorpusError(f"{corpus_name}: expected at least 2 tokens to train and to validate")
+    train_ids, validation_ids = training_ids(opened, load_corpus(corpus))
     order = torch.Generator().manual_seed(config.seed)
-    gates = collect_sample(reading.model, reading.windows(train_ids, order), max_tokens=max_tokens)
+    gates = collect_sample(opened.model, windows(opened, train_ids, order), max_tokens=max_tokens)
     order.manual_seed(config.seed)
     held_out = collect_sample(
-        reading.model, reading.windows(validation_ids, order), max_tokens=max_tokens
+        opened.model, windows(opened, validation_ids, order), max_tokens=max_tokens
     )
-    fitted = FittedExits(
+    return FittedExits(
         gates={kind: fit_gates(kind, gates, config) for kind in GATE_KINDS},
-        temperatures=fit_temperatures(reading.model, held_out),
-        draft_vocab=reading.fitted.draft_vocab,
+        temperatures=fit_temperatures(opened.model, held_out),
+        draft_vocab=opened.fitted.draft_vocab,
     )
-    save_fitted(fitted, folder)
-    return fitted
 
 
 def _quality(part: Quality) -> dict[str, Any]:

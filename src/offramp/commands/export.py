@@ -11,18 +11,18 @@ from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.files import claim_folder
 from offramp.models.base import states_at, whole_step
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface.exits_file import EXITS_JSON, from_pretrained, save_backbone
+from offramp.models.huggingface.exits_file import save_backbone
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.huggingface.runner import close
-from offramp.models.native.checkpoint import load_checkpoint
+from offramp.models.model_files import find_model
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import to_transformers
-from offramp.models.open import is_native
+from offramp.models.open import load_weights
 
 
 def export_exit(
-    model_dir: str | Path, exit_layer: int, out: Path, *, dtype: torch.dtype | None = None
+    name: str | Path, exit_layer: int, out: Path, *, dtype: torch.dtype | None = None
 ) -> HuggingFaceModel:
     """Write the first ``exit_layer`` layers, with that exit's norm and LM head, into a new folder.
 
@@ -32,16 +32,11 @@ def export_exit(
     can hold (``adapter``), UnsupportedArchitectureError where the shorter model would not say
     what the exit says.
     """
-    folder = Path(model_dir)
-    if is_native(folder):
-        native, _ = load_checkpoint(folder, dtype=dtype)
-        model, texts = as_huggingface(native), folder
-    elif (folder / EXITS_JSON).is_file():
-        model = from_pretrained(folder, dtype=dtype)
-    else:
-        model = from_pretrained(model_dir, exit_layers=(exit_layer,), dtype=dtype)
-    if model.source is not None:
-        texts = model.source.folder
+    files = find_model(name)
+    layers = (exit_layer,) if files.kind == "checkpoint" else None
+    loaded = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
+    model = as_huggingface(loaded) if isinstance(loaded, Transformer) else loaded
+    texts = files.tokenizer_folder
     model.exits.warned = True  # a plain checkpoint's exits are what they are
     if exit_layer not in model.exit_layers:
         raise ConfigError(

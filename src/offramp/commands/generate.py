@@ -1,100 +1,76 @@
-"""A model, ready to generate: ``offramp generate``."""
+"""Text from an opened model: ``offramp generate``."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
-from offramp.calibration.certificate import Certificate, model_sha256
-from offramp.calibration.fitting import load_fitted
-from offramp.errors import CertificateError, CheckpointError, ConfigError
-from offramp.exits.gate import FittedExits
-from offramp.files import read_json
-from offramp.generation import GenerateConfig, Generation, generate
-from offramp.models.base import EarlyExitModel
-from offramp.models.huggingface.exits_file import EXITS_JSON, base_of
+from offramp.calibration.thresholds import StoredThresholds
+from offramp.errors import CertificateError, ConfigError
+from offramp.generation.generate import Generation
+from offramp.generation.generate import generate as generate_ids
+from offramp.generation.options import GenerateConfig
 from offramp.models.huggingface.library import quiet, transformers
-from offramp.models.open import load_decoder
-from offramp.models.sources import find_checkpoint
+from offramp.models.open import OpenedModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generator:
-    """A model with its tokenizer and what was fitted to its exits."""
+def generate(
+    opened: OpenedModel, prompt: str, config: GenerateConfig, *, chat: bool = False
+) -> Generation:
+    """Begin a text; its tokens come as the result is iterated.
 
-    path: Path
-    model: EarlyExitModel
-    tokenizer: Tokenizer
-    fitted: FittedExits
-    untrained: bool
-    end_tokens: tuple[int, ...]
-    "Tokens that end every text of this model."
-
-    def start(self, prompt: str, config: GenerateConfig, *, chat: bool = False) -> Generation:
-        """Begin a text; ``chat`` puts the prompt into the model's chat template."""
-        ids = self._chat(prompt) if chat else self.tokenizer.encode(prompt).ids
-        stops = (*config.stop_tokens, *self.end_tokens)
-        return generate(
-            self.model,
-            ids,
-            replace(config, stop_tokens=tuple(dict.fromkeys(stops))),
-            tokenizer=self.tokenizer,
-            fitted=self.fitted,
-        )
-
-    def _chat(self, prompt: str) -> list[int]:
-        with quiet():
-            try:
-                tokenizer = transformers().AutoTokenizer.from_pretrained(
-                    _checkpoint(self.path), local_files_only=True
-                )
-                text = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            except Exception:  # the library has many kinds
-                raise ConfigError(
-                    f"chat: expected a model with a chat template, and {self.path} has none"
-                ) from None
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def open_generator(
-    path: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> Generator:
-    """Load any model that ``load_decoder`` takes."""
-    model, tokenizer = load_decoder(path, device=device, dtype=dtype)
-    untrained = not model.exits.trained
-    model.exits.warned = True  # the caller says it
-    return Generator(
-        path=path,
-        model=model,
-        tokenizer=tokenizer,
-        fitted=load_fitted(path, device=device) if path.is_dir() else FittedExits(),
-        untrained=untrained,
-        end_tokens=_end_tokens(path),
+    ``chat`` puts the prompt into the model's chat template. The text also ends at the model's
+    end tokens.
+    """
+    ids = chat_ids(opened, prompt) if chat else opened.tokenizer.encode(prompt).ids
+    stops = (*config.stop_tokens, *opened.end_tokens)
+    return generate_ids(
+        opened.model,
+        ids,
+        replace(config, stop_tokens=tuple(dict.fromkeys(stops))),
+        tokenizer=opened.tokenizer,
+        fitted=opened.fitted,
     )
 
 
-def under_certificate(
-    config: GenerateConfig, path: Path, file: Path, *, missing_kv: str | None
+def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
+    """Token ids of one user message in the model's chat template; ConfigError without one."""
+    with quiet():
+        try:
+            tokenizer = opened.chat_tokenizer
+            if tokenizer is None and opened.files is not None:
+                tokenizer = transformers().AutoTokenizer.from_pretrained(
+                    opened.files.backbone.folder, local_files_only=True
+                )
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception:  # transformers raises many kinds
+            raise ConfigError(
+                f"chat: expected a model with a chat template, and {opened.name} has none"
+            ) from None
+    return list(opened.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def with_thresholds(
+    config: GenerateConfig, stored: StoredThresholds, *, missing_kv: str | None
 ) -> GenerateConfig:
-    """The config with a certificate's thresholds; refused for another model or missing_kv."""
-    certificate = Certificate.load(file)
-    certificate.require_model(model_sha256(path))
-    if missing_kv is not None and missing_kv != certificate.missing_kv:
+    """The config with the thresholds of a file; refused under another ``missing_kv``.
+
+    ``missing_kv`` is what the user chose, or None.
+    """
+    if stored.sha256 is not None and missing_kv not in (None, stored.missing_kv):
         raise CertificateError(
-            f"missing_kv: expected {certificate.missing_kv}, under which the certificate's promise "
+            f"missing_kv: expected {stored.missing_kv}, under which the certificate's guarantee "
             f"was made, got {missing_kv}"
         )
-    kept: Any = certificate.missing_kv
+    kept: Any = missing_kv or stored.missing_kv
     return replace(
         config,
-        threshold=certificate.thresholds,
-        confidence=certificate.confidence,
+        threshold=stored.thresholds,
+        confidence=stored.confidence,
         missing_kv=kept,
     )
 
@@ -107,21 +83,3 @@ def token_id(tokenizer: Tokenizer, written: str) -> int:
     if written.isdecimal() and int(written) < tokenizer.get_vocab_size():
         return int(written)
     raise ConfigError(f"stop_token: expected a token of the model, got {written!r}")
-
-
-def _checkpoint(path: Path) -> Path:
-    return base_of(path).folder if (path / EXITS_JSON).is_file() else find_checkpoint(path).folder
-
-
-def _end_tokens(path: Path) -> tuple[int, ...]:
-    """What the checkpoint's generation_config.json, or config.json, calls the end of a text."""
-    try:
-        folder = _checkpoint(path)
-    except CheckpointError:
-        return ()
-    for name in ("generation_config.json", "config.json"):
-        stored = read_json(folder / name) if (folder / name).is_file() else {}
-        end = stored.get("eos_token_id") if isinstance(stored, dict) else None
-        if end is not None:
-            return tuple(end) if isinstance(end, list) else (int(end),)
-    return ()

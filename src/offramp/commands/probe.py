@@ -1,61 +1,60 @@
 """Whether exits pay on a model: ``offramp probe``."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from offramp.commands.reading import OnTokens, open_reading
+from offramp.commands.text import OnTokens, read_text
 from offramp.errors import ConfigError
 from offramp.evaluation.cost import ModelCost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
+from offramp.models.open import OpenedModel
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95)
 DISAGREEMENT = 0.02
 """Share of tokens that may differ from the full model's in what is called a gain."""
+MOST_DRAFTS = 5
+"""Drafts of a round at the most, as in ``offramp generate``."""
 PAYS_FROM = 1.03
 """Expected speed-ups below this are called none."""
 
 
 def probe(
-    path: Path,
-    corpus_name: str,
+    opened: OpenedModel,
+    corpus: str,
     *,
     tokens: int | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[str, Any]:
     """What ``offramp probe`` writes, from one pass over the text or its first ``tokens``.
 
-    ``agreement`` is that of an exit's first choice with the last layer's, ``coverage`` the share
-    of tokens whose max_prob there is at least so much, ``agreement_at`` the agreement of those,
-    ``oracle_layers`` the mean layer of the first exit that agrees: what a perfect predictor would
-    need.
+    ``agreement`` is the share of tokens where an exit's first choice is the last layer's,
+    ``coverage`` the share whose max_prob there is at least a level, and ``agreement_at`` the
+    agreement of those. ``oracle_layers`` is the mean layer of the first exit that agrees: what a
+    perfect predictor would need.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens: expected at least 1, got {tokens}")
-    reading = open_reading(path, corpus_name, device=device, dtype=dtype)
+    opened.require_exits()
+    text = read_text(opened, corpus)
     if tokens is not None:
-        reading = replace(reading, ids=reading.ids[: tokens + 1])
-    if len(reading.model.exit_layers) < 2:
-        raise ConfigError("exit layers: expected at least one before the last, got none")
-    trace = reading.trace(("max_prob",), on_tokens=on_tokens)
-    cost = reading.cost()
+        text = text.first(tokens)
+    trace = text.trace(("max_prob",), on_tokens=on_tokens)
+    cost = text.cost()
     agree = trace.argmax == trace.argmax[-1]
     speedup, how = _expected_speedup(trace, agree, cost)
+    drafting = _expected_drafting(trace, agree, cost)
     oracle = float(np.asarray(trace.exit_layers)[agree.argmax(axis=0)].mean())
+    untrained = not opened.exits_trained
     return {
-        **reading.about(),
-        "untrained": reading.untrained,
+        **text.about(),
         "exits": [_exit(trace, agree, index, cost) for index in range(len(trace.exit_layers))],
         "oracle_layers": oracle,
         "expected_speedup": speedup,
-        "verdict": _verdict(trace, oracle, speedup, how, untrained=reading.untrained),
+        "expected_speculative_speedup": None if drafting is None else drafting[0],
+        "verdict": _verdict(trace, oracle, speedup, how, drafting, untrained=untrained),
     }
 
 
@@ -110,20 +109,58 @@ def _expected_speedup(
     return best, how
 
 
+def _expected_drafting(
+    trace: ExitTrace, agree: NDArray[np.bool_], cost: ModelCost | None
+) -> tuple[float, int] | None:
+    """The best speed-up of self-speculative decoding, and the exit that drafts.
+
+    Decoding one row reads each weight once a call, for one token or several, and a block's
+    FLOPs are in proportion to its weights. With k drafts, each accepted with probability a, a
+    round gives (1 - a^(k+1)) / (1 - a) tokens (Leviathan et al. 2023) and reads the blocks up to
+    the exit k + 1 times, its head k times, and the rest of the model once.
+    """
+    if cost is None:
+        return None
+    best = (1.0, trace.exit_layers[0])
+    for index, layer in enumerate(trace.exit_layers[:-1]):
+        accepted = min(float(agree[index].mean()), 1 - 1e-9)
+        below = sum(cost.layers[:layer])
+        for drafts in range(1, MOST_DRAFTS + 1):
+            tokens = (1 - accepted ** (drafts + 1)) / (1 - accepted)
+            read = drafts * (below + cost.heads[layer]) + cost.full
+            best = max(best, (tokens * cost.full / read, layer))
+    return best
+
+
 def _verdict(
-    trace: ExitTrace, oracle: float, speedup: float | None, how: str, *, untrained: bool
+    trace: ExitTrace,
+    oracle: float,
+    speedup: float | None,
+    how: str,
+    drafting: tuple[float, int] | None,
+    *,
+    untrained: bool,
 ) -> str:
     least = f"a perfect predictor would need {oracle:.1f} of {trace.num_layers} layers"
     tune = "; its exits were never trained: tune them first" if untrained else ""
-    if speedup is None:
+    if speedup is None or drafting is None:
         return f"The FLOPs of this model cannot be counted; {least}{tune}."
     share = f"{100 * DISAGREEMENT:g}% of the tokens"
+    times, layer = drafting
+    speculation = (
+        f" Speculative decoding will pay: drafts by exit {layer} are accepted often enough for "
+        f"about {times:.2f} times the speed of full depth, with the same tokens."
+        if times >= PAYS_FROM
+        else " Speculative decoding with drafts by an exit will not pay either."
+        if speedup < PAYS_FROM
+        else ""
+    )
     if speedup < PAYS_FROM:
         return (
             f"Exits will not pay as they are: no threshold on max_prob saves FLOPs (heads "
-            f"counted) while at most {share} differ, though {least}{tune}."
+            f"counted) while at most {share} differ, though {least}{tune}.{speculation}"
         )
     return (
         f"Exits will pay: {how} needs {100 / speedup:.0f}% of the FLOPs (heads counted), "
-        f"{speedup:.2f} times fewer, while at most {share} differ; {least}{tune}."
+        f"{speedup:.2f} times fewer, while at most {share} differ; {least}{tune}.{speculation}"
     )

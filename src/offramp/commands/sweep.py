@@ -1,114 +1,60 @@
-"""From a model folder and a text to a sweep."""
+"""PPL and cost of any number of thresholds from one pass over a text: ``offramp sweep``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
-
-from offramp.commands.train import UNFINISHED
-from offramp.data import batches, count_unknown, encode, load_corpus
-from offramp.errors import CheckpointError, CorpusError
-from offramp.evaluation.sweep import Threshold, sweep
-from offramp.evaluation.trace import collect_trace
+from offramp.calibration.thresholds import StoredThresholds
+from offramp.commands.text import OnTokens, read_text
+from offramp.evaluation.sweep import Threshold
+from offramp.evaluation.sweep import sweep as sweep_trace
+from offramp.exits.confidence import confidence_named
 from offramp.exits.policy import ThresholdPolicy
-from offramp.files import read_json
-from offramp.models.base import EarlyExitModel
-from offramp.models.open import is_native, load_model
+from offramp.models.open import OpenedModel
 
-SWEEP_BATCH = 32
-SWEEP_SEQ_LEN = 256
-LARGEST_LOGITS = 1 << 26
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What ``offramp sweep`` writes, and what it must say beside its table."""
-
-    content: dict[str, Any]
-    unknown_tokens: int
-    unfinished: bool
-    "The model is the best so far of a run that has not ended."
-    untrained: bool = False
-    "Nobody has trained the model's exits."
+DEFAULT_THRESHOLDS: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+_OTHER_DEFAULTS: dict[str, tuple[float, ...]] = {
+    "patience": (1.0, 2.0, 3.0),
+    "gain": (-1.0, -0.5, -0.2, -0.1, -0.05, -0.02),  # nats
+}
 
 
-def sweep_folder(
-    folder: Path,
-    corpus_name: str,
-    thresholds: Sequence[Threshold],
+def default_thresholds(confidence: str) -> tuple[float, ...]:
+    """The thresholds that ``sweep`` takes unless told: in the unit of this measure."""
+    return _OTHER_DEFAULTS.get(confidence, DEFAULT_THRESHOLDS)
+
+
+def sweep(
+    opened: OpenedModel,
+    corpus: str,
+    thresholds: Sequence[Threshold] | None = None,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    on_tokens: Callable[[int, int], None] | None = None,
-) -> SweepResult:
-    """Sweep the thresholds over a text in one pass of any model that ``load_model`` takes.
+    confidence: str = "max_prob",
+    stored: StoredThresholds | None = None,
+    on_tokens: OnTokens | None = None,
+) -> dict[str, Any]:
+    """What ``offramp sweep`` writes: a row for each threshold, from one pass over a text.
 
-    The text is the corpus's test split if it has a named one, else the whole corpus.
-
-    ``on_tokens`` is told (tokens done, tokens in all).
+    ``stored`` takes the place of ``thresholds`` and ``confidence``: those of a file that
+    ``offramp calibrate`` wrote. The model's fitted temperatures and gates are used, and FLOPs%
+    counts exit heads and gates. Raises ConfigError for thresholds that do not fit the model's
+    exits or a measure whose gates were not fitted, CertificateError for thresholds that were found
+    for another model.
     """
-    if (folder / UNFINISHED).exists() and not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder}: expected a model, but the run there is unfinished and has not validated "
-            f"yet; go on with it by offramp train --resume {folder}"
-        )
-    model, tokenizer = load_model(folder, device=device, dtype=dtype)
-    untrained = not model.exits.trained
-    model.exits.warned = True  # it is in the result
-    seq_len = window_length(folder, model)
-    for threshold in thresholds:
-        ThresholdPolicy.of(threshold, len(model.exit_layers))
-    corpus = load_corpus(corpus_name)
-    ids = encode(tokenizer, corpus.whole if corpus.test is None else corpus.test)
-    if len(ids) < 2:
-        raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
-    done = 0
-
-    def count(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if on_tokens:
-            on_tokens(done, len(ids) - 1)
-
-    rows = max(1, min(SWEEP_BATCH, LARGEST_LOGITS // (seq_len * model.vocab_size)))
-    windows = batches(ids, seq_len=seq_len, batch_size=rows)
-    trace = collect_trace(model, windows, on_tokens=count)
-    if not np.isfinite(trace.nll).any():
-        raise CheckpointError(f"{folder}: expected finite losses, got none; are the weights NaN?")
-    unknown = count_unknown(tokenizer, ids)
-    content = {
-        "num_layers": model.num_layers,
-        "exit_layers": list(model.exit_layers),
-        "n_tokens": trace.num_tokens,
-        "unknown_tokens": unknown,
-        "missing_kv": "recompute",
-        "corpus": {
-            "name": corpus.name,
-            "sha256": corpus.sha256,
-            "read": "whole" if corpus.test is None else "test split",
-        },
-        "rows": [asdict(row) for row in sweep(trace, thresholds)],
+    if stored is not None:
+        stored.require_model(opened.sha256)
+        thresholds, confidence = [stored.thresholds], stored.confidence
+    confidence_named(confidence)
+    chosen = default_thresholds(confidence) if thresholds is None else thresholds
+    for threshold in chosen:
+        ThresholdPolicy.of(threshold, len(opened.model.exit_layers))
+    text = read_text(opened, corpus)
+    trace = text.trace((confidence,), on_tokens=on_tokens)
+    rows = sweep_trace(trace, chosen, confidence=confidence, cost=text.cost())
+    return {
+        **text.about(),
+        "confidence": confidence,
+        **({} if stored is None else {"certificate": stored.sha256}),
+        "rows": [asdict(row) for row in rows],
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},
     }
-    return SweepResult(
-        content=content,
-        unknown_tokens=unknown,
-        unfinished=(folder / UNFINISHED).exists(),
-        untrained=untrained,
-    )
-
-
-def window_length(folder: Path, model: EarlyExitModel) -> int:
-    """How many tokens a window has: what the model was trained on, or 256 where it says nothing."""
-    training = read_json(folder / "config.json").get("training") if is_native(folder) else None
-    if training is None:
-        return min(SWEEP_SEQ_LEN, model.max_length)
-    seq_len = training.get("seq_len") if isinstance(training, dict) else None
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: expected training.seq_len of at least 1, got {seq_len!r}"
-        )
-    return seq_len

@@ -23,9 +23,9 @@ from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.exits.weights import RECOMMENDED, parse_loss_weights
 from offramp.files import claim_folder, read_json, write_json
+from offramp.models.model_files import UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.models.open import load_tokenizer
 from offramp.training import (
     Checkpoints,
     Processes,
@@ -43,8 +43,6 @@ from offramp.training import (
     whole_model,
 )
 from offramp.version import __version__
-
-UNFINISHED = "unfinished.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> 
             f"{run.corpus}: expected the corpus that the run began with, sha256 "
             f"{stored['corpus_sha256']}, got {corpus.sha256}"
         )
-    tokenizer = load_tokenizer(out)
+    tokenizer = make_tokenizer(str(out / TOKENIZER_FILE), "")
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     model = new_model(run.model, seed=run.training.seed)
     return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)

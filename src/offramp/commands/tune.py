@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from offramp.calibration.fitting import save_fitted
-from offramp.commands.sweep import LARGEST_LOGITS
+from offramp.commands.text import LARGEST_LOGITS
 from offramp.data import batches, encode, load_corpus
+from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
 from offramp.exits.weights import parse_loss_weights
-from offramp.files import claim_folder
+from offramp.files import check_free, claim_folder
 from offramp.models.exit_heads import ExitHeadKind
-from offramp.models.huggingface.exits_file import EXITS_JSON, from_pretrained, save_exits
+from offramp.models.fitted import save_fitted
+from offramp.models.huggingface.exits_file import save_exits
 from offramp.models.huggingface.model import HuggingFaceModel
-from offramp.models.open import check_vocabulary, is_native, load_tokenizer
+from offramp.models.model_files import find_model
+from offramp.models.open import OpenedModel, open_model
 from offramp.training import Progress, TrainConfig, train
 from offramp.training.frozen import (
     FrozenConfig,
@@ -107,42 +109,52 @@ class TuneConfig:
 OnProgress = Callable[[TuneProgress], None]
 
 
-def tune_model(
-    model_name: str | Path,
-    corpus_name: str,
-    out: Path,
+def open_for_tuning(
+    name: str | Path,
     config: TuneConfig,
     *,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    on_progress: OnProgress = lambda progress: None,
-) -> dict[str, Any]:
-    """Train exits on the whole of a text, or its training split, into the new folder ``out``.
-
-    ``out`` gets ``offramp.json`` and ``exits.safetensors``, and with ``unfreeze`` the backbone
-    too. Returns what ``offramp.json`` says under ``trained``: among others agreement with the
-    final layer and PPL by exit layer, before and after, on tokens at the end of the text that
-    nothing was trained on.
-    """
-    folder = Path(model_name)
-    if (folder / EXITS_JSON).is_file():
-        raise CheckpointError(f"{folder}: expected a model without exits, got one that has them")
-    if is_native(folder):
+    dtype: torch.dtype | None = torch.float32,
+) -> OpenedModel:
+    """Open a plain checkpoint with the new exits of ``config``, run by transformers."""
+    files = find_model(name)
+    if files.kind == "exits":
+        raise CheckpointError(f"{files.name}: expected a model without exits, got one with exits")
+    if files.kind == "native":
         raise CheckpointError(
-            f"{folder}: expected a Hugging Face checkpoint, got a model of offramp train, whose "
-            "exits that command trains"
+            f"{files.name}: expected a Hugging Face checkpoint, got a model of offramp train, "
+            "whose exits that command trains"
         )
-    corpus = load_corpus(corpus_name)
-    text = corpus.whole if corpus.test is None else corpus.train
-    model = from_pretrained(
-        model_name,
+    return open_model(
+        files,
+        runner="transformers",
         exit_layers=config.exit_layers,
         exit_head=config.exit_head,
         device=device,
         dtype=dtype,
     )
-    tokenizer = load_tokenizer(model_name)
-    check_vocabulary(model_name, tokenizer, model)
+
+
+def tune(
+    opened: OpenedModel,
+    corpus_name: str,
+    out: Path,
+    config: TuneConfig,
+    *,
+    on_progress: OnProgress = lambda progress: None,
+) -> dict[str, Any]:
+    """Train a model's exits on the whole of a text, or its training split.
+
+    The new folder ``out`` gets ``offramp.json`` and ``exits.safetensors``, and with ``unfreeze``
+    the backbone too. Returns what ``offramp.json`` holds under ``trained``: among others the
+    agreement with the final layer and the PPL by exit layer, before and after, on tokens at the
+    end of the text that nothing was trained on.
+    """
+    check_free(out)
+    corpus = load_corpus(corpus_name)
+    text = corpus.whole if corpus.test is None else corpus.train
+    model, tokenizer = opened.model, opened.tokenizer
+    assert isinstance(model, HuggingFaceModel)
     ids = encode(tokenizer, text)[: config.tokens]
     if len(ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
@@ -175,9 +187,11 @@ def tune_model(
         "held_out_tokens": held_out,
         "before": before,
         "after": measure(model, ids[len(ids) - held_out :], config.seq_len),
-        "environment": environment(device),
+        "environment": environment(str(model.device)),
     }
-    save_exits(model, out, trained=trained)
+    save_exits(model, out, trained=trained, backbone=True if model.source is None else None)
+    if opened.files is None:
+        tokenizer.save(str(out / TOKENIZER_FILE))
     if model.vocab_size > 2 * DRAFT_VOCAB:
         save_fitted(FittedExits(draft_vocab=frequent_tokens(ids[: len(ids) - held_out])), out)
     return trained

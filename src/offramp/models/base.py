@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from offramp.models.exit_heads import ExitHeads
 from offramp.models.kv_cache import KVCache
 
 FEW_TOKENS = 16
@@ -61,6 +62,10 @@ class EarlyExitModel(Protocol):
     @property
     def max_length(self) -> int:
         """Positions that the model knows: the longest sequence."""
+
+    @property
+    def exits(self) -> ExitHeads:
+        """What the exits have of their own, by layer, and whether they were ever trained."""
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this many rows and positions."""

@@ -1,95 +1,227 @@
-"""One way to load any model that offramp knows, with its tokenizer."""
+"""A model is opened once: ``find_model`` finds its files, ``open_model`` loads what is in them.
 
+Every command and ``offramp.load`` hold one ``OpenedModel`` and look nothing up again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
-from offramp.errors import CheckpointError, CorpusError, UnsupportedArchitectureError
-from offramp.files import read_json
+from offramp.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    UnsupportedArchitectureError,
+)
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.models.base import EarlyExitModel
+from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.fitted import load_fitted
 from offramp.models.huggingface.exits_file import (
-    EXITS_JSON,
-    base_of,
     from_pretrained,
     load_exits,
-    read_exits,
+    tuned_dtype,
 )
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, resolve_exit_layers
+from offramp.models.model_files import (
+    UNKNOWN_TRAINING,
+    ModelFiles,
+    TrainingRecord,
+    find_model,
+    state_sha256,
+)
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
-from offramp.models.sources import find_checkpoint
+
+DEFAULT_WINDOW = 256
+"""Tokens of a window where nothing says what the model was trained on."""
+Runner = Literal["native", "transformers"]
 
 
-def load_model(
-    path_or_name: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> tuple[Transformer | HuggingFaceModel, Tokenizer]:
-    """Load a model, in eval mode, and its tokenizer.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class OpenedModel:
+    """A model with all that belongs to it. ``open_model`` and ``open_in_memory`` make it."""
 
-    ``path_or_name`` is a folder that ``offramp train`` or ``save_exits`` wrote, the folder of a
-    Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``.
+    name: str
+    "The folder or name that it was opened by; for messages."
+    model: EarlyExitModel
+    "The model with its exits, in eval mode."
+    tokenizer: Tokenizer
+    "Its tokenizer, as the tokenizers library has it."
+    fitted: FittedExits = NOTHING_FITTED
+    "Gates, temperatures and draft vocabulary that were fitted to its exits."
+    runner: Runner
+    "What runs it: the native decoder, or transformers."
+    record: TrainingRecord = UNKNOWN_TRAINING
+    "What it was trained on."
+    end_tokens: tuple[int, ...] = ()
+    "Ids of the tokens that end every text of this model."
+    files: ModelFiles | None = None
+    "Where its files are; None for a model in memory."
+    chat_tokenizer: Any = None
+    "The tokenizer of transformers with a chat template, if the model came with one in memory."
 
-    Raises CheckpointError for a tokenizer with more tokens than the model, and otherwise what
-    ``load_checkpoint`` and ``from_pretrained`` raise.
-    """
-    model: Transformer | HuggingFaceModel
-    if is_native(path_or_name):
-        model, _ = load_checkpoint(path_or_name, device=device, dtype=dtype)
-    else:
-        model = from_pretrained(path_or_name, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(path_or_name)
-    check_vocabulary(path_or_name, tokenizer, model)
-    return model, tokenizer
-
-
-def check_vocabulary(
-    name: str | Path, tokenizer: Tokenizer, model: Transformer | HuggingFaceModel
-) -> None:
-    """Raise a CheckpointError for a tokenizer with more tokens than the model."""
-    if tokenizer.get_vocab_size() > model.vocab_size:
-        raise CheckpointError(
-            f"{name}: expected a tokenizer of at most {model.vocab_size} tokens, as the "
-            f"model has, got {tokenizer.get_vocab_size()}"
+    def __repr__(self) -> str:
+        model = self.model
+        exits = ", ".join(map(str, model.exit_layers[:-1])) or "none"
+        return (
+            f"OpenedModel({self.name!r}: {model.num_layers} layers, exits {exits}, "
+            f"vocabulary {model.vocab_size:,}, run by {self.runner})"
         )
 
+    @property
+    def exits_trained(self) -> bool:
+        """Whether the model's exits were ever trained."""
+        return bool(self.model.exits.trained)
 
-def is_native(path_or_name: str | Path) -> bool:
-    """Whether this is a folder that ``offramp train`` wrote."""
-    path = Path(path_or_name) / "config.json"
-    if not path.is_file() or (Path(path_or_name) / EXITS_JSON).is_file():
-        return False
-    about = read_json(path)
-    return not isinstance(about, dict) or "model_type" not in about
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model's parameters."""
+        return self.model.make_cache(1, 1).keys.dtype
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether this is the best model so far of a training run that has not ended."""
+        return self.files is not None and self.files.unfinished
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window of text: what the model was trained on, or 256 if unknown."""
+        return self.record.window or min(DEFAULT_WINDOW, self.model.max_length)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of weights, config, tokenizer and exits; a certificate belongs to it."""
+        if self.files is not None:
+            return self.files.sha256
+        return state_sha256(self.model, self.tokenizer)
+
+    def require_exits(self) -> None:
+        """Raise a ConfigError if the model has no exit before its last layer."""
+        if len(self.model.exit_layers) < 2:
+            raise ConfigError(
+                f"exit layers: expected at least one before the last, and {self.name} has none"
+            )
 
 
-def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
-    """The tokenizer of what ``load_model`` takes."""
-    folder = Path(path_or_name)
-    if not (folder / TOKENIZER_FILE).is_file():
-        if (folder / EXITS_JSON).is_file():
-            folder = base_of(folder).folder
-        elif not folder.is_dir():
-            folder = find_checkpoint(path_or_name).folder
-    path = folder / TOKENIZER_FILE
+def open_model(
+    name: str | Path | ModelFiles,
+    *,
+    runner: Runner | None = None,
+    exit_layers: Iterable[int] | None = None,
+    exit_head: ExitHeadKind | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> OpenedModel:
+    """Open a model, in eval mode, with its tokenizer and what was fitted to its exits.
+
+    ``name`` is a folder that ``offramp train``, ``offramp tune`` or ``save_exits`` wrote, the
+    folder of a Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``. ``runner`` None
+    runs Llama-family checkpoints in the native decoder, which decodes faster, and others by
+    transformers. ``exit_layers`` and ``exit_head`` are for plain checkpoints only; None puts
+    exits at each quarter of the depth. ``dtype`` None keeps the precision of the files, or that
+    in which the exits were trained.
+
+    Raises CheckpointError for what is missing, damaged, changed or a pickle, and for a tokenizer
+    with more tokens than the model; UnsupportedArchitectureError for a model that is no
+    decoder-only language model; ConfigError for exits out of range.
+    """
+    files = name if isinstance(name, ModelFiles) else find_model(name)
+    model = load_weights(
+        files,
+        runner=runner,
+        exit_layers=exit_layers,
+        exit_head=exit_head,
+        device=device,
+        dtype=dtype,
+    )
+    tokenizer = load_tokenizer(files)
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise CheckpointError(
+            f"{files.name}: expected a tokenizer of at most {model.vocab_size} tokens, as the "
+            f"model has, got {tokenizer.get_vocab_size()}"
+        )
+    return OpenedModel(
+        name=files.name,
+        model=model,
+        tokenizer=tokenizer,
+        fitted=NOTHING_FITTED if files.own is None else load_fitted(files.own, device=device),
+        runner="native" if isinstance(model, Transformer) else "transformers",
+        record=files.record,
+        end_tokens=files.end_tokens,
+        files=files,
+    )
+
+
+def open_in_memory(
+    model: Any,
+    tokenizer: Any,
+    *,
+    exit_layers: Iterable[int] | None = None,
+    exit_head: ExitHeadKind | None = None,
+) -> OpenedModel:
+    """Open a causal language model of ``transformers``, or a model of offramp, in memory.
+
+    ``tokenizer`` is one of the tokenizers library or a fast one of ``transformers``. The model's
+    parameters are shared, not copied.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        raise ConfigError(
+            "tokenizer: expected a fast tokenizer of transformers, or one of the tokenizers "
+            f"library, with a model in memory, got {type(tokenizer).__name__}"
+        )
+    own = isinstance(model, Transformer | HuggingFaceModel)
+    if not own and not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: expected a name, a folder or a language model, got {type(model).__name__}"
+        )
+    opened: Transformer | HuggingFaceModel = (
+        model.eval()
+        if own
+        else from_pretrained(
+            model, exit_layers=exit_layers, exit_head=exit_head, device=model.device
+        )
+    )
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return OpenedModel(
+        name=f"{type(model).__name__} in memory",
+        model=opened,
+        tokenizer=backend,
+        runner="native" if isinstance(opened, Transformer) else "transformers",
+        end_tokens=() if end is None else tuple(end) if isinstance(end, list) else (int(end),),
+        chat_tokenizer=tokenizer if backend is not tokenizer else None,
+    )
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """Read the tokenizer of a model's files."""
+    path = files.tokenizer_folder / TOKENIZER_FILE
     try:
         if path.is_file():
             return make_tokenizer(str(path), "")
-        if is_native(folder) or not (folder / "config.json").is_file():
+        if files.kind == "native":
             raise FileNotFoundError
         with quiet():  # an older form: vocab.json and merges.txt, or tokenizer.model
-            found = transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            found = transformers().AutoTokenizer.from_pretrained(
+                files.tokenizer_folder, local_files_only=True
+            )
         backend: Tokenizer = found.backend_tokenizer
     except CorpusError as error:
         raise CheckpointError(str(error)) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the model's tokenizer, found none") from None
-    except Exception as error:  # the library has many kinds
+    except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"{path}: expected the model's tokenizer, found none that can be read: "
             f"{one_line(error)}"
@@ -97,34 +229,61 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     return backend
 
 
-def load_decoder(
-    path_or_name: str | Path,
+def load_weights(
+    files: ModelFiles,
     *,
+    runner: Runner | None = None,
+    exit_layers: Iterable[int] | None = None,
+    exit_head: ExitHeadKind | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> tuple[Transformer | HuggingFaceModel, Tokenizer]:
-    """What ``load_model`` loads, for decoding: Llama-family checkpoints in the native decoder.
+) -> Transformer | HuggingFaceModel:
+    """Load the model of some files, in eval mode, without its tokenizer; see ``open_model``."""
+    if files.kind == "native":
+        return load_checkpoint(files.backbone.folder, device=device, dtype=dtype)[0]
+    model = _pretrained(files, runner, exit_layers, exit_head, dtype)
+    return model.to(device=device, dtype=dtype).eval()
 
-    It decodes faster there, to the same logits. What the native decoder cannot have is run by
-    ``transformers``.
-    """
-    folder = Path(path_or_name)
-    try:
-        if is_native(path_or_name):
-            raise UnsupportedArchitectureError("nothing to convert")
-        if (folder / EXITS_JSON).is_file():
-            about = read_exits(folder)
-            model = load_native(
-                base_of(folder).folder,
-                exit_layers=about["exit_layers"],
-                exit_head=about["exit_head"],
-                dtype=dtype,
-            )
-            load_exits(model.exits, folder)
-        else:
-            depth = read_json(find_checkpoint(path_or_name).folder / "config.json")
-            layers = resolve_exit_layers(None, int(depth.get("num_hidden_layers", 1)))
-            model = load_native(path_or_name, exit_layers=layers, dtype=dtype)
-    except UnsupportedArchitectureError:
-        return load_model(path_or_name, device=device, dtype=dtype)
-    return model.to(device=device, dtype=dtype).eval(), load_tokenizer(path_or_name)
+
+def _pretrained(
+    files: ModelFiles,
+    runner: Runner | None,
+    exit_layers: Iterable[int] | None,
+    exit_head: ExitHeadKind | None,
+    dtype: torch.dtype | None,
+) -> Transformer | HuggingFaceModel:
+    """A Hugging Face checkpoint, or one with exits beside it, in the decoder that fits."""
+    layers = None if exit_layers is None else tuple(exit_layers)
+    if runner != "transformers":
+        try:
+            return _in_native_decoder(files, layers, exit_head, dtype)
+        except (UnsupportedArchitectureError, CheckpointError):
+            if runner == "native":
+                raise
+    if files.kind == "exits":
+        assert files.own is not None
+        return from_pretrained(files.own, base=files.backbone, dtype=dtype)
+    return from_pretrained(files.backbone, exit_layers=layers, exit_head=exit_head, dtype=dtype)
+
+
+def _in_native_decoder(
+    files: ModelFiles,
+    exit_layers: tuple[int, ...] | None,
+    exit_head: ExitHeadKind | None,
+    dtype: torch.dtype | None,
+) -> Transformer:
+    if files.kind == "exits":
+        assert files.own is not None
+        model = load_native(
+            files.backbone,
+            exit_layers=files.about["exit_layers"],
+            exit_head=files.about["exit_head"],
+            dtype=dtype or tuned_dtype(files.own, files.about),
+        )
+        load_exits(model.exits, files.own)
+        return model
+    depth = int(files.config.get("num_hidden_layers", 1))
+    layers = resolve_exit_layers(exit_layers, depth)
+    return load_native(
+        files.backbone, exit_layers=layers, exit_head=exit_head or "shared", dtype=dtype
+    )

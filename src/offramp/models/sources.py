@@ -10,6 +10,7 @@ import os
 import shutil
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Source:
     packaged: Path | None = None
     "The file that the folder was made from."
 
-    @property
+    @cached_property
     def weights(self) -> tuple[Path, ...]:
         """The safetensors files, by name; a CheckpointError if there are none."""
         index = self.folder / "model.safetensors.index.json"
@@ -55,17 +56,20 @@ class Source:
             )
         raise CheckpointError(f"{whole}: expected a file, found none")
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the weight files one after another, by name (of the packaged file, if any)."""
         return file_sha256(*((self.packaged,) if self.packaged else self.weights))
 
 
-def find_checkpoint(id_or_dir: str | Path) -> Source:
+def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
     """Find a checkpoint's files: a folder, the packaged ``smollm2-135m``, or a name on the hub.
 
-    Raises CheckpointError where there is none, naming what is at hand without a network.
+    A ``Source`` was found already and is returned as it is. Raises CheckpointError if there is
+    none; without a network the message lists the models that this machine has.
     """
+    if isinstance(id_or_dir, Source):
+        return id_or_dir
     name = str(id_or_dir)
     if name == DEMO:
         return _demo()

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from offramp.calibration.certificate import Certificate, model_sha256
+from offramp.calibration.certificate import Certificate
 from offramp.calibration.certify import Promise, certify
 from offramp.errors import CertificateError, CheckpointError
 from offramp.evaluation.cost import ModelCost
@@ -103,22 +103,6 @@ def test_a_certificate_for_another_model_is_refused_with_both_hashes(certificate
     certificate.require_model("m")
     with pytest.raises(CertificateError, match="sha256 other, got one for m"):
         certificate.require_model("other")
-
-
-def test_the_hash_of_a_model_folder_knows_weights_config_and_gates(tmp_path):
-    contents = {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"}
-    for name, content in contents.items():
-        (tmp_path / name).write_text(content)
-    first = model_sha256(tmp_path)
-    (tmp_path / "certificate.json").write_text("a file beside them does not count")
-    assert model_sha256(tmp_path) == first
-    seen = {first}
-    (tmp_path / "exits.safetensors").write_text("gates")
-    seen.add(model_sha256(tmp_path))
-    for name in contents:
-        (tmp_path / name).write_text("changed")
-        seen.add(model_sha256(tmp_path))
-    assert len(seen) == 5
 
 
 def test_every_field_is_in_the_file():

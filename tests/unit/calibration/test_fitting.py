@@ -5,13 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offramp.calibration.fitting import (
-    fit_exits,
-    fit_gates,
-    fit_temperatures,
-    load_fitted,
-    save_fitted,
-)
+from offramp.calibration.fitting import fit_exits, fit_gates, fit_temperatures
 from offramp.data import batches
 from offramp.errors import CheckpointError
 from offramp.evaluation.quality import auroc
@@ -20,6 +14,7 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits, GateConfig
 from offramp.exits.temperature import fit_temperature
 from offramp.files import file_sha256
+from offramp.models.fitted import load_fitted, save_fitted
 
 QUICK = GateConfig(steps=20, batch_size=64)
 

@@ -9,20 +9,18 @@ import torch
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.certify import Promise
-from offramp.calibration.fitting import load_fitted
-from offramp.commands.calibrate import (
-    certify_folder,
-    check_folder,
-    keep_budget_folder,
-    sweep_certificate,
-)
-from offramp.commands.confidence import fit_folder, measure_confidence
-from offramp.commands.reading import open_reading
+from offramp.calibration.thresholds import load_thresholds, thresholds_flag
+from offramp.commands.calibrate import certify, check, keep_compute_budget
+from offramp.commands.confidence import fit, measure_confidence
+from offramp.commands.sweep import sweep
+from offramp.commands.text import read_text
 from offramp.commands.train import TrainRun, start_run
 from offramp.errors import CertificateError, CheckpointError, ConfigError, CorpusError
 from offramp.exits.gate import GateConfig
 from offramp.files import write_json
+from offramp.models.fitted import load_fitted
 from offramp.models.native.decoder import DecoderConfig
+from offramp.models.open import open_in_memory, open_model
 from offramp.report.confidence import (
     certificate_table,
     confidence_table,
@@ -74,7 +72,7 @@ def make_model(folder, corpus):
         loss_weights="1=0.4,2=0.3,4=0.3", steps=60, seq_len=16, batch_size=16, lr=1e-2
     )
     start_run(TrainRun(corpus=str(corpus), model=config, training=training), folder)
-    fit_folder(folder, str(corpus), config=QUICK, max_tokens=2000)
+    fit(open_model(folder), str(corpus), config=QUICK, max_tokens=2000)
 
 
 def test_gates_and_temperatures_are_kept_in_the_folder(model, corpus):
@@ -84,14 +82,16 @@ def test_gates_and_temperatures_are_kept_in_the_folder(model, corpus):
         "gate": [1, 2],
     }
     assert sorted(fitted.temperatures) == [1, 2]
-    again = fit_folder(model, str(corpus), config=QUICK, max_tokens=2000)
+    again = fit(open_model(model), str(corpus), config=QUICK, max_tokens=2000).fitted
     assert torch.equal(again.gate("gain", 1).up_proj.weight, fitted.gate("gain", 1).up_proj.weight)
     assert again.temperatures == fitted.temperatures
 
 
 def test_confidence_measures_everything_that_the_model_can_have(model, corpus, tmp_path):
     heard = []
-    content = measure_confidence(model, str(corpus), on_tokens=lambda *told: heard.append(told))
+    content = measure_confidence(
+        open_model(model), str(corpus), on_tokens=lambda *told: heard.append(told)
+    )
     assert heard[-1] == (content["n_tokens"], content["n_tokens"])
     names = ["max_prob", "margin", "entropy", "saturation", "patience", "gate", "gain"]
     assert [measure["confidence"] for measure in content["measures"]] == names
@@ -112,10 +112,10 @@ def test_confidence_measures_everything_that_the_model_can_have(model, corpus, t
 
 
 def test_confidence_can_be_asked_of_some_measures(model, corpus):
-    content = measure_confidence(model, str(corpus), measures=("entropy",))
+    content = measure_confidence(open_model(model), str(corpus), measures=("entropy",))
     assert [measure["confidence"] for measure in content["measures"]] == ["entropy"]
     with pytest.raises(ConfigError, match="got 'top1'"):
-        measure_confidence(model, str(corpus), measures=("top1",))
+        measure_confidence(open_model(model), str(corpus), measures=("top1",))
 
 
 def test_without_gates_the_measures_of_gates_are_left_out(model, corpus, tmp_path):
@@ -123,32 +123,32 @@ def test_without_gates_the_measures_of_gates_are_left_out(model, corpus, tmp_pat
     bare.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (bare / name).write_bytes((model / name).read_bytes())
-    content = measure_confidence(bare, str(corpus))
+    content = measure_confidence(open_model(bare), str(corpus))
     assert [m["confidence"] for m in content["measures"]][-1] == "patience"
     with pytest.raises(ConfigError, match="a fitted gate at exit layer 1"):
-        certify_folder(bare, str(corpus), Promise(), confidence="gate")
+        certify(open_model(bare), str(corpus), Promise(), confidence="gate")
 
 
 def test_a_certificate_is_used_by_sweep_and_check(model, corpus, tmp_path):
     promise = Promise(epsilon=0.2, delta=0.1)
-    certificate, reading = certify_folder(model, str(corpus), promise, confidence="gate")
+    certificate, reading = certify(open_model(model), str(corpus), promise, confidence="gate")
     assert not certificate.is_full_model
     assert certificate.n == (reading.trace(()).num_tokens) // 16
     assert not reading.seen_in_training
     file = tmp_path / "certificate.json"
     certificate.save(file)
     assert certificate_table(json.loads(file.read_text())).row_count == 7
-    swept = sweep_certificate(model, str(corpus), file)
+    swept = sweep(open_model(model), str(corpus), stored=load_thresholds(file))
     assert tuple(swept["rows"][0]["threshold"]) == certificate.thresholds
     assert swept["rows"][0]["compute_pct"] == pytest.approx(
         certificate.expected_compute_pct, abs=0.5
     )
-    check = check_folder(model, str(corpus), file)
-    assert check["same_corpus"]
-    assert check["verdict"] == "holds"
-    assert "The promise holds" in drift_sentence(check)
+    found = check(open_model(model), str(corpus), Certificate.load(file))
+    assert found["same_corpus"]
+    assert found["verdict"] == "holds"
+    assert "The promise holds" in drift_sentence(found)
     (tmp_path / "other.txt").write_text("zzz qqq xxx. " * 400)
-    other = check_folder(model, str(tmp_path / "other.txt"), file)
+    other = check(open_model(model), str(tmp_path / "other.txt"), Certificate.load(file))
     assert not other["same_corpus"]
     assert drift_sentence(other).startswith(("The promise is broken", "Not decided"))
 
@@ -156,23 +156,27 @@ def test_a_certificate_is_used_by_sweep_and_check(model, corpus, tmp_path):
 def test_a_certificate_for_another_model_is_refused_before_the_model_runs(
     model, corpus, tmp_path, monkeypatch
 ):
-    certificate, _ = certify_folder(model, str(corpus), Promise(epsilon=0.2))
+    certificate, _ = certify(open_model(model), str(corpus), Promise(epsilon=0.2))
     other = replace(certificate, model_sha256="0" * 64).signed()
     other.save(tmp_path / "other.json")
-    monkeypatch.setattr("offramp.commands.calibrate.open_reading", lambda *a, **k: 1 / 0)
-    for use in (sweep_certificate, check_folder):
+    monkeypatch.setattr("offramp.commands.text.collect_trace", lambda *a, **k: 1 / 0)
+    opened, file = open_model(model), tmp_path / "other.json"
+    for use in (
+        lambda: sweep(opened, str(corpus), stored=load_thresholds(file)),
+        lambda: check(opened, str(corpus), Certificate.load(file)),
+    ):
         with pytest.raises(CertificateError, match=f"{certificate.model_sha256}, got one for 0000"):
-            use(model, str(corpus), tmp_path / "other.json")
+            use()
 
 
 def test_new_gates_are_another_model(model, corpus, tmp_path):
-    certificate, _ = certify_folder(model, str(corpus), Promise(epsilon=0.2))
+    certificate, _ = certify(open_model(model), str(corpus), Promise(epsilon=0.2))
     certificate.save(tmp_path / "c.json")
     kept = (model / "exits.safetensors").read_bytes()
     try:
-        fit_folder(model, str(corpus), config=replace(QUICK, seed=5), max_tokens=2000)
+        fit(open_model(model), str(corpus), config=replace(QUICK, seed=5), max_tokens=2000)
         with pytest.raises(CertificateError, match="expected one for this model"):
-            sweep_certificate(model, str(corpus), tmp_path / "c.json")
+            sweep(open_model(model), str(corpus), stored=load_thresholds(tmp_path / "c.json"))
     finally:
         (model / "exits.safetensors").write_bytes(kept)
     assert Certificate.load(tmp_path / "c.json") == certificate
@@ -181,23 +185,32 @@ def test_new_gates_are_another_model(model, corpus, tmp_path):
 def test_too_little_text_certifies_the_full_model(model, tmp_path):
     (tmp_path / "short.txt").write_text(random_text(9, sentences=4))
     promise = Promise(epsilon=0.02)
-    certificate, _ = certify_folder(model, str(tmp_path / "short.txt"), promise)
+    certificate, _ = certify(open_model(model), str(tmp_path / "short.txt"), promise)
     assert certificate.is_full_model
     assert certificate.n < promise.sequences_needed == 149
     assert certificate.thresholds == (math.inf, math.inf)
 
 
-def test_a_budget_is_kept(model, corpus):
-    content = keep_budget_folder(model, str(corpus), 70.0, confidence="gain")
+def test_a_budget_is_kept_and_its_file_is_read_back(model, corpus, tmp_path):
+    content = keep_compute_budget(open_model(model), str(corpus), 70.0, confidence="gain")
     [row] = content["rows"]
     assert row["flops_pct"] <= 70
     assert (content["compute_budget"], content["confidence"]) == (70.0, "gain")
+    file = tmp_path / "budget.json"
+    write_json(file, content)
+    opened, stored = open_model(model), load_thresholds(file)
+    [swept] = sweep(opened, str(corpus), stored=stored)["rows"]
+    assert swept == row
+    flag = thresholds_flag(stored.thresholds)
+    assert tuple(map(float, flag.split(":"))) == stored.thresholds == row["threshold"]
     with pytest.raises(ConfigError, match="compute_budget: expected at least"):
-        keep_budget_folder(model, str(corpus), 5.0)
+        keep_compute_budget(open_model(model), str(corpus), 5.0)
 
 
 def test_text_that_the_model_was_trained_on_is_marked(model, corpus, tmp_path):
-    assert not open_reading(model, str(corpus)).seen_in_training  # it has a split to test on
+    assert not read_text(
+        open_model(model), str(corpus)
+    ).seen_in_training  # it has a split to test on
     single = tmp_path / "single.txt"
     single.write_text(random_text(0))
     config = json.loads((model / "config.json").read_text())
@@ -205,21 +218,22 @@ def test_text_that_the_model_was_trained_on_is_marked(model, corpus, tmp_path):
     folder.mkdir()
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).write_bytes((model / name).read_bytes())
-    config["corpus"]["sha256"] = open_reading(model, str(single)).corpus.sha256
+    config["corpus"]["sha256"] = read_text(open_model(model), str(single)).corpus.sha256
     (folder / "config.json").write_text(json.dumps(config))
-    assert open_reading(folder, str(single)).seen_in_training
+    assert read_text(open_model(folder), str(single)).seen_in_training
 
 
 def test_bad_input_is_one_sentence(model, corpus, tmp_path):
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(CorpusError, match="empty corpus"):
-        certify_folder(model, str(tmp_path / "empty.txt"), Promise())
+        certify(open_model(model), str(tmp_path / "empty.txt"), Promise())
     with pytest.raises(CheckpointError):
-        certify_folder(tmp_path / "nowhere", str(corpus), Promise())
+        certify(open_model(tmp_path / "nowhere"), str(corpus), Promise())
+    opened = open_model(model)
     with pytest.raises(ConfigError, match="the folder of a model"):
-        fit_folder(tmp_path / "nowhere", str(corpus))
+        fit(open_in_memory(opened.model, opened.tokenizer), str(corpus))
     with pytest.raises(ConfigError, match="from conservative to bold"):
-        certify_folder(model, str(corpus), Promise(), path=[(0.5, 0.5), (0.9, 0.9)])
+        certify(open_model(model), str(corpus), Promise(), path=[(0.5, 0.5), (0.9, 0.9)])
 
 
 def test_the_ppl_between_two_points_of_a_frontier():

@@ -8,18 +8,23 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from offramp import from_pretrained, load_model
-from offramp.calibration.fitting import load_fitted
-from offramp.commands.reading import open_reading
-from offramp.commands.tune import TuneConfig, frequent_tokens, measure, tune_model
+from offramp import from_pretrained
+from offramp.commands.text import read_text
+from offramp.commands.tune import TuneConfig, frequent_tokens, measure, open_for_tuning, tune
 from offramp.data import encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.models.base import states_at, whole_step
+from offramp.models.fitted import load_fitted
+from offramp.models.open import open_model
 from offramp.training import frozen, kept_states
 from offramp.training.frozen import Compared, FrozenConfig, least_squares, tune_exits
 from offramp.training.kept_states import KeptStates, keep_states
 
 QUICK = {"exit_layers": (1, 2), "epochs": 3, "seq_len": 32, "lr": 3e-3}
+
+
+def tune_folder(model, text, out, config, **told):
+    return tune(open_for_tuning(model, config), text, out, config, **told)
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def tuned(checkpoint, tmp_path_factory):
     told = []
     config = TuneConfig(**QUICK)
     text = str(checkpoint / "text.txt")
-    trained = tune_model(checkpoint, text, out, config, on_progress=told.append)
+    trained = tune_folder(checkpoint, text, out, config, on_progress=told.append)
     return out, trained, told
 
 
@@ -50,7 +55,7 @@ def fresh(checkpoint):
 
 @pytest.fixture
 def ids(checkpoint, text):
-    return encode(load_model(checkpoint)[1], load_corpus(text).whole)[:1200]
+    return encode(open_model(checkpoint).tokenizer, load_corpus(text).whole)[:1200]
 
 
 @torch.no_grad()
@@ -185,11 +190,11 @@ def test_everything_may_learn_jointly(checkpoint, text, tmp_path):
     out = tmp_path / "joint"
     quick = {**QUICK, "exit_head": "norm", "epochs": 1, "tokens": 3000}
     config = TuneConfig(**quick, unfreeze=True, loss_weights="1=0.5,4=1")
-    trained = tune_model(checkpoint, text, out, config)
+    trained = tune_folder(checkpoint, text, out, config)
     assert trained["objective"] == "text"
     for before, after in zip(trained["before"], trained["after"], strict=True):
         assert after["ppl"] < before["ppl"]
-    model, _ = load_model(out)
+    model = open_model(out).model
     stored = load_file(checkpoint / "model.safetensors")
     now = load_file(out / "model.safetensors")
     assert set(now) == set(stored)
@@ -211,9 +216,9 @@ def test_models_of_unknown_blocks_are_tuned_and_trained(tmp_path, checkpoint, te
     for unfreeze in (False, True):
         out = tmp_path / f"out{unfreeze}"
         quick = TuneConfig(**{**QUICK, "epochs": 1}, unfreeze=unfreeze, tokens=2000)
-        trained = tune_model(folder, text, out, quick)
+        trained = tune_folder(folder, text, out, quick)
         assert trained["after"][0]["ppl"] < 1.2 * trained["before"][0]["ppl"]
-        assert open_reading(out, text).cost() is None
+        assert read_text(open_model(out), text).cost() is None
 
 
 def test_the_file_says_what_was_trained_on_what(checkpoint, text, tuned):
@@ -225,16 +230,15 @@ def test_the_file_says_what_was_trained_on_what(checkpoint, text, tuned):
     assert content["exit_head"] == "adapter"
     assert trained["objective"] == "distill"
     assert trained["held_out_tokens"] == trained["tokens"] // 20
-    reading = open_reading(out, text)
-    assert reading.seen_in_training
-    assert not reading.untrained
+    assert read_text(open_model(out), text).seen_in_training
+    assert open_model(out).exits_trained
     assert {progress.doing for progress in told} == {"states", "tune"}
     assert told[-1].done == told[-1].total
 
 
 def test_only_so_many_tokens_are_read(checkpoint, text, tmp_path):
     config = TuneConfig(**{**QUICK, "epochs": 1}, tokens=300)
-    assert tune_model(checkpoint, text, tmp_path / "out", config)["tokens"] == 300
+    assert tune_folder(checkpoint, text, tmp_path / "out", config)["tokens"] == 300
 
 
 @pytest.mark.parametrize(
@@ -272,12 +276,12 @@ def test_what_cannot_be_tuned_is_refused_and_nothing_written(checkpoint, text, t
         (tuned[0], {}, "expected a model without exits"),
     ):
         with pytest.raises((CheckpointError, ConfigError), match=sentence):
-            tune_model(model, text, out, TuneConfig(**fields))
+            tune_folder(model, text, out, TuneConfig(**fields))
         assert not out.exists()
     short = tmp_path / "short.txt"
     short.write_text("a")
     with pytest.raises(CorpusError, match="at least 2"):
-        tune_model(checkpoint, str(short), out, TuneConfig())
+        tune_folder(checkpoint, str(short), out, TuneConfig())
     assert not out.exists()
 
 
@@ -290,6 +294,6 @@ def test_the_draft_vocabulary_is_what_stands_most_often(monkeypatch):
 
 def test_a_large_vocabulary_gets_a_draft_vocabulary(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr("offramp.commands.tune.DRAFT_VOCAB", 8)
-    tune_model(checkpoint, text, tmp_path / "out", TuneConfig(exit_layers=(2,), epochs=1))
+    tune_folder(checkpoint, text, tmp_path / "out", TuneConfig(exit_layers=(2,), epochs=1))
     assert len(load_fitted(tmp_path / "out").draft_vocab) == 8
     from_pretrained(tmp_path / "out")  # the exits' hash is that of the whole file

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +20,6 @@ from offramp.commands.bench.methods import (
     own,
     plain_generation,
 )
-from offramp.commands.generate import Generator, open_generator
 from offramp.data import batches, encode, load_corpus
 from offramp.environment import environment
 from offramp.errors import ConfigError, CorpusError, UnsupportedArchitectureError
@@ -33,6 +31,7 @@ from offramp.generation.options import draft_exit
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import to_transformers
+from offramp.models.open import OpenedModel
 
 SLOW_BATCHES = 2
 """Prompts that a slow peer runs on, once each."""
@@ -97,25 +96,23 @@ class _Timed:
 
 
 def run_bench(
-    path: Path,
+    loaded: OpenedModel,
     corpus_name: str,
     config: BenchConfig,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     on_run: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows.
 
     ``on_run`` is told (runs done, runs in all, the method that is next).
     """
-    loaded = open_generator(path, device=device, dtype=dtype)
     prompts = _prompts(loaded, corpus_name, config)
     if config.thresholds and len(loaded.model.exit_layers) == 1:
         raise ConfigError("thresholds: expected a model with exits before its last layer, got none")
     if config.draft_exit is not None:
         asked = GenerateConfig(speculative=True, draft_exit=config.draft_exit)
         draft_exit(loaded.model, asked, loaded.fitted)
+    device = loaded.model.device
     bandwidth = measure_bandwidth(device)
     measured = partial(
         measure_clock,
@@ -164,14 +161,14 @@ def run_bench(
         "weights_gb": clock.weights / 1e9,
         "failed": failed,
         "parts": clock.about(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "untrained": loaded.untrained,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "untrained": not loaded.exits_trained,
         "config": asdict(config),
-        "environment": environment(device),
+        "environment": environment(str(device)),
     }
 
 
-def _prompts(loaded: Generator, corpus_name: str, config: BenchConfig) -> list[Batch]:
+def _prompts(loaded: OpenedModel, corpus_name: str, config: BenchConfig) -> list[Batch]:
     corpus = load_corpus(corpus_name)
     ids = encode(loaded.tokenizer, corpus.whole if corpus.test is None else corpus.test).tolist()
     if len(ids) < config.prompt_tokens:
@@ -192,7 +189,7 @@ def _prompts(loaded: Generator, corpus_name: str, config: BenchConfig) -> list[B
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
-def _methods(loaded: Generator, config: BenchConfig, prompts: Sequence[Batch]) -> list[Method]:
+def _methods(loaded: OpenedModel, config: BenchConfig, prompts: Sequence[Batch]) -> list[Method]:
     model, fitted, alone = loaded.model, loaded.fitted, config.batch_size == 1
     new = config.max_new_tokens
     early = model.exit_layers[:-1]
@@ -231,7 +228,7 @@ def _methods(loaded: Generator, config: BenchConfig, prompts: Sequence[Batch]) -
     return methods
 
 
-def _peer(loaded: Generator) -> Any:
+def _peer(loaded: OpenedModel) -> Any:
     """The same model as transformers runs it; None where it has none of the kind."""
     if isinstance(loaded.model, HuggingFaceModel):
         return plain_generation(loaded.model.backbone)
@@ -243,7 +240,7 @@ def _peer(loaded: Generator) -> Any:
 
 
 def _threshold_for(
-    compute_pct: float, loaded: Generator, config: BenchConfig, prompts: Sequence[Batch]
+    compute_pct: float, loaded: OpenedModel, config: BenchConfig, prompts: Sequence[Batch]
 ) -> float:
     """The threshold at which decoding runs about so much of the layers.
 
@@ -283,7 +280,7 @@ def _threshold_for(
 
 
 def _nobody_leaves(
-    loaded: Generator, config: BenchConfig, prompts: Sequence[Batch]
+    loaded: OpenedModel, config: BenchConfig, prompts: Sequence[Batch]
 ) -> list[Sample]:
     """Full depth with every exit asked: what asking takes."""
     if len(loaded.model.exit_layers) == 1:

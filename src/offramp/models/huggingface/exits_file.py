@@ -46,11 +46,11 @@ _TEXT_FILES = (
 
 
 def from_pretrained(
-    id_or_dir: str | Path | nn.Module,
+    id_or_dir: str | Path | Source | nn.Module,
     *,
     exit_layers: Iterable[int] | None = None,
     exit_head: ExitHeadKind | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Source | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> HuggingFaceModel:
@@ -68,8 +68,8 @@ def from_pretrained(
     if isinstance(id_or_dir, nn.Module):
         model = _with_exits(id_or_dir, exit_layers, exit_head)
         return model.to(device=device, dtype=dtype).eval()
-    folder = Path(id_or_dir).expanduser()
-    if not (folder / EXITS_JSON).is_file():
+    folder = None if isinstance(id_or_dir, Source) else Path(id_or_dir).expanduser()
+    if folder is None or not (folder / EXITS_JSON).is_file():
         if base is not None:
             raise ConfigError(f"base: expected with a folder of exits only, got {id_or_dir}")
         source = find_checkpoint(id_or_dir)
@@ -114,17 +114,43 @@ def save_exits(
         save_backbone(model.backbone, folder, texts=None if source is None else source.folder)
         model.source = Source(id=str(folder), folder=folder)
     assert model.source is not None
-    heads = {f"exits.{name}": value for name, value in model.exits.state_dict().items()}
+    write_exits(
+        folder,
+        model.exits,
+        source=model.source,
+        exit_layers=model.exit_layers,
+        exit_head=model.exit_head,
+        model_type=model.model_type,
+        dtype=model.dtype,
+        trained=trained,
+        policy=policy,
+    )
+
+
+def write_exits(
+    folder: Path,
+    exits: ExitHeads,
+    *,
+    source: Source,
+    exit_layers: Iterable[int],
+    exit_head: str,
+    model_type: str,
+    dtype: torch.dtype,
+    trained: Mapping[str, Any] | None,
+    policy: Mapping[str, Any] | None,
+) -> None:
+    """Write ``exits.safetensors`` and ``offramp.json`` into an existing folder."""
+    heads = {f"exits.{name}": value for name, value in exits.state_dict().items()}
     with replacing(folder / EXITS_FILE) as aside:
         save_file({name: value.contiguous() for name, value in heads.items()}, aside)
     content = {
         "format": FORMAT,
         "offramp_version": __version__,
-        "base": {"id": _name(model.source, folder), "sha256": model.source.sha256},
-        "model_type": model.model_type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "exit_layers": list(model.exit_layers),
-        "exit_head": model.exit_head,
+        "base": {"id": _name(source, folder), "sha256": source.sha256},
+        "model_type": model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "exit_layers": list(exit_layers),
+        "exit_head": exit_head,
         "exits_sha256": file_sha256(folder / EXITS_FILE),
         "trained": None if trained is None else dict(trained),
         "policy": None if policy is None else dict(policy),
@@ -145,7 +171,17 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
     return about
 
 
-def base_of(folder: str | Path, base: str | Path | None = None) -> Source:
+def tuned_dtype(folder: str | Path, about: Mapping[str, Any]) -> torch.dtype:
+    """The precision in which a folder's exits were trained, from its ``offramp.json``."""
+    dtype = getattr(torch, str(about.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"{Path(folder) / EXITS_JSON}: expected a dtype, got {about.get('dtype')!r}"
+        )
+    return dtype
+
+
+def base_of(folder: str | Path, base: str | Path | Source | None = None) -> Source:
     """The checkpoint below a folder's exits; a CheckpointError if it is another by now."""
     folder = Path(folder)
     stored = read_exits(folder)["base"]
@@ -153,7 +189,7 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> Source:
     if name == ".":
         name = folder
     try:
-        source = find_checkpoint(str(name))
+        source = find_checkpoint(name if isinstance(name, Source) else str(name))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: its exits stand on another model: {error}") from None
     if source.sha256 != stored.get("sha256"):
@@ -165,16 +201,11 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> Source:
 
 
 def _load_exits(
-    folder: Path, base: str | Path | None, dtype: torch.dtype | None
+    folder: Path, base: str | Path | Source | None, dtype: torch.dtype | None
 ) -> HuggingFaceModel:
     about = read_exits(folder)
     source = base_of(folder, base)
-    own_dtype = getattr(torch, str(about.get("dtype")), None)
-    if not isinstance(own_dtype, torch.dtype):
-        raise CheckpointError(
-            f"{folder / EXITS_JSON}: expected a dtype, got {about.get('dtype')!r}"
-        )
-    backbone = _backbone(source, dtype or own_dtype)
+    backbone = _backbone(source, dtype or tuned_dtype(folder, about))
     model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
     model.source = source
     load_exits(model.exits, folder)

@@ -11,14 +11,14 @@ from offramp.files import read_json, read_tensors
 from offramp.models.exit_heads import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.models.sources import find_checkpoint
+from offramp.models.sources import Source, find_checkpoint
 
 FAMILIES = ("llama", "mistral")
 _MISTRAL_WINDOW = 4096  # of files that do not say
 
 
 def load_native(
-    id_or_dir: str | Path,
+    id_or_dir: str | Path | Source,
     *,
     exit_layers: Iterable[int] = (),
     exit_head: ExitHeadKind = "shared",

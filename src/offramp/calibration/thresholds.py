@@ -1,0 +1,63 @@
+"""Thresholds in files: those of a certificate, and those that keep a compute budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.calibration.certificate import Certificate, check_model, finite_or_word
+from offramp.errors import CertificateError
+from offramp.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredThresholds:
+    """What a file of ``offramp calibrate`` tells ``generate`` and ``sweep``."""
+
+    thresholds: tuple[float, ...]
+    "One for each exit but the last; inf never lets a token exit."
+    confidence: str
+    missing_kv: str
+    model_sha256: str
+    sha256: str | None = None
+    "Of the certificate; None for a budget, which guarantees nothing."
+
+    def require_model(self, model_sha256: str) -> None:
+        """Raise a CertificateError unless the thresholds are this model's."""
+        check_model(self.model_sha256, model_sha256)
+
+
+def load_thresholds(path: Path) -> StoredThresholds:
+    """Read a certificate, or the thresholds that ``calibrate --compute-budget`` wrote.
+
+    Raises CertificateError for any other file, and for a certificate that was edited.
+    """
+    stored = read_json(path)
+    if isinstance(stored, dict) and "compute_budget" in stored:
+        return _of_budget(path, stored)
+    certificate = Certificate.load(path)
+    return StoredThresholds(
+        thresholds=certificate.thresholds,
+        confidence=certificate.confidence,
+        missing_kv=certificate.missing_kv,
+        model_sha256=certificate.model_sha256,
+        sha256=certificate.sha256,
+    )
+
+
+def _of_budget(path: Path, stored: dict[str, Any]) -> StoredThresholds:
+    try:
+        thresholds = tuple(float(value) for value in stored["thresholds"])
+        words = {key: stored[key] for key in ("confidence", "missing_kv", "model_sha256")}
+    except (KeyError, TypeError, ValueError):
+        thresholds, words = (), {}
+    if not thresholds or not all(isinstance(word, str) for word in words.values()):
+        raise CertificateError(
+            f"{path}: expected a certificate, or what offramp calibrate --compute-budget writes"
+        )
+    return StoredThresholds(thresholds=thresholds, **words)
+
+
+def thresholds_flag(thresholds: Sequence[float]) -> str:
+    """Thresholds as ``--thresholds`` and ``--threshold`` take them, such as 0.9:0.8."""
+    return ":".join(str(word) for word in finite_or_word(list(thresholds)))

@@ -1,0 +1,168 @@
+"""Where a model's files are, and what they say beside its weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+
+from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.errors import CheckpointError
+from offramp.files import file_sha256, read_json
+from offramp.models.base import EarlyExitModel
+from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON, base_of, read_exits
+from offramp.models.sources import Source, find_checkpoint
+
+UNFINISHED = "unfinished.json"
+"""The file that a training run keeps in its folder until it has ended."""
+_TOKENIZERS = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt")
+ModelKind = Literal["native", "exits", "checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What the files say of a model's training, and of its exits'."""
+
+    corpora: frozenset[str] = frozenset()
+    "sha256 of the corpora that the model or its exits were trained on."
+    window: int | None = None
+    "Tokens of a training window; None where nothing says so."
+
+
+UNKNOWN_TRAINING = TrainingRecord()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The files of a model, found once. ``find_model`` makes it; nothing is loaded yet."""
+
+    name: str
+    "The folder or name that the model was asked for by."
+    kind: ModelKind
+    "A folder of offramp train, exits beside a checkpoint, or a plain checkpoint."
+    backbone: Source
+    "The checkpoint with the weights."
+    own: Path | None
+    "The folder that was named, which may hold exits.safetensors; None for a name on the hub."
+    about: Mapping[str, Any]
+    "Content of the file that describes the model: offramp.json if it has one, or config.json."
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Content of the backbone's ``config.json``."""
+        stored = read_json(self.backbone.folder / "config.json")
+        return stored if isinstance(stored, dict) else {}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a training run in this folder has not ended."""
+        return self.own is not None and (self.own / UNFINISHED).exists()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that the tokenizer is in: the model's own, or else the backbone's."""
+        if self.own is not None and (self.own / TOKENIZER_FILE).is_file():
+            return self.own
+        return self.backbone.folder
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of weights, config and tokenizer of the backbone, and of the exits.
+
+        It depends on the files' content, never on where they are.
+        """
+        folder = self.tokenizer_folder
+        lines = [
+            f"config {file_sha256(self.backbone.folder / 'config.json')}",
+            f"weights {self.backbone.sha256}",
+            *(f"{n} {file_sha256(folder / n)}" for n in _TOKENIZERS if (folder / n).is_file()),
+        ]
+        if self.kind == "exits":
+            said = {key: self.about.get(key) for key in ("exit_layers", "exit_head", "dtype")}
+            lines.append(f"exits {json.dumps(said, sort_keys=True)}")
+        if self.own is not None and (self.own / EXITS_FILE).is_file():
+            lines.append(f"{EXITS_FILE} {file_sha256(self.own / EXITS_FILE)}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def record(self) -> TrainingRecord:
+        """What the model and its exits were trained on; a CheckpointError for a wrong window."""
+        found: set[str] = set()
+        for stored, key in (
+            (self.config, "corpus"),
+            (self.config, "specialised"),
+            (self.about, "trained"),
+        ):
+            part = stored.get(key)
+            if isinstance(part, dict):
+                corpus = part if key == "corpus" else part.get("corpus")
+                sha256 = corpus.get("sha256") if isinstance(corpus, dict) else None
+                found |= {value for value in (sha256, part.get("corpus_sha256")) if value}
+        return TrainingRecord(corpora=frozenset(found), window=self._window())
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that ``generation_config.json``, or else ``config.json``, calls the end of a text."""
+        path = self.backbone.folder / "generation_config.json"
+        for stored in (read_json(path) if path.is_file() else {}, self.config):
+            end = stored.get("eos_token_id") if isinstance(stored, dict) else None
+            if end is not None:
+                return tuple(end) if isinstance(end, list) else (int(end),)
+        return ()
+
+    def _window(self) -> int | None:
+        training = self.config.get("training") if self.kind == "native" else None
+        if training is None:
+            return None
+        window = training.get("seq_len") if isinstance(training, dict) else None
+        if not isinstance(window, int) or window < 1:
+            raise CheckpointError(
+                f"{self.backbone.folder / 'config.json'}: expected training.seq_len of at least 1, "
+                f"got {window!r}"
+            )
+        return window
+
+
+def find_model(name: str | Path) -> ModelFiles:
+    """Find a model's files by a folder, a name on the hub, or ``smollm2-135m``.
+
+    Raises CheckpointError if there is no model, if the run there has not validated yet, or if
+    exits were trained on another backbone than the one that is found.
+    """
+    folder = Path(name).expanduser()
+    own = folder if folder.is_dir() else None
+    if own is not None and (own / EXITS_JSON).is_file():
+        return ModelFiles(
+            name=str(name), kind="exits", backbone=base_of(own), own=own, about=read_exits(own)
+        )
+    if own is not None and (own / UNFINISHED).exists() and not (own / "config.json").exists():
+        raise CheckpointError(
+            f"{name}: expected a model, but the training run there has not validated yet; "
+            f"continue it with: offramp train --resume {quote(str(name))}"
+        )
+    backbone = find_checkpoint(name)
+    about = read_json(backbone.folder / "config.json")
+    native = own is not None and not (isinstance(about, dict) and "model_type" in about)
+    return ModelFiles(
+        name=str(name),
+        kind="native" if native else "checkpoint",
+        backbone=backbone,
+        own=own,
+        about=about if isinstance(about, dict) else {},
+    )
+
+
+@torch.no_grad()
+def state_sha256(model: EarlyExitModel, tokenizer: Tokenizer) -> str:
+    """Hash of a model in memory: its parameters and buffers by name, its exits, its tokenizer."""
+    digest = hashlib.sha256(f"{model.exit_layers} {tokenizer.to_str()}".encode())
+    for name, tensor in sorted(model.state_dict().items()):  # type: ignore[attr-defined]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""An opened model as a folder that ``open_model`` reads again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.exits.gate import NOTHING_FITTED
+from offramp.files import claim_folder
+from offramp.models.fitted import save_fitted
+from offramp.models.huggingface.exits_file import save_exits, write_exits
+from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.native.checkpoint import save_checkpoint
+from offramp.models.native.decoder import Transformer
+from offramp.models.open import OpenedModel
+
+
+def save_model(
+    opened: OpenedModel, out: str | Path, *, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model, its tokenizer and what was fitted to its exits into a new folder.
+
+    A pretrained model whose backbone is unchanged is saved as its exits, which name the
+    checkpoint that they belong to; others are saved whole. ``about`` is added to what
+    ``config.json`` or ``offramp.json`` says of the training. Raises CheckpointError if the
+    folder is not empty or cannot be written.
+    """
+    out = Path(out)
+    claim_folder(out)
+    model, files = opened.model, opened.files
+    stored = {**(files.about if files else {}), **(about or {})}
+    if isinstance(model, HuggingFaceModel):
+        save_exits(model, out, trained=stored.get("trained"), policy=stored.get("policy"))
+    elif files is not None and files.kind != "native":
+        assert isinstance(model, Transformer)
+        write_exits(
+            out,
+            model.exits,
+            source=files.backbone,
+            exit_layers=model.exit_layers,
+            exit_head=model.config.exit_head,
+            model_type=str(files.config.get("model_type")),
+            dtype=model.lm_head.weight.dtype,
+            trained=stored.get("trained"),
+            policy=stored.get("policy"),
+        )
+    else:
+        assert isinstance(model, Transformer)
+        kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
+        save_checkpoint(model, out, about=kept, weights_about={})
+    if files is None or files.kind == "native":
+        opened.tokenizer.save(str(out / TOKENIZER_FILE))
+    if opened.fitted is not NOTHING_FITTED:
+        save_fitted(opened.fitted, out)
