@@ -13,13 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from offramp.calibration.certify import Promise, certify
+from offramp.calibration.certify import certify
+from offramp.calibration.promise import Promise
 from offramp.calibration.risk import threshold_path
 from offramp.data import batches
 from offramp.evaluation.trace import collect_trace
 from offramp.models.base import states_at, whole_step
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.training.loop import new_model
 
 MODELS = {
     "dim 128, 6 layers, vocabulary 123": DecoderConfig(

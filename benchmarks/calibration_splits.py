@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from offramp.calibration.budget import keep_budget
-from offramp.calibration.certify import Promise, certify
+from offramp.calibration.certify import certify
 from offramp.calibration.fitting import fit_exits
+from offramp.calibration.promise import Promise
 from offramp.calibration.risk import sequence_losses, whole_sequences
 from offramp.data import batches, encode
 from offramp.evaluation.cost import model_cost

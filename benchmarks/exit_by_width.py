@@ -12,9 +12,11 @@ import sys
 import time
 from statistics import median
 
-from offramp.generation import GenerateConfig, generate
-from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.training import new_model
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
+from offramp.training.loop import new_model
 
 WIDTHS, SHARE, ROUNDS, NEW = (128, 256, 512, 768), 0.65, 15, 200
 PROMPT = list(range(40))

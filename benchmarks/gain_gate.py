@@ -25,8 +25,10 @@ from offramp.evaluation.cost import model_cost
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import GateConfig
 from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
-from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.training import TrainConfig, new_model, train
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
+from offramp.training.config import TrainConfig
+from offramp.training.loop import new_model, train
 
 MODEL = DecoderConfig(
     hidden_size=128,

@@ -15,8 +15,8 @@ import numpy as np
 from offramp.data import batches, character_tokenizer, encode, load_corpus
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.training.loop import new_model
 
 
 def main() -> None:

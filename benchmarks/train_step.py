@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.training import ExitLoss, TrainConfig, new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
+from offramp.training.config import TrainConfig
+from offramp.training.exit_loss import ExitLoss
+from offramp.training.loop import new_model
 
 MODELS = {
     "seed (dim 64, 3 layers, vocabulary 30, batch 32 x 64)": (

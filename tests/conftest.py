@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data import make_tokenizer
-from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.training import new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
+from offramp.training.loop import new_model
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("offramp", deadline=None, derandomize=True)

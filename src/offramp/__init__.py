@@ -32,9 +32,11 @@ from offramp.models.huggingface.exits_file import from_pretrained, save_exits
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.kv_cache import KVCache
 from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
-from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
-from offramp.training import TrainConfig, train
+from offramp.training.config import TrainConfig
+from offramp.training.loop import train
 from offramp.version import __version__
 
 __all__ = [

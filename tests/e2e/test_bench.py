@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from offramp.commands.bench import BenchConfig, run
+from offramp.commands.bench import run
+from offramp.commands.bench.config import BenchConfig
 from offramp.evaluation.clock import measure_clock
 
 

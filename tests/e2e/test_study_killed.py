@@ -12,7 +12,10 @@ STUDY = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from offramp.studies.study import STUDIES, Recipe, StudyConfig, Workers, run_study
+from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.plan import Recipe
+from offramp.studies.study.studies import STUDIES
+from offramp.studies.study.study import Workers, run_study
 
 class Watcher:
     def on_plan(self, name, total, tokens): pass

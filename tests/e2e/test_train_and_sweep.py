@@ -9,7 +9,7 @@ import torch
 
 from offramp import load_checkpoint
 from offramp.commands import train as train_command
-from offramp.training import TrainResult
+from offramp.training.loop import TrainResult
 
 UNFINISHED_RESULT = TrainResult(step=0, validations=(), finished=False)
 

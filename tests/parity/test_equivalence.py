@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from offramp.exits.weights import asymmetric
-from offramp.training import ExitLoss, TrainConfig
+from offramp.training.config import TrainConfig
+from offramp.training.exit_loss import ExitLoss
 
 
 def cross_entropy(logits, targets):

@@ -13,14 +13,10 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation import (
-    ExitRule,
-    GenerateConfig,
-    confident_exit,
-    forced_exits,
-    generate,
-    generate_batch,
-)
+from offramp.generation import confident_exit
+from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import whole_step
 from offramp.models.propagate import run_propagated
 

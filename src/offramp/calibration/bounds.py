@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from offramp.errors import ConfigError
-
 Losses = NDArray[np.float64]
 
 
@@ -66,25 +64,6 @@ def conformal_steps(losses: Any, epsilon: float) -> NDArray[np.intp]:
     allowed = losses.mean(axis=-2) <= (n + 1) * epsilon / n - 1.0 / n + 1e-12
     steps: NDArray[np.intp] = np.cumprod(allowed, axis=-1).sum(axis=-1)
     return steps
-
-
-def sequences_needed(epsilon: float, delta: float | None) -> int:
-    """Fewest sequences that can certify anything, where none of them has a loss.
-
-    Learn-then-Test: (1 - eps)^n <= delta. Conformal risk control, where delta is None:
-    1 / (n + 1) <= eps.
-    """
-    if delta is None:
-        return max(1, math.ceil(1 / epsilon - 1 - 1e-9))
-    n = max(1, math.ceil(math.log(delta) / math.log1p(-epsilon) - 1e-9))
-    return n
-
-
-def check_levels(**levels: float) -> None:
-    """ConfigError that names the one that is outside (0, 1)."""
-    for name, value in levels.items():
-        if not 0 < value < 1:
-            raise ConfigError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
 def _h1(a: NDArray[np.float64], b: float) -> NDArray[np.float64]:

@@ -3,79 +3,26 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from offramp.calibration.bounds import (
-    check_levels,
     conformal_steps,
     drift_p_value,
     fixed_sequence,
     hoeffding_bentkus,
-    sequences_needed,
 )
 from offramp.calibration.certificate import Certificate, finite_or_word
+from offramp.calibration.promise import DEFAULT_DELTA, Promise, check_levels
 from offramp.calibration.risk import (
-    DEFAULT_BOUND,
-    RISKS,
     ThresholdPath,
     check_path,
     sequence_losses,
     threshold_path,
     whole_sequences,
 )
-from offramp.errors import ConfigError
 from offramp.evaluation.cost import ModelCost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
-
-Method = Literal["ltt", "crc"]
-METHODS: tuple[str, ...] = get_args(Method)
-
-DEFAULT_DELTA = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Promise:
-    """What is promised of the risk, and how sure it is to be."""
-
-    risk: str = "disagreement"
-    "disagreement (with the last layer's first choice) or nll-gap (nats a token)."
-    epsilon: float = 0.02
-    "Risk at most: a share of tokens, or nats."
-    delta: float = DEFAULT_DELTA
-    "How often the promise may fail; conformal risk control promises an average and has none."
-    method: Method = "ltt"
-    "ltt (Learn-then-Test) or crc (conformal risk control)."
-    bound: float = DEFAULT_BOUND
-    "Nats at which nll-gap is clipped for each token."
-
-    def __post_init__(self) -> None:
-        check_levels(epsilon=self.epsilon, delta=self.delta)
-        if self.risk not in RISKS:
-            raise ConfigError(f"risk: expected one of {', '.join(RISKS)}, got {self.risk!r}")
-        if self.method not in METHODS:
-            raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise ConfigError(f"bound: expected a number of nats above 0, got {self.bound}")
-        if not self.scaled_epsilon < 1:
-            raise ConfigError(
-                f"epsilon: expected less than the bound of {self.bound} nats, got {self.epsilon}"
-            )
-
-    @property
-    def scale(self) -> float:
-        """What losses in [0, 1] are multiplied by to be shares or nats."""
-        return self.bound if self.risk == "nll-gap" else 1.0
-
-    @property
-    def scaled_epsilon(self) -> float:
-        """Epsilon for losses in [0, 1]."""
-        return self.epsilon / self.scale
-
-    @property
-    def sequences_needed(self) -> int:
-        """Fewest sequences that can certify anything."""
-        return sequences_needed(self.scaled_epsilon, self.delta if self.method == "ltt" else None)
 
 
 def certify(

@@ -3,24 +3,18 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.calibration.promise import DEFAULT_BOUND, RISKS
 from offramp.errors import ConfigError, CorpusError
 from offramp.evaluation.trace import ExitTrace
 from offramp.exits.confidence import confidence_named
 from offramp.exits.policy import ThresholdPolicy
 
-Risk = Literal["disagreement", "nll-gap"]
-RISKS: tuple[str, ...] = get_args(Risk)
-
 ThresholdPath = tuple[tuple[float, ...], ...]
 """Threshold vectors, one number for each exit but the last, from conservative to bold."""
-
-DEFAULT_BOUND = 1.0
-"""Nats at which a token's NLL gap is clipped."""
 
 
 def token_losses(

@@ -8,7 +8,7 @@ own (norm, residual block, LM head) is taught those tokens by the last layer (Hi
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.calibration.fitting import fit_gates
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.errors import ConfigError, TrainingError
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.sample import ExitSample, collect_sample
@@ -29,51 +30,6 @@ from offramp.models.native.decoder import Transformer
 
 _ROUNDS = 40
 _AT_ONCE = 8192  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialiseConfig:
-    """How exits learn from the tokens that leave there."""
-
-    compute_budget: float = 60.0
-    "FLOPs of a token, in percent of the full model's, at which tokens leave where they leave."
-    tokens: int = 524_288
-    "Of the training text, drawn at random."
-    steps: int = 3000
-    "Steps of AdamW for each exit."
-    batch_size: int = 1024
-    "Tokens a step."
-    lr: float = 4e-3
-    "Peak learning rate; cosine to zero."
-    weight_decay: float = 0.01
-    "AdamW's weight decay."
-    others: float = 0.05
-    "Weight of a token that does not leave at the exit; 1 for one that does."
-    imitate: float = 1.0
-    """Share of KL(p_L || p_e) in the loss; the rest is cross-entropy. (What was trained on for
-    some epochs is known by heart: there the last layer teaches better than the text.)"""
-    seed: int = 0
-    "Seed of the gates and of the order of the tokens."
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type is float:  # 60 is 60.0, in a run's hash too
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
-        for name in ("tokens", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, least, most in (
-            ("compute_budget", 0.0, 100.0),
-            ("others", 0.0, 1.0),
-            ("imitate", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ConfigError(f"{name}: expected from {least:g} to {most:g}, got {value}")
-        for name in ("lr", "weight_decay", "seed"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: expected a finite number of at least 0, got {value}")
 
 
 def with_own_heads(model: Transformer, *, seed: int) -> Transformer:

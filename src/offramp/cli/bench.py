@@ -17,7 +17,8 @@ from offramp.cli.base import (
     say,
     use,
 )
-from offramp.commands.bench import BenchConfig, run_bench
+from offramp.commands.bench.config import BenchConfig
+from offramp.commands.bench.run import run_bench
 from offramp.files import write_json
 from offramp.report.bench import bench_table
 from offramp.report.progress import bars

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.calibration.certificate import Certificate
-from offramp.calibration.certify import DEFAULT_DELTA, Method, Promise
+from offramp.calibration.promise import DEFAULT_DELTA, Method, Promise
 from offramp.calibration.thresholds import thresholds_flag
 from offramp.cli.base import (
     Device,

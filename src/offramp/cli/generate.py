@@ -13,7 +13,9 @@ from offramp.cli.base import Device, Dtype, Threads, app, open_for, output, say,
 from offramp.commands.generate import generate as run_generate
 from offramp.commands.generate import token_id, with_thresholds
 from offramp.errors import ConfigError
-from offramp.generation import GenerateConfig, Generation, MissingKV, SamplingConfig, Token
+from offramp.generation.config import GenerateConfig, MissingKV, SamplingConfig
+from offramp.generation.generate import Generation
+from offramp.generation.rows import Token
 from offramp.models.open import OpenedModel
 
 GREEDY = SamplingConfig()

@@ -10,13 +10,14 @@ from cyclopts import Parameter
 from offramp.cli.base import FLAGS, app, console, output, say
 from offramp.cli.config_file import write_config_file
 from offramp.cli.study import StudyBars, Where, say_answers
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.report.progress import bars
 from offramp.report.study import frontier_table, search_table
 from offramp.report.tables import terminal_table
-from offramp.studies.study import RecipeConfig, find_recipe
+from offramp.studies.study.config import RecipeConfig
+from offramp.studies.study.recipe import find_recipe
 from offramp.studies.study.run import StudyRun
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 
 FILE = "recipe.toml"
 

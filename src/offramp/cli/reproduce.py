@@ -12,7 +12,7 @@ from offramp.cli.base import Device, app, console, new_folder, output, say, use
 from offramp.errors import ConfigError
 from offramp.report.progress import Bars, bars
 from offramp.report.tables import rich_tables
-from offramp.studies.reproduce.study import ReproduceConfig
+from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.study import reproduce as run_reproduction
 from offramp.studies.runs import RunProgress
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from offramp.calibration.specialise import SpecialiseConfig
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli.base import Device, Threads, app, open_for, output, say, use
 from offramp.commands.specialise import specialise as run_specialise
 

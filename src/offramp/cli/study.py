@@ -12,7 +12,8 @@ from offramp.cli.base import app, console, output, say
 from offramp.errors import ConfigError
 from offramp.report.progress import Bars, bars
 from offramp.studies.runs import RunProgress
-from offramp.studies.study import StudyConfig, Workers, run_study, study_named
+from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.study import Workers, run_study, study_named
 
 
 @dataclass(frozen=True, kw_only=True)

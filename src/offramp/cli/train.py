@@ -11,9 +11,11 @@ from offramp.cli.base import Device, Threads, app, console, say, stop_on_signals
 from offramp.commands.train import TrainRun, resume_run, start_run
 from offramp.commands.train import Watcher as TrainWatcher
 from offramp.errors import ConfigError
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.report.progress import bars
-from offramp.training import Progress, TrackerName, TrainConfig, Validation, local_device
+from offramp.training.config import TrackerName, TrainConfig
+from offramp.training.distributed import local_device
+from offramp.training.loop import Progress, Validation
 
 
 @app.command

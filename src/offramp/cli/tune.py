@@ -8,8 +8,9 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
-from offramp.commands.tune import TuneConfig, open_for_tuning
+from offramp.commands.tune import open_for_tuning
 from offramp.commands.tune import tune as run_tune
+from offramp.commands.tune_config import TuneConfig
 from offramp.report.progress import bars
 from offramp.report.text import ppl_text
 from offramp.training.frozen import TuneProgress

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer
 
 from offramp.calibration.thresholds import StoredThresholds
 from offramp.errors import CertificateError, ConfigError
+from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import Generation
 from offramp.generation.generate import generate as generate_ids
-from offramp.generation.options import GenerateConfig
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.open import OpenedModel
 

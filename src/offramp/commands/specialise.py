@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 
-from offramp.calibration.specialise import (
-    SpecialiseConfig,
-    check_specialise,
-    specialise_exits,
-    with_own_heads,
-)
+from offramp.calibration.specialise import check_specialise, specialise_exits, with_own_heads
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.commands.confidence import fit_to
 from offramp.commands.text import training_ids, windows
 from offramp.data.corpus import load_corpus

@@ -25,23 +25,13 @@ from offramp.exits.weights import RECOMMENDED, parse_loss_weights
 from offramp.files import claim_folder, read_json, write_json
 from offramp.models.model_files import UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
-from offramp.models.native.decoder import DecoderConfig, Transformer
-from offramp.training import (
-    Checkpoints,
-    Processes,
-    Progress,
-    RunLog,
-    TrackerName,
-    TrainConfig,
-    TrainResult,
-    Validation,
-    check_processes,
-    check_tracker,
-    join,
-    new_model,
-    train,
-    whole_model,
-)
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
+from offramp.training.checkpoint import Checkpoints
+from offramp.training.config import TrackerName, TrainConfig
+from offramp.training.distributed import Processes, check_processes, join, whole_model
+from offramp.training.loop import Progress, TrainResult, Validation, new_model, train
+from offramp.training.tracking import RunLog, check_tracker
 from offramp.version import __version__
 
 

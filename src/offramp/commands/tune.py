@@ -1,7 +1,7 @@
 """From a pretrained checkpoint to one with trained exits: ``offramp tune``."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,100 +10,27 @@ from jaxtyping import Int
 from torch import Tensor
 
 from offramp.commands.text import LARGEST_LOGITS
+from offramp.commands.tune_config import TuneConfig
 from offramp.data import batches, encode, load_corpus
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
-from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
 from offramp.exits.weights import parse_loss_weights
 from offramp.files import check_free, claim_folder
-from offramp.models.exit_heads import ExitHeadKind
 from offramp.models.fitted import save_fitted
 from offramp.models.huggingface.exits_file import save_exits
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
-from offramp.training import Progress, TrainConfig, train
-from offramp.training.frozen import (
-    FrozenConfig,
-    Objective,
-    TuneProgress,
-    check_exits,
-    tune_exits,
-)
+from offramp.training.frozen import TuneProgress, check_exits, tune_exits
+from offramp.training.loop import Progress, train
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 4096
 """One token in so many at the end of the text is held out, but no more than so many."""
-JOINT_LR = 1e-5
 DRAFT_VOCAB = 4096
 """Tokens that drafts may name, at the most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """Which exits to train, and how."""
-
-    exit_layers: tuple[int, ...] | None = None
-    "Exit layers, such as 8,12,16,20 (default: at each quarter of the depth)."
-    exit_head: ExitHeadKind = "adapter"
-    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
-    specialist (norm, small adapter and LM head)."""
-    objective: Objective | None = None
-    """Imitate the final layer (distill, the default), predict the text (text; the default with
-    --unfreeze), or both."""
-    unfreeze: bool = False
-    "Train everything jointly, the backbone too."
-    loss_weights: str | None = None
-    "With --unfreeze: weights by layer, such as 8=0.5,30=1 (default: 1 at every exit)."
-    tokens: int | None = None
-    "Read only so many tokens of the text."
-    epochs: int | None = None
-    "Passes over the text (default: 4; with --unfreeze 1)."
-    lr: float | None = None
-    "Peak learning rate (default: 1e-3; with --unfreeze 1e-5)."
-    seq_len: int = 256
-    "Tokens a window."
-    seed: int = 0
-    "Seed of the exits' parameters and of the order of the text."
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 2:
-            raise ConfigError(f"tokens: expected at least 2, got {self.tokens}")
-        if self.unfreeze and self.objective == "distill":
-            raise ConfigError(
-                "objective: expected text or both with --unfreeze, which gives the final layer "
-                "itself something to learn, got distill"
-            )
-        if self.loss_weights is not None and not self.unfreeze:
-            raise ConfigError(
-                "loss_weights: expected --unfreeze with it (frozen, exits do not share anything "
-                f"that learns), got {self.loss_weights!r} alone"
-            )
-        _ = self.joint((1,)) if self.unfreeze else self.frozen()
-
-    def frozen(self) -> FrozenConfig:
-        """How the exits are trained on a frozen backbone."""
-        given = {"epochs": self.epochs, "lr": self.lr}
-        return FrozenConfig(
-            objective=self.objective or "distill",
-            seq_len=self.seq_len,
-            seed=self.seed,
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-        )
-
-    def joint(self, exit_layers: tuple[int, ...]) -> TrainConfig:
-        """How everything is trained at once."""
-        return TrainConfig(
-            loss_weights=self.loss_weights or ",".join(f"{layer}=1" for layer in exit_layers),
-            distill=1.0 if self.objective == "both" else 0.0,
-            seq_len=self.seq_len,
-            batch_size=4,
-            epochs=self.epochs if self.epochs is not None else 1,
-            lr=JOINT_LR if self.lr is None else self.lr,
-            schedule="cosine",
-            seed=self.seed,
-        )
 
 
 OnProgress = Callable[[TuneProgress], None]

@@ -14,7 +14,7 @@ nothing.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from torch import Tensor
 from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation.config import MissingKV
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step, fills_beside
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
-
-MissingKV = Literal["propagate", "recompute"]
-MISSING_KV: tuple[str, ...] = get_args(MissingKV)
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("float32"),

@@ -10,13 +10,8 @@ from offramp.errors import ConfigError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitDecoder
-from offramp.generation.options import (
-    GenerateConfig,
-    check_prompt,
-    check_tokens,
-    draft_exit,
-    exit_rule,
-)
+from offramp.generation.config import GenerateConfig
+from offramp.generation.options import check_prompt, check_tokens, draft_exit, exit_rule
 from offramp.generation.rows import Completion, Row, Token
 from offramp.generation.speculative import SpeculativeDecoder
 from offramp.models.base import EarlyExitModel

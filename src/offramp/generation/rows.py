@@ -6,7 +6,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from offramp.generation.options import GenerateConfig
+from offramp.generation.config import GenerateConfig
 from offramp.generation.sampling import Sampler
 from offramp.generation.text import TextStream
 from offramp.models.base import EarlyExitModel

@@ -8,48 +8,13 @@ the model that verifies it draw with the same luck: see speculative.py.
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from offramp.errors import ConfigError, GenerationError
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How a token is chosen."""
-
-    temperature: float = 0.0
-    "Divides the logits; 0 always takes the likeliest token (greedy)."
-    top_k: int | None = None
-    "Draw from the k likeliest tokens only."
-    top_p: float | None = None
-    "Draw from the fewest likeliest tokens whose probabilities sum to at least this."
-    repetition_penalty: float = 1.0
-    "Above 1, tokens that stand in the prompt or the output become less likely (CTRL)."
-    seed: int = 0
-    "Seed of the draws; row i of a batch has seed + i."
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature: expected at least 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k: expected at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ConfigError(
-                f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}"
-            )
-        if self.seed < 0:
-            raise ConfigError(f"seed: expected at least 0, got {self.seed}")
-
-    @property
-    def greedy(self) -> bool:
-        """Nothing is drawn."""
-        return self.temperature == 0
+from offramp.errors import GenerationError
+from offramp.generation.config import SamplingConfig
 
 
 def penalise(logits: Float[Tensor, " V"], seen: Tensor, penalty: float) -> Float[Tensor, " V"]:

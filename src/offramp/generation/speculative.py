@@ -22,8 +22,8 @@ from torch import Tensor
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.config import GenerateConfig
 from offramp.generation.lookup import Lookup
-from offramp.generation.options import GenerateConfig
 from offramp.generation.payoff import Kind, Payoff
 from offramp.generation.sampling import Sampler
 from offramp.models.base import EarlyExitModel, Step

@@ -12,14 +12,13 @@ and its LM head are copies of the final ones, its residual block adds nothing.
 """
 
 import warnings
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ExitHeadKind = Literal["shared", "norm", "adapter", "full", "specialist"]
-EXIT_HEAD_KINDS: tuple[str, ...] = get_args(ExitHeadKind)
+from offramp.models.head_kinds import ExitHeadKind
 
 
 class UntrainedExitsWarning(UserWarning):

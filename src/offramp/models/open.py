@@ -23,8 +23,8 @@ from offramp.errors import (
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel
-from offramp.models.exit_heads import ExitHeadKind
 from offramp.models.fitted import load_fitted
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.exits_file import (
     from_pretrained,
     load_exits,

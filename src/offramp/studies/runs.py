@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from offramp.errors import TrainingError
-from offramp.training import Progress
+from offramp.training.loop import Progress
 
 
 class Run(Protocol):

@@ -10,6 +10,7 @@ from offramp.exits.objective import ObjectiveConfig
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "wandb", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)

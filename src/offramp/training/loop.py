@@ -17,7 +17,8 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.schedules import check_objective, target_weights
 from offramp.exits.weights import LossWeights
 from offramp.models.base import EarlyExitModel
-from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.config import TrainConfig
 from offramp.training.distributed import (

@@ -5,15 +5,14 @@ import uuid
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from offramp.errors import ConfigError
-from offramp.training.config import TrainConfig
+from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress, Validation
 
-TrackerName = Literal["tensorboard", "wandb", "none"]
 LOG_EVERY = 10
 """Steps between two entries; an entry holds the means since the one before."""
 _INSTALL = {"tensorboard": "tensorboard", "wandb": "'offramp[wandb]'"}

@@ -5,13 +5,12 @@ import pytest
 from scipy.stats import binom
 
 from offramp.calibration.bounds import (
-    check_levels,
     conformal_steps,
     drift_p_value,
     fixed_sequence,
     hoeffding_bentkus,
-    sequences_needed,
 )
+from offramp.calibration.promise import check_levels, sequences_needed
 from offramp.errors import ConfigError
 
 

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from offramp.calibration.certificate import Certificate
-from offramp.calibration.certify import Promise, certify
+from offramp.calibration.certify import certify
+from offramp.calibration.promise import Promise
 from offramp.errors import CertificateError, CheckpointError
 from offramp.evaluation.cost import ModelCost
 

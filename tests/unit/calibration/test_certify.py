@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from offramp.calibration.bounds import hoeffding_bentkus
-from offramp.calibration.certify import Promise, certify, check_drift
+from offramp.calibration.certify import certify, check_drift
+from offramp.calibration.promise import Promise
 from offramp.calibration.risk import check_path, sequence_losses, threshold_path, token_losses
 from offramp.errors import ConfigError, CorpusError
 from offramp.evaluation.cost import ModelCost

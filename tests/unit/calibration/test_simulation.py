@@ -15,7 +15,8 @@ from offramp.calibration.bounds import (
     fixed_sequence,
     hoeffding_bentkus,
 )
-from offramp.calibration.certify import Promise, certify
+from offramp.calibration.certify import certify
+from offramp.calibration.promise import Promise
 from offramp.evaluation.trace import ExitTrace
 
 DRAWS = 1000

@@ -4,7 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from offramp.calibration import specialise
-from offramp.calibration.specialise import SpecialiseConfig, specialise_exits, with_own_heads
+from offramp.calibration.specialise import specialise_exits, with_own_heads
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.data import batches
 from offramp.errors import ConfigError
 from offramp.evaluation.trace import collect_trace

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offramp.calibration.certificate import Certificate
-from offramp.calibration.certify import Promise
+from offramp.calibration.promise import Promise
 from offramp.calibration.thresholds import load_thresholds, thresholds_flag
 from offramp.commands.calibrate import certify, check, keep_compute_budget
 from offramp.commands.confidence import fit, measure_confidence
@@ -19,7 +19,7 @@ from offramp.errors import CertificateError, CheckpointError, ConfigError, Corpu
 from offramp.exits.gate import GateConfig
 from offramp.files import write_json
 from offramp.models.fitted import load_fitted
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
 from offramp.report.confidence import (
     certificate_table,
@@ -29,7 +29,7 @@ from offramp.report.confidence import (
     ppl_at,
     save_confidence_png,
 )
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 
 SENTENCES = [
     "the cat sat on the mat. ",

@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 
 from offramp import from_pretrained
 from offramp.commands.text import read_text
-from offramp.commands.tune import TuneConfig, frequent_tokens, measure, open_for_tuning, tune
+from offramp.commands.tune import frequent_tokens, measure, open_for_tuning, tune
+from offramp.commands.tune_config import TuneConfig
 from offramp.data import encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.models.base import states_at, whole_step
 from offramp.models.fitted import load_fitted
 from offramp.models.open import open_model
 from offramp.training import frozen, kept_states
-from offramp.training.frozen import Compared, FrozenConfig, least_squares, tune_exits
+from offramp.training.frozen import Compared, least_squares, tune_exits
+from offramp.training.frozen_config import FrozenConfig
 from offramp.training.kept_states import KeptStates, keep_states
 
 QUICK = {"exit_layers": (1, 2), "epochs": 3, "seq_len": 32, "lr": 3e-3}

@@ -13,8 +13,8 @@ from offramp.data import (
 )
 from offramp.data import text as text_module
 from offramp.errors import CorpusError
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.training.loop import new_model
 
 # Corpora.
 

@@ -6,7 +6,8 @@ import torch
 from offramp.errors import ConfigError
 from offramp.evaluation.clock import TOKENS, Clock, Part, measure_bandwidth, measure_clock
 from offramp.exits.gate import FittedExits
-from offramp.generation import GenerateConfig, generate
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate
 from offramp.models.work import Work
 
 

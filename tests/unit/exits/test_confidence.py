@@ -5,6 +5,7 @@ import torch
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence import CONFIDENCE, Agreement, ExitView, confidence_named
+from offramp.exits.confidence_names import CONFIDENCE_NAMES, check_confidence
 from offramp.exits.gate import FittedExits, Gate
 
 OF_LOGITS = ["max_prob", "margin", "entropy", "patience"]
@@ -241,3 +242,19 @@ def test_probabilities_are_never_above_one():
     for name in PROBABILITIES:
         assert score(name, logits).max() <= 1.0
     assert score("max_prob", logits).max() == 1.0
+
+
+def test_the_names_that_configs_accept_are_those_of_the_measures():
+    assert tuple(CONFIDENCE) == CONFIDENCE_NAMES
+    for name in CONFIDENCE:
+        check_confidence(name)
+
+
+def test_configs_and_measures_refuse_a_name_with_the_same_sentence():
+    sentences = []
+    for check in (confidence_named, check_confidence):
+        with pytest.raises(ConfigError) as refused:
+            check("surety")
+        sentences.append(str(refused.value))
+    assert sentences[0] == sentences[1]
+    assert "got 'surety'" in sentences[0]

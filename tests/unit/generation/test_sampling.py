@@ -7,8 +7,9 @@ from scipy.stats import chisquare
 from torch.testing import assert_close
 
 from offramp.errors import ConfigError, GenerationError
-from offramp.generation import GenerateConfig, SamplingConfig, generate
 from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.config import GenerateConfig, SamplingConfig
+from offramp.generation.generate import generate
 from offramp.generation.sampling import Sampler, distribution, penalise
 from offramp.generation.speculative import SpeculativeDecoder
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from offramp.training import ExitLoss, TrainConfig
+from offramp.training.config import TrainConfig
+from offramp.training.exit_loss import ExitLoss
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from offramp.errors import ConfigError
-from offramp.training import Processes, TrainConfig, check_processes, join, local_device
+from offramp.training.config import TrainConfig
+from offramp.training.distributed import Processes, check_processes, join, local_device
 
 WORKER = Path(__file__).with_name("worker.py")
 spec = importlib.util.spec_from_file_location("worker", WORKER)

@@ -6,15 +6,10 @@ import torch
 
 from offramp.data import batches
 from offramp.errors import ConfigError, CorpusError, TrainingError
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import (
-    TrainConfig,
-    learning_rate_factor,
-    loop,
-    new_model,
-    train,
-    validate,
-)
+from offramp.models.native.config import DecoderConfig
+from offramp.training import loop
+from offramp.training.config import TrainConfig, learning_rate_factor
+from offramp.training.loop import new_model, train, validate
 
 CONFIG = DecoderConfig(vocab_size=13, hidden_size=16, num_hidden_layers=3, intermediate_size=24)
 TEXT = torch.arange(8 * 4 * 5 + 1) * 3 % 13  # 5 steps an epoch

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from offramp.errors import CheckpointError, TrainingError
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import Checkpoints, TrainConfig, loop, new_model, train
+from offramp.models.native.config import DecoderConfig
+from offramp.training import loop
+from offramp.training.checkpoint import Checkpoints
+from offramp.training.config import TrainConfig
+from offramp.training.loop import new_model, train
 
 CONFIG = DecoderConfig(
     vocab_size=11, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, exit_layers=(1,)

@@ -7,16 +7,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from offramp.errors import ConfigError
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import (
-    Progress,
-    RunLog,
-    TrainConfig,
-    Validation,
-    check_tracker,
-    new_model,
-    train,
-)
+from offramp.models.native.config import DecoderConfig
+from offramp.training.config import TrainConfig
+from offramp.training.loop import Progress, Validation, new_model, train
+from offramp.training.tracking import RunLog, check_tracker
 
 CONFIG = TrainConfig(seq_len=8, batch_size=4)
 

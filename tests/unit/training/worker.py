@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from offramp.errors import OfframpError
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import Checkpoints, Processes, TrainConfig, join, new_model, train
-from offramp.training.distributed import whole
+from offramp.models.native.config import DecoderConfig
+from offramp.training.checkpoint import Checkpoints
+from offramp.training.config import TrainConfig
+from offramp.training.distributed import Processes, join, whole
+from offramp.training.loop import new_model, train
 
 TEXT = (torch.arange(4000) * 7 + torch.arange(4000) ** 2) % 11
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from offramp.exits.gate import FittedExits
-from offramp.generation import GenerateConfig, generate, generate_batch
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.work import Work

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.methods import (
     LOOKUP_TOKENS,
     Batch,
@@ -25,8 +26,7 @@ from offramp.environment import environment
 from offramp.errors import ConfigError, CorpusError, UnsupportedArchitectureError
 from offramp.evaluation.clock import Clock, measure_bandwidth, measure_clock
 from offramp.evaluation.trace import collect_trace
-from offramp.exits.confidence import confidence_named
-from offramp.generation import MISSING_KV, GenerateConfig
+from offramp.generation.config import MISSING_KV, GenerateConfig
 from offramp.generation.options import draft_exit
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.native.decoder import Transformer
@@ -39,48 +39,6 @@ _SEARCH = 7
 """Halvings of the range of thresholds; each takes a text."""
 _QUANTILES = np.linspace(0.0, 1.0, 2**_SEARCH + 1)
 _TRACED = 2048  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What to decode, and how often."""
-
-    prompts: int = 4
-    "Prompts, taken from the text at equal distances."
-    prompt_tokens: int = 64
-    "Tokens of each."
-    max_new_tokens: int = 64
-    "New tokens of each; no token ends a text."
-    batch_size: int = 1
-    "Prompts decoded at once."
-    repeats: int = 3
-    "Times that every prompt is decoded by every method."
-    thresholds: tuple[float, ...] = ()
-    "Thresholds of confident exit to time."
-    compute_pct: float | None = 65.0
-    "Also time the threshold at which decoding runs about this share of the layers."
-    confidence: str = "max_prob"
-    "Measure of the exits."
-    draft_exit: int | None = None
-    "Exit that drafts (default: the first)."
-    peers: bool = True
-    "Time transformers' own ways, and economize if it is installed, too."
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.max_new_tokens < 2:
-            raise ConfigError(f"max_new_tokens: expected at least 2, got {self.max_new_tokens}")
-        if self.prompts % self.batch_size:
-            raise ConfigError(
-                f"batch_size: expected a divisor of {self.prompts} prompts, got {self.batch_size}"
-            )
-        if self.compute_pct is not None and not 0 < self.compute_pct < 100:
-            raise ConfigError(
-                f"compute_pct: expected a number between 0 and 100, got {self.compute_pct:g}"
-            )
-        confidence_named(self.confidence)
 
 
 @dataclass

@@ -24,7 +24,8 @@ from offramp.files import (
     replacing,
     write_json,
 )
-from offramp.models.exit_heads import ExitHeadKind, ExitHeads
+from offramp.models.exit_heads import ExitHeads
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.sources import Source, find_checkpoint

@@ -17,14 +17,8 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models.base import Step, states_at, walk, whole_step
-from offramp.models.exit_heads import (
-    EXIT_HEAD_KINDS,
-    ExitHead,
-    ExitHeadKind,
-    ExitHeads,
-    adapter_of,
-    has_lm_head,
-)
+from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
+from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.layout import Layout, accepted, watch
 from offramp.models.huggingface.runner import BlockRunner, close
 from offramp.models.kv_cache import KVCache

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import read_json, read_tensors, replacing, write_json
-from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 
 FORMAT = 1
 _TIED = "lm_head.weight"

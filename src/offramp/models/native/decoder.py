@@ -24,16 +24,9 @@ from offramp.models.exit_heads import (
     has_lm_head,
 )
 from offramp.models.kv_cache import KVCache
-from offramp.models.native.blocks import (
-    BlockContext,
-    DecoderBlock,
-    DecoderConfig,
-    PostNormBlock,
-    PreNormBlock,
-)
+from offramp.models.native.blocks import BlockContext, DecoderBlock, PostNormBlock, PreNormBlock
+from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
-
-__all__ = ["DecoderConfig", "Transformer"]
 
 
 class Decoder(nn.Module):

@@ -8,9 +8,10 @@ import torch
 
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
 from offramp.files import read_json, read_tensors
-from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
-from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
 
 FAMILIES = ("llama", "mistral")

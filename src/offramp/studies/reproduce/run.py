@@ -11,8 +11,9 @@ from offramp.data import Corpus, batches, character_tokenizer, count_unknown, en
 from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import read_json, write_json
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import Progress, TrainConfig, Validation, new_model, train
+from offramp.models.native.config import DecoderConfig
+from offramp.training.config import TrainConfig
+from offramp.training.loop import Progress, Validation, new_model, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,56 +7,31 @@ finding and explanation is array work on those (tables.py is the tables, claims.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from offramp.data import Corpus, load_corpus
 from offramp.environment import environment
-from offramp.errors import CheckpointError, ConfigError, CorpusError
+from offramp.errors import CheckpointError, CorpusError
 from offramp.files import claim_marked, read_json, replacing, write_json
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.report import html, plots
 from offramp.report import tables as report_tables
 from offramp.studies.reproduce import claims, tables
+from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.methods import METHODS, Method, Study, load_study
 from offramp.studies.reproduce.published import THRESHOLD
 from offramp.studies.reproduce.run import SeedRun
 from offramp.studies.runs import RunProgress, run_all
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 from offramp.version import __version__
 
 TRAIN_CHARACTERS = 100_000
 VALIDATION_CHARACTERS = 10_000
-SEEDS = {"pangram": 5}
-TEXT_SEEDS = 3
 TEXT_EPOCHS = 2
 PANGRAM_EPOCHS = 50  # early stopping ends a run long before
-QUICK_SEEDS = 2
 MARKER = "unfinished.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceConfig:
-    """What ``offramp reproduce`` is asked for."""
-
-    corpus: str | None = None
-    "pangram, python-docs, or a text file or folder; without it pangram, then python-docs."
-    seeds: int | None = None
-    "Seeds a method (default: 5 on the pangram, 3 on text)."
-    quick: bool = False
-    "The pangram only, with 2 seeds: the same protocol in about a minute."
-
-    def __post_init__(self) -> None:
-        if self.seeds is not None and self.seeds < 1:
-            raise ConfigError(f"seeds: expected at least 1, got {self.seeds}")
-
-    def plan(self) -> list[tuple[str, int]]:
-        """(corpus, number of seeds) in the order in which they run."""
-        default = ["pangram"] if self.quick else ["pangram", "python-docs"]
-        names = default if self.corpus is None else [self.corpus]
-        usual = QUICK_SEEDS if self.quick else None
-        return [(name, self.seeds or usual or SEEDS.get(name, TEXT_SEEDS)) for name in names]
 
 
 def cut(corpus: Corpus) -> Corpus:

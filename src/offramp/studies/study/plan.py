@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.calibration.specialise import SpecialiseConfig
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import TrainConfig
+from offramp.calibration.specialise_config import SpecialiseConfig
+from offramp.models.native.config import DecoderConfig
+from offramp.training.config import TrainConfig
 
 STANDARD = "standard"
 """Label of the static model of full depth."""

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from offramp.calibration.specialise import SpecialiseConfig, check_specialise, with_own_heads
+from offramp.calibration.specialise import check_specialise, with_own_heads
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.errors import ConfigError
-from offramp.models.exit_heads import ExitHeadKind
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.studies.study.comparison import Done
+from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.frontier import at
 from offramp.studies.study.plan import GateFit, Recipe, Study
 from offramp.studies.study.run import StudyRun, StudyText
 from offramp.studies.study.studies import CHARACTERS, SMALL
 from offramp.studies.study.study import (
-    TextChoice,
     Watcher,
     Workers,
     check_runs,
@@ -32,7 +33,7 @@ from offramp.studies.study.study import (
     plan_runs,
     study_text,
 )
-from offramp.training import new_model
+from offramp.training.loop import new_model
 
 RECIPE = "recipe"
 """Label of the row that says what the recipe is worth."""
@@ -51,38 +52,6 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
 """Alpha over the run, as fields of TrainConfig."""
 GATES = GateFit(tokens=1_048_576, steps=10_000)
 """Of the recipe's own runs; the search makes do with the default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeConfig(TextChoice):
-    """What ``offramp recipe`` is asked for."""
-
-    layers: int = 6
-    "Depth of the model."
-    compute_budget: float = 65.0
-    "FLOPs of a token, heads and gates counted, in percent of the full model's."
-    tokens: int = 900 * 32 * 128
-    "Training tokens of each run of the recipe; a run of the search has a third of them."
-    seeds: int = 3
-    "Of the recipe and of the static models."
-    tokenizer: str = "characters"
-    "characters, bytes, bpe:N, or a Hugging Face tokenizer."
-    dim: int = 128
-    "Width of the model, a multiple of 32."
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "seeds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.layers < 2:
-            raise ConfigError(f"layers: expected at least 2 for an early exit, got {self.layers}")
-        if self.dim < 32 or self.dim % 32:
-            raise ConfigError(f"dim: expected a multiple of 32, got {self.dim}")
-        if not 0 < self.compute_budget <= 100:
-            raise ConfigError(
-                f"compute_budget: expected a share of the full model's FLOPs in (0, 100], "
-                f"got {self.compute_budget:g}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from offramp.calibration.specialise import SpecialiseConfig, specialise_exits, with_own_heads
+from offramp.calibration.specialise import specialise_exits, with_own_heads
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.data import batches, encode, make_tokenizer
 from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
@@ -21,10 +22,11 @@ from offramp.environment import environment
 from offramp.errors import CorpusError
 from offramp.files import write_json
 from offramp.models.native.checkpoint import save_checkpoint
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.evaluate import evaluate
 from offramp.studies.study.plan import GateFit
-from offramp.training import Progress, TrainConfig, new_model, train
+from offramp.training.config import TrainConfig
+from offramp.training.loop import Progress, new_model, train
 from offramp.version import __version__
 
 FORMAT = 5

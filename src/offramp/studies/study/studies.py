@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from offramp.models.native.decoder import DecoderConfig
+from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.findings import ASYMMETRIC
 from offramp.studies.study.findings import MIDDLE as MIDDLE_LOSS
 from offramp.studies.study.plan import Recipe, Study
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 
 SMALL = DecoderConfig(
     vocab_size=1,

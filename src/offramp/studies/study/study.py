@@ -16,6 +16,7 @@ from offramp.report import study as report
 from offramp.studies.cluster import check_cluster, run_on_ray
 from offramp.studies.runs import RunProgress, run_all
 from offramp.studies.study.answers import answers
+from offramp.studies.study.config import StudyConfig, TextChoice
 from offramp.studies.study.plan import STANDARD, Recipe, Study
 from offramp.studies.study.run import FORMAT, HELD_OUT, StudyRun, StudyText
 from offramp.studies.study.studies import STUDIES
@@ -24,33 +25,6 @@ from offramp.studies.study.timing import timings
 from offramp.version import __version__
 
 SETTINGS = "settings.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextChoice:
-    """What to train on, and what to report on."""
-
-    corpus: str
-    "The text to train on: pangram, python-docs, hf:DATASET, or a text file or a folder of them."
-    test: str | None = None
-    """The text to report on (default: the corpus's test split, or its last 10% where it has
-    none)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig(TextChoice):
-    """What ``offramp study`` is asked for, beside the study's name."""
-
-    seeds: int | None = None
-    "Seeds of each recipe (default: the study's own, 3)."
-    tokens: int | None = None
-    "Training tokens of each run (default: the study's own)."
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
 
 
 class Watcher(Protocol):

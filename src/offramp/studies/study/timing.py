@@ -13,7 +13,7 @@ from offramp.data import batches
 from offramp.studies.study.comparison import Done
 from offramp.studies.study.evaluate import BATCH, full_pass_seconds
 from offramp.studies.study.run import StudyRun
-from offramp.training import new_model
+from offramp.training.loop import new_model
 
 PASS_BATCHES, ROUNDS = 8, 3
 """Of the passes that static models are timed by."""

@@ -6,8 +6,8 @@ from torch import nn
 
 from offramp.errors import ConfigError
 from offramp.models.base import EarlyExitModel
-from offramp.models.native.decoder import DecoderConfig
-from offramp.training import new_model
+from offramp.models.native.config import DecoderConfig
+from offramp.training.loop import new_model
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import ExitTrace
 from offramp.files import write_json
 from offramp.studies.reproduce import study as reproduction
+from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.methods import (
     ALL_LAYERS,
     ALPHA_07,
@@ -18,7 +19,6 @@ from offramp.studies.reproduce.methods import (
     load_study,
 )
 from offramp.studies.reproduce.run import RunResult
-from offramp.studies.reproduce.study import ReproduceConfig
 
 TOKENS = 700
 

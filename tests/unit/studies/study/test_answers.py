@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from offramp.studies.study import STUDIES, Recipe
 from offramp.studies.study.answers import answers
 from offramp.studies.study.findings import seed_findings
+from offramp.studies.study.plan import Recipe
+from offramp.studies.study.studies import STUDIES
 
 
 def row(label, against_half_percent, *, final=1.0, standard=1.0, static=1.0):

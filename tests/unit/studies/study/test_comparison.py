@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from offramp.studies.study import STUDIES, Recipe
 from offramp.studies.study.comparison import Comparison
 from offramp.studies.study.frontier import Frontier
+from offramp.studies.study.plan import Recipe
+from offramp.studies.study.studies import STUDIES
 from offramp.studies.study.summary import _correct
 
 SEEDS = (0, 1)

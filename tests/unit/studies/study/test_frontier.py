@@ -14,7 +14,8 @@ from offramp.evaluation.routed import RoutedTrace, collect_routed
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.policy import ThresholdPolicy
-from offramp.models.native.decoder import DecoderConfig, Transformer
+from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 from offramp.studies.study.evaluate import _policies, evaluate
 from offramp.studies.study.frontier import (
     STRETCHES,

@@ -4,22 +4,25 @@ import math
 
 import pytest
 
-from offramp.calibration.specialise import SpecialiseConfig
+from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import ConfigError
 from offramp.exits.schedules import check_objective, weights_at
 from offramp.files import read_json
-from offramp.studies.study import RecipeConfig, Workers, find_recipe, recipe
+from offramp.studies.study import recipe
+from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.plan import GateFit
 from offramp.studies.study.recipe import (
     Candidate,
     check_budget,
+    find_recipe,
     first_candidate,
     possible,
     recipe_study,
     rounds,
 )
-from offramp.training import TrainConfig
+from offramp.studies.study.study import Workers
+from offramp.training.config import TrainConfig
 
 TEXT = "The exits of a model stand after its blocks. " * 120
 

@@ -9,8 +9,17 @@ import pytest
 from offramp.cli import main
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import read_json, write_json
-from offramp.studies.study import STUDIES, Recipe, StudyConfig, Workers, run_study, study_named
-from offramp.studies.study.study import go_on_or_claim, plan_runs, study_text
+from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.plan import Recipe
+from offramp.studies.study.studies import STUDIES
+from offramp.studies.study.study import (
+    Workers,
+    go_on_or_claim,
+    plan_runs,
+    run_study,
+    study_named,
+    study_text,
+)
 from offramp.studies.study.summary import check_equal_tokens
 from offramp.studies.study.timing import timings
 

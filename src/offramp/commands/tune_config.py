@@ -1,0 +1,76 @@
+"""What ``offramp tune`` trains, and how. Imports no PyTorch."""
+
+from dataclasses import dataclass
+
+from offramp.errors import ConfigError
+from offramp.models.head_kinds import ExitHeadKind
+from offramp.training.config import TrainConfig
+from offramp.training.frozen_config import FrozenConfig, Objective
+
+JOINT_LR = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which exits to train, and how."""
+
+    exit_layers: tuple[int, ...] | None = None
+    "Exit layers, such as 8,12,16,20 (default: at each quarter of the depth)."
+    exit_head: ExitHeadKind = "adapter"
+    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
+    specialist (norm, small adapter and LM head)."""
+    objective: Objective | None = None
+    """Imitate the final layer (distill, the default), predict the text (text; the default with
+    --unfreeze), or both."""
+    unfreeze: bool = False
+    "Train everything jointly, the backbone too."
+    loss_weights: str | None = None
+    "With --unfreeze: weights by layer, such as 8=0.5,30=1 (default: 1 at every exit)."
+    tokens: int | None = None
+    "Read only so many tokens of the text."
+    epochs: int | None = None
+    "Passes over the text (default: 4; with --unfreeze 1)."
+    lr: float | None = None
+    "Peak learning rate (default: 1e-3; with --unfreeze 1e-5)."
+    seq_len: int = 256
+    "Tokens a window."
+    seed: int = 0
+    "Seed of the exits' parameters and of the order of the text."
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 2:
+            raise ConfigError(f"tokens: expected at least 2, got {self.tokens}")
+        if self.unfreeze and self.objective == "distill":
+            raise ConfigError(
+                "objective: expected text or both with --unfreeze, which gives the final layer "
+                "itself something to learn, got distill"
+            )
+        if self.loss_weights is not None and not self.unfreeze:
+            raise ConfigError(
+                "loss_weights: expected --unfreeze with it (frozen, exits do not share anything "
+                f"that learns), got {self.loss_weights!r} alone"
+            )
+        _ = self.joint((1,)) if self.unfreeze else self.frozen()
+
+    def frozen(self) -> FrozenConfig:
+        """How the exits are trained on a frozen backbone."""
+        given = {"epochs": self.epochs, "lr": self.lr}
+        return FrozenConfig(
+            objective=self.objective or "distill",
+            seq_len=self.seq_len,
+            seed=self.seed,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def joint(self, exit_layers: tuple[int, ...]) -> TrainConfig:
+        """How everything is trained at once."""
+        return TrainConfig(
+            loss_weights=self.loss_weights or ",".join(f"{layer}=1" for layer in exit_layers),
+            distill=1.0 if self.objective == "both" else 0.0,
+            seq_len=self.seq_len,
+            batch_size=4,
+            epochs=self.epochs if self.epochs is not None else 1,
+            lr=JOINT_LR if self.lr is None else self.lr,
+            schedule="cosine",
+            seed=self.seed,
+        )
