@@ -26,6 +26,8 @@ from offramp.exits.weights import (
     deep_supervision,
     standard,
 )
+from offramp.lm import EarlyExitLM, load
+from offramp.making import study, train, tune
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.exit_heads import UntrainedExitsWarning
 from offramp.models.huggingface.exits_file import from_pretrained, save_exits
@@ -36,7 +38,6 @@ from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
 from offramp.training.config import TrainConfig
-from offramp.training.loop import train
 from offramp.version import __version__
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "DecoderConfig",
+    "EarlyExitLM",
     "EarlyExitModel",
     "ExitTrace",
     "GenerationError",
@@ -68,12 +70,15 @@ __all__ = [
     "collect_trace",
     "deep_supervision",
     "from_pretrained",
+    "load",
     "load_checkpoint",
     "load_corpus",
     "load_native",
     "save_checkpoint",
     "save_exits",
     "standard",
+    "study",
     "sweep",
     "train",
+    "tune",
 ]

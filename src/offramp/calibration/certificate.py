@@ -12,7 +12,7 @@ from offramp.errors import CertificateError
 from offramp.files import read_json, write_json
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Certificate:
     """What ``offramp calibrate`` writes. Made by ``certify``; ``sha256`` is over all the rest."""
 
@@ -38,6 +38,13 @@ class Certificate:
     assumptions: dict[str, Any]
     "What the promise rests on, and what it does not cover."
     sha256: str = ""
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{value:g}" for value in self.thresholds)
+        return (
+            f"Certificate({self.risk} at most {self.epsilon:g}: {self.confidence} thresholds "
+            f"{chosen}, Compute% {self.expected_compute_pct:.1f}, {self.n:,} sequences)"
+        )
 
     def signed(self) -> "Certificate":
         """The same with its sha256."""

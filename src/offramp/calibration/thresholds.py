@@ -22,6 +22,17 @@ class StoredThresholds:
     sha256: str | None = None
     "Of the certificate; None for a budget, which guarantees nothing."
 
+    @classmethod
+    def of(cls, certificate: Certificate) -> "StoredThresholds":
+        """Those of a certificate."""
+        return cls(
+            thresholds=certificate.thresholds,
+            confidence=certificate.confidence,
+            missing_kv=certificate.missing_kv,
+            model_sha256=certificate.model_sha256,
+            sha256=certificate.sha256,
+        )
+
     def require_model(self, model_sha256: str) -> None:
         """Raise a CertificateError unless the thresholds are this model's."""
         check_model(self.model_sha256, model_sha256)
@@ -35,14 +46,7 @@ def load_thresholds(path: Path) -> StoredThresholds:
     stored = read_json(path)
     if isinstance(stored, dict) and "compute_budget" in stored:
         return _of_budget(path, stored)
-    certificate = Certificate.load(path)
-    return StoredThresholds(
-        thresholds=certificate.thresholds,
-        confidence=certificate.confidence,
-        missing_kv=certificate.missing_kv,
-        model_sha256=certificate.model_sha256,
-        sha256=certificate.sha256,
-    )
+    return StoredThresholds.of(Certificate.load(path))
 
 
 def _of_budget(path: Path, stored: dict[str, Any]) -> StoredThresholds:

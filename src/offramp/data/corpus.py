@@ -18,7 +18,7 @@ _BEGINNING = 8000  # bytes
 _FILES = ("train.txt", "valid.txt", "validation.txt", "test.txt")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Corpus:
     """A text to train on, a text to validate on, and how the two were parted."""
 
@@ -32,6 +32,11 @@ class Corpus:
     sha256: str
     """Hash of the text, UTF-8: of all of it where it was parted by position; between named
     splits stands a byte 0xFF, which no UTF-8 text holds."""
+
+    def __repr__(self) -> str:
+        texts = {"train": self.train, "validation": self.validation, "test": self.test}
+        parts = ", ".join(f"{name} {len(text):,}" for name, text in texts.items() if text)
+        return f"Corpus({self.name!r}: {parts} characters)"
 
     @property
     def whole(self) -> str:

@@ -22,7 +22,7 @@ _PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
 _PER_TOKEN = ("sequence", "position")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExitTrace:
     """Arrays over (exits, tokens) in the order in which the tokens were read.
 
@@ -49,6 +49,10 @@ class ExitTrace:
     "(E, N) KL(p_L || p_e) in nats."
     expected_kl: NDArray[np.float32] | None = None
     "(E - 1, E - 1, N) what the ``gain`` gate at exit i expects of KL(p_L || p_j); NaN for j < i."
+
+    def __repr__(self) -> str:
+        measures = ", ".join(self.confidence) or "no confidence"
+        return f"ExitTrace({self.num_tokens:,} tokens, exits {self.exit_layers}, {measures})"
 
     @property
     def num_tokens(self) -> int:

@@ -35,6 +35,17 @@ class Generation(Iterator[Token]):
         return next(self._tokens)
 
     @property
+    def text(self) -> str:
+        """The whole new text; tokens that have not come yet are generated first."""
+        for _ in self:
+            pass
+        return self.completion.text
+
+    def __repr__(self) -> str:
+        count, reason = len(self.completion.tokens), self.completion.finish_reason
+        return f"Generation({count} tokens so far, {reason or 'not finished'})"
+
+    @property
     def mean_layers(self) -> float:
         """Layers run for each new token so far; the first one's are those of the prefill."""
         run = self.work.layers_run + self._decoder.model.num_layers

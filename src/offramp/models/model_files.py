@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.errors import CheckpointError
+from offramp.exits.gate import FittedExits
 from offramp.files import file_sha256, read_json
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON, base_of, read_exits
@@ -159,10 +160,18 @@ def find_model(name: str | Path) -> ModelFiles:
 
 
 @torch.no_grad()
-def state_sha256(model: EarlyExitModel, tokenizer: Tokenizer) -> str:
-    """Hash of a model in memory: its parameters and buffers by name, its exits, its tokenizer."""
-    digest = hashlib.sha256(f"{model.exit_layers} {tokenizer.to_str()}".encode())
-    for name, tensor in sorted(model.state_dict().items()):  # type: ignore[attr-defined]
+def state_sha256(model: EarlyExitModel, tokenizer: Tokenizer, fitted: FittedExits) -> str:
+    """Hash of a model in memory: parameters and buffers by name, exits, tokenizer, gates."""
+    about = f"{model.exit_layers} {tokenizer.to_str()} {sorted(fitted.temperatures.items())}"
+    digest = hashlib.sha256(about.encode())
+    gates = {
+        f"{kind}.{layer}.{name}": tensor
+        for kind, by_layer in fitted.gates.items()
+        for layer, gate in by_layer.items()
+        for name, tensor in gate.state_dict().items()
+    }
+    state = model.state_dict()  # type: ignore[attr-defined]
+    for name, tensor in sorted({**state, **gates}.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -68,6 +68,8 @@ class OpenedModel:
     "Ids of the tokens that end every text of this model."
     files: ModelFiles | None = None
     "Where its files are; None for a model in memory."
+    changed: bool = False
+    "Whether something was fitted since the files were read."
     chat_tokenizer: Any = None
     "The tokenizer of transformers with a chat template, if the model came with one in memory."
 
@@ -102,9 +104,9 @@ class OpenedModel:
     @cached_property
     def sha256(self) -> str:
         """Hash of weights, config, tokenizer and exits; a certificate belongs to it."""
-        if self.files is not None:
+        if self.files is not None and not self.changed:
             return self.files.sha256
-        return state_sha256(self.model, self.tokenizer)
+        return state_sha256(self.model, self.tokenizer, self.fitted)
 
     def require_exits(self) -> None:
         """Raise a ConfigError if the model has no exit before its last layer."""

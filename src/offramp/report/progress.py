@@ -1,7 +1,7 @@
 """Progress: bars with loss, PPL and time left in a terminal, a line a minute anywhere else."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -65,3 +65,16 @@ def bars(console: Console) -> Iterator[Bars]:
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield Bars(progress)
+
+
+@contextmanager
+def call_bar(name: str, *, shown: bool) -> Iterator[Callable[..., None]]:
+    """One bar for a call from Python, on standard error; or nothing, unless ``shown``.
+
+    Yields what the work calls with (done, total) or (done, total, text).
+    """
+    if not shown:
+        yield lambda *_: None
+        return
+    with bars(Console(stderr=True)) as drawn:
+        yield lambda done, total, text="": drawn.show(name, done=done, total=total, text=text)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from offramp.errors import CheckpointError
+from offramp.exits.gate import FittedExits, Gate
 from offramp.models.model_files import UNFINISHED, find_model, state_sha256
 from offramp.models.open import open_model
 
@@ -71,9 +72,15 @@ def test_an_unfinished_run_without_a_model_is_named_with_the_command_that_contin
         find_model(folder)
 
 
-def test_a_model_in_memory_is_hashed_by_its_parameters_exits_and_tokenizer(checkpoint):
+def test_a_model_in_memory_is_hashed_by_its_parameters_tokenizer_and_gates(checkpoint):
     opened = open_model(checkpoint)
-    first = state_sha256(opened.model, opened.tokenizer)
-    assert state_sha256(opened.model, opened.tokenizer) == first
-    opened.model.lm_head.weight.data[0, 0] += 1
-    assert state_sha256(opened.model, opened.tokenizer) != first
+    gate = Gate(32)
+    seen = []
+    for change in (lambda: None, lambda: opened.model.lm_head.weight.data.add_(1)):
+        change()
+        for fitted in (FittedExits(), FittedExits(gates={"gain": {1: gate}})):
+            seen.append(state_sha256(opened.model, opened.tokenizer, fitted))
+            assert state_sha256(opened.model, opened.tokenizer, fitted) == seen[-1]
+    gate.out_proj.bias.data.add_(1)
+    seen.append(state_sha256(opened.model, opened.tokenizer, fitted))
+    assert len(set(seen)) == 5

@@ -1,0 +1,31 @@
+"""A row of the table of ``offramp bench``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """What one way to decode took. Rates count the tokens after the first of each prompt."""
+
+    method: str
+    tokens_per_s: Mapping[str, float]
+    "median, min and max over prompts and repeats."
+    speedup_vs_hf: float | None
+    "Median ratio to transformers' own generate, prompt by prompt; None where it was not timed."
+    speedup_vs_full: float
+    "Median ratio to offramp at full depth, prompt by prompt."
+    speedup_vs_full_worst: float
+    "The same of the worst prompt."
+    mean_layers: float | None
+    "Layers run for each new token; None where another package does not say."
+    acceptance_rate: float | None
+    "Share of the drafted tokens that were accepted; None where nothing was drafted."
+    identical_to_greedy: bool
+    "Whether the tokens are those of greedy decoding at full depth."
+    predicted_tokens_per_s: float | None
+    "The rate that the cost model predicts."
+    first_token_s: float
+    "Median seconds until the first token."
+    runs: int
+    "Number of timed runs."

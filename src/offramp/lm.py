@@ -1,0 +1,253 @@
+"""The Python front door: ``load``, and the model that it gives.
+
+A method does what the command of the same name does, by the same functions.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from offramp.calibration.certificate import Certificate
+from offramp.calibration.promise import Promise
+from offramp.calibration.thresholds import StoredThresholds, load_thresholds
+from offramp.commands import calibrate, confidence, generate, sweep
+from offramp.commands.bench.config import BenchConfig
+from offramp.commands.bench.row import BenchRow
+from offramp.commands.bench.run import run_bench
+from offramp.errors import ConfigError
+from offramp.evaluation.sweep import SweepRow, Threshold
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import Generation
+from offramp.models.base import EarlyExitModel
+from offramp.models.head_kinds import ExitHeadKind
+from offramp.models.model_files import find_model
+from offramp.models.open import OpenedModel, open_in_memory, open_model
+from offramp.models.save import save_model
+from offramp.report.progress import call_bar
+from offramp.report.result import ResultTable
+
+Corpus = str | Path
+"""A path of a text or a folder, or ``pangram``, ``python-docs`` or ``hf:DATASET``."""
+
+
+class EarlyExitLM:
+    """A language model with exits. ``load``, ``train`` and ``tune`` make it.
+
+    Figures are under ``missing_kv="recompute"``, except those of ``generate`` and ``bench``.
+    """
+
+    def __init__(self, opened: OpenedModel, *, keep: object = None) -> None:
+        self._opened = opened
+        self._keep = keep  # a temporary folder lives as long as this
+
+    def __repr__(self) -> str:
+        return repr(self._opened).replace("OpenedModel", "EarlyExitLM")
+
+    @property
+    def model(self) -> EarlyExitModel:
+        """The model itself, a ``torch.nn.Module``."""
+        return self._opened.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, as the tokenizers library has it."""
+        return self._opened.tokenizer
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks, L."""
+        return self.model.num_layers
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers after which a token may exit, ascending; the last one is ``num_layers``."""
+        return tuple(self.model.exit_layers)
+
+    @property
+    def exits_trained(self) -> bool:
+        """Whether the exits were ever trained."""
+        return self._opened.exits_trained
+
+    @property
+    def sha256(self) -> str:
+        """Hash of weights, config, tokenizer and exits, which certificates name."""
+        return self._opened.sha256
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        threshold: Threshold | None = None,
+        certificate: Certificate | str | Path | None = None,
+        chat: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Continue a text. Iterate for tokens as they come, or take ``.text`` for all of it.
+
+        Args:
+            prompt: The text to continue.
+            threshold: Confidence at which a token exits: a number for all exits, or one for
+                each but the last. None runs every token through all layers.
+            certificate: Take the thresholds of this certificate, or of a file that
+                ``offramp calibrate`` wrote.
+            chat: Put the prompt into the model's chat template.
+            **options: Fields of ``GenerateConfig``, such as ``max_new_tokens``, ``confidence``,
+                ``missing_kv``, ``speculative``, ``temperature``, ``top_p`` or ``seed``.
+
+        Raises:
+            ConfigError: An option is unknown or out of range, or the prompt does not fit.
+            CertificateError: The certificate is another model's.
+        """
+        missing_kv = options.get("missing_kv")
+        config = GenerateConfig(
+            **known_options(GenerateConfig, {**options, "threshold": threshold})
+        )
+        if certificate is not None:
+            if threshold is not None:
+                raise ConfigError("threshold: expected none with a certificate, which has its own")
+            stored = self._stored(certificate)
+            config = generate.with_thresholds(config, stored, missing_kv=missing_kv)
+        return generate.generate(self._opened, prompt, config, chat=chat)
+
+    def sweep(
+        self,
+        text: Corpus,
+        thresholds: Sequence[Threshold] | None = None,
+        *,
+        confidence: str = "max_prob",
+        certificate: Certificate | str | Path | None = None,
+        progress: bool = False,
+    ) -> ResultTable[SweepRow]:
+        """Measure PPL and cost of any number of thresholds, from one pass over a text."""
+        stored = None if certificate is None else self._stored(certificate)
+        with call_bar("sweep", shown=progress) as on_tokens:
+            content = sweep.sweep(
+                self._opened,
+                str(text),
+                thresholds,
+                confidence=confidence,
+                stored=stored,
+                on_tokens=on_tokens,
+            )
+        return ResultTable(rows=[SweepRow(**row) for row in content["rows"]], content=content)
+
+    def fit(self, text: Corpus) -> "EarlyExitLM":
+        """Fit gates (for ``confidence="gate"`` and ``"gain"``) and temperatures to a text.
+
+        The model stays as it is. Returns the model with the gates; ``save`` keeps them.
+        """
+        fitted = confidence.fit_to(self._opened, str(text))
+        return EarlyExitLM(replace(self._opened, fitted=fitted, changed=True), keep=self._keep)
+
+    def certify(
+        self,
+        text: Corpus,
+        *,
+        confidence: str = "max_prob",
+        progress: bool = False,
+        **promise: Any,
+    ) -> Certificate:
+        """Find the boldest thresholds that keep a promise on texts like this one.
+
+        Args:
+            text: Text like that of later use, and not that of training.
+            confidence: The measure whose thresholds are searched.
+            progress: Show a progress bar.
+            **promise: Fields of the promise: ``epsilon`` (risk at most, default 0.02), ``delta``
+                (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap") and
+                ``method`` ("ltt" or "crc").
+        """
+        kept = Promise(**known_options(Promise, promise))
+        with call_bar("certify", shown=progress) as on_tokens:
+            certificate, _ = calibrate.certify(
+                self._opened, str(text), kept, confidence=confidence, on_tokens=on_tokens
+            )
+        return certificate
+
+    def bench(
+        self, text: Corpus, *, progress: bool = False, **options: Any
+    ) -> ResultTable[BenchRow]:
+        """Time every way to decode on prompts from a text, in one interleaved run.
+
+        ``options`` are fields of ``BenchConfig``, such as ``prompts``, ``max_new_tokens``,
+        ``repeats`` or ``confidence``.
+        """
+        config = BenchConfig(**known_options(BenchConfig, options))
+        with call_bar("bench", shown=progress) as on_run:
+            content = run_bench(self._opened, str(text), config, on_run=on_run)
+        return ResultTable(rows=[BenchRow(**row) for row in content["rows"]], content=content)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model into a new folder that ``load`` and every command read."""
+        save_model(self._opened, folder)
+        self._opened = replace(
+            self._opened, name=str(folder), files=find_model(folder), changed=False
+        )
+
+    def _stored(self, certificate: Certificate | str | Path) -> StoredThresholds:
+        stored = (
+            StoredThresholds.of(certificate)
+            if isinstance(certificate, Certificate)
+            else load_thresholds(Path(certificate))
+        )
+        stored.require_model(self.sha256)
+        return stored
+
+
+def load(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    exits: Iterable[int] | None = None,
+    exit_head: ExitHeadKind | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> EarlyExitLM:
+    """Open a model with its exits.
+
+    Args:
+        model: A folder that ``offramp train`` or ``offramp tune`` wrote, the folder of a Hugging
+            Face checkpoint, a name on the hub, ``smollm2-135m``, or a causal language model of
+            ``transformers`` in memory, whose parameters are shared.
+        tokenizer: The tokenizer of a model in memory.
+        exits: Exit layers of a model that has none yet; by default each quarter of the depth.
+        exit_head: What a new exit has of its own; by default nothing ("shared").
+        device: Where to compute.
+        dtype: Precision; by default that of the files.
+
+    Raises:
+        CheckpointError: Files are missing, damaged or changed.
+        UnsupportedArchitectureError: The model is no decoder-only language model.
+        ConfigError: An argument is out of range or does not fit the others.
+    """
+    layers = None if exits is None else tuple(exits)
+    if not isinstance(model, str | Path):
+        return EarlyExitLM(
+            open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
+        )
+    if tokenizer is not None:
+        raise ConfigError("tokenizer: expected none with a name or folder, which has its own")
+    files = find_model(model)
+    if (layers, exit_head) != (None, None) and files.kind != "checkpoint":
+        raise ConfigError(f"exits: expected none, since {model} has exits, got {layers}")
+    opened = open_model(files, exit_layers=layers, exit_head=exit_head, device=device, dtype=dtype)
+    return EarlyExitLM(opened)
+
+
+def known_options(config: Any, options: dict[str, Any], *, also: Iterable[str] = ()) -> Any:
+    """The options, if each is a field of a config; a ConfigError names the nearest one.
+
+    ``also`` are other names that the caller takes.
+    """
+    names = [field.name for field in fields(config)]
+    for name in options:
+        if name not in names:
+            near = get_close_matches(name, [*names, *also], n=1)
+            hint = f"perhaps {near[0]}" if near else f"one of {', '.join([*names, *also])}"
+            raise ConfigError(f"{name}: expected the name of an option, {hint}")
+    return options

@@ -1,0 +1,206 @@
+"""New models and studies from Python: ``offramp.train``, ``offramp.tune`` and ``offramp.study``.
+
+Each does what the command of the same name does, by the same functions.
+"""
+
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from offramp.commands.train import TrainRun, Watcher, start_run
+from offramp.commands.tune import open_for_tuning
+from offramp.commands.tune import tune as tune_exits
+from offramp.commands.tune_config import TuneConfig
+from offramp.errors import ConfigError
+from offramp.lm import Corpus, EarlyExitLM, known_options
+from offramp.models.native.config import DecoderConfig
+from offramp.models.open import open_in_memory, open_model
+from offramp.report.progress import Bars, bars, call_bar
+from offramp.report.result import ResultTable
+from offramp.studies.runs import RunProgress
+from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.study import Workers, run_study, study_named
+from offramp.training.config import TrainConfig
+
+_SHAPE = {
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "hidden": "intermediate_size",
+    "exits": "exit_layers",
+    "max_length": "max_position_embeddings",
+}
+"""Short names of the decoder's fields, as on the command line."""
+
+
+def train(
+    corpus: Corpus,
+    *,
+    exits: Sequence[int] = (),
+    tokenizer: str = "characters",
+    out: str | Path | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> EarlyExitLM:
+    """Train a native decoder with exits on a text. Returns the best model by validation.
+
+    Args:
+        corpus: The text: a path, or ``pangram``, ``python-docs`` or ``hf:DATASET``.
+        exits: Exit layers; the last layer is always one.
+        tokenizer: ``characters``, ``bytes``, ``bpe:N``, or a Hugging Face tokenizer.
+        out: Folder of the run, which must be new or empty. None trains in a temporary folder;
+            ``save`` keeps the model.
+        device: Where to compute.
+        progress: Show a progress bar.
+        **options: Flags of ``offramp train`` with underscores: the shape (``layers``, ``dim``,
+            ``heads``, ...) and the training (``loss_weights``, ``steps``, ``lr``, ...).
+    """
+    options["exits"] = tuple(exits)
+    named = {_SHAPE.get(name, name): value for name, value in options.items()}
+    shape = {field.name for field in fields(DecoderConfig)} - {"vocab_size"}
+    training = {name: value for name, value in named.items() if name not in shape}
+    run = TrainRun(
+        corpus=str(corpus),
+        tokenizer=tokenizer,
+        model=DecoderConfig(**{name: value for name, value in named.items() if name in shape}),
+        training=TrainConfig(**known_options(TrainConfig, training, also=_SHAPE)),
+    )
+    folder, keep = _new_folder(out)
+    with call_bar("train", shown=progress) as show:
+        watcher = Watcher(
+            on_step=lambda step: show(step.step, step.total_steps, f"loss {float(step.loss):.3f}")
+        )
+        start_run(run, folder, device=device, watcher=watcher)
+    return EarlyExitLM(open_model(folder, device=device), keep=keep)
+
+
+def tune(
+    model: Any,
+    corpus: Corpus,
+    *,
+    exits: Iterable[int] | None = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    **options: Any,
+) -> EarlyExitLM:
+    """Give a pretrained model exits and train them; its backbone stays as it is.
+
+    Args:
+        model: A Hugging Face checkpoint (a folder, or a name on the hub), ``smollm2-135m``, or a
+            causal language model of ``transformers`` in memory.
+        corpus: The text to train on; its last tokens are held out.
+        exits: Exit layers; by default each quarter of the depth.
+        tokenizer: The tokenizer of a model in memory.
+        out: Folder for the exits, which must be new or empty. None uses a temporary folder;
+            ``save`` keeps the model.
+        device: Where to compute.
+        dtype: Precision of the model.
+        progress: Show a progress bar.
+        **options: Fields of ``TuneConfig``, such as ``tokens``, ``epochs``, ``exit_head`` or
+            ``unfreeze``.
+    """
+    layers = None if exits is None else tuple(exits)
+    config = TuneConfig(**known_options(TuneConfig, {**options, "exit_layers": layers}))
+    if isinstance(model, str | Path):
+        opened = open_for_tuning(model, config, device=device, dtype=dtype)
+    else:
+        opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=config.exit_head)
+    folder, keep = _new_folder(out)
+    with call_bar("tune", shown=progress) as show:
+        tune_exits(
+            opened,
+            str(corpus),
+            folder,
+            config,
+            on_progress=lambda told: show(told.done, told.total, told.doing),
+        )
+    return EarlyExitLM(open_model(folder, device=device), keep=keep)
+
+
+def study(
+    name: str,
+    corpus: Corpus,
+    *,
+    out: str | Path,
+    test: Corpus | None = None,
+    runs: str | Path | None = None,
+    jobs: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> ResultTable[Any]:
+    """Train a grid of recipes on the same tokens with several seeds, and compare them.
+
+    The same call continues a study that was stopped. It starts worker processes, so a script
+    calls it below ``if __name__ == "__main__":``.
+
+    Args:
+        name: Which study: ``objectives``, ``alpha``, ``middle``, ``exits`` or ``heads``.
+        corpus: The text to train on.
+        out: Folder for ``study.json``, the tables, the plots and the runs.
+        test: The text to report on; by default the corpus's test split, or its last 10%.
+        runs: Folder of the runs, which studies may share; by default ``out/runs``.
+        jobs: Processes that train at a time; by default one for each core.
+        progress: Show progress bars.
+        **options: ``seeds`` and ``tokens``.
+    """
+    out = Path(out)
+    chosen = {**options, "corpus": str(corpus), "test": None if test is None else str(test)}
+    config = StudyConfig(**known_options(StudyConfig, chosen))
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    workers = Workers(
+        folder=out / "runs" if runs is None else Path(runs), jobs=jobs or os.cpu_count() or 1
+    )
+    with bars(Console(stderr=True, quiet=not progress)) as drawn:
+        content = run_study(
+            study_named(name), config, out, watcher=_StudyBars(drawn), workers=workers
+        )
+    return ResultTable(rows=list(content["summary"]), content=content)
+
+
+class _TemporaryFolder:
+    """A folder that is removed when the last model that was opened from it is."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="offramp-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _new_folder(out: str | Path | None) -> tuple[Path, _TemporaryFolder | None]:
+    """The folder for a new model: ``out``, or a temporary one that the model keeps."""
+    if out is not None:
+        return Path(out), None
+    keep = _TemporaryFolder()
+    return keep.path / "model", keep
+
+
+class _StudyBars:
+    """One bar for a study, and one for each of its runs."""
+
+    def __init__(self, drawn: Bars) -> None:
+        self.drawn, self.name, self.total, self.done = drawn, "", 0, 0
+
+    def on_plan(self, name: str, total: int, tokens: int) -> None:
+        self.name, self.total = name, total
+        self.drawn.show(name, done=0, total=total, text=f"runs, {tokens:,} tokens in all")
+
+    def on_progress(self, progress: RunProgress) -> None:
+        self.drawn.show(f"  {progress.name}", done=progress.step, total=progress.total_steps)
+
+    def on_done(self, name: str) -> None:
+        self.done += 1
+        self.drawn.drop(f"  {name}")
+        self.drawn.show(self.name, done=self.done, total=self.total, text="runs")
