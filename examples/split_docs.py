@@ -1,4 +1,4 @@
-"""Write the reference that every Python carries as a corpus with named splits.
+"""Write the language reference bundled with Python as a corpus with named splits.
 
 python examples/split_docs.py FOLDER    # FOLDER/train.txt, valid.txt and test.txt
 """

@@ -1,0 +1,142 @@
+"""The Python blocks of README.md and docs/, and the examples, run without an exception."""
+
+import re
+import runpy
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from offramp.data import make_tokenizer
+from offramp.studies.study import STUDIES, Recipe
+
+ROOT = Path(__file__).parents[2]
+TEXT = "".join(f"The {n} quick brown foxes jump over {n * 7 % 31} lazy dogs. " for n in range(400))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[str]:
+    """Yield the Python blocks of a page, moved down so that line numbers are those of the page."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        yield "\n" * text.count("\n", 0, found.start(1)) + found[1]
+
+
+PAGES = [
+    str(page.relative_to(ROOT))
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if list(blocks(page))
+]
+EXAMPLES = {
+    "train.py": ("corpus.txt", "new"),
+    "tune.py": ("HuggingFaceTB/SmolLM2-135M", "corpus.txt", "new"),
+    "sweep.py": ("model", "test.txt"),
+    "certify.py": ("model", "calibration.txt", "certificate.json"),
+    "generate.py": ("model", "The "),
+    "bench.py": ("model", "test.txt"),
+    "study.py": ("corpus.txt", "test.txt", "study"),
+}
+
+
+def save_checkpoint(folder: Path, layers: int) -> None:
+    """Save a tiny Llama of random parameters with a tokenizer of ``TEXT``'s characters."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make_tokenizer("characters", [TEXT])
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(offramp, tmp_path_factory) -> Path:
+    """A folder with the files that the pages name, small enough for every block to be fast."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name in ("corpus.txt", "test.txt", "calibration.txt"):
+        (folder / name).write_text(TEXT)
+    save_checkpoint(folder / "HuggingFaceTB" / "SmolLM2-135M", 24)
+    save_checkpoint(folder / "llama", 4)
+    made = offramp(
+        *("train", "--corpus", folder / "corpus.txt", "--layers", 4, "--dim", 16, "--heads", 2),
+        *("--exits", "2", "--steps", 20, "--seq-len", 32, "--batch-size", 8),
+        *("--tracker", "none", "--out", folder / "model"),
+    )
+    assert made.returncode == 0, made.stderr
+    made = offramp(
+        *("tune", folder / "llama", "--corpus", folder / "corpus.txt", "--exits", "1,2"),
+        *("--seq-len", 64, "--epochs", 1, "--out", folder / "tuned"),
+    )
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture
+def workplace(stand_ins, tmp_path, monkeypatch) -> Path:
+    """A copy of the stand-ins as the working folder; the study alpha is a tiny one."""
+    shutil.copytree(stand_ins, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    alpha = STUDIES["alpha"]
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}
+    tiny = replace(
+        alpha,
+        model=replace(alpha.model, **shape, exit_layers=(1,)),
+        training=replace(alpha.training, seq_len=16, batch_size=4, warmup_steps=0),
+        tokens=640,
+        test_tokens=200,
+        static_layers=(1, 3),
+        seeds=2,
+        recipes=(Recipe(label="half", training={"loss_weights": "asymmetric:0.5"}),),
+    )
+    monkeypatch.setitem(STUDIES, "alpha", tiny)
+    return tmp_path
+
+
+def test_pages_have_blocks():
+    assert {"README.md", "docs/python.md"} <= set(PAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run_one_after_another(page, workplace):
+    names = {"__name__": "__main__"}
+    for block in blocks(ROOT / page):
+        exec(compile(block, ROOT / page, "exec"), names)
+
+
+def test_every_example_is_run():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        *EXAMPLES,
+        "split_docs.py",  # make demo
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs(example, workplace, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [example, *EXAMPLES[example]])
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_is_short_and_uses_public_names(example):
+    text = (ROOT / "examples" / example).read_text()
+    code = text.split('"""')[2]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) < 10
+    assert not re.search(r"from offramp|import offramp\.", code)
