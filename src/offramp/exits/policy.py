@@ -88,13 +88,6 @@ class ThresholdPolicy:
         bounds = [self.bound(index, confidence.dtype, positions) for index in range(len(scores))]
         return _first(scores, bounds, tokens=confidence.shape[1])
 
-    def route(
-        self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
-    ) -> NDArray[np.intp]:
-        """Index into the exits for each token; ``confidence`` is (exits - 1, tokens)."""
-        taken: NDArray[np.intp] = self.leaving(confidence, positions).argmax(axis=0)
-        return taken
-
     def leaves(
         self, index: int, scores: Float[Tensor, "*B"], positions: Int[Tensor, "*B"] | None = None
     ) -> Bool[Tensor, "*B"]:

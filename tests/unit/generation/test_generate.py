@@ -381,8 +381,15 @@ def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
 # Drafts from the text before.
 
 
+def after(size, text):
+    lookup = Lookup(size)
+    for token in text:
+        lookup.push(token)
+    return lookup
+
+
 def test_what_followed_the_last_tokens_is_the_draft():
-    lookup = Lookup(2, [1, 2, 3, 4, 1, 2])
+    lookup = after(2, [1, 2, 3, 4, 1, 2])
     assert lookup.drafts(5) == [3, 4, 1, 2, 3]
     assert lookup.drafts(1) == [3]
     lookup.push(9)
@@ -390,8 +397,8 @@ def test_what_followed_the_last_tokens_is_the_draft():
     for token in (1, 2):
         lookup.push(token)
     assert lookup.drafts(2) == [9, 1]  # where they stood last
-    assert Lookup(0, [1, 1, 1]).drafts(5) == []
-    assert Lookup(3, [1, 1]).drafts(5) == []
+    assert after(0, [1, 1, 1]).drafts(5) == []
+    assert after(3, [1, 1]).drafts(5) == []
 
 
 def test_a_text_that_repeats_itself_drafts_itself(make_model):
