@@ -8,7 +8,7 @@ import pytest
 
 from offramp.commands.bench import run
 from offramp.commands.bench.config import BenchConfig
-from offramp.evaluation.clock import measure_clock
+from offramp.evaluation.timer import measure_clock
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_a_full_context_ends_the_text(make_model, mode):
 # What it costs.
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["owed before", "owed beside"])
+@pytest.mark.parametrize("beside", [False, True], ids=["pending before", "pending beside"])
 def test_mean_layers_count_every_layer_that_ran(make_model, beside):
     dtype = torch.float32 if beside else torch.float64
     model = make_model(num_hidden_layers=4, exit_layers=(1, 2), hidden_size=64, dtype=dtype)
