@@ -4,7 +4,7 @@ What the layers above that exit lack of the token is computed when a later token
 deferred.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -173,9 +173,10 @@ class ExitDecoder:
             for i, row in enumerate(running):
                 left[row] = (last.logits[i], last.exit_layers[i], last.confidence[i])
         ordered = [left[row] for row in rows]
-        logits = [found[0] for found in ordered]
         return Exits(
-            logits=torch.stack(logits) if len(logits) > 1 else logits[0][None],
+            logits=torch.stack([logits for logits, _, _ in ordered])
+            if len(ordered) > 1
+            else ordered[0][0][None],
             exit_layers=[layer for _, layer, _ in ordered],
             confidence=[score for _, _, score in ordered],
         )
@@ -190,7 +191,7 @@ class ExitDecoder:
 
     def _logits_of(
         self, out: list[int], view: ExitView, h: Float[Tensor, "B 1 D"], rule: ExitRule
-    ) -> Sequence[Tensor]:
+    ) -> Iterable[Tensor]:
         """The logits of the tokens ``out``, which leave here: those of the view if it has them."""
         if not out:
             return ()

@@ -112,7 +112,7 @@ class BlockWeights:
             blocks=tuple(blocks),
             dtype=first.dtype if alike and kernels_fit(first, self._head_dim) else None,
             registers=registers,
-            parameters=tuple(register["weight"].detach() for register in registers),
+            parameters=tuple(module.get_parameter("weight").detach() for module in modules),
         )
 
 
