@@ -145,8 +145,8 @@ def test_a_decay_without_positions_is_a_config_error():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tau": -1.0, "length": 5}, "tau: expected .* got -1"),
-        ({"tau": math.nan, "length": 5}, "tau: expected .* got nan"),
+        ({"tau": -1.0, "length": 5}, "decay: expected .* got -1"),
+        ({"tau": math.nan, "length": 5}, "decay: expected .* got nan"),
         ({"tau": 1.0, "length": 0}, "length: expected at least 1, got 0"),
     ],
 )

@@ -79,6 +79,57 @@ def test_a_full_context_ends_the_text(make_model, mode):
     assert len(ids(model, [3] * 10, max_new_tokens=50, **mode)) == 1
 
 
+# A threshold that decays.
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [9, 2, 5, 0, 1, 6]])
+def test_a_decaying_threshold_is_the_formulas_at_every_new_token(model, prompt):
+    theta, tau, new = 0.2, 3.0, 24
+    config = GenerateConfig(max_new_tokens=new, threshold=theta, decay=tau, missing_kv="recompute")
+    tokens = list(generate(model, prompt, config))[1:]  # the first is the prompt's own
+    text = torch.tensor([[*prompt, *ids(model, prompt, **vars(config))]])
+    by_layer = model.forward_all_layers(text)
+    decided = set()
+    for t, token in enumerate(tokens):
+        bound = 0.9 * theta + 0.1 * math.exp(-tau * t / new)
+        place = len(prompt) + t
+        scores = [by_layer[layer - 1][0, place].softmax(-1).max().item() for layer in (1, 2)]
+        expected = next((n + 1 for n, score in enumerate(scores) if score >= bound), 4)
+        assert token.exit_layer == expected
+        decided |= {score < bound for score in scores if score >= 0.9 * theta}
+    assert decided == {True, False}  # or the decay would have changed nothing
+
+
+def test_without_decay_over_time_a_row_of_a_batch_has_the_same_threshold(model):
+    prompts = [PROMPT, [7, 2, 6, 8, 1]]
+    options = {"max_new_tokens": 12, "missing_kv": "recompute"}
+    flat = GenerateConfig(threshold=0.9 * 0.2 + 0.1, **options)
+    decaying = GenerateConfig(threshold=0.2, decay=0.0, **options)
+    expected, got = (generate_batch(model, prompts, config)[0] for config in (flat, decaying))
+    assert [each.tokens for each in got] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 4.0}, "^decay: expected a threshold with it"),
+        ({"decay": -1.0, "threshold": 0.5}, "^decay: expected a number of at least 0, got -1"),
+        ({"decay": math.nan, "threshold": 0.5}, "^decay: .* got nan"),
+        ({"decay": 4.0, "threshold": 1.5}, "^decay: expected thresholds from 0 to 1.* got 1.5"),
+        ({"decay": 4.0, "threshold": (0.5, -0.1)}, "^decay: expected thresholds .* got -0.1"),
+    ],
+)
+def test_a_decay_that_could_do_nothing_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerateConfig(**options)
+
+
+def test_a_policy_takes_no_decay(model):
+    config = GenerateConfig(threshold=0.5, decay=4.0)
+    with pytest.raises(ConfigError, match=r"^decay: expected none with a policy"):
+        generate(model, PROMPT, config, policy=ThresholdPolicy.of(0.5, 3))
+
+
 # What it costs.
 
 
