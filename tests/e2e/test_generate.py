@@ -35,6 +35,15 @@ def test_exits_save_layers_and_a_threshold_above_one_none(offramp, trained, miss
     assert never["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
 
 
+def test_a_threshold_decays_with_the_new_tokens(offramp, trained):
+    """At threshold 0 and a fast decay only the first step's bound, 0.1, is far above 0."""
+    first, *others = json.loads(
+        generate(offramp, trained, "--threshold", "0", "--decay", "1e6", "--json").stdout
+    )["tokens"][1:]
+    assert {token["exit_layer"] for token in others} == {1}
+    assert (first["exit_layer"] == 1) == (first["confidence"] >= 0.1)
+
+
 def test_speculative_output_is_that_of_full_depth(offramp, trained):
     speculative = json.loads(generate(offramp, trained, "--speculative", "--json").stdout)
     assert speculative["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
@@ -66,6 +75,7 @@ def test_a_stop_string_ends_the_text(offramp, trained):
         (("The", "--confidence", "gate", "--threshold", "0.5"), "gate"),
         (("The", "--speculative", "--draft-exit", "3"), "draft_exit: expected one of the exits"),
         (("The", "--speculative", "--threshold", "0.5"), "threshold: expected none with"),
+        (("The", "--decay", "4"), "decay: expected a threshold with it, got decay 4 alone"),
         (("The", "--chat"), "chat: expected a model with a chat template"),
         (("The", "--temperature", "-1"), "temperature: expected at least 0"),
     ],

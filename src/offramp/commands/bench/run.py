@@ -4,21 +4,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
 
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.methods import Sample
 from offramp.commands.bench.plan import check_options, methods_of
 from offramp.commands.bench.rows import Timed, rows_of
 from offramp.commands.bench.task import Task, prompts_of
-from offramp.commands.generate import open_generator
 from offramp.environment import environment
 from offramp.evaluation.clock import Clock
 from offramp.evaluation.timer import measure_bandwidth, measure_clock
+from offramp.models.open import OpenedModel
 
 SLOW_BATCHES = 2
 """Number of batches that a slow peer decodes, once each."""
@@ -27,25 +24,21 @@ OnRun = Callable[[int, int, str], None]
 
 
 def run_bench(
-    path: Path,
+    opened: OpenedModel,
     corpus_name: str,
     config: BenchConfig,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     on_run: OnRun = lambda done, total, name: None,
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
-    opened = open_generator(path, device=device, dtype=dtype)
     model = opened.model
     prompts = prompts_of(corpus_name, opened.tokenizer, config, max_length=model.max_length)
     task = Task(model=model, fitted=opened.fitted, config=config, prompts=prompts)
-    content = time_task(task, on_run=on_run)
-    return content | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "untrained": opened.untrained,
+    return time_task(task, on_run=on_run) | {
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "untrained": not opened.exits_trained,
         "config": asdict(config),
-        "environment": environment(device),
+        "environment": environment(str(model.device)),
     }
 
 
