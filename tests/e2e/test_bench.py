@@ -8,7 +8,8 @@ import pytest
 
 from offramp.commands.bench import run
 from offramp.commands.bench.config import BenchConfig
-from offramp.evaluation.clock import measure_clock
+from offramp.evaluation.timer import measure_clock
+from offramp.models.open import open_model
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def test_a_native_model_beside_transformers(offramp, checkpoint, native, tmp_pat
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
         assert (row["predicted_tokens_per_s"] is None) == row["method"].startswith("hf")
     assert rows["hf"]["speedup_vs_hf"] == rows["full"]["speedup_vs_full"] == 1.0
+    assert "fastest here" in result.stdout
     assert content["limit_tokens_per_s"] > 0
     assert content["bandwidth_gb_s"] > 0
 
@@ -69,7 +71,7 @@ def test_parts_timed_while_other_work_ran_are_timed_again(
 
     monkeypatch.setattr(run, "measure_clock", timed)
     config = BenchConfig(prompts=1, prompt_tokens=8, max_new_tokens=4, repeats=1)
-    content = run.run_bench(native, str(checkpoint / "text.txt"), config)
+    content = run.run_bench(open_model(native), str(checkpoint / "text.txt"), config)
     undisturbed = clocks[1 - disturbed].block.seconds[1]
     assert content["parts"]["block"]["ms"]["1"] == 1000 * undisturbed < 9000
 

@@ -35,6 +35,15 @@ def test_exits_save_layers_and_a_threshold_above_one_none(offramp, trained, miss
     assert never["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
 
 
+def test_a_threshold_decays_with_the_new_tokens(offramp, trained):
+    def first(*flags):
+        return json.loads(generate(offramp, trained, "--json", *flags).stdout)["tokens"][1]
+
+    confidence = first("--threshold", "0")["confidence"]
+    assert first("--threshold", confidence)["exit_layer"] == 1
+    assert first("--threshold", confidence, "--decay", 4)["exit_layer"] > 1  # 0.1 is added at first
+
+
 def test_speculative_output_is_that_of_full_depth(offramp, trained):
     speculative = json.loads(generate(offramp, trained, "--speculative", "--json").stdout)
     assert speculative["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
@@ -66,6 +75,7 @@ def test_a_stop_string_ends_the_text(offramp, trained):
         (("The", "--confidence", "gate", "--threshold", "0.5"), "gate"),
         (("The", "--speculative", "--draft-exit", "3"), "draft_exit: expected one of the exits"),
         (("The", "--speculative", "--threshold", "0.5"), "threshold: expected none with"),
+        (("The", "--decay", "4"), "decay: expected a threshold with it, got decay 4 alone"),
         (("The", "--chat"), "chat: expected a model with a chat template"),
         (("The", "--temperature", "-1"), "temperature: expected at least 0"),
     ],

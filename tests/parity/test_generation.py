@@ -13,7 +13,7 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation import confident_exit
+from offramp.generation import deferred
 from offramp.generation.confident_exit import ExitRule, forced_exits
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate, generate_batch
@@ -130,8 +130,8 @@ def test_a_sweep_equals_the_real_router_forced_along_the_text(
 def test_propagated_states_equal_the_real_router_forced_along_the_text(
     make_model, make_ids, exits, confidence, threshold, beside, dtype, monkeypatch
 ):
-    """Whether what is owed is projected before the token that needs it, or beside it."""
-    monkeypatch.setattr(confident_exit, "fills_beside", lambda _, tokens: beside and tokens < 17)
+    """Pending keys and values may be projected before the token that needs them, or beside it."""
+    monkeypatch.setattr(deferred, "fills_beside", lambda _, tokens: beside and tokens < 17)
     model = routed(make_model, exits).to(dtype)
     inputs = make_ids(3, LENGTH)
     policy = ThresholdPolicy.of(threshold, len(exits) + 1)
@@ -211,11 +211,11 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, options):
                 assert got.confidence == pytest.approx(token.confidence)
 
 
-def test_what_is_owed_may_run_in_portions(model, monkeypatch):
+def test_pending_tokens_may_run_in_portions(model, monkeypatch):
     config = GenerateConfig(max_new_tokens=NEW, threshold=0.4, missing_kv="recompute")
     whole, before = generate_batch(model, PROMPTS, config)
     assert max(before.blocks) > len(PROMPTS)
-    monkeypatch.setattr(confident_exit, "FEW_TOKENS", 2)
+    monkeypatch.setattr(deferred, "FEW_TOKENS", 2)
     portions, work = generate_batch(model, PROMPTS, config)
     assert [each.ids for each in portions] == [each.ids for each in whole]
     assert max(work.blocks) <= len(PROMPTS)

@@ -20,7 +20,7 @@ from offramp.cli.base import (
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.run import run_bench
 from offramp.files import write_json
-from offramp.report.bench import bench_table
+from offramp.report.bench import bench_table, bench_verdict
 from offramp.report.progress import bars
 
 
@@ -59,7 +59,9 @@ def bench(
             config or BenchConfig(),
             on_run=lambda done, total, name: drawn.show("bench", done=done, total=total, text=name),
         )
-    output().print(bench_table(content))
+    out_console = output()
+    out_console.print(bench_table(content, width=out_console.width))
+    out_console.print(bench_verdict(content), highlight=False, markup=False)
     for name, reason in content["failed"].items():
         say(f"{name} does not run here: {reason}")
     if content["untrained"]:

@@ -30,6 +30,7 @@ def generate(
     *,
     max_new_tokens: int = 128,
     threshold: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    decay: float | None = None,
     confidence: str = "max_prob",
     certificate: Path | None = None,
     missing_kv: MissingKV | None = None,
@@ -59,6 +60,9 @@ def generate(
     threshold
         Let tokens leave at this confidence; one for each exit but the last is written 0.9:0.8.
         Without it every token runs to the end.
+    decay
+        With --threshold: let the threshold fall along the text (CALM). At new token t, counted
+        from 0, of N it is 0.9 THRESHOLD + 0.1 exp(-DECAY t / N), where N is --max-new-tokens.
     confidence
         The measure: max_prob, margin, entropy, saturation, patience, gate or gain.
     certificate
@@ -94,7 +98,7 @@ def generate(
         "stop_strings": tuple(stop or ()),
     }
     given |= {"missing_kv": missing_kv or "propagate", **vars(sampling)}
-    drafting = {"draft_threshold": draft_threshold, "lookup": lookup}
+    drafting = {"draft_threshold": draft_threshold, "lookup": lookup, "decay": decay}
     given |= {name: value for name, value in drafting.items() if value is not None}
     if threshold is not None:
         given["threshold"] = _threshold(threshold)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.errors import ConfigError
 from offramp.evaluation.cost import ModelCost, compute_pct
 from offramp.evaluation.trace import ExitTrace, perplexity
-from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
+from offramp.exits.policy import Decay, ThresholdPolicy
 
 Threshold = float | tuple[float, ...]
 
@@ -20,7 +19,7 @@ class SweepRow:
     """One policy on one text, under ``missing_kv="recompute"``."""
 
     threshold: Threshold
-    "Of the gain policy: its price, in nats for one percent of the full model's FLOPs."
+    "One number for all exits, or one number for each exit but the last."
     ppl: float
     shallow_pct: float
     "Share of tokens that left before the last layer, in percent."
@@ -59,19 +58,6 @@ def sweep(
             )
         )
     return rows
-
-
-def sweep_prices(trace: ExitTrace, prices: Iterable[float], *, cost: ModelCost) -> list[SweepRow]:
-    """One row for each price of the gain policy, in nats for one percent of the FLOPs."""
-    if trace.expected_kl is None:
-        raise ConfigError("confidence: expected a trace with gain, got one without")
-    costs = cost.flops_pct_by_exit("gain")
-    expected = [losses[index:] for index, losses in enumerate(trace.expected_kl)]
-    nll = finite_nll(trace)
-    return [
-        _row(trace, nll, GainPolicy(price=price, costs=costs).leaving(expected), price, costs)
-        for price in prices
-    ]
 
 
 def finite_nll(trace: ExitTrace) -> NDArray[np.float64]:

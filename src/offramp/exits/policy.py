@@ -21,11 +21,12 @@ from offramp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Decay:
-    """CALM's decaying threshold (Schuster et al. 2022, section 3.4): early tokens of a sequence,
-    on which the most others depend, must be surer.
+    """The decaying threshold of CALM (Schuster et al. 2022, section 3.4).
 
-    clip(0.9 threshold + 0.1 exp(-tau t / N), 0, 1) at position t, from 0, of ``length`` = N. A
-    threshold outside [0, 1], which no probability meets or all do, stays what it is.
+    At position t, counted from 0, of ``length`` N the threshold is
+    clip(0.9 threshold + 0.1 exp(-tau t / N), 0, 1): early tokens, on which all later ones depend,
+    need more confidence to leave. A threshold outside [0, 1], which no probability or every
+    probability reaches, does not change.
     """
 
     tau: float
@@ -33,7 +34,7 @@ class Decay:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise ConfigError(f"tau: expected a number of at least 0, got {self.tau}")
+            raise ConfigError(f"decay: expected a number of at least 0, got {self.tau}")
         if self.length < 1:
             raise ConfigError(f"length: expected at least 1, got {self.length}")
 
@@ -87,13 +88,6 @@ class ThresholdPolicy:
         scores = list(confidence[: len(self.thresholds)])
         bounds = [self.bound(index, confidence.dtype, positions) for index in range(len(scores))]
         return _first(scores, bounds, tokens=confidence.shape[1])
-
-    def route(
-        self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
-    ) -> NDArray[np.intp]:
-        """Index into the exits for each token; ``confidence`` is (exits - 1, tokens)."""
-        taken: NDArray[np.intp] = self.leaving(confidence, positions).argmax(axis=0)
-        return taken
 
     def leaves(
         self, index: int, scores: Float[Tensor, "*B"], positions: Int[Tensor, "*B"] | None = None

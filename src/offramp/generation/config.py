@@ -11,8 +11,8 @@ MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
 
 MOST_DRAFTS = 15
-"""Most tokens in a draft, so that verifying it stays a call on a few tokens, in the arithmetic of
-one token."""
+"""Largest number of tokens in a draft. Verifying so few tokens is one call on a few tokens, which
+computes each token as if it were alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class SamplingConfig:
     top_p: float | None = None
     "Draw from the fewest likeliest tokens whose probabilities sum to at least this."
     repetition_penalty: float = 1.0
-    "Above 1, tokens that stand in the prompt or the output become less likely (CTRL)."
+    "Above 1, tokens that are in the prompt or the output become less likely (CTRL)."
     seed: int = 0
-    "Seed of the draws; row i of a batch has seed + i."
+    "Seed of the draws; row i of a batch uses seed + i."
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -46,7 +46,7 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Nothing is drawn."""
+        """Whether the likeliest token is always taken, so that nothing is drawn."""
         return self.temperature == 0
 
 
@@ -54,35 +54,40 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     """How a text is generated: at full depth, with confident exits, or speculatively.
 
-    ``threshold`` asks for confident exits, ``speculative`` for drafts by the first exit that the
-    whole model verifies; the output is then that of full depth, only sooner.
+    ``threshold`` turns confident exits on. ``speculative`` turns drafts on, which the whole model
+    verifies: the output is that of full depth, and usually faster.
     """
 
     max_new_tokens: int = 128
-    "New tokens at most."
+    "Largest number of new tokens."
     stop_tokens: tuple[int, ...] = ()
-    "Token ids that end the text: the one that comes is the last token and has no text."
+    "Token ids that end the text; such a token is the last one and adds no text."
     stop_strings: tuple[str, ...] = ()
-    "Strings that end the text and do not belong to it; they need a tokenizer."
+    "Strings that end the text and are not part of it; they need a tokenizer."
     threshold: float | tuple[float, ...] | None = None
-    "Confidence at which a token leaves: for all exits, or one for each but the last."
+    "Confidence at which a token leaves: one number for all exits, or one for each but the last."
+    decay: float | None = None
+    """Let the threshold fall along the text (CALM): at new token t, counted from 0, of
+    max_new_tokens N it is 0.9 threshold + 0.1 exp(-decay t / N). Early tokens, on which all later
+    ones depend, then need more confidence to leave. Default: the threshold stays the same."""
     confidence: str = "max_prob"
-    "The measure of confidence, for exits and drafts."
+    "The confidence measure, for exits and drafts."
     missing_kv: MissingKV = "propagate"
-    "Keys and values above an exit: propagate the exit's state, or recompute them when needed."
+    """How missing keys and values above an exit are computed when a later token needs them: from
+    the state at the exit (propagate), or by running the layers (recompute)."""
     speculative: bool = False
-    "Draft with the first layers, verify with the rest."
+    "Draft tokens with the first layers and verify them with the rest."
     draft_exit: int | None = None
-    "The exit that drafts; by default the model's first."
+    "The exit that drafts (default: the first)."
     draft_threshold: float = 0.3
-    "A draft ends where the exit's confidence falls below this."
+    "A draft ends where the confidence of the exit falls below this number."
     max_drafts: int = 5
-    "Tokens in a draft at most."
+    "Largest number of tokens in a draft."
     lookup: int = 2
-    """So many tokens that stood in the text before are followed by a draft of what followed them
-    there; 0: only the exit drafts."""
+    """If the last so many tokens occurred earlier in the text, the tokens that followed them there
+    are the draft; 0 turns this off, so that only the exit drafts."""
     adaptive: bool = True
-    "Stop drafting where it does not pay, and try again now and then."
+    "Pause a source of drafts that costs more time than it saves, and try it again later."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,4 +111,18 @@ class GenerateConfig(SamplingConfig):
                 "threshold: expected none with speculative decoding, which verifies every token "
                 f"at full depth (draft_threshold ends drafts), got {self.threshold}"
             )
+        if self.decay is not None:
+            self._check_decay(self.decay)
         check_confidence(self.confidence)
+
+    def _check_decay(self, tau: float) -> None:
+        if not (math.isfinite(tau) and tau >= 0):
+            raise ConfigError(f"decay: expected a number of at least 0, got {tau}")
+        if self.threshold is None:
+            raise ConfigError(f"decay: expected a threshold with it, got decay {tau:g} alone")
+        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        for threshold in thresholds:
+            if not 0 <= threshold <= 1:
+                raise ConfigError(
+                    f"decay: expected thresholds from 0 to 1 with it, got {threshold:g}"
+                )

@@ -3,18 +3,14 @@
 Prompt lookup decoding (Saxena 2023). Such drafts cost nothing to make.
 """
 
-from collections.abc import Iterable
-
 
 class Lookup:
     """Remembers where each run of ``size`` tokens last stood in a text."""
 
-    def __init__(self, size: int, text: Iterable[int] = ()) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
-        for token in text:
-            self.push(token)
 
     def push(self, token: int) -> None:
         """The text goes on with this token."""

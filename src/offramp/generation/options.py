@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from offramp.errors import ConfigError
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import FittedExits
-from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
 from offramp.models.base import EarlyExitModel
@@ -45,7 +45,11 @@ def exit_rule(
         )
     if policy is None:
         assert config.threshold is not None
-        policy = ThresholdPolicy.of(config.threshold, len(model.exit_layers))
+        tau = config.decay
+        decay = None if tau is None else Decay(tau=tau, length=config.max_new_tokens)
+        policy = ThresholdPolicy.of(config.threshold, len(model.exit_layers), decay=decay)
+    elif config.decay is not None:
+        raise ConfigError("decay: expected none with a policy, which has its own thresholds")
     elif config.speculative:
         raise ConfigError("policy: expected none with speculative decoding, which has no exits")
     for layer in model.exit_layers[:-1] if confidence_named(config.confidence).needs_gate else ():

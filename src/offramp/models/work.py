@@ -1,4 +1,4 @@
-"""What decoding asked of a model: which parts ran, how often, and for how many tokens at once."""
+"""The work of decoding: which parts of a model ran, how often, and for how many tokens at once."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,23 +6,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of calls, by the tokens of a call; those of an exit also by its layer.
+    """Counts of calls by their number of tokens; calls at an exit also by the exit's layer.
 
-    Prompts are not counted.
+    The prompts' prefill is not counted.
     """
 
     blocks: Counter[int] = field(default_factory=Counter)
-    "Blocks run, by tokens."
+    "Blocks that ran, by tokens."
     keys_values: Counter[int] = field(default_factory=Counter)
-    "Blocks whose keys and values alone were projected, by tokens."
+    "Blocks of which only keys and values were projected, by tokens."
     heads: Counter[tuple[int, int]] = field(default_factory=Counter)
-    "Logits of a layer that were not already read for a question, by (layer, tokens)."
-    questions: Counter[tuple[int, int]] = field(default_factory=Counter)
-    "Confidence asked at an exit, with all that it reads, by (layer, tokens)."
+    "Logits that were not already computed to evaluate a confidence, by (layer, tokens)."
+    evaluations: Counter[tuple[int, int]] = field(default_factory=Counter)
+    "Evaluations of an exit's confidence, with the head or gate that it reads, by (layer, tokens)."
     drafts: Counter[tuple[int, int]] = field(default_factory=Counter)
-    "The same where a draft was asked for its next token."
+    "Evaluations of the exit that drafts, by (layer, tokens)."
 
     @property
     def layers_run(self) -> int:
-        """Blocks that tokens ran through."""
+        """Number of blocks that ran, counted for each token."""
         return sum(tokens * count for tokens, count in self.blocks.items())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from offramp.errors import ConfigError
 from offramp.evaluation.cost import ModelCost
-from offramp.evaluation.sweep import sweep, sweep_prices
+from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
 from offramp.exits.policy import Decay
 
@@ -176,18 +176,6 @@ def test_the_flops_of_a_threshold_count_heads(three_tokens, threshold, flops_pct
     [row] = sweep(three_tokens, [threshold], cost=COST)
     assert row.flops_pct == pytest.approx(flops_pct)
     assert sweep(three_tokens, [threshold])[0].flops_pct is None
-
-
-def test_the_rows_of_a_gain_policy_by_hand(three_tokens):
-    """Leaving costs 70, going on 110: at 0.01 nats a percent, 0.4 nats more."""
-    expected = np.array([[[0.3, 0.41, 0.39]]], dtype=np.float32)
-    [row] = sweep_prices(replace(three_tokens, expected_kl=expected), [0.01], cost=COST)
-    assert row.threshold == 0.01
-    assert row.exit_share == pytest.approx({1: 2 / 3, 3: 1 / 3})
-    assert row.ppl == pytest.approx(2 ** ((1 + 1 + 3) / 3))
-    assert row.flops_pct == pytest.approx((70 + 110 + 70) / 3)
-    with pytest.raises(ConfigError, match="expected a trace with gain"):
-        sweep_prices(three_tokens, [0.01], cost=COST)
 
 
 def test_a_decay_reads_the_positions_of_the_trace(three_tokens):

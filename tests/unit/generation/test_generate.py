@@ -79,10 +79,61 @@ def test_a_full_context_ends_the_text(make_model, mode):
     assert len(ids(model, [3] * 10, max_new_tokens=50, **mode)) == 1
 
 
+# A threshold that decays.
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [9, 2, 5, 0, 1, 6]])
+def test_a_decaying_threshold_is_the_formulas_at_every_new_token(model, prompt):
+    theta, tau, new = 0.2, 3.0, 24
+    config = GenerateConfig(max_new_tokens=new, threshold=theta, decay=tau, missing_kv="recompute")
+    tokens = list(generate(model, prompt, config))[1:]  # the first is the prompt's own
+    text = torch.tensor([[*prompt, *ids(model, prompt, **vars(config))]])
+    by_layer = model.forward_all_layers(text)
+    decided = set()
+    for t, token in enumerate(tokens):
+        bound = 0.9 * theta + 0.1 * math.exp(-tau * t / new)
+        place = len(prompt) + t
+        scores = [by_layer[layer - 1][0, place].softmax(-1).max().item() for layer in (1, 2)]
+        expected = next((n + 1 for n, score in enumerate(scores) if score >= bound), 4)
+        assert token.exit_layer == expected
+        decided |= {score < bound for score in scores if score >= 0.9 * theta}
+    assert decided == {True, False}  # or the decay would have changed nothing
+
+
+def test_without_decay_over_time_a_row_of_a_batch_has_the_same_threshold(model):
+    prompts = [PROMPT, [7, 2, 6, 8, 1]]
+    options = {"max_new_tokens": 12, "missing_kv": "recompute"}
+    flat = GenerateConfig(threshold=0.9 * 0.2 + 0.1, **options)
+    decaying = GenerateConfig(threshold=0.2, decay=0.0, **options)
+    expected, got = (generate_batch(model, prompts, config)[0] for config in (flat, decaying))
+    assert [each.tokens for each in got] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 4.0}, "^decay: expected a threshold with it"),
+        ({"decay": -1.0, "threshold": 0.5}, "^decay: expected a number of at least 0, got -1"),
+        ({"decay": math.nan, "threshold": 0.5}, "^decay: .* got nan"),
+        ({"decay": 4.0, "threshold": 1.5}, "^decay: expected thresholds from 0 to 1.* got 1.5"),
+        ({"decay": 4.0, "threshold": (0.5, -0.1)}, "^decay: expected thresholds .* got -0.1"),
+    ],
+)
+def test_a_decay_that_could_do_nothing_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerateConfig(**options)
+
+
+def test_a_policy_takes_no_decay(model):
+    config = GenerateConfig(threshold=0.5, decay=4.0)
+    with pytest.raises(ConfigError, match=r"^decay: expected none with a policy"):
+        generate(model, PROMPT, config, policy=ThresholdPolicy.of(0.5, 3))
+
+
 # What it costs.
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["owed before", "owed beside"])
+@pytest.mark.parametrize("beside", [False, True], ids=["pending before", "pending beside"])
 def test_mean_layers_count_every_layer_that_ran(make_model, beside):
     dtype = torch.float32 if beside else torch.float64
     model = make_model(num_hidden_layers=4, exit_layers=(1, 2), hidden_size=64, dtype=dtype)
@@ -381,8 +432,15 @@ def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
 # Drafts from the text before.
 
 
+def after(size, text):
+    lookup = Lookup(size)
+    for token in text:
+        lookup.push(token)
+    return lookup
+
+
 def test_what_followed_the_last_tokens_is_the_draft():
-    lookup = Lookup(2, [1, 2, 3, 4, 1, 2])
+    lookup = after(2, [1, 2, 3, 4, 1, 2])
     assert lookup.drafts(5) == [3, 4, 1, 2, 3]
     assert lookup.drafts(1) == [3]
     lookup.push(9)
@@ -390,8 +448,8 @@ def test_what_followed_the_last_tokens_is_the_draft():
     for token in (1, 2):
         lookup.push(token)
     assert lookup.drafts(2) == [9, 1]  # where they stood last
-    assert Lookup(0, [1, 1, 1]).drafts(5) == []
-    assert Lookup(3, [1, 1]).drafts(5) == []
+    assert after(0, [1, 1, 1]).drafts(5) == []
+    assert after(3, [1, 1]).drafts(5) == []
 
 
 def test_a_text_that_repeats_itself_drafts_itself(make_model):

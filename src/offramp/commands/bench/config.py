@@ -11,25 +11,25 @@ class BenchConfig:
     """What to decode, and how often."""
 
     prompts: int = 4
-    "Prompts, taken from the text at equal distances."
+    "Number of prompts, taken from the text at equal distances."
     prompt_tokens: int = 64
-    "Tokens of each."
+    "Tokens in each prompt."
     max_new_tokens: int = 64
-    "New tokens of each; no token ends a text."
+    "New tokens for each prompt; no token ends a text."
     batch_size: int = 1
-    "Prompts decoded at once."
+    "Number of prompts that are decoded at once."
     repeats: int = 3
-    "Times that every prompt is decoded by every method."
+    "Number of times that every method decodes every prompt."
     thresholds: tuple[float, ...] = ()
     "Thresholds of confident exit to time."
     compute_pct: float | None = 65.0
-    "Also time the threshold at which decoding runs about this share of the layers."
+    "Also time the threshold at which decoding runs about this percentage of the layers."
     confidence: str = "max_prob"
-    "Measure of the exits."
+    "The confidence measure of the exits."
     draft_exit: int | None = None
-    "Exit that drafts (default: the first)."
+    "The exit that drafts (default: the first)."
     peers: bool = True
-    "Time transformers' own ways, and economize if it is installed, too."
+    "Also time transformers, and economize if it is installed."
 
     def __post_init__(self) -> None:
         for name in ("prompts", "prompt_tokens", "batch_size", "repeats"):

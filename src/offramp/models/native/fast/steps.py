@@ -1,9 +1,8 @@
 """The native decoder's blocks for steps of a few tokens with a cache, without gradients.
 
-The arithmetic is that of transformer.py; what differs is how long it takes. Queries, keys and
-values are one product, and so are gate and up; the products read the weights as fast as the
-memory gives them, by compiled kernels (kernels.py) or by the fastest form that PyTorch has
-(fast_linear.py); and what all blocks of a step share is computed once.
+The arithmetic is that of blocks.py; only the speed differs. Queries, keys and values are one
+product, and so are gate and up. The products use compiled kernels (kernels.py), or the fastest
+form that PyTorch has (linear.py). What all blocks of a step share is computed once (tokens.py).
 """
 
 from functools import cached_property
@@ -23,7 +22,7 @@ from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
 
 
 class FastSteps:
-    """Runs blocks for a few tokens. It reads the blocks' own parameters and copies none."""
+    """Runs blocks for a few tokens, with the blocks' own parameters: it copies none."""
 
     def __init__(
         self,
@@ -42,12 +41,12 @@ class FastSteps:
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps nothing of what was read of the parameters."""
+        """A copy does not share what was computed from the parameters."""
         return {**vars(self), "_vocabs": {}, "_tables": None}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
-        """Whether these are few tokens, on a CPU and without gradients."""
+        """Whether ``h`` (B, T, D) holds few tokens, on a CPU and without gradients."""
         return (
             h.shape[0] * h.shape[1] <= FEW_TOKENS
             and h.device.type == "cpu"
@@ -65,10 +64,10 @@ class FastSteps:
         tables: Tables,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; keys stand at positions 0 .. end - 1, which ``tables`` cover.
+        """Run blocks start+1 .. stop. Keys are at positions 0 .. end - 1, which ``tables`` cover.
 
-        Tokens not ``active`` keep their state; their keys and values come of the product that
-        gives those of the others, so that they cost no weight of their own.
+        Tokens that are not ``active`` keep their state; their keys and values are computed in the
+        same product as those of the others, so they read no weights of their own.
         """
         x = h.reshape(-1, h.shape[-1])
         if active is not None:
@@ -76,26 +75,29 @@ class FastSteps:
         call = self._call(h.shape[:2], h.dtype, step, end, tables)
         if (whole := self._run_whole(call, x, start, stop)) is not None:
             return whole.view(h.shape)
+        blocks = self._weights.of(call.cache).blocks
         with native_bfloat16(x, x.shape[0]):
-            for layer in range(start, stop):  # rounded at each: one may stop between two
-                x = self._block(x.to(call.dtype), layer, self._weights.of(layer), call).to(h.dtype)
+            for layer in range(start, stop):  # rounded after each: a caller may stop at any
+                x = self._block(x.to(call.dtype), layer, blocks[layer], call).to(h.dtype)
         call.note_lengths(start, stop)
         return x.view(h.shape)
 
     def _run_whole(
         self, call: Call, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
     ) -> Float[Tensor, "N D"] | None:
-        """All blocks in one call of the kernels, if they can; see ``CachedTokens.blocks``."""
-        if not isinstance(call, KernelCall):
+        """All blocks in one call of the kernels, or None where the kernels cannot run them.
+
+        See ``CachedTokens.blocks``.
+        """
+        weights = self._weights.of(call.cache)
+        if not isinstance(call, KernelCall) or weights.dtype != call.cache.keys.dtype:
             return None
-        weights = self._weights.addresses(call.cache.keys.dtype)
-        if weights is None:
-            return None
-        return call.blocks(x, weights, self.shape, start, stop, kept=kept).to(x.dtype)
+        return call.blocks(x, weights.addresses, self.shape, start, stop, kept=kept).to(x.dtype)
 
     def fills_beside(self, tokens: int) -> bool:
-        """Whether ``run`` makes the keys and values of tokens that are not active at no cost, for
-        so many tokens in all.
+        """Whether ``run`` computes keys and values of inactive tokens in the same product.
+
+        ``tokens`` is the number of all tokens of the call.
         """
         return tokens <= FEW_TOKENS and self._weights.dtype is not None
 
@@ -109,7 +111,7 @@ class FastSteps:
         tables: Tables,
         active: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "N D"]:
-        """``run`` for the ``active`` tokens; of the others only keys and values are written."""
+        """``run`` for the ``active`` tokens; for the others only keys and values are written."""
         running = active.flatten().tolist()
         kept = running.count(False)
         h = x.view(*active.shape, -1)
@@ -130,10 +132,10 @@ class FastSteps:
             step_there = Step(positions=places[part, None], cache=step.cache, rows=rows[part])
             return {"step": step_there, "end": int(places[part].max()) + 1, "tables": tables}
 
-        owed, going = (part.flatten().nonzero()[:, 0] for part in (~active, active))
-        self.project_kv(x[owed, None], start, stop, **at(owed))
-        out = self.run(x[going, None], start, stop, **at(going))
-        return x.index_copy(0, going, out[:, 0])
+        done, running_on = (part.flatten().nonzero()[:, 0] for part in (~active, active))
+        self.project_kv(x[done, None], start, stop, **at(done))
+        out = self.run(x[running_on, None], start, stop, **at(running_on))
+        return x.index_copy(0, running_on, out[:, 0])
 
     def project_kv(
         self,
@@ -150,8 +152,7 @@ class FastSteps:
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
-            for layer in range(start, stop):
-                of = self._weights.of(layer)
+            for layer, of in enumerate(self._weights.of(call.cache).blocks[start:stop], start):
                 norm = None if self.post else of.norms[0]
                 call.store(self._linear(x, of.kv, norm=norm), layer)
         call.note_lengths(start, stop)
@@ -163,9 +164,9 @@ class FastSteps:
         weight: Float[Tensor, "V D"],
         vocab: Int[Tensor, " W"] | None,
     ) -> Float[Tensor, "B T _"]:
-        """Logits of a few tokens by a norm, or an exit's own, and a head's weight.
+        """Logits of a few tokens by a norm or an exit head, and the weight of an LM head.
 
-        ``vocab`` None: of all tokens.
+        ``vocab`` names the tokens to compute logits for (None: all).
         """
         x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
@@ -200,7 +201,7 @@ class FastSteps:
         gated: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """f(x) weight^T + residual, (N, I) -> (N, O): see ``kernels.linear``."""
+        """f(x) weight^T + residual, (N, I) -> (N, O); see ``kernels.linear``."""
         if self._compiled(weight):
             return kernels.linear(
                 x, weight, norm=norm, eps=self.eps, gated=gated, residual=residual
@@ -218,7 +219,7 @@ class FastSteps:
         return kernels.kernels_fit(weight, self.head_dim)
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        """What states are computed in."""
+        """The precision in which states are computed."""
         return torch.float32 if self._compiled(weight) else weight.dtype
 
     def _call(
@@ -240,7 +241,7 @@ class FastSteps:
         return call
 
     def _wide(self, tables: Tables) -> Tables:
-        """The tables in float32, kept for the next token."""
+        """The tables in float32; they are kept for the next token."""
         if tables[0].dtype == torch.float32:
             return tables
         kept = self._tables
@@ -250,7 +251,7 @@ class FastSteps:
         return kept[2], kept[3]
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
-        """``weight[vocab]``, kept for the next token."""
+        """``weight[vocab]``; it is kept for the next token."""
         current = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         kept = self._vocabs.get(id(weight))
         if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
@@ -271,7 +272,7 @@ class FastSteps:
         return self._linear(gate_up, of.down, gated=True, residual=x)
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """What a final norm makes of states; post-norm models have none."""
+        """The states after a final norm (in post-norm models, an identity)."""
         if not isinstance(norm, nn.RMSNorm):
             return cast(Tensor, norm(x))
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
@@ -281,7 +282,7 @@ class FastSteps:
 
     @cached_property
     def shape(self) -> kernels.BlockShape:
-        """What all blocks have in common."""
+        """The sizes that all blocks share."""
         first: Any = self.blocks[0]
         return kernels.BlockShape(
             hidden=first.self_attn.q_proj.in_features,

@@ -1,138 +1,138 @@
 """The weights of the native decoder's blocks, as steps of a few tokens read them.
 
-Nothing is copied but what was not fused before: each block's parameters are looked up once, and
-anew when one of them was replaced or moved.
+Queries, keys and values are one matrix here, and so are gate and up. The blocks' own parameters
+become parts of those matrices, so nothing is stored twice and a change in place (an optimizer's
+step, ``load_state_dict``) is a change of both. The parameters keep their names and shapes: fused
+ones would change the order of sums in training, and so its figures.
 """
 
+import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast.kernels import kernels_fit
 from offramp.models.native.fast.linear import fuse
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Looked:
-    """Parameters that were looked up."""
-
-    registers: list[dict[str, Any]]
-    "Where they are registered."
-    addresses: list[int]
-    "Where they lay."
-
-    def current(self) -> bool:
-        """None was replaced or moved since."""
-        return [each["weight"].data_ptr() for each in self.registers] == self.addresses
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsOfBlock(_Looked):
-    """What one block multiplies by."""
+class WeightsOfBlock:
+    """The matrices and norms of one block."""
 
     qkv: Tensor
     kv: Tensor
-    "The part of it that gives keys and values."
+    "The part of ``qkv`` that gives keys and values."
     out: Tensor
     gate_up: Tensor
     down: Tensor
     norms: tuple[Tensor, Tensor]
-    parameters: tuple[Tensor, ...]
-    "What was looked up; held, so that nothing else can be at its address."
-    dtype: torch.dtype | None
-    "What the compiled kernels read, float32 or bfloat16, if they can and all are the same."
 
-    def row(self) -> tuple[int, ...]:
-        """The addresses that ``kernels.blocks`` reads."""
-        fused = (self.qkv, self.out, self.gate_up, self.down, *self.norms)
-        return tuple(weight.data_ptr() for weight in fused)
+    @property
+    def every(self) -> tuple[Tensor, ...]:
+        """The weights in the order in which ``kernels.blocks`` reads them."""
+        return (self.qkv, self.out, self.gate_up, self.down, *self.norms)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Table(_Looked):
-    """The weights of all blocks, as the kernels that run them in one call read them."""
+class Weights:
+    """The weights of all blocks, and where the parameters were from which they were made."""
 
-    rows: Int[Tensor, "L 6"]
-    "Addresses, a row a block."
+    blocks: tuple[WeightsOfBlock, ...]
     dtype: torch.dtype | None
-    "What the kernels read; None if they cannot read every weight, or not as one precision."
+    "float32 or bfloat16 if the compiled kernels can read every weight; else None."
+    registers: tuple[dict[str, Any], ...]
+    "The dictionaries in which the blocks' modules hold their parameters."
+    parameters: tuple[Tensor, ...]
+    "The parameters' tensors, kept so that no other tensor can be allocated at their addresses."
+
+    @cached_property
+    def addresses(self) -> Int[Tensor, "L 6"]:
+        """The addresses that ``kernels.blocks`` reads, a row a block."""
+        return torch.tensor([[each.data_ptr() for each in of.every] for of in self.blocks])
+
+    @cached_property
+    def _places(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters]
+
+    def current(self) -> bool:
+        """Whether no parameter was replaced or moved since."""
+        return [register["weight"].data_ptr() for register in self.registers] == self._places
 
 
 class BlockWeights:
-    """Looks up the blocks' parameters."""
+    """Finds the blocks' weights: once for each cache that is decoded with.
+
+    A parameter that is replaced or moved (``model.to``, ``module.weight = ...``) is noticed when
+    a step comes with another cache than the step before: the keys and values in a cache belong
+    to the weights with which they were computed.
+    """
 
     def __init__(self, blocks: nn.ModuleList, *, head_dim: int, post: bool) -> None:
         self._blocks, self._head_dim, self._post = blocks, head_dim, post
-        self._of: list[WeightsOfBlock | None] = [None] * len(self._blocks)
-        self._table: _Table | None = None
+        self._found: Weights | None = None
+        self._cache: weakref.ref[KVCache] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy looks up its own parameters."""
-        return {**vars(self), "_of": [None] * len(self._blocks), "_table": None}
+        """A copy finds its own blocks' weights."""
+        return {**vars(self), "_found": None, "_cache": None}
 
-    def of(self, layer: int) -> WeightsOfBlock:
-        """Those of block ``layer`` + 1."""
-        weights = self._of[layer]
-        if weights is None or not weights.current():
-            weights = self._of[layer] = self._read(self._blocks[layer])
-        return weights
+    def of(self, cache: KVCache) -> Weights:
+        """The weights for steps with this cache."""
+        found = self._found
+        if found is None or self._cache is None or self._cache() is not cache:
+            if found is None or not found.current():
+                found = self._found = self._read()
+            self._cache = weakref.ref(cache)
+        return found
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the kernels read all blocks' weights as; None if they cannot."""
-        return self._current().dtype
+        """What the compiled kernels read all weights as, when they were last looked up."""
+        if self._found is None:
+            self._found = self._read()
+        return self._found.dtype
 
-    def addresses(self, dtype: torch.dtype) -> Int[Tensor, "L 6"] | None:
-        """Of every block's weights, for the kernels; None if not all are of ``dtype``."""
-        table = self._current()
-        return table.rows if table.dtype == dtype else None
+    def _read(self) -> Weights:
+        blocks: list[WeightsOfBlock] = []
+        modules: list[nn.Module] = []
+        for block in self._blocks:
+            of, read = _read_block(block, post=self._post)
+            blocks.append(of)
+            modules += read
+        every = [weight for of in blocks for weight in of.every]
+        first = every[0]
+        alike = all(each.dtype == first.dtype and each.is_contiguous() for each in every)
+        registers = tuple(module._parameters for module in modules)
+        return Weights(
+            blocks=tuple(blocks),
+            dtype=first.dtype if alike and kernels_fit(first, self._head_dim) else None,
+            registers=registers,
+            parameters=tuple(module.get_parameter("weight").detach() for module in modules),
+        )
 
-    def _current(self) -> _Table:
-        table = self._table
-        if table is None or not table.current():
-            every = [self.of(layer) for layer in range(len(self._blocks))]
-            alike = all(of.dtype == every[0].dtype for of in every)
-            table = self._table = _Table(
-                rows=torch.tensor([of.row() for of in every]),
-                dtype=every[0].dtype if alike else None,
-                registers=[each for of in every for each in of.registers],
-                addresses=[each for of in every for each in of.addresses],
-            )
-        return table
 
-    def _read(self, block: Any) -> WeightsOfBlock:
-        attention, mlp = block.self_attn, block.mlp
-        qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up = fuse([mlp.gate_proj, mlp.up_proj])
-        norms = (
-            (block.post_attention_layernorm, block.post_feedforward_layernorm)
-            if self._post
-            else (block.input_layernorm, block.post_attention_layernorm)
-        )
-        modules = (
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            *norms,
-        )
-        every = (qkv, gate_up, *(module.weight for module in modules))
-        alike = all(each.dtype == qkv.dtype and each.is_contiguous() for each in every)
-        return WeightsOfBlock(
-            dtype=qkv.dtype if alike and kernels_fit(qkv, self._head_dim) else None,
-            qkv=qkv,
-            kv=qkv[attention.q_proj.out_features :],
-            out=attention.o_proj.weight,
-            gate_up=gate_up,
-            down=mlp.down_proj.weight,
-            norms=(norms[0].weight, norms[1].weight),
-            registers=[module._parameters for module in modules],
-            parameters=tuple(module.weight.detach() for module in modules),
-            addresses=[module.weight.data_ptr() for module in modules],
-        )
+def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Module]]:
+    """A block's weights, and the modules whose parameters they are."""
+    attention, mlp = block.self_attn, block.mlp
+    queries = [attention.q_proj, attention.k_proj, attention.v_proj]
+    gates = [mlp.gate_proj, mlp.up_proj]
+    norms = (
+        (block.post_attention_layernorm, block.post_feedforward_layernorm)
+        if post
+        else (block.input_layernorm, block.post_attention_layernorm)
+    )
+    qkv = fuse(queries)
+    weights = WeightsOfBlock(
+        qkv=qkv,
+        kv=qkv[attention.q_proj.out_features :],
+        out=attention.o_proj.weight,
+        gate_up=fuse(gates),
+        down=mlp.down_proj.weight,
+        norms=(norms[0].weight, norms[1].weight),
+    )
+    return weights, [*queries, attention.o_proj, *gates, mlp.down_proj, *norms]

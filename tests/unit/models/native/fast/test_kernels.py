@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from offramp.models.base import Step
-from offramp.models.native.fast import kernels
+from offramp.models.native.fast import kernels, weights
 
 pytestmark = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
 
@@ -244,13 +244,12 @@ def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
             return model.unembed(h, 3)
 
     before = decoded(model)
-    with torch.inference_mode():  # the same step, whose blocks were replaced in between
-        step = Step(positions=torch.arange(4)[None], cache=model.make_cache(1, capacity=4))
-        other, h = deepcopy(model), model.embed(ids, step=step)
-        was = other.run_layers(h, 0, 3, step=step)
-        for parameter in other.model.layers[1].mlp.parameters():
-            parameter.data = parameter.data * 2
-        assert not torch.equal(other.run_layers(h, 0, 3, step=step), was)
+    other = deepcopy(model)
+    assert torch.equal(decoded(other), before)
+    for parameter in other.model.layers[1].mlp.parameters():  # replaced: the next cache sees it
+        parameter.data = parameter.data * 2
+    assert not torch.equal(decoded(other), before)
+    assert_close(decoded(other), other(ids), rtol=1e-4, atol=1e-4)
     for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(decoded(copied), before)
         with torch.no_grad():
@@ -274,6 +273,27 @@ def test_a_copy_decodes_by_its_own_parameters(make_model, make_ids):
     assert_close(decoded(model), model(ids), rtol=1e-4, atol=1e-4)
     before = decoded(model)
     assert_close(decoded(model.double()).float(), before, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_parameters_are_looked_up_once_a_cache(make_model, make_ids, monkeypatch):
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    ids, looked = make_ids(1, 6), []
+    monkeypatch.setattr(weights.Weights, "current", lambda _: looked.append(1) or True)
+
+    def decode(cache, first):
+        for place in range(first, first + 3):
+            step = Step(positions=torch.tensor([[place]]), cache=cache)
+            model.run_layers(model.embed(ids[:, place : place + 1], step=step), 0, 3, step=step)
+
+    one, other = (model.make_cache(1, capacity=6) for _ in range(2))
+    decode(one, 0)
+    assert len(looked) == 0
+    decode(other, 0)
+    decode(other, 3)
+    assert len(looked) == 1
+    decode(one, 3)
+    assert len(looked) == 2
 
 
 @torch.inference_mode()

@@ -1,0 +1,66 @@
+"""The methods that one run of ``offramp bench`` compares."""
+
+from offramp.commands.bench.methods import (
+    LOOKUP_TOKENS,
+    Method,
+    economize_methods,
+    hugging_face,
+    plain_generation,
+)
+from offramp.commands.bench.task import Task
+from offramp.commands.bench.threshold import threshold_for
+from offramp.errors import ConfigError
+from offramp.generation.config import MISSING_KV, GenerateConfig
+from offramp.generation.options import draft_exit
+from offramp.models.reference import reference_model
+
+
+def check_options(task: Task) -> None:
+    """Raise ConfigError for options that need exits which the model does not have."""
+    if task.config.thresholds and not task.early_exits:
+        raise ConfigError("thresholds: expected a model with exits before its last layer, got none")
+    if task.config.draft_exit is not None:
+        wanted = GenerateConfig(speculative=True, draft_exit=task.config.draft_exit)
+        draft_exit(task.model, wanted, task.fitted)
+
+
+def methods_of(task: Task) -> list[Method]:
+    """Every method, in the order of the table: transformers', full depth, exits, drafts, peers."""
+    config, early = task.config, task.early_exits
+    thresholds = list(config.thresholds)
+    if early and config.compute_pct is not None:
+        thresholds.append(threshold_for(config.compute_pct, task))
+    thresholds = list(dict.fromkeys(thresholds))
+    drafting = config.draft_exit if config.draft_exit is not None else (early or (0,))[0]
+    ours = [task.method("full")]
+    ours += [
+        task.method(
+            f"exit@{threshold:g}:{kv}",
+            threshold=threshold,
+            missing_kv=kv,
+            confidence=config.confidence,
+        )
+        for threshold in thresholds
+        for kv in MISSING_KV
+    ]
+    if early and config.batch_size == 1:
+        ours.append(task.method(f"speculative@{drafting}", speculative=True, draft_exit=drafting))
+    before, after = _peers(task, drafting, (thresholds or [0.9])[-1])
+    return [*before, *ours, *after]
+
+
+def _peers(task: Task, drafting: int, threshold: float) -> tuple[list[Method], list[Method]]:
+    """transformers' own ways to decode, and those of economize; none without transformers."""
+    lm = reference_model(task.model) if task.config.peers else None
+    if lm is None:
+        return [], []
+    lm, new = plain_generation(lm), task.config.max_new_tokens
+    before = [hugging_face("hf", lm, new)]
+    if task.config.batch_size > 1:
+        return before, []
+    before.append(hugging_face("hf_prompt_lookup", lm, new, prompt_lookup_num_tokens=LOOKUP_TOKENS))
+    if not task.early_exits:
+        return before, []
+    name = f"hf_early_exit@{drafting}"
+    before.append(hugging_face(name, lm, new, slow=True, assistant_early_exit=drafting))
+    return before, economize_methods(lm, new, draft_exit=drafting, threshold=threshold)

@@ -1,0 +1,212 @@
+"""Times the parts of a model on the machine: what the cost model (clock.py) is made of."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from offramp.evaluation.clock import Clock, Part
+from offramp.evaluation.cost import ModelCost, model_cost
+from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.models.base import EarlyExitModel, Step, fills_beside
+
+TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+"""Numbers of tokens of a call for which a part is timed."""
+_FEW = 6  # of them, for the parts of an exit if the tokens are not rows of a batch
+BANDWIDTH_BYTES = 1 << 30
+
+
+def measure_bandwidth(device: torch.device | str = "cpu", *, rounds: int = 5) -> float:
+    """Bytes a second at which the machine reads its memory: the median of reading 1 GB."""
+    x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    return BANDWIDTH_BYTES / seconds_of(lambda: x.sum().item(), rounds)
+
+
+@torch.inference_mode()
+def measure_clock(
+    model: EarlyExitModel,
+    *,
+    context: int,
+    bandwidth: float,
+    confidence: str = "max_prob",
+    fitted: FittedExits = NOTHING_FITTED,
+    rows: bool = False,
+    rounds: int = 5,
+) -> Clock:
+    """Time every part of a model for a few tokens that follow ``context`` others.
+
+    With ``rows`` each token is in a row of its own, as in a batch. ``bandwidth`` is what
+    ``measure_bandwidth`` gave. Each time is the median of ``rounds``.
+    """
+    context = max(1, min(context, model.max_length - max(TOKENS)))
+    cost = model_cost(model, context=float(context), fitted=fitted)
+    timer = Timer(model=model, cost=cost, context=context, fitted=fitted, rows=rows, rounds=rounds)
+    block, early = timer.block(), model.exit_layers[:-1]
+    return Clock(
+        block=block,
+        keys_values=timer.keys_values(block.seconds[1]),
+        heads={layer: timer.head(layer) for layer in model.exit_layers},
+        evaluations={layer: timer.evaluation(layer, confidence) for layer in early},
+        drafts={layer: timer.draft(layer) for layer in early},
+        bandwidth=bandwidth,
+        weights=model_cost(model, context=1.0).full / 2 * timer.item_bytes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timer:
+    """Times one part of a model at a time, for a few tokens that follow ``context`` others.
+
+    Before each part of an exit the blocks below the exit run, as in decoding, so that the weights
+    of the part come from the memory from which they would come then.
+    """
+
+    model: EarlyExitModel
+    cost: ModelCost
+    context: int
+    fitted: FittedExits
+    rows: bool
+    "Whether each token is in a row of its own."
+    rounds: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one weight."""
+        return self.model.make_cache(1, 1).keys.element_size()
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of tokens for which blocks are timed."""
+        longest = self.model.max_length
+        return [count for count in TOKENS if self.rows or self.context + count <= longest]
+
+    def block(self) -> Part:
+        """One block: the mean of all."""
+        layers = self.model.num_layers
+        seconds = {}
+        for tokens in self.sizes:
+            h, step = self._tokens(tokens)
+            whole = partial(self.model.run_layers, h, 0, layers, step=step)
+            seconds[tokens] = seconds_of(whole, self.rounds) / layers
+        return self._part(sum(self.cost.layers) / layers, seconds)
+
+    def keys_values(self, one_block: float) -> Part:
+        """One block's keys and values of pending tokens.
+
+        Where the model computes them beside a token that runs, only what they add is counted:
+        ``one_block`` is the seconds of a block for that token alone.
+        """
+        layers, sizes = self.model.num_layers, self.sizes
+        seconds = {}
+        for tokens in sizes:
+            if fills_beside(self.model, tokens + 1) and tokens < sizes[-1]:
+                part = partial(_run_last, self.model, *self._tokens(tokens + 1))
+                added = seconds_of(part, self.rounds) / layers - one_block
+                seconds[tokens] = max(added, 1e-9)
+            else:
+                part = partial(_project, self.model, *self._tokens(tokens))
+                seconds[tokens] = seconds_of(part, self.rounds) / layers
+        return self._part(sum(self.cost.keys_values) / layers, seconds)
+
+    def head(self, layer: int) -> Part:
+        """The logits at an exit."""
+
+        def logits(h: Tensor) -> None:
+            self.model.unembed(h, layer)
+
+        return self._part(self.cost.heads[layer], self._at_exit(layer, logits))
+
+    def evaluation(self, layer: int, confidence: str) -> Part:
+        """The confidence at an exit, with the head or gate that it reads."""
+        measure = confidence_named(confidence)
+        flops = self.cost.heads[layer] if measure.needs_head else 0.0
+        if measure.needs_gate:
+            flops = self.cost.gate(confidence, layer)
+        return self._part(flops, self._at_exit(layer, partial(self._score, measure, layer)))
+
+    def draft(self, layer: int) -> Part:
+        """The max_prob at an exit that drafts, by the head for the draft vocabulary."""
+        vocab = self.fitted.draft_vocab
+        share = 1.0 if vocab is None else len(vocab) / self.model.vocab_size
+        score = partial(self._score, CONFIDENCE["max_prob"], layer, vocab=vocab)
+        return self._part(self.cost.heads[layer] * share, self._at_exit(layer, score, (1,)))
+
+    def _part(self, flops: float, seconds: Mapping[int, float]) -> Part:
+        return Part(bytes=flops / 2 * self.item_bytes, flops=flops, seconds=seconds)
+
+    def _at_exit(
+        self, layer: int, part: Callable[[Tensor], object], counts: Sequence[int] | None = None
+    ) -> dict[int, float]:
+        """Seconds of a part at an exit, by tokens, each after the blocks below the exit."""
+        counts = counts or (TOKENS if self.rows else TOKENS[:_FEW])
+        one, step = _states(self.model, self.context, (1, 1))
+        below = partial(self.model.run_layers, one, 0, layer, step=step)
+        states = {count: _states(self.model, self.context, (count, 1))[0] for count in counts}
+        return {
+            count: seconds_of(partial(part, h), self.rounds, before=below)
+            for count, h in states.items()
+        }
+
+    def _score(
+        self, measure: Confidence, layer: int, h: Tensor, *, vocab: Tensor | None = None
+    ) -> None:
+        view = ExitView(
+            exit_layer=layer,
+            logits=lambda: self.model.unembed(h, layer, vocab=vocab)[:, 0],
+            state=h[:, 0],
+            previous_state=h[:, 0],
+            fitted=self.fitted,
+        )
+        measure.score(view).tolist()
+
+    def _tokens(self, count: int) -> tuple[Tensor, Step]:
+        return _states(self.model, self.context, (count, 1) if self.rows else (1, count))
+
+
+def _run_last(model: EarlyExitModel, h: Tensor, step: Step) -> None:
+    """All tokens but the last have left and lack keys and values; a new step, as in decoding."""
+    active = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+    active[-1, -1] = True
+    model.run_layers(h, 0, model.num_layers, step=replace(step), active=active)
+
+
+def _project(model: EarlyExitModel, h: Tensor, step: Step) -> None:
+    """Keys and values alone; a new step, as in decoding."""
+    model.project_kv(h, 0, model.num_layers, step=replace(step))
+
+
+def _states(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tuple[Tensor, Step]:
+    """States (B, T, D) of tokens that follow ``context`` others, at the first block."""
+    positions = torch.arange(context, context + shape[1], device=model.device)
+    step = Step(
+        positions=positions.expand(shape), cache=model.make_cache(shape[0], context + shape[1])
+    )
+    ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    return model.embed(ids, step=step), step
+
+
+def seconds_of(
+    part: Callable[[], object], rounds: int, *, before: Callable[[], object] | None = None
+) -> float:
+    """The median seconds of so many rounds, after one round that does not count."""
+    found = []
+    for _ in range(rounds + 1):
+        if before:
+            before()
+        _wait()
+        start = time.perf_counter()
+        part()
+        _wait()
+        found.append(time.perf_counter() - start)
+    return median(found[1:])
+
+
+def _wait() -> None:
+    """Wait for a GPU, which runs what it was given in the background."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

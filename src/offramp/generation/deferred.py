@@ -1,0 +1,203 @@
+"""Deferred keys and values: those of tokens that left early, in the layers above their exit.
+
+A token that left at layer e has no keys and values above e. They are pending until a later token
+of its row runs deeper. Before that token runs the layers to the next exit,
+
+- ``propagate`` computes them from the state at the exit (Elbayad et al. 2020; CALM), in the same
+  products as the later token's own where the model can do so;
+- ``recompute`` runs those layers for all pending tokens of the row, together with the later token.
+
+Either way one call serves every pending token, and keys and values that no token reads are never
+computed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from offramp.generation.config import MissingKV
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step, fills_beside
+from offramp.models.kv_cache import KVCache
+from offramp.models.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Some tokens at the same layer: in order of their rows, and of their positions in a row."""
+
+    states: list[Tensor]
+    "The state (D,) of each."
+    positions: list[int]
+    rows: list[int]
+    "The row of the cache that each token belongs to."
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __add__(self, later: "Tokens") -> "Tokens":
+        return Tokens(
+            states=self.states + later.states,
+            positions=self.positions + later.positions,
+            rows=self.rows + later.rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One token of each of some rows, on its way from an exit (or the embedding) to the next."""
+
+    h: Float[Tensor, "B 1 D"]
+    "States at ``start``."
+    start: int
+    stop: int
+    "The segment runs blocks start+1 .. stop."
+    rows: list[int]
+    positions: list[int]
+    step: Step
+
+    @property
+    def tokens(self) -> Tokens:
+        """The same tokens as a list."""
+        return Tokens(states=list(self.h[:, 0]), positions=self.positions, rows=self.rows)
+
+
+class DeferredKV:
+    """The queue of pending tokens at each exit, and the two ways to compute what they lack.
+
+    ``run`` runs a segment; ``defer`` puts a token that leaves at an exit into the queue. ``work``
+    counts what ran. With ``previous_state`` the blocks to an exit run in two calls, so that the
+    state one block before the exit is known.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        cache: KVCache,
+        *,
+        batch_size: int,
+        exits: Sequence[int],
+        missing_kv: MissingKV,
+        work: Work,
+        previous_state: bool = False,
+    ) -> None:
+        self.model, self.cache, self.work = model, cache, work
+        self.batch_size, self.previous_state = batch_size, previous_state
+        self.missing_kv = missing_kv
+        self._queues: dict[int, dict[int, list[tuple[Tensor, int]]]] = {
+            layer: {} for layer in exits[:-1]
+        }
+
+    def defer(self, layer: int, row: int, state: Float[Tensor, " D"], position: int) -> None:
+        """Remember a token whose keys and values above ``layer`` are not computed yet.
+
+        At the last layer nothing is missing, and nothing is remembered.
+        """
+        if layer in self._queues:
+            self._queues[layer].setdefault(row, []).append((state, position))
+
+    def run(self, segment: Segment) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1 D"]]:
+        """Run a segment, computing the keys and values of pending tokens of its rows, too.
+
+        Returns the states one block before ``stop`` (with ``previous_state``; else those at
+        ``start``) and the states at ``stop``.
+        """
+        pending = self._take(segment.start, segment.rows)
+        if not len(pending):
+            return self._blocks(segment.h, segment.start, segment.stop, step=segment.step)
+        if self.missing_kv == "propagate":
+            return self.propagate(pending, segment)
+        return self.recompute(pending, segment)
+
+    def propagate(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Run a segment; pending tokens keep their states, from which their KV are projected."""
+        start, stop, count = segment.start, segment.stop, len(pending)
+        self.work.keys_values[count] += stop - start
+        self._defer(stop, pending, pending.states)
+        if not fills_beside(self.model, count + len(segment.rows)):
+            states, step = self._call(pending)
+            self.model.project_kv(states, start, stop, step=step)
+            return self._blocks(segment.h, start, stop, step=segment.step)
+        h, step = self._call(pending + segment.tokens)
+        places = torch.arange(count + len(segment.rows), device=h.device)
+        active = (places >= count).view(h.shape[:2])
+        previous, h = self._blocks(h, start, stop, step=step, active=active)
+        return _each_a_row(previous)[count:], _each_a_row(h)[count:]
+
+    def recompute(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Run a segment for its own tokens and the pending ones, in one call."""
+        portions = _portions(*self._call(pending + segment.tokens))
+        parts = [self._blocks(h, segment.start, segment.stop, step=step) for h, step in portions]
+        previous, h = (
+            _each_a_row(torch.cat(states) if len(parts) > 1 else states[0])
+            for states in zip(*parts, strict=True)
+        )
+        count = len(pending)
+        self._defer(segment.stop, pending, list(h[:count, 0]))
+        return previous[count:], h[count:]
+
+    def _take(self, layer: int, rows: Sequence[int]) -> Tokens:
+        """The tokens of ``rows`` that are pending at ``layer``, which leave its queue."""
+        queue = self._queues.get(layer)
+        found = [(row, queue.pop(row)) for row in rows if row in queue] if queue else []
+        return Tokens(
+            states=[state for _, tokens in found for state, _ in tokens],
+            positions=[position for _, tokens in found for _, position in tokens],
+            rows=[row for row, tokens in found for _ in tokens],
+        )
+
+    def _defer(self, layer: int, pending: Tokens, states: Sequence[Tensor]) -> None:
+        """What was pending below ``layer`` is pending there now, with these states."""
+        for row, state, position in zip(pending.rows, states, pending.positions, strict=True):
+            self.defer(layer, row, state, position)
+
+    def _call(self, tokens: Tokens) -> tuple[Float[Tensor, "B T D"], Step]:
+        """States and step of a call for these tokens.
+
+        In a batch each token is a row of its own, (N, 1, D); else all are one row, (1, N, D).
+        """
+        device = self.model.device
+        states = torch.stack(tokens.states)
+        positions = torch.tensor(tokens.positions, device=device)
+        if self.batch_size == 1:
+            return states[None], Step(positions=positions[None], cache=self.cache)
+        rows = torch.tensor(tokens.rows, device=device)
+        return states[:, None], Step(positions=positions[:, None], cache=self.cache, rows=rows)
+
+    def _blocks(
+        self,
+        h: Float[Tensor, "B T D"],
+        start: int,
+        stop: int,
+        *,
+        step: Step,
+        active: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The states one block before ``stop``, if they are asked for, and at ``stop``."""
+        cut = stop - 1 if self.previous_state else start
+        running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
+        self.work.blocks[running] += stop - start
+        previous = h
+        if cut > start:
+            previous = self.model.run_layers(h, start, cut, step=step, active=active)
+        return previous, self.model.run_layers(previous, cut, stop, step=step, active=active)
+
+
+def _each_a_row(h: Float[Tensor, "B T D"]) -> Float[Tensor, "N 1 D"]:
+    return h.reshape(-1, 1, h.shape[-1])
+
+
+def _portions(h: Float[Tensor, "B T D"], step: Step) -> Iterator[tuple[Tensor, Step]]:
+    """Parts of a batch of at most FEW_TOKENS tokens, in order.
+
+    A row of the cache may be copied for each token that reads it, so a large part would take much
+    memory. A token reads earlier tokens of its row, which are in its own part or an earlier one.
+    """
+    if step.rows is None or len(h) <= FEW_TOKENS:
+        yield h, step
+        return
+    for first in range(0, len(h), FEW_TOKENS):
+        part = slice(first, first + FEW_TOKENS)
+        yield h[part], replace(step, positions=step.positions[part], rows=step.rows[part])

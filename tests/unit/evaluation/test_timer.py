@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from offramp.errors import ConfigError
+from offramp.evaluation.timer import TOKENS, measure_bandwidth, measure_clock
+from offramp.exits.gate import FittedExits
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("confidence", ["max_prob", "saturation"])
+def test_every_part_of_a_model_is_measured(make_model, rows, confidence):
+    model = make_model(num_hidden_layers=4, exit_layers=(1, 2), exit_head="norm")
+    fitted = FittedExits(draft_vocab=torch.tensor([1, 2, 3]))
+    clock = measure_clock(
+        model, context=9, bandwidth=1e9, confidence=confidence, fitted=fitted, rows=rows, rounds=1
+    )
+    weights = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+    assert clock.block.bytes == pytest.approx(8 * (weights + 2 * 9 * 16))  # and 9 keys and values
+    assert set(clock.block.seconds) == set(clock.keys_values.seconds) == set(TOKENS)
+    assert set(clock.heads) == {1, 2, 4}
+    assert set(clock.evaluations) == set(clock.drafts) == {1, 2}
+    assert clock.drafts[1].flops == pytest.approx(clock.heads[1].flops * 3 / 13)
+    if confidence == "saturation":
+        assert clock.evaluations[1].flops == 0
+    every = [clock.block, clock.keys_values, *clock.heads.values(), *clock.evaluations.values()]
+    assert all(seconds > 0 for each in every for seconds in each.seconds.values())
+    generation = generate(model, [1, 2], GenerateConfig(max_new_tokens=5, threshold=0.1))
+    list(generation)
+    assert clock.seconds(generation.work, 5) > 0
+
+
+def test_a_gate_is_a_part_that_must_be_there(make_model):
+    with pytest.raises(ConfigError, match="gate"):
+        measure_clock(make_model(), context=3, bandwidth=1e9, confidence="gate", rounds=1)
+
+
+def test_the_bandwidth_is_that_of_a_machine(monkeypatch):
+    monkeypatch.setattr("offramp.evaluation.timer.BANDWIDTH_BYTES", 1 << 24)
+    assert 1e8 < measure_bandwidth(rounds=1) < 1e13

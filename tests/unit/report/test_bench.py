@@ -1,0 +1,95 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from offramp.report.bench import bench_table, bench_verdict
+
+
+def row(method, speedup, *, worst=None, layers=6.0, acceptance=None, identical=True):
+    return {
+        "method": method,
+        "tokens_per_s": {"median": 100 * speedup, "min": 90 * speedup, "max": 110 * speedup},
+        "speedup_vs_hf": 2 * speedup,
+        "speedup_vs_full": speedup,
+        "speedup_vs_full_worst": speedup if worst is None else worst,
+        "mean_layers": layers,
+        "acceptance_rate": acceptance,
+        "identical_to_greedy": identical,
+        "predicted_tokens_per_s": None,
+    }
+
+
+FULL = row("full", 1.0)
+
+
+def content(*rows):
+    return {
+        "rows": rows,
+        "config": {
+            "prompts": 4,
+            "prompt_tokens": 64,
+            "max_new_tokens": 64,
+            "batch_size": 1,
+            "repeats": 3,
+        },
+        "parts": {"block": {"share_of_bandwidth": 0.9}},
+        "dtype": "float32",
+        "bandwidth_gb_s": 20.0,
+        "limit_tokens_per_s": 40.0,
+    }
+
+
+SLOW_EXIT = row("exit@0.9:propagate", 0.8, layers=3.6, identical=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            [FULL, SLOW_EXIT, row("speculative@2", 1.6, acceptance=0.7)],
+            "Speculative decoding is fastest here: 1.6 times full depth, with identical tokens. "
+            "Confident exit at 60% of the layers (propagate) is slower than full depth "
+            "(0.8 times): evaluating the exits costs more than the layers it saves.",
+        ),
+        (
+            [
+                FULL,
+                row("exit@0.9:propagate", 1.3, worst=0.9, layers=4.2, identical=False),
+                row("exit@0.9:recompute", 1.1, layers=4.2, identical=False),
+                row("speculative@2", 0.9, acceptance=0.25),
+            ],
+            "Confident exit at 70% of the layers (propagate) is fastest here: 1.3 times full "
+            "depth, with different tokens, but slower on at least one prompt. Speculative "
+            "decoding is slower than full depth (0.9 times): 25% of the drafted tokens were "
+            "accepted.",
+        ),
+        ([FULL, row("hf", 0.5)], "Full depth is fastest here."),
+        (
+            [row("hf", 1.2), FULL, row("speculative@2", 1.1, acceptance=0.5)],
+            "Generate of transformers is fastest here: 1.2 times full depth, with identical "
+            "tokens. Speculative decoding is 1.1 times full depth.",
+        ),
+        (
+            [FULL, row("speculative@2", 0.9), row("exit@inf:recompute", 1.01)],
+            "Full depth is fastest here. Speculative decoding is slower than full depth "
+            "(0.9 times): it made no drafts, because they did not pay. Confident exit at 100% of "
+            "the layers (recompute) is as fast as full depth.",
+        ),
+    ],
+)
+def test_the_verdict_names_the_fastest_and_why_others_are_slow(rows, expected):
+    assert bench_verdict(content(*rows)) == expected
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_drops_columns_and_no_letters(width):
+    file = io.StringIO()
+    rows = (row("hf_prompt_lookup", 0.6), FULL, SLOW_EXIT, row("speculative@2", 1.6))
+    Console(file=file, width=width).print(bench_table(content(*rows), width=width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for whole in ("hf_prompt_lookup", "exit@0.9:propagate", "tokens/s", "160.0", "1.60"):
+        assert whole in text
+    assert ("144.0 to 176.0" in text) == (width == 200)
+    assert ("range" in text.split("not shown for lack of width")[-1]) or width == 200
