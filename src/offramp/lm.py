@@ -4,8 +4,7 @@ A method does what the command of the same name does, by the same functions.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_in_memory, open_model
 from offramp.models.save import save_model
+from offramp.options import config_of
 from offramp.report.progress import call_bar
 from offramp.report.result import ResultTable
 
@@ -104,9 +104,7 @@ class EarlyExitLM:
             CertificateError: The certificate is another model's.
         """
         missing_kv = options.get("missing_kv")
-        config = GenerateConfig(
-            **known_options(GenerateConfig, {**options, "threshold": threshold})
-        )
+        config = config_of(GenerateConfig, {**options, "threshold": threshold})
         if certificate is not None:
             if threshold is not None:
                 raise ConfigError("threshold: expected none with a certificate, which has its own")
@@ -162,7 +160,7 @@ class EarlyExitLM:
                 (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap") and
                 ``method`` ("ltt" or "crc").
         """
-        kept = Promise(**known_options(Promise, promise))
+        kept = config_of(Promise, promise)
         with call_bar("certify", shown=progress) as on_tokens:
             certificate, _ = calibrate.certify(
                 self._opened, str(text), kept, confidence=confidence, on_tokens=on_tokens
@@ -177,7 +175,7 @@ class EarlyExitLM:
         ``options`` are fields of ``BenchConfig``, such as ``prompts``, ``max_new_tokens``,
         ``repeats`` or ``confidence``.
         """
-        config = BenchConfig(**known_options(BenchConfig, options))
+        config = config_of(BenchConfig, options)
         with call_bar("bench", shown=progress) as on_run:
             content = run_bench(self._opened, str(text), config, on_run=on_run)
         return ResultTable(rows=[BenchRow(**row) for row in content["rows"]], content=content)
@@ -237,17 +235,3 @@ def load(
         raise ConfigError(f"exits: expected none, since {model} has exits, got {layers}")
     opened = open_model(files, exit_layers=layers, exit_head=exit_head, device=device, dtype=dtype)
     return EarlyExitLM(opened)
-
-
-def known_options(config: Any, options: dict[str, Any], *, also: Iterable[str] = ()) -> Any:
-    """The options, if each is a field of a config; a ConfigError names the nearest one.
-
-    ``also`` are other names that the caller takes.
-    """
-    names = [field.name for field in fields(config)]
-    for name in options:
-        if name not in names:
-            near = get_close_matches(name, [*names, *also], n=1)
-            hint = f"perhaps {near[0]}" if near else f"one of {', '.join([*names, *also])}"
-            raise ConfigError(f"{name}: expected the name of an option, {hint}")
-    return options

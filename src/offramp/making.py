@@ -20,9 +20,10 @@ from offramp.commands.tune import open_for_tuning
 from offramp.commands.tune import tune as tune_exits
 from offramp.commands.tune_config import TuneConfig
 from offramp.errors import ConfigError
-from offramp.lm import Corpus, EarlyExitLM, known_options
+from offramp.lm import Corpus, EarlyExitLM
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
+from offramp.options import config_of
 from offramp.report.progress import Bars, bars, call_bar
 from offramp.report.result import ResultTable
 from offramp.studies.runs import RunProgress
@@ -72,8 +73,10 @@ def train(
     run = TrainRun(
         corpus=str(corpus),
         tokenizer=tokenizer,
-        model=DecoderConfig(**{name: value for name, value in named.items() if name in shape}),
-        training=TrainConfig(**known_options(TrainConfig, training, also=_SHAPE)),
+        model=config_of(
+            DecoderConfig, {name: value for name, value in named.items() if name in shape}
+        ),
+        training=config_of(TrainConfig, training, also=_SHAPE),
     )
     folder, keep = _new_folder(out)
     with call_bar("train", shown=progress) as show:
@@ -113,7 +116,7 @@ def tune(
             ``unfreeze``.
     """
     layers = None if exits is None else tuple(exits)
-    config = TuneConfig(**known_options(TuneConfig, {**options, "exit_layers": layers}))
+    config = config_of(TuneConfig, {**options, "exit_layers": layers})
     if isinstance(model, str | Path):
         opened = open_for_tuning(model, config, device=device, dtype=dtype)
     else:
@@ -158,7 +161,7 @@ def study(
     """
     out = Path(out)
     chosen = {**options, "corpus": str(corpus), "test": None if test is None else str(test)}
-    config = StudyConfig(**known_options(StudyConfig, chosen))
+    config = config_of(StudyConfig, chosen)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {jobs}")
     workers = Workers(

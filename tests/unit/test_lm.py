@@ -129,6 +129,10 @@ def test_a_checkpoint_is_tuned_into_a_folder_that_names_it(checkpoint, tmp_path)
     [
         (lambda lm: lm.generate("The ", treshold=0.5), "treshold: .* perhaps threshold"),
         (lambda lm: lm.generate("The ", threshold="high"), "threshold: expected a number"),
+        (lambda lm: lm.generate("The ", max_new_tokens="5"), "max_new_tokens: .* whole number"),
+        (lambda lm: lm.generate("The ", speculative=1), "speculative: expected True or False"),
+        (lambda lm: offramp.train("pangram", exits=["2"]), "exit_layers: .* list of whole num"),
+        (lambda lm: offramp.train("pangram", schedule="cos"), "schedule: expected 'constant' or"),
         (lambda lm: lm.certify("pangram", epsilon=2), "epsilon: expected"),
         (lambda lm: lm.bench("pangram", prompt=1), "prompt: .* perhaps prompts"),
         (lambda lm: lm.sweep("nowhere.txt"), "nowhere.txt: expected"),
