@@ -57,7 +57,7 @@ class ModelCost:
         self,
         confidence: str,
         *,
-        asked: Sequence[bool] | None = None,
+        evaluated: Sequence[bool] | None = None,
         missing_kv: str = "recompute",
     ) -> tuple[float, ...]:
         """The cost of a token that leaves at each exit, in percent of the full model.
@@ -65,23 +65,23 @@ class ModelCost:
         Under "recompute" the keys and values above the exit are not counted; "propagate" projects
         them in every block above.
 
-        A measure that reads logits costs the head of every exit where it is evaluated (``asked``;
-        default: at each but the last), and a gate costs the gate. A token that leaves needs the
-        head once. ``patience`` counts over all exits, so it is evaluated at every exit before the
-        last one in ``asked``.
+        ``evaluated`` says at which exits but the last the confidence is evaluated (default: at
+        each). There a measure that reads logits costs the head, and a gate costs the gate. A token
+        that leaves needs the head once. ``patience`` counts over all exits, so it is evaluated at
+        every exit before the last one in ``evaluated``.
         """
         measure = confidence_named(confidence)
         early = self.exit_layers[:-1]
-        asked = [True] * len(early) if asked is None else list(asked)
+        evaluated = [True] * len(early) if evaluated is None else list(evaluated)
         if confidence == "patience":
-            asked = [any(asked[index:]) for index in range(len(asked))]
+            evaluated = [any(evaluated[index:]) for index in range(len(evaluated))]
         passed, costs = 0.0, []
-        for layer, evaluated in zip(early, asked, strict=True):
+        for layer, read in zip(early, evaluated, strict=True):
             head = self.heads[layer]
-            gate = self.gate(confidence, layer) if measure.needs_gate and evaluated else 0.0
+            gate = self.gate(confidence, layer) if measure.needs_gate and read else 0.0
             above = sum(self.keys_values[layer:]) if missing_kv == "propagate" else 0.0
             costs.append(sum(self.layers[:layer]) + passed + gate + head + above)
-            passed += gate + (head if measure.needs_head and evaluated else 0.0)
+            passed += gate + (head if measure.needs_head and read else 0.0)
         last = self.exit_layers[-1]
         costs.append(sum(self.layers[:last]) + passed + self.heads[last])
         return tuple(100.0 * cost / self.full for cost in costs)

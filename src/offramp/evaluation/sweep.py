@@ -48,14 +48,14 @@ def sweep(
     rows = []
     for threshold in thresholds:
         policy = ThresholdPolicy.of(threshold, len(trace.exit_layers), decay=decay)
-        asked = [math.isfinite(value) for value in policy.thresholds]
+        evaluated = [math.isfinite(value) for value in policy.thresholds]
         rows.append(
             _row(
                 trace,
                 nll,
                 policy.leaving(scores, trace.position),
                 tuple(threshold) if isinstance(threshold, Sequence) else threshold,
-                None if cost is None else cost.flops_pct_by_exit(confidence, asked=asked),
+                None if cost is None else cost.flops_pct_by_exit(confidence, evaluated=evaluated),
             )
         )
     return rows
