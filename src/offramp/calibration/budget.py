@@ -89,8 +89,8 @@ class _Search:
         confidence: str,
         used: tuple[int, ...],
     ) -> "_Search":
-        asked = [index in used for index in range(len(scores))]
-        costs = np.array(cost.flops_pct_by_exit(confidence, asked=asked))
+        evaluated = [index in used for index in range(len(scores))]
+        costs = np.array(cost.flops_pct_by_exit(confidence, evaluated=evaluated))
         rows = [*used, len(scores)]
         chosen = scores[list(used)]
         return cls(

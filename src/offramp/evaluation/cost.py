@@ -1,4 +1,4 @@
-"""What a routed token costs: layers run, and floating-point operations (FLOPs)."""
+"""The cost of a routed token: layers, and floating-point operations (FLOPs)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,8 @@ _PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it sees
 
 
 def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: int) -> float:
-    """Layers run / layers in the model, in percent, for ``counts[i]`` tokens leaving at exit i.
-
-    The seed document's Compute%: exit heads and the missing keys and values are not counted.
+    """Compute%: layers run / layers in the model, in percent, if ``counts[i]`` tokens leave at
+    exit i. Exit heads and missing keys and values are not counted.
     """
     layers_run = sum(count * layer for count, layer in zip(counts, exit_layers, strict=True))
     return 100.0 * layers_run / (sum(counts) * num_layers)
@@ -31,23 +30,23 @@ def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: i
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """FLOPs of a token in each part of a model: those of matrix products, 2 for a multiply-add."""
+    """FLOPs of a token in each part of a model: matrix products only, 2 for a multiply-add."""
 
     exit_layers: tuple[int, ...]
     context: float
-    "Keys that a token sees in its attention."
+    "Mean number of keys that a token attends to."
     layers: tuple[float, ...]
-    "Of each block, 1..L."
+    "FLOPs of each block, 1..L."
     heads: Mapping[int, float]
-    "Of the norm, adapter and LM head by exit layer."
+    "FLOPs of norm, adapter and LM head, by exit layer."
     gates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    "Of each gate, by kind and exit layer."
+    "FLOPs of each gate, by kind and exit layer."
     keys_values: tuple[float, ...] = ()
-    "Of each block's projections of keys and values alone, where the model can run those alone."
+    "FLOPs of projecting only the keys and values of each block."
 
     @property
     def full(self) -> float:
-        """The full model with one head, and no question asked on the way."""
+        """FLOPs of the full model with its last head and without evaluating exits."""
         return sum(self.layers) + self.heads[self.exit_layers[-1]]
 
     def at(self, exit_layers: Sequence[int]) -> "ModelCost":
@@ -58,31 +57,31 @@ class ModelCost:
         self,
         confidence: str,
         *,
-        asked: Sequence[bool] | None = None,
+        evaluated: Sequence[bool] | None = None,
         missing_kv: str = "recompute",
     ) -> tuple[float, ...]:
-        """What a token costs that leaves at each exit, in percent of the full model.
+        """The cost of a token that leaves at each exit, in percent of the full model.
 
-        Under "recompute" the keys and values that it leaves out are not counted; "propagate"
-        projects them in every block above.
+        Under "recompute" the keys and values above the exit are not counted; "propagate" projects
+        them in every block above.
 
-        A measure that reads logits costs the head of every exit where it is ``asked`` (default:
-        at each but the last), and a gate costs the gate; whoever leaves needs its head once.
-        ``patience`` counts over all exits, so it is asked at each that comes before the last one
-        that it is asked at.
+        ``evaluated`` says at which exits but the last the confidence is evaluated (default: at
+        each). There a measure that reads logits costs the head, and a gate costs the gate. A token
+        that leaves needs the head once. ``patience`` counts over all exits, so it is evaluated at
+        every exit before the last one in ``evaluated``.
         """
         measure = confidence_named(confidence)
         early = self.exit_layers[:-1]
-        asked = [True] * len(early) if asked is None else list(asked)
+        evaluated = [True] * len(early) if evaluated is None else list(evaluated)
         if confidence == "patience":
-            asked = [any(asked[index:]) for index in range(len(asked))]
+            evaluated = [any(evaluated[index:]) for index in range(len(evaluated))]
         passed, costs = 0.0, []
-        for layer, question in zip(early, asked, strict=True):
+        for layer, read in zip(early, evaluated, strict=True):
             head = self.heads[layer]
-            gate = self.gate(confidence, layer) if measure.needs_gate and question else 0.0
+            gate = self.gate(confidence, layer) if measure.needs_gate and read else 0.0
             above = sum(self.keys_values[layer:]) if missing_kv == "propagate" else 0.0
             costs.append(sum(self.layers[:layer]) + passed + gate + head + above)
-            passed += gate + (head if measure.needs_head and question else 0.0)
+            passed += gate + (head if measure.needs_head and read else 0.0)
         last = self.exit_layers[-1]
         costs.append(sum(self.layers[:last]) + passed + self.heads[last])
         return tuple(100.0 * cost / self.full for cost in costs)
@@ -102,8 +101,8 @@ def model_cost(
 ) -> ModelCost:
     """Count the FLOPs of every block, exit and gate, by running each on a few tokens.
 
-    ``context`` is the mean number of keys that a token sees: (T + 1) / 2 in windows of T tokens.
-    Works through the waist alone, so for any model.
+    ``context`` is the mean number of keys that a token attends to: (T + 1) / 2 in windows of T
+    tokens. It works for every model, because it uses only the methods of ``EarlyExitModel``.
     """
     if context < 1:
         raise ConfigError(f"context: expected at least 1 key, got {context}")
@@ -140,7 +139,7 @@ def _keys_values(model: EarlyExitModel) -> tuple[float, ...]:
 
 
 def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
-    """Of each block, where a token sees ``tokens`` keys."""
+    """FLOPs of a token in each block, if it attends to ``tokens`` keys."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     step = whole_step(ids)
     h: Tensor = model.embed(ids, step=step)
@@ -152,9 +151,9 @@ def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
 
 
 def _flops(part: Callable[[], T]) -> tuple[float, T]:
-    """What PyTorch counts while a part of a model runs, and what it returned.
+    """The FLOPs that PyTorch counts while a part of a model runs, and the part's result.
 
-    With gradients on: without, a model may compute a few tokens by other means than PyTorch's.
+    Gradients are on, because without them a model may use kernels that PyTorch does not count.
     Attention runs as matrix products, which are counted.
     """
     with (

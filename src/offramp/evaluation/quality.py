@@ -1,4 +1,4 @@
-"""How good a confidence measure is: does it know which tokens an exit gets right?"""
+"""How well a confidence measure tells which tokens an exit predicts right."""
 
 import math
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ Scores = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class RiskCoverage:
-    """The error rate among the surest tokens, for every share of them."""
+    """The error rate among the tokens with the highest scores, for every share of the tokens."""
 
     coverage: NDArray[np.float64]
-    "(N,) from 1 / N to 1."
+    "(N,) Share of the tokens, from 1 / N to 1."
     risk: NDArray[np.float64]
-    "(N,) mean loss of the tokens with the highest scores."
+    "(N,) Mean loss of that share of the tokens, those with the highest scores."
 
     @property
     def area(self) -> float:
@@ -36,7 +36,7 @@ class RiskCoverage:
 def risk_coverage(scores: Scores, losses: NDArray[Any]) -> RiskCoverage:
     """The curve of a score; ``losses`` (N,) are 0 or 1, or any number.
 
-    Tokens with equal scores have no order: each counts with their mean loss.
+    Tokens with equal scores have no order: each counts with the mean loss of all of them.
     """
     if not len(scores):
         raise ConfigError("risk_coverage: expected at least one token, got none")
@@ -49,9 +49,9 @@ def risk_coverage(scores: Scores, losses: NDArray[Any]) -> RiskCoverage:
 
 
 def auroc(scores: Scores, right: NDArray[np.bool_]) -> float:
-    """The chance that a token that is right scores above one that is not; equal scores count half.
+    """The probability that a right token scores above a wrong one; equal scores count half.
 
-    NaN where all are right, or none.
+    NaN if all tokens are right, or none.
     """
     positive = int(np.count_nonzero(right))
     negative = len(right) - positive
@@ -63,14 +63,14 @@ def auroc(scores: Scores, right: NDArray[np.bool_]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """What a probability says against how often it comes true, in bins of equal width."""
+    """Predicted probability against observed frequency, in bins of equal width."""
 
     count: NDArray[np.int64]
-    "(bins,) tokens."
+    "(bins,) Number of tokens."
     confidence: NDArray[np.float64]
-    "(bins,) mean score; NaN where a bin is empty."
+    "(bins,) Mean score; NaN in an empty bin."
     accuracy: NDArray[np.float64]
-    "(bins,) share that is right; NaN where a bin is empty."
+    "(bins,) Share of right tokens; NaN in an empty bin."
 
     @property
     def ece(self) -> float:
@@ -80,34 +80,34 @@ class Reliability:
 
 
 def reliability(scores: Scores, right: NDArray[np.bool_], *, bins: int = 15) -> Reliability:
-    """Bins over [0, 1]; a score on an edge belongs to the bin above, 1 to the last."""
+    """Bins over [0, 1]; a score on an edge belongs to the bin above, a score of 1 to the last."""
     if not len(scores):
         raise ConfigError("reliability: expected at least one token, got none")
     index = np.clip((scores.astype(np.float64) * bins).astype(np.int64), 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):
-        said = np.bincount(index, weights=scores, minlength=bins) / count
+        mean = np.bincount(index, weights=scores, minlength=bins) / count
         true = np.bincount(index, weights=right, minlength=bins) / count
-    return Reliability(count=count, confidence=said, accuracy=true)
+    return Reliability(count=count, confidence=mean, accuracy=true)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How good a measure is at one exit."""
+    """The quality of a measure at one exit."""
 
     confidence: str
     exit_layer: int
     agreement: float
-    "Share of tokens at which the exit's first choice is the last layer's."
+    "Share of tokens for which the exit predicts the same token as the last layer."
     aurc: float
     "Area under risk and coverage; the risk is disagreement with the last layer."
     auroc: float
-    "Of 'the exit agrees with the last layer'."
+    "AUROC of the score as a predictor of agreement with the last layer."
     curve: RiskCoverage
     reliability: Reliability | None
-    "Against agreement; None where the score is no probability."
+    "Reliability against agreement; None if the score is no probability."
     reliability_target: Reliability | None
-    "Against being right, which is what temperature scaling mends."
+    "Reliability against the target, which temperature scaling improves."
 
 
 def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
@@ -122,9 +122,9 @@ def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
         scores = trace.scores(confidence)[row]
         agrees = trace.argmax[row] == trace.argmax[-1]
         curve = risk_coverage(scores, ~agrees)
-        said = of_target = None
+        agreement = of_target = None
         if confidence_named(confidence).is_probability:
-            said = reliability(scores, agrees)
+            agreement = reliability(scores, agrees)
             of_target = reliability(scores, trace.argmax[row] == trace.targets)
         found.append(
             Quality(
@@ -134,7 +134,7 @@ def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
                 aurc=curve.area,
                 auroc=auroc(scores, agrees),
                 curve=curve,
-                reliability=said,
+                reliability=agreement,
                 reliability_target=of_target,
             )
         )
@@ -150,8 +150,8 @@ def frontier(
 ) -> list[SweepRow]:
     """PPL against cost: a row for each share of the tokens at an exit that could leave there.
 
-    At every exit the threshold is that quantile of its scores; share 0 is the full model, where
-    nobody asks, and 1 the first exit.
+    At every exit the threshold is that quantile of its scores. Share 0 is the full model, where
+    no exit is evaluated; share 1 is the first exit.
     """
     scores = trace.scores(confidence)[:-1]
     thresholds: list[tuple[float, ...]] = []

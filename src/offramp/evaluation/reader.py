@@ -16,13 +16,14 @@ from offramp.exits.gate import FittedExits
 from offramp.models.base import EarlyExitModel
 
 CHUNK_LOGITS = 4_000_000
-"""Logits of one exit that exist at once; 16 MB in float32."""
+"""Largest number of logits of one exit that exist at once; 16 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkReader:
-    """Reads the states of a batch, a chunk of tokens at a time: all exits' logits over a large
-    vocabulary never exist for more tokens than that.
+    """Reads the states of a batch, a chunk of tokens at a time.
+
+    So the logits of all exits over a large vocabulary exist for one chunk only.
     """
 
     model: EarlyExitModel
@@ -41,7 +42,7 @@ class ChunkReader:
             )
 
     def chunk(self, states: Mapping[int, Tensor], targets: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The same for states (1, n, D)."""
+        """``batch`` for one chunk: states (1, n, D), targets (n,)."""
         arrays: dict[str, list[Tensor]] = defaultdict(list)
         last: Tensor | None = None
         if self.kl:
@@ -57,7 +58,9 @@ class ChunkReader:
                 fitted=self.fitted,
             )
             log_probs = view.log_probs
-            if self.fitted.temperature(layer) != 1:  # which is confidence's, not the model's
+            if (
+                self.fitted.temperature(layer) != 1
+            ):  # a temperature is for confidence; the loss does without
                 log_probs = F.log_softmax(view.logits, dim=-1)
             arrays["nll"].append(-log_probs[0].gather(1, targets[:, None])[:, 0])
             arrays["argmax"].append(view.argmax[0])
@@ -73,7 +76,7 @@ class ChunkReader:
             yield name, stacked.float() if stacked.is_floating_point() else stacked
 
     def score(self, name: str, measure: Confidence, view: ExitView) -> Tensor:
-        """(1, n); a gate is not asked at the last layer of the model."""
+        """(1, n); the last layer of the model has no gate."""
         if measure.needs_gate and view.exit_layer == self.model.num_layers:
             certain = 0.0 if name == "gain" else 1.0
             return torch.full(view.state.shape[:2], certain, device=view.state.device)
@@ -100,6 +103,6 @@ def _logits(model: EarlyExitModel, states: Mapping[int, Tensor], layer: int) -> 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats over the last dimension, of log-probabilities; at least 0."""
-    least = torch.finfo(p.dtype).min  # a token that neither gives any probability adds nothing
+    least = torch.finfo(p.dtype).min  # a token without probability under both adds nothing
     p, q = p.clamp(min=least), q.clamp(min=least)
     return (p.exp() * (p - q)).sum(dim=-1).clamp(min=0)

@@ -1,7 +1,7 @@
 """One policy on a text under ``missing_kv="propagate"``: where each token left, and its loss.
 
-Later states depend on who left, so every policy needs a pass of its own; within it tokens stay
-parallel (models/propagate.py).
+Later states depend on where earlier tokens left, so every policy needs a pass of its own. Within
+a pass all tokens are computed in parallel (models/propagate.py).
 """
 
 import math
@@ -30,11 +30,11 @@ class RoutedTrace:
 
     exit_layers: tuple[int, ...]
     exits: NDArray[np.intp]
-    "(N,) index of the exit where the token left."
+    "(N,) Index of the exit where the token left."
     nll: NDArray[np.float32]
-    "(N,) negative log-likelihood of the target there, in nats."
+    "(N,) Negative log-likelihood of the target at that exit, in nats."
     sequence: NDArray[np.int32]
-    "(N,) the window that the token is in, counted from 0."
+    "(N,) The number of the token's window, from 0."
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def collect_routed(
     confidence: str = "max_prob",
     fitted: FittedExits = NOTHING_FITTED,
 ) -> RoutedTrace:
-    """Run the model over (inputs, targets), each token leaving where the policy says."""
+    """Run the model over (inputs, targets); each token leaves where the policy says."""
     measure = confidence_named(confidence)
     exit_layers = tuple(model.exit_layers)
     exits, nll, sequence, sequences = [], [], [], 0
@@ -99,7 +99,7 @@ def collect_routed(
 def _nll(
     model: EarlyExitModel, h: Float[Tensor, "N D"], layers: Int[Tensor, " N"], targets: Tensor
 ) -> Float[Tensor, " N"]:
-    """Each token's loss by the head of the exit where it left."""
+    """The loss of each token at the exit where it left."""
     nll = torch.empty(len(h), device=h.device)
     size = max(1, CHUNK_LOGITS // model.vocab_size)
     for layer in model.exit_layers:

@@ -1,4 +1,4 @@
-"""A bounded sample of states and what became of them, to fit gates and temperatures to."""
+"""A bounded sample of states and their traces, to fit gates and temperatures to."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class ExitSample:
     """States at every exit and a trace of the same tokens, with ``kl`` and no confidence."""
 
     states: dict[int, Tensor]
-    "(N, D) float16 by exit layer; the last layer's are there, too."
+    "(N, D) in float16, by exit layer, the last layer included."
     dtype: torch.dtype
-    "What they were in the model."
+    "The precision of the states in the model."
     trace: ExitTrace
 
 

@@ -27,7 +27,7 @@ class SweepRow:
     exit_share: dict[int, float]
     "Share of tokens, 0 to 1, by exit layer."
     flops_pct: float | None = None
-    "FLOPs of layers, heads and gates relative to the full model; None where no cost was given."
+    "FLOPs of layers, heads and gates in percent of the full model; None if no cost was given."
 
 
 def sweep(
@@ -40,28 +40,29 @@ def sweep(
 ) -> list[SweepRow]:
     """One row for each threshold: a number for all exits, or one number for each but the last.
 
-    At an exit whose threshold is infinite nobody asks for the confidence, which costs nothing.
+    An exit whose threshold is infinite is not evaluated, and costs nothing. ``decay`` lets the
+    thresholds fall with the position in the window.
     """
     scores = trace.scores(confidence)[:-1]
     nll = finite_nll(trace)
     rows = []
     for threshold in thresholds:
         policy = ThresholdPolicy.of(threshold, len(trace.exit_layers), decay=decay)
-        asked = [math.isfinite(value) for value in policy.thresholds]
+        evaluated = [math.isfinite(value) for value in policy.thresholds]
         rows.append(
             _row(
                 trace,
                 nll,
                 policy.leaving(scores, trace.position),
                 tuple(threshold) if isinstance(threshold, Sequence) else threshold,
-                None if cost is None else cost.flops_pct_by_exit(confidence, asked=asked),
+                None if cost is None else cost.flops_pct_by_exit(confidence, evaluated=evaluated),
             )
         )
     return rows
 
 
 def finite_nll(trace: ExitTrace) -> NDArray[np.float64]:
-    """(E, N) in float64, to be multiplied by 0 and 1: a product must not meet infinity."""
+    """The losses (E, N) in float64 and finite, so that they can be multiplied by 0."""
     return np.minimum(trace.nll.astype(np.float64), 1e300)
 
 
@@ -72,9 +73,9 @@ def _row(
     threshold: Threshold,
     costs: Sequence[float] | None,
 ) -> SweepRow:
-    """A product with 0 and 1 is several times faster than choosing.
+    """A product with 0 and 1 is several times faster than indexing.
 
-    By einsum: BLAS would wake threads for it, which takes longer than the sum where they are busy.
+    einsum, because BLAS would start threads, which takes longer than the sum on a busy machine.
     """
     counts = [int(np.count_nonzero(leaving)) for leaving in here]
     total = sum(

@@ -1,4 +1,4 @@
-"""The trace: what each exit said about each token, from one pass of the model."""
+"""The trace: the prediction and confidence of every exit for every token, from one pass."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,29 +26,29 @@ _PER_TOKEN = ("sequence", "position")
 class ExitTrace:
     """Arrays over (exits, tokens) in the order in which the tokens were read.
 
-    It describes ``missing_kv="recompute"``: every state was computed with exact keys and
-    values below it. What was not asked for, or is not in a file of an earlier version, is None.
+    It describes ``missing_kv="recompute"``: every state was computed with exact keys and values.
+    An array that was not requested, or that a file of an earlier version lacks, is None.
     """
 
     num_layers: int
     exit_layers: tuple[int, ...]
     targets: NDArray[np.int64]
-    "(N,) the token to predict."
+    "(N,) The token to predict."
     nll: NDArray[np.float32]
-    "(E, N) negative log-likelihood of the target, in nats."
+    "(E, N) Negative log-likelihood of the target, in nats."
     argmax: NDArray[np.int64]
-    "(E, N) the exit's first choice."
+    "(E, N) The most likely token at the exit."
     confidence: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """(E, N) for each measure, by its name. A gate has nothing to say at the last layer: there
-    ``gate`` is 1 and ``gain`` 0."""
+    """(E, N) scores by the name of the measure. The last layer has no gate: there ``gate`` is 1 and
+    ``gain`` 0."""
     sequence: NDArray[np.int32] | None = None
-    "(N,) the window that the token is in, counted from 0."
+    "(N,) The number of the token's window, from 0."
     position: NDArray[np.int32] | None = None
-    "(N,) where it is predicted from: the position in the window, from 0."
+    "(N,) The position in the window from which the token is predicted, from 0."
     kl: NDArray[np.float32] | None = None
     "(E, N) KL(p_L || p_e) in nats."
     expected_kl: NDArray[np.float32] | None = None
-    "(E - 1, E - 1, N) what the ``gain`` gate at exit i expects of KL(p_L || p_j); NaN for j < i."
+    "(E - 1, E - 1, N) KL(p_L || p_j) as the ``gain`` gate at exit i predicts it; NaN for j < i."
 
     def __repr__(self) -> str:
         measures = ", ".join(self.confidence) or "no confidence"
@@ -73,7 +73,7 @@ class ExitTrace:
         return perplexity(float(self.nll[self._row(exit_layer)].mean(dtype=np.float64)))
 
     def at(self, exit_layers: Sequence[int]) -> "ExitTrace":
-        """The same tokens seen by fewer exits."""
+        """The same tokens with a subset of the exits."""
         rows = [self._row(layer) for layer in exit_layers]
         confidence = {name: scores[rows] for name, scores in self.confidence.items()}
         if "patience" in confidence:  # it counts over the exits that there are
@@ -157,9 +157,9 @@ def collect_trace(
     """Run the model once over (inputs, targets) and record every exit.
 
     ``layers`` are the layers to record (default: the model's exits) and ``measures`` the
-    confidence to record there, some of which need what was ``fitted``. ``kl`` records the
-    divergence from the last layer, which must be among the layers. ``on_tokens`` is told after
-    each batch how many tokens it had, and ``on_states`` gets its states, (B T, D) by layer.
+    confidence measures; some of them need ``fitted``. ``kl`` records the divergence from the last
+    layer, which must be one of the layers. After each batch ``on_tokens`` is called with its
+    number of tokens, and ``on_states`` with its states, (B T, D) by layer.
     """
     layers = tuple(model.exit_layers if layers is None else sorted(layers))
     if not all(1 <= layer <= model.num_layers for layer in layers):
@@ -203,7 +203,7 @@ def collect_trace(
 
 
 def _patience(argmax: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(E, N): how many exits in a row, up to each, have the same first choice."""
+    """(E, N): for each exit, how many exits in a row up to it predict the same token."""
     counts = np.ones(argmax.shape, dtype=np.float32)
     for index in range(1, len(argmax)):
         same = argmax[index] == argmax[index - 1]

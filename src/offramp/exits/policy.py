@@ -1,7 +1,7 @@
 """Policies: where each token leaves, given its confidence at every exit.
 
-Each has ``leaving``, over arrays of all exits and tokens (a trace), and ``leaves``, one exit at a
-time over tensors (a decoder). Both compare in the scores' own precision.
+Each policy has ``leaving``, for arrays over all exits and tokens (a trace), and ``leaves``, for
+tensors at one exit (a decoder). Both compare in the precision of the scores.
 """
 
 import math
@@ -50,8 +50,8 @@ class Decay:
 class ThresholdPolicy:
     """A token leaves at the first exit whose confidence is at least that exit's threshold.
 
-    ``thresholds`` holds one number for each exit but the last, where all that are left leave.
-    ``inf`` never lets a token leave, ``-inf`` always.
+    ``thresholds`` holds one number for each exit but the last, where all remaining tokens leave.
+    No token leaves at a threshold of ``inf``, and every token at ``-inf``.
     """
 
     thresholds: tuple[float, ...]
@@ -94,7 +94,7 @@ class ThresholdPolicy:
     ) -> Bool[Tensor, "*B"]:
         """Which tokens leave at the ``index``-th exit (from 0), of those that reached it.
 
-        Without a decay it compares with a plain number: the device is not waited for.
+        Without a decay the bound is a plain number, so nothing waits for the device.
         """
         dtype = np.dtype(str(scores.dtype).removeprefix("torch."))
         at = None if positions is None else positions.cpu().numpy()
@@ -104,9 +104,9 @@ class ThresholdPolicy:
         return scores >= float(bound)
 
     def bound(self, index: int, dtype: np.dtype[Any], positions: NDArray[Any] | None = None) -> Any:
-        """What a score of this precision must reach at the ``index``-th exit, from 0.
+        """The bound that a score of this precision must reach at the ``index``-th exit, from 0.
 
-        A number, or one for each of ``positions`` where the threshold decays.
+        One number, or one for each of ``positions`` if the threshold decays.
         """
         threshold = self.thresholds[index]
         if self.decay is None:
@@ -118,17 +118,17 @@ class ThresholdPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class GainPolicy:
-    """A token leaves where expected loss + price x cost is least, as the exit's gate sees it.
+    """A token leaves where expected loss + price x cost is least, as predicted by the exit's gate.
 
-    The exit's ``gain`` gate expects of a token a loss here, m_e = E[KL(p_L || p_e)], and at each
-    later exit, m_e'; at the last there is none. The token leaves if m_e is no more than the
-    least of m_e' + price x (cost_e' - cost_e): than the best plan that names its exit now. A
-    later gate knows more and decides again, so going on is worth a little more than that; where
-    the expectations are right, the rule does at least as well as every such plan. With one exit
-    before the last it is the threshold -price x (cost_L - cost_e) on ``gain``.
+    The ``gain`` gate of an exit predicts the loss of leaving here, m_e = E[KL(p_L || p_e)], and at
+    each later exit, m_e'; at the last layer the loss is 0. The token leaves if m_e is at most the
+    least m_e' + price x (cost_e' - cost_e) of the later exits. A later gate has more information
+    and decides again, so running on is worth slightly more than that; if the predictions are
+    right, the rule does at least as well as choosing the best exit now. With one exit before the
+    last it is the threshold -price x (cost_L - cost_e) on ``gain``.
 
-    ``price`` is in nats for a unit of cost; ``costs`` holds what leaving at each exit costs, the
-    last included (such as flops_pct), ascending.
+    ``price`` is in nats for a unit of cost; ``costs`` (ascending) holds the cost of leaving at each
+    exit, the last one included, such as FLOPs%.
     """
 
     price: float
@@ -139,10 +139,10 @@ class GainPolicy:
             raise ConfigError(f"price: expected a number of at least 0, got {self.price}")
 
     def advantage(self, index: int, expected_kl: Any) -> Any:
-        """What going on from the ``index``-th exit saves at most, less what it costs; nats.
+        """The most loss that running on from the ``index``-th exit saves, minus its cost; in nats.
 
-        ``expected_kl`` is (K, tokens): this exit's gate on this exit and each one after it but
-        the last. A token leaves where there is nothing to save. NumPy or torch.
+        ``expected_kl`` (K, tokens), NumPy or torch, is the prediction of this exit's gate for this
+        exit and each later one but the last. A token leaves if the advantage is at most 0.
         """
         here, *later = expected_kl
         extra = [self.price * (cost - self.costs[index]) for cost in self.costs[index + 1 :]]
@@ -184,10 +184,10 @@ def _rounded(threshold: float, dtype: np.dtype[Any]) -> Any:
 
 
 def _in_precision(threshold: Any, dtype: np.dtype[Any]) -> Any:
-    """The threshold in the scores' own precision.
+    """The threshold in the precision of the scores.
 
-    So a score equal to the threshold as written leaves, here and in a router that compares
-    tensors. A threshold above 1 stays above it: no probability reaches it.
+    So a token whose score equals the threshold as written leaves, here and in a decoder that
+    compares tensors. A threshold above 1 stays above 1, so no probability reaches it.
     """
     with np.errstate(over="ignore"):  # beyond the largest float32: infinite
         rounded = np.asarray(threshold, dtype=np.float64).astype(dtype)

@@ -175,7 +175,7 @@ class DeferredKV:
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The states one block before ``stop``, if they are asked for, and at ``stop``."""
+        """The states one block before ``stop`` (with ``previous_state``), and those at ``stop``."""
         cut = stop - 1 if self.previous_state else start
         running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
         self.work.blocks[running] += stop - start

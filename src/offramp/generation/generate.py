@@ -19,7 +19,10 @@ from offramp.models.work import Work
 
 
 class Generation(Iterator[Token]):
-    """New tokens as they come, with what they cost so far. Leaving it early harms nothing."""
+    """Yields new tokens as they are generated, and says what they cost so far.
+
+    It may be left before it is exhausted.
+    """
 
     def __init__(
         self,
@@ -47,28 +50,28 @@ class Generation(Iterator[Token]):
 
     @property
     def mean_layers(self) -> float:
-        """Layers run for each new token so far; the first one's are those of the prefill."""
+        """Mean number of layers per new token so far; the first token counts with all layers."""
         run = self.work.layers_run + self._decoder.model.num_layers
         return run / max(1, len(self.completion.tokens))
 
     @property
     def work(self) -> Work:
-        """What the new tokens so far took, the first one's prefill left out."""
+        """The work of the new tokens so far, without the prefill."""
         return self._decoder.work
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Share of the drafted tokens that the whole model chose too; None where none was."""
+        """Share of the drafted tokens that were accepted; None if no token was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def drafted(self) -> int:
-        """Tokens that were drafted."""
+        """Number of drafted tokens."""
         return self._decoder.drafted
 
     @property
     def accepted(self) -> int:
-        """Those of them that the whole model chose too."""
+        """Number of drafted tokens that the whole model accepted."""
         return self._decoder.accepted
 
 
@@ -83,12 +86,11 @@ def generate(
 ) -> Generation:
     """Generate one text, token by token, as the result is iterated.
 
-    ``tokenizer`` gives tokens their text. ``policy`` takes the threshold's place and ``fitted``
-    holds the gates and temperatures that the confidence reads, and the tokens that a draft may
-    choose from.
+    ``tokenizer`` turns tokens into text. ``policy`` is used instead of a threshold. ``fitted``
+    holds the gates and temperatures that the confidence reads, and the draft vocabulary.
 
-    Raises ConfigError for an empty or too long prompt and for options that the model cannot
-    follow; while iterating, GenerationError for logits that are not finite.
+    Raises ConfigError for an empty or too long prompt and for options that the model does not
+    support, and, while iterating, GenerationError for logits that are not finite.
     """
     config = config or GenerateConfig()
     prompt = [int(token) for token in prompt]
@@ -122,11 +124,12 @@ def generate_batch(
     fitted: FittedExits = NOTHING_FITTED,
     on_token: Callable[[int, Token], None] | None = None,
 ) -> tuple[list[Completion], Work]:
-    """Generate a text for each prompt, all at once; each row takes its own exits.
+    """Generate a text for each prompt in one batch; each row leaves at its own exits.
 
-    Row i is what ``generate`` gives for it alone with seed + i. ``on_token`` is told the row and
-    the token as they come. Returns the completions and what they took, prefills left out.
-    Raises what ``generate`` does, and ConfigError for speculative decoding, which takes one row.
+    Row i is what ``generate`` gives for its prompt alone with seed + i. ``on_token`` is called
+    with the row and each new token. Returns the completions and their work without the prefill.
+    Raises what ``generate`` raises, and ConfigError for speculative decoding, which takes one
+    prompt.
     """
     config = config or GenerateConfig()
     if config.speculative:

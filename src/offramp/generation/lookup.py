@@ -1,11 +1,11 @@
-"""Drafts from the text itself: what followed the last tokens when they stood there before.
+"""Drafts from the text itself: if the last tokens occurred earlier, what followed them there.
 
-Prompt lookup decoding (Saxena 2023). Such drafts cost nothing to make.
+Prompt lookup decoding (Saxena 2023). Making such a draft runs no layer of the model.
 """
 
 
 class Lookup:
-    """Remembers where each run of ``size`` tokens last stood in a text."""
+    """Remembers where each sequence of ``size`` tokens last occurred in a text."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -13,15 +13,16 @@ class Lookup:
         self._after: dict[tuple[int, ...], int] = {}
 
     def push(self, token: int) -> None:
-        """The text goes on with this token."""
+        """Append a token to the text."""
         if len(self._text) >= self.size:
             self._after[tuple(self._text[-self.size :])] = len(self._text)
         self._text.append(token)
 
     def drafts(self, at_most: int) -> list[int]:
-        """What may follow, or nothing where the last tokens are new.
+        """The tokens that followed the last occurrence of the last ``size`` tokens.
 
-        Where what followed reaches the end of the text, it goes on as it began.
+        Empty if they did not occur before. If fewer than ``at_most`` tokens followed, these are
+        repeated.
         """
         place = self._after.get(tuple(self._text[-self.size :])) if self.size else None
         if place is None:

@@ -1,4 +1,4 @@
-"""What a user can ask of generation, checked against the model."""
+"""Checks the options of generation against the model."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ def exit_rule(
     policy: ThresholdPolicy | GainPolicy | None,
     fitted: FittedExits,
 ) -> ExitRule | None:
-    """Who leaves where; None for full depth. A ``policy`` takes the threshold's place."""
+    """The rule of the exits; None for full depth. A ``policy`` is used instead of a threshold."""
     if policy is None and config.threshold is None:
         return None
     if len(model.exit_layers) == 1:
@@ -58,7 +58,7 @@ def exit_rule(
 
 
 def draft_exit(model: EarlyExitModel, config: GenerateConfig, fitted: FittedExits) -> int:
-    """The exit layer that drafts."""
+    """The exit layer that drafts; ConfigError where the options name no exit that can."""
     measure = confidence_named(config.confidence)
     if config.confidence == "patience" or measure.needs_previous_state:
         raise ConfigError(

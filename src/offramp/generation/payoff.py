@@ -1,20 +1,20 @@
-"""Whether drafting pays on this text, from what was accepted and what it took."""
+"""Whether drafting saves time on this text, from the accepted tokens and the seconds it took."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["none", "exit", "lookup"]
-"""What drafted: an exit, the text before, or nothing."""
+"""The source of the drafts: an exit, the earlier text, or none."""
 
-_LOST_AT_MOST = 0.75  # in times of a plain token, before drafting stops
-_GAIN_KEPT_AT_MOST = 3.0  # so that a change of text is noticed soon
+_LOST_AT_MOST = 0.75  # in seconds of a plain token; then drafting pauses
+_GAIN_KEPT_AT_MOST = 3.0  # a cap, so that a change of the text is noticed soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 48, 768  # rounds
 _FIRST_PLAIN = 2
 
 
 class _Seconds:
-    """A duration as it usually is: slow outliers (a busy machine) move it little."""
+    """A running estimate of a duration; slow outliers (a busy machine) have little effect."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -30,22 +30,22 @@ class _Seconds:
 
 @dataclass
 class _Book:
-    """Of one kind of draft."""
+    """The account of one source of drafts."""
 
     rounds: dict[int, _Seconds] = field(default_factory=lambda: defaultdict(_Seconds))
-    "By number of drafts."
+    "The duration of a round, by its number of drafts."
     balance: float = 0.0
     pause: int = _FIRST_PAUSE
     left: int = 0
-    "Rounds until the next chance."
+    "Rounds until the source is tried again."
 
 
 class Payoff:
-    """Weighs what drafts save against what they take; pauses a kind of them where it loses.
+    """Compares the time that drafts save with the time they take; pauses a source that loses.
 
-    Each round is booked as (tokens gained) x (time of a plain token) - (time it took), all in
-    usual times. After a loss of _LOST_AT_MOST plain tokens that kind of draft pauses, for twice
-    as long each time in a row, and then gets another chance.
+    Each round adds (tokens gained) x (time of a plain token) - (time it took) to the balance of
+    its source, in estimated times. After a loss of _LOST_AT_MOST plain tokens the source pauses,
+    each time in a row for twice as long, and is then tried again.
     """
 
     def __init__(self) -> None:
@@ -54,11 +54,14 @@ class Payoff:
         self._books: dict[Kind, _Book] = {"exit": _Book(), "lookup": _Book()}
 
     def pays(self, kind: Kind) -> bool:
-        """Draft so in this round. The first tokens are plain: they tell what a plain one takes."""
+        """Whether to draft from this source in this round.
+
+        The first rounds draft nothing: they show how long a plain token takes.
+        """
         return self._plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
 
     def note(self, kind: Kind, *, drafts: int, tokens: int, seconds: float) -> None:
-        """A round that took this long and gave this many tokens."""
+        """Record a round: its source, its drafts, the tokens that it gave, and its seconds."""
         for book in self._books.values():
             book.left -= 1
         if kind == "none":

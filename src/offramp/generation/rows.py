@@ -1,4 +1,4 @@
-"""The new tokens of a row, while they come and when they are complete."""
+"""The new tokens of one row, while they are generated and when they are complete."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ class Token:
 
     id: int
     text: str
-    "What it adds to the text, which may lag behind: see TextStream."
+    "The text that it adds. It may come with a later token: see ``TextStream``."
     exit_layer: int
-    "Where it left; the layer that drafted it, if the verification agreed."
+    "The layer where it left, or that drafted it if the verification accepted it."
     confidence: float
 
 
@@ -40,12 +40,12 @@ class Completion:
 
     @property
     def ids(self) -> list[int]:
-        """The new tokens' ids."""
+        """The ids of the new tokens."""
         return [token.id for token in self.tokens]
 
 
 class Row:
-    """One row under way."""
+    """One row while it is generated."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Row:
         self.stream = TextStream(tokenizer, config.stop_strings)
 
     def take(self, id: int, exit_layer: int, confidence: float) -> Token:
-        """Add a token that was chosen; the row may be finished then."""
+        """Add a token that was chosen; it may finish the row."""
         self.sampler.keep(id)
         count = len(self.completion.tokens) + 1
         text = ""
@@ -82,10 +82,10 @@ class Row:
         return token
 
     def finished(self) -> bool:
-        """No token follows."""
+        """Whether no token follows."""
         return self.completion.finish_reason is not None
 
     @property
     def count(self) -> int:
-        """New tokens so far."""
+        """Number of new tokens so far."""
         return len(self.completion.tokens)

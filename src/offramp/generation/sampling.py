@@ -1,8 +1,8 @@
 """From logits to a token: greedy, temperature, top-k, top-p, repetition penalty, seeds.
 
 A token is drawn by an exponential race: with E_v ~ Exp(1), argmax_v p(v) / E_v has distribution
-p. The E of the n-th new token of a row depend on the row's seed and n alone, so that a draft and
-the model that verifies it draw with the same luck: see speculative.py.
+p. The E of the n-th new token of a row depend only on the row's seed and n, so that a draft and the
+model that verifies it use the same random numbers: see speculative.py.
 """
 
 import math
@@ -24,7 +24,7 @@ def penalise(logits: Float[Tensor, " V"], seen: Tensor, penalty: float) -> Float
 
 
 def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[Tensor, " V"]:
-    """The probabilities from which a token is drawn; temperature, then top-k, then top-p."""
+    """The probabilities (V,) from which a token is drawn: temperature, then top-k, then top-p."""
     logits = logits / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         least = logits.topk(config.top_k).values[-1]
@@ -32,14 +32,16 @@ def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[T
     probs = logits.softmax(dim=-1)
     if config.top_p is not None and config.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # of the likelier ones: the first always stays
+        before = (
+            ordered.cumsum(dim=-1) - ordered
+        )  # the sum of the likelier ones: the first token always stays
         probs = probs.index_fill(0, order[before >= config.top_p], 0.0)
         probs = probs / probs.sum()
     return probs
 
 
 class Sampler:
-    """Chooses the tokens of one row, the n-th by the n-th draw."""
+    """Chooses the tokens of one row; the n-th token uses the n-th draw."""
 
     def __init__(
         self, config: SamplingConfig, prompt: Iterable[int], *, vocab_size: int, row: int = 0
@@ -47,7 +49,7 @@ class Sampler:
         self.config, self.vocab_size = config, vocab_size
         self._seen = set(prompt)
         self._generator = torch.Generator().manual_seed(config.seed + row)
-        self._races: deque[Tensor] = deque()  # of the tokens from _kept on
+        self._races: deque[Tensor] = deque()  # those of the tokens from _kept on
         self._kept = 0
 
     def choose(
@@ -58,10 +60,10 @@ class Sampler:
         after: Sequence[int] = (),
         vocab: Int[Tensor, " W"] | None = None,
     ) -> int:
-        """The ``index``-th new token (from 0), where the tokens ``after`` follow the kept ones.
+        """Choose the ``index``-th new token (from 0).
 
-        ``vocab`` names the tokens that the logits are of, where they are not of all. Raises
-        GenerationError for logits that are not finite.
+        ``after`` are tokens that follow the kept ones, such as drafts. ``vocab`` names the tokens
+        of the logits if they are not all. Raises GenerationError for logits that are not finite.
         """
         config = self.config
         if config.repetition_penalty != 1.0:
@@ -83,7 +85,7 @@ class Sampler:
         return int(place if vocab is None else vocab[place])
 
     def keep(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+        """Keep a token that was chosen: the next draw is for the token after it."""
         self._seen.add(token)
         self._kept += 1
         if self._races:

@@ -1,16 +1,16 @@
-"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024): lossless, whatever the drafts.
+"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024): the output is that of full depth.
 
-The first layers draft, up to an exit whose head names the next token; then the layers above run
-once over the states of all drafted tokens. Draft and verification are parts of one pass of the
-model: they share the cache, and no layer runs twice for a token. Where the last tokens stood in
-the text before, what followed them there is the draft instead (lookup.py): the whole model reads
-it at once.
+The first layers draft tokens, up to an exit whose head predicts the next one. Then the layers above
+run once over the states of all drafted tokens, to verify them. Draft and verification are parts of
+one pass of the model: they share the cache, and no layer runs twice for a token. If the last tokens
+occurred earlier in the text, the tokens that followed them there are the draft instead (lookup.py),
+and the whole model verifies them in one call.
 
-The accept rule: a drafted token stays if it is the one that the whole model chooses. Where tokens
-are drawn, both draw the n-th token in the same exponential race (sampling.py), so they agree as
-often as their distributions do, and every token is a draw of the whole model's own. So the output
-is that of decoding without drafts, for every seed, and its distribution the model's (Daliri,
-Musco and Suresh 2024, "drafter-invariant speculative decoding").
+A drafted token is accepted if it is the token that the whole model chooses. Where tokens are drawn,
+the draft and the model draw the n-th token with the same random numbers (sampling.py), and every
+token is a draw of the whole model. So for every seed the output is that of decoding without drafts,
+and its distribution is the model's (Daliri, Musco and Suresh 2024, "drafter-invariant speculative
+decoding").
 """
 
 from time import perf_counter
@@ -31,7 +31,7 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
 
 Chosen = tuple[int, int, float]
-"""A token, its exit layer and its confidence."""
+"""A token, the layer where it left (or that drafted it), and its confidence."""
 
 
 class SpeculativeDecoder:
@@ -67,9 +67,9 @@ class SpeculativeDecoder:
     def speculative_decode(
         self, token: int, sampler: Sampler, index: int, *, at_most: int
     ) -> list[Chosen]:
-        """The new tokens from the ``index``-th on that one draft and its verification give.
+        """Draft, verify, and return the new tokens that this gives, the ``index``-th and later.
 
-        ``token`` is the last one chosen; no more than ``at_most`` tokens come back.
+        ``token`` is the last token that was chosen. At most ``at_most`` tokens are returned.
         """
         began = perf_counter()
         self.lookup.push(token)
@@ -106,7 +106,11 @@ class SpeculativeDecoder:
     def _draft(
         self, token: int, sampler: Sampler, index: int, at_most: int
     ) -> tuple[list[Tensor], list[int], list[float]]:
-        """States (1, 1, D) at the exit of the token and of each draft; drafts; confidence."""
+        """Draft tokens until the confidence falls below the threshold.
+
+        Returns the states (1, 1, D) at the exit of ``token`` and of each draft, the drafts, and
+        the confidence of each.
+        """
         states = [self._run(self._embed([token]), 0, self.draft_exit)]
         drafts: list[int] = []
         scores: list[float] = []
@@ -134,7 +138,7 @@ class SpeculativeDecoder:
     def _run(
         self, h: Float[Tensor, "1 T D"], start: int, stop: int, *, ahead: int = 0
     ) -> Float[Tensor, "1 T D"]:
-        """Tokens whose first is ``ahead`` of the last one chosen."""
+        """Run blocks for tokens of which the first is ``ahead`` positions after the last token."""
         self.work.blocks[h.shape[1]] += stop - start
         return self.model.run_layers(h, start, stop, step=self._step(ahead, h.shape[1]))
 
@@ -151,16 +155,16 @@ class SpeculativeDecoder:
         sampler: Sampler,
         index: int,
     ) -> list[Chosen]:
-        """Accept drafts up to the first that the whole model does not choose, then its choice."""
-        sure = logits.float().softmax(dim=-1).amax(dim=-1).tolist()
+        """Accept drafts up to the first that the whole model does not choose; add its choice."""
+        largest = logits.float().softmax(dim=-1).amax(dim=-1).tolist()
         chosen: list[Chosen] = []
         for n, draft in enumerate(drafts):
             token = sampler.choose(logits[n], index + n, after=drafts[:n])
             if token != draft:
-                return [*chosen, (token, self.model.num_layers, sure[n])]
+                return [*chosen, (token, self.model.num_layers, largest[n])]
             from_exit = bool(scores)
             layer = self.draft_exit if from_exit else self.model.num_layers
-            chosen.append((token, layer, scores[n] if from_exit else sure[n]))
+            chosen.append((token, layer, scores[n] if from_exit else largest[n]))
         n = len(drafts)
         token = sampler.choose(logits[n], index + n, after=drafts)
-        return [*chosen, (token, self.model.num_layers, sure[n])]
+        return [*chosen, (token, self.model.num_layers, largest[n])]

@@ -1,29 +1,29 @@
-"""The text of tokens as they come, and where a stop string ends it."""
+"""Turns tokens into text as they are generated, and ends the text at a stop string."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_PART = "\ufffd"  # what a decoder puts for bytes that are no whole character yet
+_PART = "\ufffd"  # what a tokenizer returns for bytes that are not yet a whole character
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; the pieces together are the text.
+    """Turns tokens into text piece by piece; the pieces joined are the text.
 
-    A piece may lag behind: bytes wait for the rest of their character, and what may be the
-    beginning of a stop string waits until it is one or not.
+    A piece may come with a later token: bytes wait for the rest of their character, and text that
+    may be the beginning of a stop string waits until this is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
         self.stopped = False
         self._ids: list[int] = []
-        self._start = 0  # of the tokens whose text depends on each other
-        self._read = 0  # tokens whose text is out of the tokenizer
+        self._start = 0  # first of the tokens whose text depends on each other
+        self._read = 0  # number of tokens whose text was taken from the tokenizer
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token."""
+        """Add a token and return the text that is certain now."""
         if self.tokenizer is None or self.stopped:
             return ""
         self._ids.append(token)
@@ -35,7 +35,7 @@ class TextStream:
         return self._release(text[len(before) :])
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """The text that was held back; call it at the end."""
         if self.tokenizer is None or self.stopped:
             return ""
         before = self.tokenizer.decode(self._ids[self._start : self._read])
@@ -58,6 +58,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,8 @@
-"""Keys and values of the tokens seen so far, one store a layer.
+"""Keys and values of earlier tokens, stored for each layer.
 
-A token's place in the cache is its position in its own row, so padding is never stored, layers
-may be filled at different times (a token that left early leaves a hole above its exit until it
-is filled), and cropping is a matter of lengths alone.
+A token's slot in the cache is its position in its own row. So padding is never stored, layers may
+be filled at different times (the slots of a token that left early stay empty above its exit until
+they are needed), and cropping changes only the lengths.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class KVCache:
         self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.capacity = capacity
-        self.memo: dict[Any, Any] = {}  # what was made of it, for the next call; by kind
+        self.memo: dict[Any, Any] = {}  # what a model derived from it, for the next call; by kind
 
     def require(self, end: int) -> None:
         """Raise ValueError unless positions 0 .. end - 1 fit."""
@@ -55,7 +55,7 @@ class KVCache:
     ) -> None:
         """Store the keys and values of these positions in a layer (counted from 0).
 
-        Padding goes to a spare slot behind the last position, which nobody reads.
+        Padding is written to a spare slot after the last position, which is never read.
         """
         batch = k.shape[0]
         if rows is None:
@@ -67,7 +67,7 @@ class KVCache:
             slots = torch.where(real, slots, self.capacity)
         self.keys[layer, rows[:, None], :, slots] = k.transpose(1, 2)
         self.values[layer, rows[:, None], :, slots] = v.transpose(1, 2)
-        self.lengths[layer].scatter_reduce_(0, rows, ends, "amax")  # a row may stand there twice
+        self.lengths[layer].scatter_reduce_(0, rows, ends, "amax")  # a row may occur twice
 
     def read(
         self, layer: int, *, end: int, rows: Int[Tensor, " B"] | None = None

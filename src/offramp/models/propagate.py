@@ -1,7 +1,7 @@
 """Whole sequences under ``missing_kv="propagate"``: tokens stay parallel within a threshold.
 
-A token that left keeps its state, and in the layers above later tokens see the keys and values
-made from it. Evaluation and generation share this meaning.
+A token that left keeps its state, and in the layers above later tokens attend to keys and values
+computed from it. Evaluation and generation both use this definition.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from offramp.models.base import EarlyExitModel, Step
 
 Leaves = Callable[[int, Float[Tensor, "B T D"], Float[Tensor, "B T D"]], Bool[Tensor, "B T"]]
-"""(exit layer, state there, state a block before) -> who would leave there."""
+"""(exit layer, state there, state one block before) -> which tokens would leave there."""
 
 
 def run_propagated(
@@ -26,8 +26,9 @@ def run_propagated(
 ) -> tuple[Float[Tensor, "B T D"], Int[Tensor, "B T"]]:
     """Each token's state at the exit where it left, and that exit's layer.
 
-    ``leaves`` is asked at every exit but the last, of all tokens; its answer counts for those
-    that are still there. The state a block before is the exit's own unless it is needed.
+    ``leaves`` is called at every exit but the last, for all tokens; its result counts for those
+    that have not left yet. It gets the state one block before the exit if
+    ``needs_previous_state``, else the state at the exit twice.
     """
     h = model.embed(input_ids, step=step)
     active = torch.ones_like(input_ids, dtype=torch.bool)

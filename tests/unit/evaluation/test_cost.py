@@ -47,12 +47,12 @@ def test_saturation_costs_the_head_once(cost):
     ],
 )
 def test_an_exit_where_nobody_asks_costs_nothing_to_pass(cost, asked, flops):
-    assert cost.flops_pct_by_exit("max_prob", asked=asked) == pct(*flops)
+    assert cost.flops_pct_by_exit("max_prob", evaluated=asked) == pct(*flops)
 
 
 def test_patience_asks_at_every_exit_before_one_that_it_needs(cost):
-    assert cost.flops_pct_by_exit("patience", asked=[False, True]) == pct(30, 70, 100)
-    assert cost.flops_pct_by_exit("patience", asked=[True, False]) == pct(30, 70, 80)
+    assert cost.flops_pct_by_exit("patience", evaluated=[False, True]) == pct(30, 70, 100)
+    assert cost.flops_pct_by_exit("patience", evaluated=[True, False]) == pct(30, 70, 80)
 
 
 def test_a_gate_that_was_not_counted_is_a_config_error(cost):

@@ -1,7 +1,7 @@
 """The ways to decode that ``offramp bench`` compares: offramp's own, and its peers'.
 
-Every method gets a batch of prompts and gives the same number of new tokens for each; it says when
-it had the first token of each row and when the last.
+Every method decodes a batch of prompts to the same number of new tokens for each, and measures when
+each row has its first token and when all are complete.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from offramp.models.work import Work
 
 Batch = Sequence[Sequence[int]]
 LOOKUP_TOKENS = 10
-"""Of transformers' prompt lookup, as in its documentation."""
+"""Drafted tokens of the prompt lookup of transformers, as in its documentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,36 +31,36 @@ class Sample:
     """One batch decoded by one method."""
 
     tokens: list[list[int]]
-    "New ones, by row."
+    "New tokens, by row."
     seconds: float
-    "From the first token of the last row to have one, to the end."
+    "Seconds from the moment when every row has its first token, to the end."
     first_seconds: float
-    "Before that: the prompts."
+    "Seconds before that, for the prompts."
     work: Work | None = None
     drafted: int = 0
     accepted: int = 0
 
     @property
     def count(self) -> int:
-        """New tokens after the first of each row."""
+        """Number of new tokens after the first one of each row."""
         return sum(len(row) - 1 for row in self.tokens)
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all rows together, once every row has its first."""
+        """Tokens a second of all rows together, once every row has its first token."""
         return self.count / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to decode, under its name."""
+    """A way to decode, and its name."""
 
     name: str
     run: Callable[[Batch], Sample]
     slow: bool = False
-    "A slow peer: it runs on two prompts only."
+    "Whether it is a slow peer, which decodes two batches only."
     foreign: bool = False
-    "Another package's: where it fails that is said, and the others go on."
+    "Whether it is of another package, whose failure is reported and does not stop the run."
 
 
 def own(
@@ -70,7 +70,7 @@ def own(
     *,
     fitted: FittedExits,
 ) -> Method:
-    """One of offramp's."""
+    """One of offramp's own methods."""
 
     def run(batch: Batch) -> Sample:
         start = time.perf_counter()
@@ -104,7 +104,7 @@ def own(
 def hugging_face(
     name: str, lm: Any, new_tokens: int, *, slow: bool = False, **options: Any
 ) -> Method:
-    """``generate`` of transformers with some options; greedy, and no token ends a text."""
+    """``generate`` of transformers with these options; greedy, and no token ends a text."""
 
     def run(batch: Batch) -> Sample:
         ids, mask = _padded(batch, lm.device)
@@ -128,7 +128,7 @@ def hugging_face(
 def economize_methods(
     lm: Any, new_tokens: int, *, draft_exit: int, threshold: float
 ) -> list[Method]:
-    """The peer ``economize``, if it is installed: its early-exit drafter and its CALM."""
+    """The methods of the package ``economize`` if it is installed: early-exit drafts and CALM."""
     if importlib.util.find_spec("economize") is None:
         return []
     import economize  # type: ignore[import-not-found]
@@ -156,7 +156,7 @@ def _economize(name: str, attach: Callable[[], Any], new_tokens: int) -> Method:
             model.generate(ids, max_new_tokens=1, do_sample=False)
             first = time.perf_counter()
             out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
-            end = time.perf_counter() - (first - start)  # the prompt, once more
+            end = time.perf_counter() - (first - start)  # without the second run of the prompt
         finally:
             detach = getattr(model, "detach", None)
             if detach is not None:
@@ -167,7 +167,7 @@ def _economize(name: str, attach: Callable[[], Any], new_tokens: int) -> Method:
 
 
 class _Watch:
-    """A stopping criterion that stops nothing: it notes when the first token was there."""
+    """A stopping criterion that stops nothing: it records when the first token was ready."""
 
     def __init__(self, prompt: int) -> None:
         self.prompt, self.first, self.tokens = prompt, 0.0, 0
@@ -190,7 +190,7 @@ def _padded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def plain_generation(lm: Any) -> Any:
-    """The model with a generation config that ends no text by itself."""
+    """The model with a generation config in which no token ends a text."""
     lm.generation_config = transformers().GenerationConfig(pad_token_id=0, eos_token_id=None)
     return lm
 
@@ -198,7 +198,7 @@ def plain_generation(lm: Any) -> Any:
 def _sample(
     tokens: list[list[int]], start: float, first: float, end: float, **fields: Any
 ) -> Sample:
-    early = fields.pop("early", 1)  # tokens that were there with the first
+    early = fields.pop("early", 1)  # tokens that were ready together with the first
     new = len(tokens[0])
     seconds = end - start if early >= new else (end - first) * (new - 1) / (new - early)
     return Sample(tokens=tokens, seconds=seconds, first_seconds=first - start, **fields)

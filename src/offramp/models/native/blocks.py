@@ -23,25 +23,25 @@ def rotate(
 
 @dataclass(kw_only=True)
 class BlockContext:
-    """What every block shares for the tokens of one step (and does not hold the step itself)."""
+    """What all blocks share for the tokens of one step. It does not hold the step itself."""
 
     positions: Tensor
     real: Tensor | None
     cached: bool
     cos: Tensor  # (B or 1, 1, T, Dh)
     sin: Tensor
-    end: int  # keys stand at positions 0 .. end - 1
+    end: int  # keys are at positions 0 .. end - 1
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """(B or 1, 1, T, S), True where a query may look; None where causal attention does."""
+        """(B or 1, 1, T, S), True where a query attends to a key; None: plain causal attention."""
         device = self.positions.device
-        if self.cached:  # a key stands in the slot of its position: see kv_cache.py
+        if self.cached:  # a key is in the slot of its position: see kv_cache.py
             return (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
         if self.real is None:
             return None
         causal = torch.ones(self.end, self.end, dtype=torch.bool, device=device).tril()
-        own = torch.eye(self.end, dtype=torch.bool, device=device)  # padding sees itself
+        own = torch.eye(self.end, dtype=torch.bool, device=device)  # padding attends to itself
         return (causal & self.real[:, None] | own)[:, None]
 
 
@@ -100,17 +100,17 @@ class MLP(nn.Module):
 
 
 class DecoderBlock(nn.Module, ABC):
-    """A block: attention, then what each token does by itself."""
+    """A block: attention, then the part that is computed for each token alone."""
 
     self_attn: Attention
 
     @abstractmethod
     def attention_input(self, h: Tensor) -> Tensor:
-        """What the attention projects its queries, keys and values from."""
+        """The states from which queries, keys and values are projected."""
 
     @abstractmethod
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block, token by token: (..., D) and (..., H * Dh) -> (..., D)."""
+        """The rest of the block, for each token alone: (..., D), (..., H * Dh) -> (..., D)."""
 
     def forward(
         self,
@@ -120,7 +120,7 @@ class DecoderBlock(nn.Module, ABC):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The next state; tokens not ``active`` keep theirs, and the others see it."""
+        """The next states; tokens not ``active`` keep theirs, and the others attend to it."""
         attended = self.self_attn(self.attention_input(h), layer, context, step)
         if active is None:
             return self.after_attention(h, attended)
@@ -145,7 +145,7 @@ class PreNormBlock(DecoderBlock):
         return normalised
 
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Add to the state; the MLP reads it normalised."""
+        """Add attention and MLP to the state; the MLP reads the normalised state."""
         h = h + self.self_attn.o_proj(attended)
         out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
         return out
@@ -162,11 +162,11 @@ class PostNormBlock(DecoderBlock):
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def attention_input(self, h: Tensor) -> Tensor:
-        """The state as it is."""
+        """The state itself."""
         return h
 
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Add to the state, normalising each sum."""
+        """Add attention and MLP to the state; each sum is normalised."""
         h = self.post_attention_layernorm(h + self.self_attn.o_proj(attended))
         out: Tensor = self.post_feedforward_layernorm(h + self.mlp(h))
         return out

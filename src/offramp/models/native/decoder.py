@@ -43,7 +43,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The native early-exit decoder; implements the waist (base.py).
+    """The native early-exit decoder; it implements ``EarlyExitModel`` (base.py).
 
     Parameters are drawn as in the seed document: embedding normal with std 0.02, every linear
     weight normal with std 1/sqrt(hidden_size), both truncated to [-2, 2].
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
                 adapter.add_nothing()
 
     def start_exits(self) -> None:
-        """Let the exits say what the final norm and head would, whatever they said."""
+        """Reset the exits so that they predict what the final norm and head would."""
         for head in self.exits.values():
             head.to_empty(device=self.device)
             cast(ExitHead, head).start_from(self.model.norm, self.lm_head)
@@ -110,12 +110,12 @@ class Transformer(nn.Module):
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """Where a policy may stop: ascending, the last one is ``num_layers``."""
+        """The exit layers, ascending; the last one is ``num_layers``."""
         return self.config.exit_layers
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.lm_head.weight.device
 
     @property
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The longest sequence."""
+        """Length of the longest sequence, in tokens."""
         return self.config.max_position_embeddings
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         return cast(DecoderBlock, self.model.layers[layer])
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for this model, of its dtype and on its device."""
+        """An empty cache for this model, in its precision and on its device."""
         weight = self.lm_head.weight
         assert self.config.num_key_value_heads is not None
         assert self.config.head_dim is not None
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
         )
 
     def compile_blocks(self) -> None:
-        """Compile each block where it stands; parameter names stay what they are."""
+        """Compile each block in place; the names of the parameters do not change."""
         for block in self.model.layers:
             block.compile()
 
@@ -238,14 +238,14 @@ class Transformer(nn.Module):
         return context
 
     def _end(self, step: Step) -> int:
-        """Keys stand at positions 0 .. end - 1."""
+        """One more than the largest position of a key."""
         end: int | None = step.memo.get(self)
         if end is None:
             end = step.memo[self] = self._checked_end(step)
         return end
 
     def _places(self, step: Step) -> dict[str, Any]:
-        """What the fast path is told of the positions."""
+        """What the fast steps need to know of the positions."""
         return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
 
     def _checked_end(self, step: Step) -> int:

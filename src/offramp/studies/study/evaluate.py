@@ -210,5 +210,5 @@ def _end(trace: ExitTrace, measure: str, cost: ModelCost, exit_index: int) -> Fr
     here = np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)
     here[exit_index] = True
     asked = [False] * (len(trace.exit_layers) - 1)
-    costs = cost.flops_pct_by_exit(measure, asked=asked)
+    costs = cost.flops_pct_by_exit(measure, evaluated=asked)
     return traced(trace, [here], [-math.inf if exit_index == 0 else math.inf], [costs])

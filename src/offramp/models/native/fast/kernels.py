@@ -1,7 +1,7 @@
 """Products and attention of a few tokens by the compiled kernels, where they were built.
 
 ``_few_tokens.c`` is compiled when offramp is installed, if there is a C compiler with OpenMP.
-Where there was none, ``fast_step.py`` does the same with PyTorch alone, more slowly.
+Without it, ``steps.py`` computes the same with PyTorch alone, more slowly.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ except ImportError:
     _compiled = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of weights and of the cache."""
+"""Precisions of weights and of the cache that the kernels read."""
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
 _AS_IT_IS, _NORMALISED, _GATED = range(3)
 
@@ -44,7 +44,7 @@ def linear(
     gated: bool = False,
     residual: Float[Tensor, "N O"] | None = None,
 ) -> Float[Tensor, "N O"]:
-    """f(x) weight^T + residual, float32; what a token gets does not depend on the others.
+    """f(x) weight^T + residual, float32; the result for a token does not depend on the others.
 
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
     half times the second.
@@ -85,7 +85,7 @@ def linear(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """What all blocks of a model have in common."""
+    """The sizes that all blocks of a model share."""
 
     hidden: int
     heads: int
@@ -93,15 +93,15 @@ class BlockShape:
     "Hidden units of the SwiGLU."
     eps: float
     post: bool
-    "Norms stand after the sublayers."
+    "Whether the norms are after the sublayers."
 
 
 class KernelCache:
     """A cache and its rotations as the kernels read them: checked once, used for every token.
 
-    ``keys`` and ``values`` are the caches of all blocks and ``lengths`` counts the positions that
-    are written, in each block and row; ``cos`` and ``sin`` (whose first half is negated) rotate
-    at each position.
+    ``keys`` and ``values`` are the caches of all blocks, and ``lengths`` counts the positions that
+    are written, for each block and row. ``cos`` and ``sin`` (whose first half is negated) are the
+    rotations at each position.
     """
 
     def __init__(
@@ -131,18 +131,18 @@ class KernelCache:
         self._threads, self._scores = 0, torch.empty(0)
 
     def holds(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether these are the tensors that it was made of."""
+        """Whether it was made from these tensors."""
         return all(mine is theirs for mine, theirs in zip(self._held, tensors, strict=True))
 
     def scores(self, threads: int) -> int:
-        """The address of room for the scores of so many threads."""
+        """The address of a buffer for the attention scores of this many threads."""
         if self._threads < threads:
             self._threads, self._scores = threads, torch.empty(threads, self.capacity + _LANES)
         return self._scores.data_ptr()
 
 
 class CachedTokens:
-    """Some tokens and where they stand in a cache: ``slots`` are their positions in their rows."""
+    """Some tokens and their places in a cache: ``slots`` are their positions in their rows."""
 
     def __init__(
         self, cache: KernelCache, *, slots: Int[Tensor, " N"], rows: Int[Tensor, " N"]
@@ -168,9 +168,9 @@ class CachedTokens:
     ) -> Float[Tensor, "N D"]:
         """Blocks start+1 .. stop; float32, rounded to the weights' precision after each.
 
-        ``weights`` are the addresses of each block's fused queries, keys and values, output,
-        fused gate and up, down and two norms, all of the cache's precision. The first ``kept``
-        tokens keep their state: only their keys and values are made.
+        ``weights`` are the addresses of each block's fused queries, keys and values, its output,
+        fused gate and up, down and two norms, all in the cache's precision. The first ``kept``
+        tokens keep their state: only their keys and values are computed.
         """
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         assert x.shape == (self.tokens, shape.hidden)
@@ -216,8 +216,8 @@ class CachedTokens:
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Turn queries, keys and values (N, (H + 2 H_kv) Dh) into attended values (N, H Dh).
 
-        Stores the keys and values of a layer (from 0) and attends to every slot up to a token's.
-        Without queries (H = 0) it stores only.
+        Stores the keys and values of a layer (from 0) and attends to every slot up to the token's
+        own. Without queries (H = 0) it only stores.
         """
         cache = self._cache
         heads = qkv.shape[1] // cache.size - 2 * cache.kv_heads

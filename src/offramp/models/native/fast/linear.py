@@ -1,10 +1,10 @@
-"""Linear maps of a few rows, in the form in which the weights are read fastest.
+"""Linear maps of a few rows, in the form that reads the weights fastest.
 
-Decoding reads every weight once for a handful of tokens, so it can be as fast as the memory. On
-a CPU the usual form, a product of a vector and a matrix, is far from it: MKL's reads a matrix
-that is not in the cache at half the memory's speed, and oneDNN's bfloat16 kernels are slower
-still. Written the other way round, weight (O, I) times columns (I, N), MKL's float32 product for
-few columns is near the memory's speed, but it wants two columns at least.
+Decoding reads every weight once for a few tokens, so memory bandwidth is its limit. On a CPU the
+usual form, a product of a vector and a matrix, stays far below it: MKL reads a matrix that is not
+in the cache at half the bandwidth, and the bfloat16 kernels of oneDNN are slower still. In the
+other order, weight (O, I) times columns (I, N), the float32 product of MKL for few columns comes
+near the bandwidth, but it needs at least two columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FEW = 4
-"Most columns for which the form for few pays."
+"Largest number of columns for which this order is faster."
 _LARGE = 1 << 25
-"Bytes of weights that no cache holds from one token to the next."
+"Bytes of weights that are too many for the processor's cache."
 
 
 def few_columns_pay(weights: Tensor, total_bytes: int) -> bool:
@@ -34,10 +34,10 @@ def few_columns_pay(weights: Tensor, total_bytes: int) -> bool:
 def fast_linear(
     x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"], *, few_columns: bool
 ) -> Float[Tensor, "N O"]:
-    """x weight^T; ``few_columns``: see ``few_columns_pay``. The result may have any strides.
+    """x weight^T. ``few_columns`` is what ``few_columns_pay`` said; the strides are not specified.
 
-    Two and three columns are multiplied alike, bit for bit, so a token's state does not depend
-    on how many are decoded at once.
+    Two and three columns give the same bits, so a token's state does not depend on how many
+    tokens are decoded at once.
     """
     rows = len(x)
     if not few_columns or rows > FEW:
@@ -48,9 +48,9 @@ def fast_linear(
 
 @contextmanager
 def native_bfloat16(x: Tensor, rows: int) -> Iterator[None]:
-    """Inside, bfloat16 products of one or two rows run on PyTorch's own CPU kernels.
+    """Within it, bfloat16 products of one or two rows run on PyTorch's own CPU kernels.
 
-    They are two to three times as fast as oneDNN's for so few, except with Intel's AMX.
+    For so few rows they are two to three times as fast as those of oneDNN, except with Intel AMX.
     """
     slow = (
         x.dtype == torch.bfloat16
@@ -70,9 +70,9 @@ def native_bfloat16(x: Tensor, rows: int) -> Iterator[None]:
 
 
 def fuse(linears: Sequence[nn.Linear]) -> Float[Tensor, "O I"]:
-    """One weight for several linear maps of the same input; theirs become its parts.
+    """One weight for several linear maps of the same input, whose own weights become its parts.
 
-    So nothing is stored twice, and what changes one in place changes the other.
+    Nothing is stored twice, and a change in place of one is a change of the other.
     """
     with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
         whole = torch.cat([linear.weight.data for linear in linears])

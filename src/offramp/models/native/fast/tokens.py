@@ -1,4 +1,4 @@
-"""What the blocks of one call for a few tokens share: see fast_step.py."""
+"""What the blocks of one call for a few tokens share: see steps.py."""
 
 from functools import cached_property
 
@@ -16,7 +16,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 def _span(rows: Int[Tensor, " B"]) -> tuple[int, int]:
-    """The first of them, and one more than the last."""
+    """The smallest row, and one more than the largest."""
     numbers = rows.tolist()
     return min(numbers), max(numbers) + 1
 
@@ -52,7 +52,7 @@ class Call:
 
     @cached_property
     def rows(self) -> Int[Tensor, " B"]:
-        """Of the cache, one for each row of the call."""
+        """The row of the cache for each row of the call."""
         return torch.arange(self.batch) if self.chosen is None else self.chosen
 
     @cached_property
@@ -63,7 +63,7 @@ class Call:
         return cos, sin
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without its last product; writes the keys and values."""
+        """Attention without the output projection; writes the keys and values."""
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
         groups = heads.shape[1] // self.kv_heads - 2
         turned = self._turned(heads[:, : -self.kv_heads])
@@ -98,7 +98,7 @@ class Call:
     _added: Tensor | None = None
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (N, H_kv, Dh) of each; returns (B, H_kv, S, Dh), all that the tokens may see."""
+        """Write keys and values (N, H_kv, Dh); return what the tokens read, (B, H_kv, S, Dh)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.one:
             for store, new in ((keys[0], k), (values[0], v)):
@@ -112,7 +112,7 @@ class Call:
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def note_lengths(self, start: int, stop: int) -> None:
-        """The cache holds these positions now."""
+        """Set the lengths of the cache: it holds these positions now."""
         lengths = self.cache.lengths[start:stop]
         if self.one:
             lengths.clamp_(min=self.end)
@@ -122,7 +122,7 @@ class Call:
 
 
 class KernelCall(Call):
-    """The same by the compiled kernels, which can also run blocks whole."""
+    """``Call`` by the compiled kernels, which can also run whole blocks."""
 
     @cached_property
     def _at(self) -> kernels.CachedTokens:
@@ -135,7 +135,7 @@ class KernelCall(Call):
 
     @property
     def _cache(self) -> kernels.KernelCache:
-        """The cache as the kernels read it: the same for every token, while its tensors are."""
+        """The cache as the kernels read it, kept while its tensors stay the same."""
         tensors = (self.cache.keys, self.cache.values, self.cache.lengths, *self.tables)
         kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
         if kept is None or not kept.holds(tensors):
@@ -156,7 +156,7 @@ class KernelCall(Call):
         return self._at.blocks(x, weights, shape, start, stop, kept=kept)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without its last product; writes the keys and values."""
+        """Attention without the output projection; writes the keys and values."""
         return self._at.attend(qkv, layer)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
@@ -164,4 +164,4 @@ class KernelCall(Call):
         self.attend(kv, layer)
 
     def note_lengths(self, start: int, stop: int) -> None:
-        """The kernels did."""
+        """Nothing: the kernels set them."""
