@@ -118,7 +118,7 @@ def test_seeds_must_be_positive(offramp, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_is_readable_and_goes_on(offramp, tmp_path, number, code):
-    out = tmp_path / "model"
+    out = tmp_path / "a model"
     arguments = ["train", "--corpus", "pangram", "--layers", "2", "--dim", "16", "--heads", "2"]
     arguments += ["--steps", "1000000", "--eval-every", "5", "--seq-len", "16"]
     process = subprocess.Popen(
@@ -133,7 +133,7 @@ def test_a_stopped_run_is_readable_and_goes_on(offramp, tmp_path, number, code):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in stderr
-    assert f"--resume {out} goes on" in stderr
+    assert f"Resume with: offramp train --resume '{out}'\n" in stderr
     load_checkpoint(out)
     swept = offramp("sweep", out, "--corpus", "pangram")
     assert swept.returncode == 0

@@ -1,66 +1,30 @@
-"""What the commands share: the app, how it reads values, and how it speaks."""
+"""What the commands share: common flags, how the model is opened, and how they speak.
+
+Imports no PyTorch.
+"""
 
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import cyclopts
-import torch
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.thresholds import StoredThresholds
-from offramp.cli.config_file import read_config_file
+from offramp.cli.app import is_first_process
+from offramp.cli.interrupts import work_begins
 from offramp.errors import CheckpointError, ConfigError
-from offramp.models.model_files import find_model
-from offramp.models.open import OpenedModel, open_model
-from offramp.version import __version__
+
+if TYPE_CHECKING:
+    from offramp.models.open import OpenedModel
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FLAGS = {  # a config's field: its flag, where they differ
-    "hidden_size": "dim",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv-heads",
-    "intermediate_size": "hidden",
-    "exit_layers": "exits",
-    "max_position_embeddings": "max-length",
-}
-
-
-def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
-    """Cyclopts' own conversion, with a list written as one word: 2,4."""
-    for token in tokens if type_ in (int, int | None) else ():
-        if not re.fullmatch(r"\s*[+-]?[0-9_]+\s*", token.value):
-            raise cyclopts.CoercionError(token=token, target_type=int)
-    if any(
-        get_origin(part) is tuple for part in (type_, *get_args(type_))
-    ):  # a list, or perhaps none
-        tokens = [
-            token.evolve(value=part.strip()) for token in tokens for part in token.value.split(",")
-        ]
-    return cyclopts.convert(type_, tokens)
-
-
-app = App(
-    name="offramp",
-    help="Early-exit Transformer language models: train exits and measure them.",
-    version=__version__,
-    config=read_config_file,
-    default_parameter=Parameter(
-        converter=_convert,
-        negative_iterable=(),
-        name_transform=lambda field: FLAGS.get(field, cyclopts.default_name_transform(field)),
-        parse=re.compile(r"^(?!vocab_size$)"),  # the tokenizer sets it
-    ),
-)
-console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(stderr=True, quiet=not is_first_process())
 
 Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, Parameter(help="Threads of PyTorch (default: PyTorch's own).")]
@@ -68,7 +32,9 @@ Dtype = Literal["float32", "float64", "bfloat16"]
 
 
 def use(device: str, threads: int | None) -> None:
-    """Check that the device is there, and set the threads."""
+    """Check that the device is there, and set the threads; the command's work begins after it."""
+    import torch
+
     try:
         torch.zeros(1, device=device).item()
         if torch.device(device).type == "cpu" and torch.device(device).index:
@@ -79,6 +45,7 @@ def use(device: str, threads: int | None) -> None:
         if threads < 1:
             raise ConfigError(f"threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+    work_begins()
 
 
 def open_for(
@@ -87,8 +54,13 @@ def open_for(
     device: str,
     dtype: str | None,
     stored: StoredThresholds | Certificate | None = None,
-) -> OpenedModel:
+) -> "OpenedModel":
     """Open a command's model once; a file of thresholds for another model is refused first."""
+    import torch
+
+    from offramp.models.model_files import find_model
+    from offramp.models.open import open_model
+
     files = find_model(name)
     if stored is not None:
         stored.require_model(files.sha256)

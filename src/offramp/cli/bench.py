@@ -9,7 +9,6 @@ from offramp.cli.base import (
     Device,
     Dtype,
     Threads,
-    app,
     check_out_file,
     console,
     open_for,
@@ -18,13 +17,9 @@ from offramp.cli.base import (
     use,
 )
 from offramp.commands.bench.config import BenchConfig
-from offramp.commands.bench.run import run_bench
 from offramp.files import write_json
-from offramp.report.bench import bench_table, bench_verdict
-from offramp.report.progress import bars
 
 
-@app.command
 def bench(
     model: Path,
     config: Annotated[BenchConfig | None, Parameter(name="*")] = None,
@@ -50,6 +45,10 @@ def bench(
     dtype
         Precision of the model.
     """
+    from offramp.commands.bench.run import run_bench
+    from offramp.report.bench import bench_table, bench_verdict
+    from offramp.report.progress import bars
+
     use(device, threads)
     check_out_file(out)
     with bars(console) as drawn:

@@ -10,7 +10,6 @@ from offramp.cli.base import (
     Device,
     Dtype,
     Threads,
-    app,
     check_out_file,
     console,
     open_for,
@@ -19,16 +18,10 @@ from offramp.cli.base import (
     use,
 )
 from offramp.cli.confidence import warn
-from offramp.commands.calibrate import certify, keep_compute_budget
-from offramp.commands.calibrate import check as run_check
 from offramp.errors import ConfigError
 from offramp.files import write_json
-from offramp.report.confidence import certificate_table, drift_sentence
-from offramp.report.progress import bars
-from offramp.report.sweep import sweep_table
 
 
-@app.command
 def calibrate(
     model: Path,
     *,
@@ -75,7 +68,6 @@ def calibrate(
     dtype
         Precision of the model.
     """
-    use(device, threads)
     check_out_file(out)
     asked: dict[str, Any] = {"risk": risk, "epsilon": epsilon, "delta": delta, "method": method}
     promise = {name: value for name, value in asked.items() if value is not None}
@@ -85,6 +77,16 @@ def calibrate(
         raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
     if check is not None and confidence is not None:
         raise ConfigError("confidence: expected none with --check, since the certificate names it")
+    kept = Promise(**promise) if check is None else Promise()
+    checked = None if check is None else Certificate.load(check)
+
+    from offramp.commands.calibrate import certify, keep_compute_budget
+    from offramp.commands.calibrate import check as run_check
+    from offramp.report.confidence import certificate_table, drift_sentence
+    from offramp.report.progress import bars
+    from offramp.report.sweep import sweep_table
+
+    use(device, threads)
     with bars(console) as drawn:
         common: dict[str, Any] = {
             "on_tokens": lambda done, total: drawn.show(
@@ -92,8 +94,6 @@ def calibrate(
             ),
         }
         measure = confidence or "max_prob"
-        kept = Promise(**promise) if check is None else Promise()
-        checked = None if check is None else Certificate.load(check)
         opened = open_for(model, device=device, dtype=dtype, stored=checked)
         if checked is not None:
             level = DEFAULT_DELTA if delta is None else delta

@@ -6,7 +6,6 @@ from offramp.cli.base import (
     Device,
     Dtype,
     Threads,
-    app,
     check_out_file,
     console,
     open_for,
@@ -14,14 +13,9 @@ from offramp.cli.base import (
     say,
     use,
 )
-from offramp.commands.confidence import fit as fit_exits
-from offramp.commands.confidence import measure_confidence
 from offramp.files import write_json
-from offramp.report.confidence import confidence_table, frontier_table, save_confidence_png
-from offramp.report.progress import bars
 
 
-@app.command
 def confidence(
     model: Path,
     *,
@@ -53,6 +47,11 @@ def confidence(
     dtype
         Precision of the model.
     """
+    from offramp.commands.confidence import fit as fit_exits
+    from offramp.commands.confidence import measure_confidence
+    from offramp.report.confidence import confidence_table, frontier_table, save_confidence_png
+    from offramp.report.progress import bars
+
     use(device, threads)
     check_out_file(out)
     opened = open_for(model, device=device, dtype="float32" if fit else dtype)

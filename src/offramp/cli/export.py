@@ -5,11 +5,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import app, say
-from offramp.commands.export import export_exit
+from offramp.cli.base import say
+from offramp.cli.interrupts import work_begins
 
 
-@app.command
 def export(
     model_dir: str, *, exit_layer: Annotated[int, Parameter(name="--exit")], out: Path
 ) -> None:
@@ -25,5 +24,8 @@ def export(
     out
         Folder for the checkpoint.
     """
+    from offramp.commands.export import export_exit
+
+    work_begins()
     export_exit(model_dir, exit_layer, out)
     say(f"{out} holds the first {exit_layer} layers, which AutoModelForCausalLM can load.")

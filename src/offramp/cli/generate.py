@@ -3,26 +3,25 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.text import Text
 
 from offramp.calibration.thresholds import load_thresholds
-from offramp.cli.base import Device, Dtype, Threads, app, open_for, output, say, use
-from offramp.commands.generate import generate as run_generate
-from offramp.commands.generate import token_id, with_thresholds
+from offramp.cli.base import Device, Dtype, Threads, open_for, output, say, use
 from offramp.errors import ConfigError
 from offramp.generation.config import GenerateConfig, MissingKV, SamplingConfig
-from offramp.generation.generate import Generation
-from offramp.generation.rows import Token
-from offramp.models.open import OpenedModel
+
+if TYPE_CHECKING:
+    from offramp.generation.generate import Generation
+    from offramp.generation.rows import Token
+    from offramp.models.open import OpenedModel
 
 GREEDY = SamplingConfig()
 SHALLOW, DEEP = (70, 170, 240), (240, 150, 60)
 
 
-@app.command
 def generate(
     model: Path,
     prompt: str,
@@ -90,7 +89,6 @@ def generate(
     dtype
         Precision of the model (default: that of its file).
     """
-    use(device, threads)
     given: dict[str, Any] = {"confidence": confidence, "speculative": speculative}
     given |= {
         "max_new_tokens": max_new_tokens,
@@ -108,6 +106,12 @@ def generate(
         if threshold is not None:
             raise ConfigError("threshold: expected none with --certificate, which has its own")
         stored = load_thresholds(certificate)
+
+    from offramp.commands.generate import generate as run_generate
+    from offramp.commands.generate import token_id, with_thresholds
+
+    use(device, threads)
+    if stored is not None:
         config = with_thresholds(config, stored, missing_kv=missing_kv)
     loaded = open_for(model, device=device, dtype=dtype, stored=stored)
     stops = tuple(token_id(loaded.tokenizer, written) for written in stop_token or ())
@@ -142,14 +146,14 @@ def _threshold(written: str) -> float | tuple[float, ...]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _coloured(token: Token, loaded: OpenedModel) -> Text:
+def _coloured(token: "Token", loaded: "OpenedModel") -> Text:
     share = (token.exit_layer - 1) / max(1, loaded.model.num_layers - 1)
     mixed = [round(a + share * (b - a)) for a, b in zip(SHALLOW, DEEP, strict=True)]
     early = token.exit_layer < loaded.model.num_layers
     return Text(token.text, style=f"rgb({mixed[0]},{mixed[1]},{mixed[2]})" if early else "")
 
 
-def _content(generation: Generation, rate: float | None) -> dict[str, Any]:
+def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
     completion = generation.completion
     return {
         "text": completion.text,
@@ -164,7 +168,7 @@ def _content(generation: Generation, rate: float | None) -> dict[str, Any]:
 
 
 def _say_summary(
-    generation: Generation, loaded: OpenedModel, *, rate: float | None, prefill: float
+    generation: "Generation", loaded: "OpenedModel", *, rate: float | None, prefill: float
 ) -> None:
     parts = [f"{len(generation.completion.tokens)} tokens"]
     if rate is not None:

@@ -8,7 +8,6 @@ from offramp.cli.base import (
     Device,
     Dtype,
     Threads,
-    app,
     check_out_file,
     console,
     open_for,
@@ -16,13 +15,9 @@ from offramp.cli.base import (
     use,
 )
 from offramp.cli.confidence import warn
-from offramp.commands.probe import probe as run_probe
 from offramp.files import write_json
-from offramp.report.probe import probe_table
-from offramp.report.progress import bars
 
 
-@app.command
 def probe(
     model: Path,
     *,
@@ -50,6 +45,10 @@ def probe(
     dtype
         Precision of the model.
     """
+    from offramp.commands.probe import probe as run_probe
+    from offramp.report.probe import probe_table
+    from offramp.report.progress import bars
+
     use(device, threads)
     check_out_file(out)
     with bars(console) as drawn:

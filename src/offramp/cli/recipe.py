@@ -3,26 +3,25 @@
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import FLAGS, app, console, output, say
+from offramp.cli.app import FLAGS
+from offramp.cli.base import console, output, say
 from offramp.cli.config_file import write_config_file
+from offramp.cli.interrupts import work_begins
 from offramp.cli.study import StudyBars, Where, say_answers
 from offramp.models.native.config import DecoderConfig
-from offramp.report.progress import bars
-from offramp.report.study import frontier_table, search_table
-from offramp.report.tables import terminal_table
 from offramp.studies.study.config import RecipeConfig
-from offramp.studies.study.recipe import find_recipe
-from offramp.studies.study.run import StudyRun
 from offramp.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from offramp.studies.study.run import StudyRun
 
 FILE = "recipe.toml"
 
 
-@app.command
 def recipe(
     config: Annotated[RecipeConfig, Parameter(name="*")],
     *,
@@ -40,7 +39,13 @@ def recipe(
         Folder for recipe.toml (for offramp train --config), study.json, the report and the runs;
         the same command goes on with a search that was stopped.
     """
+    from offramp.report.progress import bars
+    from offramp.report.study import frontier_table, search_table
+    from offramp.report.tables import terminal_table
+    from offramp.studies.study.recipe import find_recipe
+
     workers = (where or Where()).workers(out)
+    work_begins()
     with bars(console) as drawn:
         run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
@@ -49,7 +54,7 @@ def recipe(
     say_answers(content)
     toml = (out / FILE).read_text(encoding="utf-8")
     output().print(toml, highlight=False, markup=False, soft_wrap=True)
-    anew = f"offramp train --config {out / FILE} --out MODEL"
+    anew = f"offramp train --config {quote(str(out / FILE))} --out MODEL"
     if run.specialise is not None:
         anew += (
             f", then offramp specialise MODEL --corpus {quote(config.corpus)} --compute-budget "
@@ -61,7 +66,7 @@ def recipe(
     )
 
 
-def flags_of(run: StudyRun, config: RecipeConfig) -> dict[str, object]:
+def flags_of(run: "StudyRun", config: RecipeConfig) -> dict[str, object]:
     """The flags of ``offramp train`` for the recipe's model and training, defaults left out.
 
     ``train`` splits the corpus its own way: the run that the report is about is in the runs.

@@ -4,20 +4,19 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import Device, app, console, new_folder, output, say, use
+from offramp.cli.base import Device, console, new_folder, output, say, use
 from offramp.errors import ConfigError
-from offramp.report.progress import Bars, bars
-from offramp.report.tables import rich_tables
 from offramp.studies.reproduce.config import ReproduceConfig
-from offramp.studies.reproduce.study import reproduce as run_reproduction
-from offramp.studies.runs import RunProgress
+
+if TYPE_CHECKING:
+    from offramp.report.progress import Bars
+    from offramp.studies.runs import RunProgress
 
 
-@app.command
 def reproduce(
     config: Annotated[ReproduceConfig | None, Parameter(name="*")] = None,
     *,
@@ -36,9 +35,13 @@ def reproduce(
         Processes that train at a time (default: one a core).
     """
     config = config or ReproduceConfig()
-    use(device, threads)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    from offramp.report.progress import bars
+    from offramp.report.tables import rich_tables
+    from offramp.studies.reproduce.study import reproduce as run_reproduction
+
+    use(device, threads)
     out = out or new_folder(Path("runs"), "reproduce")
     with bars(console) as drawn:
         watcher = ReproductionBars(drawn, out)
@@ -55,8 +58,8 @@ def reproduce(
         except KeyboardInterrupt:
             say(
                 f"Stopped. The finished runs ({watcher.done} of {watcher.total} on "
-                f"{watcher.corpus}) are kept in {out}; the same command with --out {out} "
-                "goes on with the rest."
+                f"{watcher.corpus}) are kept in {out}. The same command with "
+                f"--out {shlex.quote(str(out))} does the rest."
             )
             raise
     for table in rich_tables(results):
@@ -67,7 +70,7 @@ def reproduce(
 class ReproductionBars:
     """One bar for the corpus, and one for each run under way."""
 
-    def __init__(self, drawn: Bars, out: Path) -> None:
+    def __init__(self, drawn: "Bars", out: Path) -> None:
         self.drawn, self.out = drawn, out
         self.corpus, self.total, self.done = "", 0, 0
 
@@ -78,7 +81,7 @@ class ReproductionBars:
         self.corpus, self.total, self.done = name, total, 0
         self.drawn.show(name, done=0, total=total, text="runs")
 
-    def on_progress(self, progress: RunProgress) -> None:
+    def on_progress(self, progress: "RunProgress") -> None:
         """A run goes on."""
         text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
         name = f"  {progress.name}"

@@ -1,17 +1,15 @@
 """offramp specialise."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from offramp.calibration.specialise_config import SpecialiseConfig
-from offramp.cli.base import Device, Threads, app, open_for, output, say, use
-from offramp.commands.specialise import specialise as run_specialise
+from offramp.cli.base import Device, Threads, open_for, output, say, use
 
 
-@app.command
 def specialise(
     model: Path,
     *,
@@ -35,6 +33,10 @@ def specialise(
     out
         Folder for the new model.
     """
+    from rich.table import Table
+
+    from offramp.commands.specialise import specialise as run_specialise
+
     use(device, threads)
     found = run_specialise(
         open_for(model, device=device, dtype=None),
@@ -50,4 +52,7 @@ def specialise(
         ppl = (f"{found[when][layer]:.3f}" for when in ("before", "after"))
         table.add_row(str(layer), f"{100 * share:.1f}%", *ppl)
     output().print(table)
-    say(f"{out} holds the model; offramp confidence {out} --corpus OTHER says what it is worth.")
+    say(
+        f"{out} holds the model. Measure it on other text with: "
+        f"offramp confidence {quote(str(out))} --corpus OTHER"
+    )

@@ -4,16 +4,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from offramp.cli.base import app, console, output, say
+from offramp.cli.base import console, output, say
+from offramp.cli.interrupts import work_begins
 from offramp.errors import ConfigError
-from offramp.report.progress import Bars, bars
-from offramp.studies.runs import RunProgress
 from offramp.studies.study.config import StudyConfig
-from offramp.studies.study.study import Workers, run_study, study_named
+
+if TYPE_CHECKING:
+    from offramp.report.progress import Bars
+    from offramp.studies.runs import RunProgress
+    from offramp.studies.study.study import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +32,17 @@ class Where:
     threads: int = 1
     "Threads of each process."
 
-    def workers(self, out: Path) -> Workers:
-        """As many processes as there are cores for, unless told; or a cluster."""
+    def __post_init__(self) -> None:
         if self.jobs is not None and self.ray is not None:
             raise ConfigError("ray: expected --jobs or --ray, got both")
         for name, value in (("jobs", self.jobs), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {value}")
+
+    def workers(self, out: Path) -> "Workers":
+        """As many processes as there are cores for, unless told; or a cluster."""
+        from offramp.studies.study.study import Workers
+
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         return Workers(
@@ -46,7 +53,6 @@ class Where:
         )
 
 
-@app.command
 def study(
     name: str,
     config: Annotated[StudyConfig, Parameter(name="*")],
@@ -64,7 +70,11 @@ def study(
         Folder for study.json, the tables, the plots and the runs; the same command goes on with
         a study that was stopped.
     """
+    from offramp.report.progress import bars
+    from offramp.studies.study.study import run_study, study_named
+
     workers = (where or Where()).workers(out)
+    work_begins()
     with bars(console) as drawn:
         content = run_study(
             study_named(name), config, out, watcher=StudyBars(drawn), workers=workers
@@ -83,7 +93,7 @@ def say_answers(content: Mapping[str, Any]) -> None:
 class StudyBars:
     """One bar for the study, and one for each run under way."""
 
-    def __init__(self, drawn: Bars) -> None:
+    def __init__(self, drawn: "Bars") -> None:
         self.drawn, self.name = drawn, ""
         self.total, self.done = 0, 0
 
@@ -93,7 +103,7 @@ class StudyBars:
         self.name, self.total, self.done = name, total, 0
         self.drawn.show(name, done=0, total=total, text="runs")
 
-    def on_progress(self, progress: RunProgress) -> None:
+    def on_progress(self, progress: "RunProgress") -> None:
         """A run goes on."""
         text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
         self.drawn.show(

@@ -1,7 +1,7 @@
 """offramp sweep."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -10,7 +10,6 @@ from offramp.cli.base import (
     Device,
     Dtype,
     Threads,
-    app,
     check_out_file,
     console,
     open_for,
@@ -18,15 +17,13 @@ from offramp.cli.base import (
     use,
 )
 from offramp.cli.confidence import warn
-from offramp.commands.sweep import sweep as run_sweep
 from offramp.errors import ConfigError
-from offramp.evaluation.sweep import Threshold
 from offramp.files import write_json
-from offramp.report.progress import bars
-from offramp.report.sweep import sweep_table
+
+if TYPE_CHECKING:
+    from offramp.evaluation.sweep import Threshold
 
 
-@app.command
 def sweep(
     model_dir: Path,
     *,
@@ -62,13 +59,18 @@ def sweep(
     dtype
         Precision of the model.
     """
-    use(device, threads)
     if certificate is not None and (thresholds is not None or confidence is not None):
         name = "thresholds" if thresholds is not None else "confidence"
         raise ConfigError(f"{name}: expected none with --certificate, which has its own")
     parsed = None if thresholds is None else parse_thresholds(thresholds)
     check_out_file(out)
     stored = None if certificate is None else load_thresholds(certificate)
+
+    from offramp.commands.sweep import sweep as run_sweep
+    from offramp.report.progress import bars
+    from offramp.report.sweep import sweep_table
+
+    use(device, threads)
     opened = open_for(model_dir, device=device, dtype=dtype, stored=stored)
     with bars(console) as drawn:
         content = run_sweep(
@@ -87,7 +89,7 @@ def sweep(
     warn(model_dir, corpus, content)
 
 
-def parse_thresholds(text: str) -> list[Threshold]:
+def parse_thresholds(text: str) -> list["Threshold"]:
     """Thresholds from their written form; 0.9:0.8 is one for each exit but the last."""
     try:
         numbers = [[float(number) for number in part.split(":")] for part in text.split(",")]

@@ -2,23 +2,23 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import Device, Threads, app, console, say, stop_on_signals, use
-from offramp.commands.train import TrainRun, resume_run, start_run
-from offramp.commands.train import Watcher as TrainWatcher
+from offramp.cli.base import Device, Threads, console, say, stop_on_signals, use
 from offramp.errors import ConfigError
 from offramp.models.native.config import DecoderConfig
-from offramp.report.progress import bars
 from offramp.training.config import TrackerName, TrainConfig
-from offramp.training.distributed import local_device
-from offramp.training.loop import Progress, Validation
+
+if TYPE_CHECKING:
+    from offramp.commands.train import Watcher
+    from offramp.report.progress import Bars
 
 
-@app.command
 def train(
     *,
     corpus: str | None = None,
@@ -49,38 +49,25 @@ def train(
     tracker
         Where to log losses and validations: tensorboard (default; in OUT/logs), wandb or none.
     """
+    if resume and (corpus or out or tokenizer or model or training or config or tracker):
+        raise ConfigError(
+            "resume: expected no other flag of the run, which keeps its own, got some"
+        )
+    folder = resume or out
+    if folder is None or (corpus is None and not resume):
+        raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+
+    from offramp.commands.train import TrainRun, resume_run, start_run
+    from offramp.report.progress import bars
+    from offramp.training.distributed import local_device
+
     device = local_device(device)
     use(device, threads)
     with bars(console) as drawn, stop_on_signals() as stopped:
-
-        def on_step(progress: Progress) -> None:
-            if progress.step % 10 == 0 or progress.step == progress.total_steps:
-                ppl = progress.losses[max(progress.losses)].exp()
-                text = f"loss {progress.loss:.3f}  PPL {ppl:.2f}"
-                drawn.show("train", done=progress.step, total=progress.total_steps, text=text)
-
-        def on_validation(validation: Validation) -> None:
-            exits = "  ".join(f"{layer}: {ppl:.3f}" for layer, ppl in validation.exit_ppl.items())
-            best = "  (best)" if validation.is_best else ""
-            say(f"step {validation.step}  validation PPL by layer  {exits}{best}")
-
-        watcher = TrainWatcher(
-            on_step=on_step,
-            on_validation=on_validation,
-            on_damaged=say,
-            should_stop=lambda: stopped() is not None,
-        )
-        if resume:
-            if corpus or out or tokenizer or model or training or config or tracker:
-                raise ConfigError(
-                    "resume: expected no other flag of the run, which keeps its own, got some"
-                )
-            folder = resume
+        watcher = _watcher(drawn, stopped)
+        if corpus is None:
             result = resume_run(folder, device=device, watcher=watcher)
         else:
-            if corpus is None or out is None:
-                raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
-            folder = out
             run = TrainRun(
                 corpus=corpus,
                 tokenizer=tokenizer or "characters",
@@ -91,11 +78,35 @@ def train(
             result = start_run(run, folder, device=device, watcher=watcher)
     if not result.finished:
         say(
-            f"Stopped after step {result.step}, which is kept; "
-            f"offramp train --resume {folder} goes on."
+            f"Stopped. Checkpoint saved at step {result.step}. "
+            f"Resume with: offramp train --resume {quote(str(folder))}"
         )
         sys.exit(128 + (stopped() or signal.SIGINT))
     say(
         f"{folder} holds the best parameters (step {result.best.step}); "
         f"{folder / 'last'} the last (step {result.step})."
+    )
+
+
+def _watcher(drawn: "Bars", stopped: Callable[[], int | None]) -> "Watcher":
+    """What draws a run's progress, and stops it after a signal."""
+    from offramp.commands.train import Watcher
+    from offramp.training.loop import Progress, Validation
+
+    def on_step(progress: Progress) -> None:
+        if progress.step % 10 == 0 or progress.step == progress.total_steps:
+            ppl = progress.losses[max(progress.losses)].exp()
+            text = f"loss {progress.loss:.3f}  PPL {ppl:.2f}"
+            drawn.show("train", done=progress.step, total=progress.total_steps, text=text)
+
+    def on_validation(validation: Validation) -> None:
+        exits = "  ".join(f"{layer}: {ppl:.3f}" for layer, ppl in validation.exit_ppl.items())
+        best = "  (best)" if validation.is_best else ""
+        say(f"step {validation.step}  validation PPL by layer  {exits}{best}")
+
+    return Watcher(
+        on_step=on_step,
+        on_validation=on_validation,
+        on_damaged=say,
+        should_stop=lambda: stopped() is not None,
     )

@@ -3,20 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from cyclopts import Parameter
-from rich.table import Table
 
-from offramp.cli.base import Device, Dtype, Threads, app, console, output, say, use
-from offramp.commands.tune import open_for_tuning
-from offramp.commands.tune import tune as run_tune
+from offramp.cli.base import Device, Dtype, Threads, console, output, say, use
 from offramp.commands.tune_config import TuneConfig
-from offramp.report.progress import bars
-from offramp.report.text import ppl_text
-from offramp.training.frozen import TuneProgress
 
 
-@app.command
 def tune(
     model: str,
     *,
@@ -41,6 +33,15 @@ def tune(
     dtype
         Precision of the model.
     """
+    import torch
+    from rich.table import Table
+
+    from offramp.commands.tune import open_for_tuning
+    from offramp.commands.tune import tune as run_tune
+    from offramp.report.progress import bars
+    from offramp.report.text import ppl_text
+    from offramp.training.frozen import TuneProgress
+
     use(device, threads)
     with bars(console) as drawn:
 
