@@ -8,8 +8,8 @@ REST = [f"--other-{number}" for number in range(FEW)]
 
 
 def flags_of(command):
-    arguments = app[command].assemble_argument_collection()
-    return {name for argument in arguments for name in argument.names}
+    arguments = app[command].assemble_argument_collection(default_parameter=app.default_parameter)
+    return {name for argument in arguments if argument.parse for name in argument.names}
 
 
 def parts(flags):
