@@ -9,7 +9,9 @@ REST = [f"--other-{number}" for number in range(FEW)]
 
 def flags_of(command):
     arguments = app[command].assemble_argument_collection(default_parameter=app.default_parameter)
-    return {name for argument in arguments if argument.parse for name in argument.names}
+    return {
+        name for argument in arguments if argument.parse for name in argument.names if name != "*"
+    }
 
 
 def parts(flags):
