@@ -108,6 +108,12 @@ def check_tensors(path: Path) -> None:
         pass
 
 
+def count_parameters(path: Path) -> int:
+    """The number of parameters in a safetensors file, from its header."""
+    with _opened(path) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

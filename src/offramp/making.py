@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from offramp.commands.train import TrainRun, Watcher, start_run
+from offramp.commands.train import start_run
+from offramp.commands.train_run import TrainRun, Watcher
 from offramp.commands.tune import open_for_tuning
 from offramp.commands.tune import tune as tune_exits
 from offramp.commands.tune_config import TuneConfig

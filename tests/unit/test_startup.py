@@ -37,6 +37,7 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "confidence": ["MODEL", "--corpus", "TEXT"],
     "export": ["MODEL", "--out", "OUT"],
     "generate": ["MODEL", "PROMPT"],
+    "plot": ["FILE"],
     "probe": ["MODEL", "--corpus", "TEXT"],
     "recipe": ["--corpus", "TEXT", "--out", "OUT"],
     "reproduce": [],
@@ -52,6 +53,7 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     "confidence": [("--dtype", "int3")],
     "export": [("--exit", "x")],
     "generate": [("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")],
+    "plot": [("--out", "x.bmp")],
     "probe": [("--tokens", "x")],
     "recipe": [("--layers", "x"), ("--layers", "1"), ("--jobs", "0")],
     "reproduce": [("--seeds", "x"), ("--seeds", "0"), ("--jobs", "0")],
@@ -77,7 +79,7 @@ def mistyped(word):
     return word[:-2] + word[-1] + word[-2]
 
 
-NEAR = {"export": "--out", "reproduce": "--quick", "study": "--tokens", "tune": "--tokens"}
+NEAR = {"export": "--out", "plot": "--out", "reproduce": "--quick", "study": "--tokens", "tune": "--tokens"}
 WHOLE = {"export": ["MODEL", "--exit", "1", "--out", "OUT"]}
 HELP = [["--help"], ["help"], []]
 VERSION = [["--version"], ["-V"]]

@@ -26,6 +26,7 @@ COMMANDS = (
     "confidence",
     "export",
     "generate",
+    "plot",
     "probe",
     "recipe",
     "reproduce",
@@ -46,6 +47,9 @@ FLAGS = {  # a config's field: its flag, where they differ
     "exit_layers": "exits",
     "max_position_embeddings": "max-length",
 }
+
+NO_FLAG = ("vocab_size", "threshold", "missing_kv", "stop_strings", "stop_tokens")
+"""Fields of configs that no flag sets by itself: the tokenizer or the command does."""
 
 
 def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
@@ -74,7 +78,7 @@ app = App(
         converter=_convert,
         negative_iterable=(),
         name_transform=lambda field: FLAGS.get(field, cyclopts.default_name_transform(field)),
-        parse=re.compile(r"^(?!vocab_size$)"),  # the tokenizer sets it
+        parse=re.compile(rf"^(?!({'|'.join(NO_FLAG)})$)"),
     ),
 )
 for command in COMMANDS:

@@ -75,8 +75,13 @@ def say(text: str) -> None:
 
 
 def output() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """Standard output: as wide as the terminal; COLUMNS or 80 characters where it is none."""
+    return Console(width=None if sys.stdout.isatty() else _columns())
+
+
+def _columns() -> int:
+    written = os.environ.get("COLUMNS", "")
+    return int(written) if written.isdecimal() and int(written) > 0 else 80
 
 
 def new_folder(parent: Path, name: str) -> Path:

@@ -1,7 +1,9 @@
 """offramp generate."""
 
 import json
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,34 +11,29 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from offramp.calibration.thresholds import load_thresholds
-from offramp.cli.base import Device, Dtype, Threads, open_for, output, say, use
+from offramp.cli.base import Device, Dtype, Threads, console, open_for, output, say, use
 from offramp.errors import ConfigError
-from offramp.generation.config import GenerateConfig, MissingKV, SamplingConfig
+from offramp.generation.config import GenerateConfig, MissingKV
 
 if TYPE_CHECKING:
     from offramp.generation.generate import Generation
-    from offramp.generation.rows import Token
     from offramp.models.open import OpenedModel
 
-GREEDY = SamplingConfig()
+FULL_DEPTH = GenerateConfig()
 SHALLOW, DEEP = (70, 170, 240), (240, 150, 60)
+"""Colours of the first and of the last exit before full depth."""
 
 
 def generate(
     model: Path,
-    prompt: str,
-    sampling: Annotated[SamplingConfig, Parameter(name="*")] = GREEDY,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    config: Annotated[GenerateConfig, Parameter(name="*")] = FULL_DEPTH,
     *,
-    max_new_tokens: int = 128,
-    threshold: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    decay: float | None = None,
-    confidence: str = "max_prob",
+    thresholds: Annotated[
+        str | None, Parameter(name="--threshold", allow_leading_hyphen=True)
+    ] = None,
     certificate: Path | None = None,
-    missing_kv: MissingKV | None = None,
-    speculative: bool = False,
-    draft_exit: int | None = None,
-    draft_threshold: float | None = None,
-    lookup: int | None = None,
+    keys_values: Annotated[MissingKV | None, Parameter(name="--missing-kv")] = None,
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
     chat: bool = False,
@@ -45,7 +42,7 @@ def generate(
     threads: Threads = None,
     dtype: Dtype | None = None,
 ) -> None:
-    """Continue a text; each token is coloured by the exit where it left.
+    """Continue a text; in a terminal each token has the colour of its exit.
 
     Parameters
     ----------
@@ -53,31 +50,15 @@ def generate(
         A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint (a
         folder, or a name on the hub), or smollm2-135m.
     prompt
-        The text to continue.
-    max_new_tokens
-        New tokens at most.
-    threshold
-        Let tokens leave at this confidence; one for each exit but the last is written 0.9:0.8.
-        Without it every token runs to the end.
-    decay
-        With --threshold: let the threshold fall along the text (CALM). At new token t, counted
-        from 0, of N it is 0.9 THRESHOLD + 0.1 exp(-DECAY t / N), where N is --max-new-tokens.
-    confidence
-        The measure: max_prob, margin, entropy, saturation, patience, gate or gain.
+        The text to continue; - reads it from standard input.
+    thresholds
+        Confidence at which tokens exit; one for each exit but the last is written 0.9:0.8.
+        Without it every token runs through all layers.
     certificate
-        Take the thresholds of a certificate that ``offramp calibrate`` wrote for this model.
-    missing_kv
-        Keys and values above an exit: propagate the exit's state (default), or recompute them
-        when a later token needs them.
-    speculative
-        Draft with the first layers and verify with the rest: the output of full depth, sooner.
-    draft_exit
-        The exit that drafts (default: the first).
-    draft_threshold
-        A draft ends where its confidence falls below this (default: 0.3).
-    lookup
-        With --speculative: so many tokens that stood in the text before are followed by a draft
-        of what followed them there (default: 2; 0: only the exit drafts).
+        Take the thresholds in a file that ``offramp calibrate`` wrote for this model.
+    keys_values
+        Keys and values that a later token needs above an exit: propagate computes them from the
+        state at the exit (default), recompute runs the layers.
     stop
         A string that ends the text; give the flag again for another.
     stop_token
@@ -89,51 +70,66 @@ def generate(
     dtype
         Precision of the model (default: that of its file).
     """
-    given: dict[str, Any] = {"confidence": confidence, "speculative": speculative}
-    given |= {
-        "max_new_tokens": max_new_tokens,
-        "draft_exit": draft_exit,
-        "stop_strings": tuple(stop or ()),
-    }
-    given |= {"missing_kv": missing_kv or "propagate", **vars(sampling)}
-    drafting = {"draft_threshold": draft_threshold, "lookup": lookup, "decay": decay}
-    given |= {name: value for name, value in drafting.items() if value is not None}
-    if threshold is not None:
-        given["threshold"] = _threshold(threshold)
-    config = GenerateConfig(**given)
-    stored = None
-    if certificate is not None:
-        if threshold is not None:
-            raise ConfigError("threshold: expected none with --certificate, which has its own")
-        stored = load_thresholds(certificate)
+    if certificate is not None and thresholds is not None:
+        raise ConfigError("threshold: expected none with --certificate, which has its own")
+    config = replace(
+        config,
+        threshold=None if thresholds is None else _threshold(thresholds),
+        missing_kv=keys_values or config.missing_kv,
+        stop_strings=tuple(stop or ()),
+    )
+    stored = None if certificate is None else load_thresholds(certificate)
+    text = sys.stdin.read() if prompt == "-" else prompt
 
     from offramp.commands.generate import generate as run_generate
     from offramp.commands.generate import token_id, with_thresholds
 
     use(device, threads)
     if stored is not None:
-        config = with_thresholds(config, stored, missing_kv=missing_kv)
-    loaded = open_for(model, device=device, dtype=dtype, stored=stored)
-    stops = tuple(token_id(loaded.tokenizer, written) for written in stop_token or ())
-    config = GenerateConfig(**{**vars(config), "stop_tokens": stops})
-    if not loaded.exits_trained and (config.threshold is not None or speculative):
+        config = with_thresholds(config, stored, missing_kv=keys_values)
+    opened = open_for(model, device=device, dtype=dtype, stored=stored)
+    stops = tuple(token_id(opened.tokenizer, written) for written in stop_token or ())
+    config = replace(config, stop_tokens=stops)
+    exits = config.threshold is not None or config.speculative
+    if exits and not opened.exits_trained:
         say(f"{model}: its exits were never trained.")
+    generation = run_generate(opened, text, config, chat=chat)
+    if json_:
+        _, rate = _timed(generation, show=None)
+        print(json.dumps(_content(generation, rate)))
+        return
+    _print_text(generation, opened, prompt=text, exits=exits)
+
+
+def _print_text(
+    generation: "Generation", opened: "OpenedModel", *, prompt: str, exits: bool
+) -> None:
+    """The prompt, then the tokens as they come; a legend and figures on standard error."""
+    shown = output()
+    shown.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+
+    def show(text: str, exit_layer: int) -> None:
+        shown.print(Text(text, style=_colour(exit_layer, opened)), end="", soft_wrap=True)
+
+    seconds, rate = _timed(generation, show=show)
+    print()
+    if exits and console.color_system is not None and shown.color_system is not None:
+        console.print(_legend(opened))
+    _say_summary(generation, opened, rate=rate, prefill=seconds)
+
+
+def _timed(generation: "Generation", *, show: Any) -> tuple[float, float | None]:
+    """Run to the end: seconds to the first token, and tokens per second after it."""
     began = time.perf_counter()
-    generation = run_generate(loaded, prompt, config, chat=chat)
     first: float | None = None
     for token in generation:
         first = first or time.perf_counter()
-        if not json_:
-            output().print(_coloured(token, loaded), end="", soft_wrap=True)
+        if show:
+            show(token.text, token.exit_layer)
     ended = time.perf_counter()
-    count = len(generation.completion.tokens)
-    seconds = ended - (first or began)
+    count, seconds = len(generation.completion.tokens), ended - (first or began)
     rate = (count - 1) / seconds if count > 1 and seconds > 0 else None
-    if json_:
-        print(json.dumps(_content(generation, rate)))
-        return
-    print()
-    _say_summary(generation, loaded, rate=rate, prefill=(first or ended) - began)
+    return (first or ended) - began, rate
 
 
 def _threshold(written: str) -> float | tuple[float, ...]:
@@ -146,11 +142,22 @@ def _threshold(written: str) -> float | tuple[float, ...]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _coloured(token: "Token", loaded: "OpenedModel") -> Text:
-    share = (token.exit_layer - 1) / max(1, loaded.model.num_layers - 1)
+def _colour(exit_layer: int, opened: "OpenedModel") -> str:
+    """The style of a token's exit; tokens of full depth are plain."""
+    last = opened.model.num_layers
+    if exit_layer == last:
+        return ""
+    share = (exit_layer - 1) / max(1, last - 1)
     mixed = [round(a + share * (b - a)) for a, b in zip(SHALLOW, DEEP, strict=True)]
-    early = token.exit_layer < loaded.model.num_layers
-    return Text(token.text, style=f"rgb({mixed[0]},{mixed[1]},{mixed[2]})" if early else "")
+    return f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
+
+
+def _legend(opened: "OpenedModel") -> Text:
+    legend = Text("exit layer: ")
+    for layer in opened.model.exit_layers:
+        name = f"{layer} (full depth)" if layer == opened.model.num_layers else f"{layer}  "
+        legend.append(f"\u25a0 {name}", style=_colour(layer, opened))
+    return legend
 
 
 def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
@@ -168,12 +175,12 @@ def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
 
 
 def _say_summary(
-    generation: "Generation", loaded: "OpenedModel", *, rate: float | None, prefill: float
+    generation: "Generation", opened: "OpenedModel", *, rate: float | None, prefill: float
 ) -> None:
     parts = [f"{len(generation.completion.tokens)} tokens"]
     if rate is not None:
         parts.append(f"{rate:.1f} tokens/s after {prefill:.2f} s to the first")
-    parts.append(f"mean layers {generation.mean_layers:.1f} of {loaded.model.num_layers}")
+    parts.append(f"mean layers {generation.mean_layers:.1f} of {opened.model.num_layers}")
     if generation.acceptance_rate is not None:
         parts.append(f"acceptance rate {100 * generation.acceptance_rate:.0f}%")
     say("; ".join(parts))

@@ -36,7 +36,7 @@ def sweep(
     threads: Threads = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """PPL, Shallow% and Compute% of any number of thresholds, from one pass over a text.
+    """PPL, Compute% and FLOPs% of any number of thresholds, from one pass over a text.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def sweep(
     certificate
         Instead: the thresholds in a file that ``offramp calibrate`` wrote for this model.
     out
-        Write the table to this JSON file, too.
+        Write the table to this file, too: CSV if its name ends in .csv, else JSON.
     dtype
         Precision of the model.
     """
@@ -68,7 +68,8 @@ def sweep(
 
     from offramp.commands.sweep import sweep as run_sweep
     from offramp.report.progress import bars
-    from offramp.report.sweep import sweep_table
+    from offramp.report.result import write_csv
+    from offramp.report.sweep import sweep_table, sweep_verdict
 
     use(device, threads)
     opened = open_for(model_dir, device=device, dtype=dtype, stored=stored)
@@ -83,8 +84,12 @@ def sweep(
                 "trace", done=done, total=total, text="tokens"
             ),
         )
-    output().print(sweep_table(content))
-    if out:
+    shown = output()
+    shown.print(sweep_table(content, width=shown.width))
+    shown.print(sweep_verdict(content), highlight=False, markup=False, soft_wrap=True)
+    if out and out.suffix == ".csv":
+        write_csv(out, content["rows"])
+    elif out:
         write_json(out, content)
     warn(model_dir, corpus, content)
 

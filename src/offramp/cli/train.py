@@ -15,7 +15,7 @@ from offramp.models.native.config import DecoderConfig
 from offramp.training.config import TrackerName, TrainConfig
 
 if TYPE_CHECKING:
-    from offramp.commands.train import Watcher
+    from offramp.commands.train_run import Watcher
     from offramp.report.progress import Bars
 
 
@@ -43,21 +43,25 @@ def train(
     tokenizer
         characters (default), bytes, bpe:N, or a Hugging Face tokenizer.
     resume
-        Go on with the unfinished run in this folder; it needs no other flag.
+        Continue the unfinished run in this folder; it needs no other flag. With --steps a
+        finished run is extended to this number of steps.
     config
         Take flags from this TOML or JSON file; those on the command line win.
     tracker
         Where to log losses and validations: tensorboard (default; in OUT/logs), wandb or none.
     """
-    if resume and (corpus or out or tokenizer or model or training or config or tracker):
+    steps = training.steps if training and training == TrainConfig(steps=training.steps) else None
+    other_length = training is not None and steps is None
+    if resume and (corpus or out or tokenizer or model or other_length or config or tracker):
         raise ConfigError(
-            "resume: expected no other flag of the run, which keeps its own, got some"
+            "resume: expected no other flag but --steps, since the run keeps its own, got some"
         )
     folder = resume or out
     if folder is None or (corpus is None and not resume):
         raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
 
-    from offramp.commands.train import TrainRun, resume_run, start_run
+    from offramp.commands.train import METRICS, resume_run, start_run
+    from offramp.commands.train_run import TrainRun, run_summary
     from offramp.report.progress import bars
     from offramp.training.distributed import local_device
 
@@ -66,7 +70,7 @@ def train(
     with bars(console) as drawn, stop_on_signals() as stopped:
         watcher = _watcher(drawn, stopped)
         if corpus is None:
-            result = resume_run(folder, device=device, watcher=watcher)
+            result = resume_run(folder, steps=steps, device=device, watcher=watcher)
         else:
             run = TrainRun(
                 corpus=corpus,
@@ -82,15 +86,20 @@ def train(
             f"Resume with: offramp train --resume {quote(str(folder))}"
         )
         sys.exit(128 + (stopped() or signal.SIGINT))
+    summary = run_summary(folder, result)
+    best = "  ".join(f"{layer}: {ppl:.3f}" for layer, ppl in summary.best.exit_ppl.items())
+    say(f"{summary.parameters:,} parameters, trained on {summary.tokens:,} tokens")
+    say(f"best validation PPL by layer  {best}  (step {summary.best.step})")
     say(
-        f"{folder} holds the best parameters (step {result.best.step}); "
-        f"{folder / 'last'} the last (step {result.step})."
+        f"{folder} holds the best parameters, {folder / 'last'} those of step {result.step}, "
+        f"{folder / METRICS} the figures of each step."
     )
+    say(f"Next: offramp sweep {quote(str(folder))} --corpus OTHER_TEXT")
 
 
 def _watcher(drawn: "Bars", stopped: Callable[[], int | None]) -> "Watcher":
     """What draws a run's progress, and stops it after a signal."""
-    from offramp.commands.train import Watcher
+    from offramp.commands.train_run import Watcher
     from offramp.training.loop import Progress, Validation
 
     def on_step(progress: Progress) -> None:

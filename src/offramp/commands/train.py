@@ -1,8 +1,7 @@
 """From a corpus to a model folder."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from offramp.cache import cache_folder
+from offramp.commands.train_run import (
+    NOBODY,
+    TrainRun,
+    Watcher,
+    resolve,
+    stored_run,
+    stored_run_file,
+)
 from offramp.data import (
     StreamedCorpus,
     TokenShards,
@@ -21,55 +28,18 @@ from offramp.data import (
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.exits.weights import RECOMMENDED, parse_loss_weights
 from offramp.files import claim_folder, read_json, write_json
-from offramp.models.model_files import UNFINISHED
+from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
-from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.training.checkpoint import Checkpoints
-from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.distributed import Processes, check_processes, join, whole_model
 from offramp.training.loop import Progress, TrainResult, Validation, new_model, train
 from offramp.training.tracking import RunLog, check_tracker
 from offramp.version import __version__
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRun:
-    """A whole training run as a value."""
-
-    corpus: str
-    tokenizer: str = "characters"
-    model: DecoderConfig
-    training: TrainConfig
-    tracker: TrackerName = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watcher:
-    """What is told as a run goes on; see ``training.train``."""
-
-    on_step: Callable[[Progress], None] = lambda progress: None
-    on_validation: Callable[[Validation], None] = lambda validation: None
-    on_damaged: Callable[[str], None] = lambda sentence: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
-NOBODY = Watcher()
-
-
-def resolve(run: TrainRun) -> TrainRun:
-    """Give ``recommended`` its exit layer and its threshold; check the loss weights."""
-    model, training = run.model, run.training
-    if training.loss_weights == "recommended":
-        model = replace(model, exit_layers=(RECOMMENDED.exit_layer, *model.exit_layers))
-        if training.select_at is None:
-            training = replace(training, select_at=RECOMMENDED.threshold)
-    parse_loss_weights(
-        training.loss_weights, num_layers=model.num_hidden_layers, exit_layers=model.exit_layers
-    )
-    return replace(run, model=model, training=training)
+METRICS = "metrics.csv"
+"""The file of a run's figures against the step."""
 
 
 def start_run(
@@ -112,18 +82,18 @@ def start_run(
     return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
 
 
-def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> TrainResult:
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+def resume_run(
+    out: Path, *, steps: int | None = None, device: str = "cpu", watcher: Watcher = NOBODY
+) -> TrainResult:
+    """Continue a run that was stopped or killed, from its newest whole checkpoint.
 
-    Raises CheckpointError where there is no unfinished run, or the corpus is another by now.
+    ``steps`` gives the run another length in steps; a finished run continues with it, too.
+    Raises CheckpointError if there is no such run, or the corpus has changed since.
     """
-    if not out.is_dir():
-        raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
-    if not (out / UNFINISHED).exists():
-        finished = "the run there is finished" if (out / "config.json").exists() else "found none"
-        raise CheckpointError(f"{out}: expected an unfinished run to go on with, but {finished}")
-    stored = read_json(out / UNFINISHED)
-    run = _stored_run(stored["run"])
+    stored = stored_run_file(out, steps)
+    run = stored_run(stored["run"])
+    if steps is not None:
+        run = replace(run, training=replace(run.training, steps=steps, epochs=None))
     check_tracker(run.tracker)
     processes = join(device)
     check_processes(run.training, processes)
@@ -136,6 +106,9 @@ def resume_run(out: Path, *, device: str = "cpu", watcher: Watcher = NOBODY) -> 
     tokenizer = make_tokenizer(str(out / TOKENIZER_FILE), "")
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     model = new_model(run.model, seed=run.training.seed)
+    if steps is not None:
+        content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
+        processes.on_main(lambda: write_json(out / UNFINISHED, content))
     return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
 
 
@@ -185,7 +158,12 @@ def _train(
         "offramp_version": __version__,
     }
 
-    log = RunLog(run.tracker if processes.is_main else "none", out / "logs", run.training)
+    log = RunLog(
+        run.tracker if processes.is_main else "none",
+        out / "logs",
+        run.training,
+        metrics=out / METRICS if processes.is_main else None,
+    )
 
     def on_step(progress: Progress) -> None:
         log.on_step(progress)
@@ -226,26 +204,14 @@ def _finish(
     aside.mkdir()
     tokenizer.save(str(aside / TOKENIZER_FILE))
     _save(model, aside, about, result.validations[-1])
+    shutil.rmtree(out / "last", ignore_errors=True)
     aside.rename(out / "last")
-    (out / UNFINISHED).unlink()
+    described = read_json(out / "config.json")
+    if described["training"] != about["training"]:  # the run was extended
+        write_json(out / "config.json", {**described, "training": about["training"]})
+    (out / UNFINISHED).replace(out / FINISHED)
 
 
 def _save(model: Transformer, folder: Path, about: dict[str, Any], validation: Validation) -> None:
     where = {"step": str(validation.step), "validation_score": repr(validation.score)}
     save_checkpoint(model, folder, about=about, weights_about=where)
-
-
-def _stored_run(stored: dict[str, Any]) -> TrainRun:
-    """A run as ``asdict`` and JSON left it: infinity is a word, tuples are lists."""
-    training = dict(stored["training"])
-    if isinstance(training["select_at"], str):
-        training["select_at"] = float(training["select_at"])
-    training["alpha_steps"] = tuple(training["alpha_steps"])
-    model = {**stored["model"], "exit_layers": tuple(stored["model"]["exit_layers"])}
-    return TrainRun(
-        corpus=stored["corpus"],
-        tokenizer=stored["tokenizer"],
-        model=DecoderConfig(**model),
-        training=TrainConfig(**training),
-        tracker=stored.get("tracker", "none"),
-    )

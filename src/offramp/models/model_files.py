@@ -22,6 +22,8 @@ from offramp.models.sources import Source, find_checkpoint
 
 UNFINISHED = "unfinished.json"
 """The file that a training run keeps in its folder until it has ended."""
+FINISHED = "run.json"
+"""The same file once the run has ended; with it the run can be extended."""
 _TOKENIZERS = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt")
 ModelKind = Literal["native", "exits", "checkpoint"]
 

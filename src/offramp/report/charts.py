@@ -8,36 +8,42 @@ import altair as alt
 import vl_convert
 
 from offramp.errors import ConfigError
-from offramp.files import replacing
+from offramp.files import read_json, replacing
 from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, vegalite_version
 from offramp.report.study_plots import recipes
+from offramp.training.metrics_file import read_metrics
 
 Content = Mapping[str, Any]
 WIDTH, HEIGHT = 480, 320
-FORMATS = (".png", ".svg", ".pdf")
+
+
+def read_result(path: Path) -> Content:
+    """The content of a result file: JSON, or the ``metrics.csv`` of a training run."""
+    if path.suffix.lower() == ".csv":
+        return {"metrics": read_metrics(path)}
+    content = read_json(path)
+    return content if isinstance(content, Mapping) else {}
 
 
 def chart_of(content: Content) -> Any:
     """The Altair chart of a result file's content; a ConfigError for what is no result."""
-    for key, draw in _KINDS.items():
-        if isinstance(content, Mapping) and key in content:
-            return draw(content)
-    raise ConfigError(
-        "file: expected a result of offramp sweep, confidence, calibrate, probe, bench, train "
-        "(metrics.csv), study, recipe or reproduce, got something else"
-    )
-
-
-def check_picture(path: Path) -> None:
-    """Raise a ConfigError unless a chart can be written under this name."""
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"out: expected a name that ends in .png, .svg or .pdf, got {path}")
+    draw = next((draw for key, draw in _KINDS.items() if key in content), None)
+    if draw is None:
+        raise ConfigError(
+            "file: expected a result of offramp sweep, confidence, calibrate, probe, bench, train "
+            "(metrics.csv), study, recipe or reproduce, got something else"
+        )
+    try:
+        return draw(content)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"file: expected a whole result file, got one that cannot be drawn: {error!r}"
+        ) from None
 
 
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as PNG, SVG or PDF, by the name's ending; whole or not at all."""
-    check_picture(path)
     spec, version = chart.to_dict(), vegalite_version()
     ending = path.suffix.lower()
     if ending == ".svg":

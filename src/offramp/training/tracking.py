@@ -12,6 +12,7 @@ import torch
 from offramp.errors import ConfigError
 from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress, Validation
+from offramp.training.metrics_file import MetricsFile
 
 LOG_EVERY = 10
 """Steps between two entries; an entry holds the means since the one before."""
@@ -34,12 +35,21 @@ class RunLog:
     """Writes a run's loss, CE by layer, learning rate, tokens/s and validations into a folder.
 
     A resumed run goes on in the same log: entries of steps that it takes again are replaced.
-    With tracker ``none`` nothing is written.
+    ``metrics`` is a CSV file for the same figures; with tracker ``none`` and without it nothing
+    is written.
     """
 
-    def __init__(self, tracker: TrackerName, folder: Path, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        tracker: TrackerName,
+        folder: Path,
+        config: TrainConfig,
+        *,
+        metrics: Path | None = None,
+    ) -> None:
         check_tracker(tracker)
-        self.name, self.folder, self.config = tracker, folder, config
+        self.name, self.folder, self.config, self.metrics = tracker, folder, config, metrics
+        self._file: MetricsFile | None = None
         self._tracker: Any = None
         self._first: int | None = None
         self._recent: list[Progress] = []
@@ -48,7 +58,7 @@ class RunLog:
 
     def on_step(self, progress: Progress) -> None:
         """Take note of a step."""
-        if self.name == "none":
+        if self._silent:
             return
         now = time.perf_counter()
         if self._last:
@@ -61,7 +71,7 @@ class RunLog:
 
     def on_validation(self, validation: Validation) -> None:
         """Write a validation."""
-        if self.name == "none":
+        if self._silent:
             return
         ppl = {f"validation/ppl_{layer}": ppl for layer, ppl in validation.exit_ppl.items()}
         self._write(validation.step, {"validation/score": validation.score, **ppl})
@@ -74,6 +84,12 @@ class RunLog:
         if self._tracker is not None:
             self._tracker.finish()
             self._tracker = None
+        if self._file is not None:
+            self._file.flush()
+
+    @property
+    def _silent(self) -> bool:
+        return self.name == "none" and self.metrics is None
 
     def _write_steps(self) -> None:
         recent, latest = self._recent, self._recent[-1]
@@ -91,6 +107,12 @@ class RunLog:
         self._write(latest.step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            if self._file is None:
+                self._file = MetricsFile(self.metrics, first_step=self._first or step)
+            self._file.write(step, {_column(name): value for name, value in values.items()})
+        if self.name == "none":
+            return
         if self._tracker is None:
             self._tracker = self._start()
         self._tracker.log(values, step=step)
@@ -109,6 +131,11 @@ class RunLog:
             tracker = WandBTracker("offramp", dir=self.folder, resume="allow", **about)
         tracker.start()
         return tracker
+
+
+def _column(name: str) -> str:
+    """A column for a tracker's tag: train/loss is loss, validation/ppl_2 is validation_ppl_2."""
+    return name.removeprefix("train/").replace("/", "_")
 
 
 def _mean(values: list[torch.Tensor]) -> float:

@@ -14,7 +14,8 @@ from offramp.commands.calibrate import certify, check, keep_compute_budget
 from offramp.commands.confidence import fit, measure_confidence
 from offramp.commands.sweep import sweep
 from offramp.commands.text import read_text
-from offramp.commands.train import TrainRun, start_run
+from offramp.commands.train import start_run
+from offramp.commands.train_run import TrainRun
 from offramp.errors import CertificateError, CheckpointError, ConfigError, CorpusError
 from offramp.exits.gate import GateConfig
 from offramp.files import write_json

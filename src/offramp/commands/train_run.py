@@ -1,0 +1,112 @@
+"""A training run as a value, in its folder and in figures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import CheckpointError
+from offramp.exits.weights import RECOMMENDED, parse_loss_weights
+from offramp.files import count_parameters, read_json
+from offramp.models.model_files import FINISHED, UNFINISHED
+from offramp.models.native.config import DecoderConfig
+from offramp.training.checkpoint import Checkpoints
+from offramp.training.config import TrackerName, TrainConfig
+from offramp.training.loop import Progress, TrainResult, Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """A whole training run as a value."""
+
+    corpus: str
+    tokenizer: str = "characters"
+    model: DecoderConfig
+    training: TrainConfig
+    tracker: TrackerName = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """What is told as a run goes on; see ``training.train``."""
+
+    on_step: Callable[[Progress], None] = lambda progress: None
+    on_validation: Callable[[Validation], None] = lambda validation: None
+    on_damaged: Callable[[str], None] = lambda sentence: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+NOBODY = Watcher()
+
+
+def resolve(run: TrainRun) -> TrainRun:
+    """Give ``recommended`` its exit layer and its threshold; check the loss weights."""
+    model, training = run.model, run.training
+    if training.loss_weights == "recommended":
+        model = replace(model, exit_layers=(RECOMMENDED.exit_layer, *model.exit_layers))
+        if training.select_at is None:
+            training = replace(training, select_at=RECOMMENDED.threshold)
+    parse_loss_weights(
+        training.loss_weights, num_layers=model.num_hidden_layers, exit_layers=model.exit_layers
+    )
+    return replace(run, model=model, training=training)
+
+
+def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
+    """What a run's folder says of the run that is to go on."""
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
+    unfinished, finished = out / UNFINISHED, out / FINISHED
+    if not unfinished.exists() and not (finished.exists() and steps is not None):
+        if (out / "config.json").exists():
+            more = "; --steps N extends it" if finished.exists() else ""
+            found = f"the run there is finished{more}"
+        else:
+            found = "found none"
+        raise CheckpointError(f"{out}: expected an unfinished run to continue, but {found}")
+    if steps is not None:
+        kept = Checkpoints(folder=out / "checkpoints").paths()
+        done = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        if steps <= done or not kept:
+            least = f"more than the {done} steps that the run has" if kept else "a checkpoint"
+            raise CheckpointError(f"steps: expected {least} to extend it, got {steps}")
+    stored = read_json(unfinished if unfinished.exists() else finished)
+    if not isinstance(stored, dict) or not {"run", "corpus_sha256"} <= set(stored):
+        raise CheckpointError(f"{out}: expected the description of a run in {UNFINISHED}")
+    return stored
+
+
+def stored_run(stored: dict[str, Any]) -> TrainRun:
+    """A run as ``asdict`` and JSON left it: infinity is a word, tuples are lists."""
+    training = dict(stored["training"])
+    if isinstance(training["select_at"], str):
+        training["select_at"] = float(training["select_at"])
+    training["alpha_steps"] = tuple(training["alpha_steps"])
+    model = {**stored["model"], "exit_layers": tuple(stored["model"]["exit_layers"])}
+    return TrainRun(
+        corpus=stored["corpus"],
+        tokenizer=stored["tokenizer"],
+        model=DecoderConfig(**model),
+        training=TrainConfig(**training),
+        tracker=stored.get("tracker", "none"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A finished run in figures."""
+
+    parameters: int
+    tokens: int
+    "Training tokens read, those of all epochs counted."
+    best: Validation
+
+
+def run_summary(out: Path, result: TrainResult) -> RunSummary:
+    """Read what a finished run left in its folder."""
+    training = read_json(out / "config.json")["training"]
+    return RunSummary(
+        parameters=count_parameters(out / "model.safetensors"),
+        tokens=result.step * training["batch_size"] * training["seq_len"],
+        best=result.best,
+    )
