@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from offramp.data import make_tokenizer
-from offramp.studies.study import STUDIES, Recipe
+from offramp.studies.study.plan import Recipe
+from offramp.studies.study.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"The {n} quick brown foxes jump over {n * 7 % 31} lazy dogs. " for n in range(400))
