@@ -8,5 +8,4 @@ import sys
 import offramp
 
 model, text = sys.argv[1:]
-for row in offramp.load(model).bench(text, prompts=2, max_new_tokens=16, repeats=1).rows:
-    print(row)
+print(offramp.load(model).bench(text, prompts=2, max_new_tokens=16, repeats=1))

@@ -10,5 +10,5 @@ import offramp
 if __name__ == "__main__":  # a study starts processes, which import this file again
     corpus, test, out = sys.argv[1:]
     table = offramp.study("alpha", corpus, test=test, tokens=8_192, seeds=1, out=out)
-    for row in table.rows:
-        print(row)
+    for answer in table.content["answers"]:
+        print(answer)

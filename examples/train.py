@@ -8,7 +8,6 @@ import sys
 import offramp
 
 corpus, out = sys.argv[1:]
-lm = offramp.train(
-    corpus, layers=4, dim=64, exits=[2], loss_weights="asymmetric:0.5", steps=100, out=out
-)
+shape = {"layers": 4, "dim": 64, "exits": [2]}
+lm = offramp.train(corpus, **shape, loss_weights="asymmetric:0.5", steps=50, batch_size=8, out=out)
 print(lm.generate("The ", threshold=0.9, max_new_tokens=40).text)

@@ -15,7 +15,7 @@ from offramp.studies.study.plan import Recipe
 from offramp.studies.study.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]
-TEXT = "".join(f"The {n} quick brown foxes jump over {n * 7 % 31} lazy dogs. " for n in range(400))
+TEXT = "".join(f"The {n} quick brown foxes jump over {n * 7 % 31} lazy dogs. " for n in range(900))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -67,8 +67,8 @@ def save_checkpoint(folder: Path, layers: int) -> None:
 def stand_ins(offramp, tmp_path_factory) -> Path:
     """A folder with the files that the pages name, small enough for every block to be fast."""
     folder = tmp_path_factory.mktemp("pages")
-    for name in ("corpus.txt", "test.txt", "calibration.txt"):
-        (folder / name).write_text(TEXT)
+    for part, name in enumerate(("corpus.txt", "test.txt", "calibration.txt")):
+        (folder / name).write_text(TEXT[part * len(TEXT) // 3 : (part + 1) * len(TEXT) // 3])
     save_checkpoint(folder / "HuggingFaceTB" / "SmolLM2-135M", 24)
     save_checkpoint(folder / "llama", 4)
     made = offramp(
@@ -90,14 +90,16 @@ def workplace(stand_ins, tmp_path, monkeypatch) -> Path:
     """A copy of the stand-ins as the working folder; the study alpha is a tiny one."""
     shutil.copytree(stand_ins, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    alpha = STUDIES["alpha"]
+    own = STUDIES["objectives"]
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}
     tiny = replace(
-        alpha,
-        model=replace(alpha.model, **shape, exit_layers=(1,)),
-        training=replace(alpha.training, seq_len=16, batch_size=4, warmup_steps=0),
-        tokens=640,
+        own,
+        name="alpha",
+        tokenizer="characters",
+        model=replace(own.model, **shape, exit_layers=(1,)),
+        training=replace(own.training, seq_len=16, batch_size=4, warmup_steps=0),
+        tokens=1_280,
         test_tokens=200,
         static_layers=(1, 3),
         seeds=2,
