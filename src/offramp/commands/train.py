@@ -21,7 +21,8 @@ from offramp.data import (
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.exits.weights import RECOMMENDED, parse_loss_weights
+from offramp.exits.weightings import parse_loss_weights
+from offramp.exits.weights import RECOMMENDED
 from offramp.files import claim_folder, read_json, write_json
 from offramp.models.model_files import UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint

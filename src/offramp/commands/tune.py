@@ -17,7 +17,7 @@ from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
-from offramp.exits.weights import parse_loss_weights
+from offramp.exits.weightings import parse_loss_weights
 from offramp.files import check_free, claim_folder
 from offramp.models.fitted import save_fitted
 from offramp.models.huggingface.exits_file import save_exits

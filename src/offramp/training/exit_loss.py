@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from offramp.exits.gradients import branch_of
 from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
 from offramp.exits.loss import head_parameters, weighted_exit_loss
-from offramp.exits.schedules import weighted_layers, weights_at
-from offramp.exits.weights import LossWeights
+from offramp.exits.schedules import loss_schedule
 from offramp.models.base import Step, states_at, whole_step
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.native.decoder import Transformer
@@ -33,25 +32,19 @@ class ExitLoss(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        self.total_steps = total_steps
+        self.schedule = loss_schedule(
+            config,
+            total_steps=total_steps,
+            num_layers=model.num_layers,
+            exit_layers=model.exit_layers,
+        )
         self.branch = branch_of(config)
         self.in_step = False
-        layers = weighted_layers(config, num_layers=model.num_layers, exit_layers=model.exit_layers)
         self.heads = head_parameters(
             model.unembed,
-            layers,
+            self.schedule.layers,
             dict(model.named_parameters()),
             hidden_size=model.hidden_size,
-        )
-
-    def weights(self, step: int) -> LossWeights:
-        """The loss weights of a step, counted from 1."""
-        return weights_at(
-            self.config,
-            step,
-            self.total_steps,
-            num_layers=self.model.num_layers,
-            exit_layers=self.model.exit_layers,
         )
 
     def forward(
@@ -66,7 +59,7 @@ class ExitLoss(nn.Module):
 
         ``rows`` says which rows of the whole batch these are (default: all of it).
         """
-        weights = self.weights(step)
+        weights = self.schedule.at(step)
         rows = rows or slice(0, len(inputs))
         states = self._states(inputs, weights, step, rows)
         parameters = dict(self.model.named_parameters())
@@ -90,7 +83,9 @@ class ExitLoss(nn.Module):
         self, inputs: Tensor, weights: Mapping[int, float], step: int, rows: slice
     ) -> dict[int, Tensor]:
         where = whole_step(inputs)
-        rates = layer_dropout_rates(self.config, step, self.total_steps, self.model.num_layers)
+        rates = layer_dropout_rates(
+            self.config, step, self.schedule.total_steps, self.model.num_layers
+        )
         layers = sorted(weights)
         last = self.model.num_layers
         branches = len({*layers, last})  # the last layer is a branch, weighted or not

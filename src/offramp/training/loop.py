@@ -14,7 +14,6 @@ from offramp.data import TokenShards, TokenWindows, batch_indices, batches
 from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import collect_trace
-from offramp.exits.schedules import check_objective, target_weights
 from offramp.exits.weights import LossWeights
 from offramp.models.base import EarlyExitModel
 from offramp.models.native.config import DecoderConfig
@@ -119,16 +118,14 @@ def train(
             f"({config.batch_size} x {config.seq_len} and one more), got {len(train_tokens)}"
         )
     total_steps = config.total_steps(steps_an_epoch)
-    num_layers, exit_layers = model.num_layers, model.exit_layers
-    check_objective(config, total_steps=total_steps, num_layers=num_layers, exit_layers=exit_layers)
-    weights = target_weights(config, num_layers=num_layers, exit_layers=exit_layers)
     exit_loss = ExitLoss(model, config, total_steps=total_steps)
+    weights = exit_loss.schedule.target
     if config.compile:
         if not isinstance(model, Transformer):
             raise ConfigError("compile: expected a native decoder with it, got another model")
         model.compile_blocks()
     module = distribute(exit_loss, config, processes)
-    optimizer = make_optimizer(model, config, num_layers=num_layers)
+    optimizer = make_optimizer(model, config, num_layers=model.num_layers)
     validations: list[Validation] = []
     done = 0
     if checkpoints:
