@@ -107,7 +107,7 @@ def refuse_without_early_exits(config: ObjectiveConfig) -> None:
 
 def is_set(config: ObjectiveConfig, name: str) -> bool:
     """Whether a field differs from its default."""
-    return bool(getattr(config, name) != getattr(ObjectiveConfig, name))
+    return bool(getattr(config, name) != getattr(type(config), name))
 
 
 def layer_lr_factors(config: ObjectiveConfig, num_layers: int) -> dict[int, float]:

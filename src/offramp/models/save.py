@@ -30,7 +30,13 @@ def save_model(
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
     if isinstance(model, HuggingFaceModel):
-        save_exits(model, out, trained=stored.get("trained"), policy=stored.get("policy"))
+        save_exits(
+            model,
+            out,
+            trained=stored.get("trained"),
+            policy=stored.get("policy"),
+            backbone=True if model.source is None else None,
+        )
     elif files is not None and files.kind != "native":
         assert isinstance(model, Transformer)
         write_exits(

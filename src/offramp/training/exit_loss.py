@@ -11,12 +11,9 @@ from offramp.exits.gradients import branch_of
 from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
 from offramp.exits.loss import head_parameters, weighted_exit_loss
 from offramp.exits.schedules import loss_schedule
-from offramp.models.base import Step, states_at, whole_step
-from offramp.models.huggingface.model import HuggingFaceModel
-from offramp.models.native.decoder import Transformer
+from offramp.models.base import Step, TrainableModel, whole_step
+from offramp.training.checks import check_model
 from offramp.training.config import TrainConfig
-
-Trainable = Transformer | HuggingFaceModel
 
 
 class ExitLoss(nn.Module):
@@ -24,12 +21,13 @@ class ExitLoss(nn.Module):
 
     Only the layers that have a weight at this step are unembedded, and no block above the last
     of them runs. With ``in_step`` a block runs in every process or in none, as FSDP2 needs it.
-    A model whose blocks cannot be run one by one is run whole, without layer dropout,
-    recomputation or scaled gradients.
+    A model whose blocks cannot be run one by one is run whole; ``check_model`` refuses what it
+    then cannot do.
     """
 
-    def __init__(self, model: Trainable, config: TrainConfig, *, total_steps: int) -> None:
+    def __init__(self, model: TrainableModel, config: TrainConfig, *, total_steps: int) -> None:
         super().__init__()
+        check_model(model, config)
         self.model = model
         self.config = config
         self.schedule = loss_schedule(
@@ -92,8 +90,8 @@ class ExitLoss(nn.Module):
         states: dict[int, Tensor] = {}
         autocast = self.config.precision == "bfloat16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
-            if isinstance(self.model, HuggingFaceModel) and self.model.why_no_blocks:
-                return dict(states_at(self.model, inputs, layers, step=where))
+            if self.model.why_no_blocks:
+                return dict(self.model.states_at(inputs, layers, step=where))
             h = self.model.embed(inputs, step=where)
             done = 0
             for index, layer in enumerate(layers, start=1):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.exits.loss import weighted_exit_loss
+from offramp.models.base import TrainableModel
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.training.frozen_config import FrozenConfig
 from offramp.training.kept_states import KeptStates, keep_states, portions
 
@@ -45,7 +45,7 @@ OnProgress = Callable[[TuneProgress], None]
 
 
 def tune_exits(
-    model: HuggingFaceModel,
+    model: TrainableModel,
     ids: Int[Tensor, " N"],
     config: FrozenConfig,
     *,
@@ -115,7 +115,7 @@ def tune_exits(
     model.eval()
 
 
-def check_exits(model: HuggingFaceModel) -> None:
+def check_exits(model: TrainableModel) -> None:
     """Raise a ConfigError unless there are exits with something of their own to train."""
     if len(model.exit_layers) < 2:
         raise ConfigError("exit_layers: expected at least one below the last layer, got none")
@@ -126,7 +126,7 @@ def check_exits(model: HuggingFaceModel) -> None:
         )
 
 
-def _has_bfloat16(model: HuggingFaceModel) -> bool:
+def _has_bfloat16(model: TrainableModel) -> bool:
     """Whether products in bfloat16 are faster here, and the model is not in it already."""
     if model.dtype != torch.float32:
         return False
@@ -138,7 +138,7 @@ def _has_bfloat16(model: HuggingFaceModel) -> bool:
 
 
 @torch.no_grad()
-def _begin(model: HuggingFaceModel, kept: KeptStates, config: FrozenConfig) -> None:
+def _begin(model: TrainableModel, kept: KeptStates, config: FrozenConfig) -> None:
     """Draw the adapters by the seed, and map each exit's states to the final ones."""
     *early, last = kept.states
     wanted = model.normalised(kept.states[last]).float()
@@ -169,7 +169,7 @@ class Compared:
     of its probability, and of the others a few, drawn anew at each step in all others' stead.
     """
 
-    def __init__(self, model: HuggingFaceModel, kept: KeptStates, generator: torch.Generator):
+    def __init__(self, model: TrainableModel, kept: KeptStates, generator: torch.Generator):
         self.generator = generator
         self.often: Tensor | None = None
         if model.vocab_size <= 2 * (OFTEN + SELDOM):
@@ -193,7 +193,7 @@ class Compared:
 
 
 def imitation_loss(
-    model: HuggingFaceModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
+    model: TrainableModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
 ) -> Tensor:
     """Sum over the exits of KL(p_L || p_e), both at that temperature, in nats a token."""
     *early, last = batch.states
@@ -210,7 +210,7 @@ def imitation_loss(
 
 
 def text_loss(
-    model: HuggingFaceModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
+    model: TrainableModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
 ) -> Tensor:
     """Sum over the exits of the cross-entropy and, to ``imitate``, of KL(p_L || p_e)."""
     *early, last = batch.states

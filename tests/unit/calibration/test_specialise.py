@@ -9,7 +9,7 @@ from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.data import batches
 from offramp.errors import ConfigError
 from offramp.evaluation.trace import collect_trace
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 
 QUICK = {"steps": 150, "batch_size": 128, "tokens": 2000}
 
@@ -30,7 +30,7 @@ def said(model, ids):
     with torch.no_grad():
         return {
             layer: model.unembed(h, layer)
-            for layer, h in states_at(model, ids, range(1, 4), step=whole_step(ids))
+            for layer, h in model.states_at(ids, range(1, 4), step=whole_step(ids))
         }
 
 

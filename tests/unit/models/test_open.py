@@ -8,7 +8,7 @@ import transformers
 
 from offramp import from_pretrained, save_exits
 from offramp.errors import CheckpointError, ConfigError
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.open import open_in_memory, open_model
 from offramp.models.save import save_model
@@ -26,7 +26,7 @@ def tuned(checkpoint, tmp_path):
 
 
 def logits(model, ids):
-    states = dict(states_at(model, ids, model.exit_layers, step=whole_step(ids)))
+    states = dict(model.states_at(ids, model.exit_layers, step=whole_step(ids)))
     return {layer: model.unembed(h, layer) for layer, h in states.items()}
 
 
