@@ -1,8 +1,8 @@
 """Training exits on a frozen backbone, whose states are computed once and kept.
 
-The exits learn to say what the final layer says (Hinton et al. 2015), what the text says, or
-both. A least-squares map of each exit's states to the final ones, the closed form of the tuned
-lens (Belrose et al. 2023), is where adapters begin.
+The exits learn to imitate the final layer (Hinton et al. 2015), to predict the text, or both.
+Adapters begin with a least-squares map of each exit's states to the final ones, the closed form
+of the tuned lens (Belrose et al. 2023).
 """
 
 import math
@@ -75,7 +75,7 @@ def tune_exits(
     autocast = partial(
         torch.autocast, model.device.type, torch.bfloat16, enabled=half, cache_enabled=False
     )
-    model.exits.train()  # nobody is warned of exits that are being trained
+    model.exits.train()  # no warning of exits that are being trained
     step = read = 0
     for index, span in enumerate(spans):
         kept = None
@@ -96,15 +96,7 @@ def tune_exits(
                 targets=kept.targets[rows],
             )
             with autocast():
-                if config.objective == "distill":
-                    loss = imitation_loss(
-                        model,
-                        batch,
-                        compared,
-                        distill_temperature=config.distill_temperature,
-                    )
-                else:
-                    loss = text_loss(model, batch, parameters, imitate=config.objective == "both")
+                loss = _loss(model, batch, compared, parameters, config)
             if not torch.isfinite(loss):
                 raise TrainingError(f"step {step}: expected a finite loss, got {float(loss)}")
             optimizer.zero_grad()
@@ -113,6 +105,20 @@ def tune_exits(
             on_progress(TuneProgress(doing="tune", done=step, total=steps, loss=loss.detach()))
     model.exits.trained = True
     model.eval()
+
+
+def _loss(
+    model: TrainableModel,
+    batch: KeptStates,
+    compared: "Compared",
+    parameters: Sequence[Tensor],
+    config: FrozenConfig,
+) -> Tensor:
+    """Return the config's objective on a batch, nats a token, summed over the exits."""
+    if config.objective == "distill":
+        temperature = config.distill_temperature
+        return imitation_loss(model, batch, compared, distill_temperature=temperature)
+    return text_loss(model, batch, parameters, imitate=config.objective == "both")
 
 
 def check_exits(model: TrainableModel) -> None:
