@@ -85,6 +85,9 @@ class Transformer(nn.Module):
 
     # The waist.
 
+    why_no_blocks = ""
+    "Empty: the blocks run one by one."
+
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
@@ -105,7 +108,7 @@ class Transformer(nn.Module):
         self.exits.warned = True
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
-        """Token embeddings (positions are rotary, so the step is not needed)."""
+        """Return token embeddings; positions are rotary, so the step is not needed."""
         return F.embedding(input_ids, self.model.embed_tokens.weight)
 
     def run_layers(
@@ -117,7 +120,7 @@ class Transformer(nn.Module):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
         if self._is_fast(h, step):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
         context = self._context(step, h.dtype)
@@ -151,7 +154,7 @@ class Transformer(nn.Module):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
+        """Return logits at any layer 1..L, by the final norm and head where it has none."""
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         norm = self.model.norm if own is None else own
@@ -193,8 +196,6 @@ class Transformer(nn.Module):
         return to_transformers(self)
 
     # What training needs.
-
-    why_no_blocks = ""
 
     @property
     def block_modules(self) -> tuple[nn.Module, ...]:
