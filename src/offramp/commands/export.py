@@ -11,7 +11,7 @@ from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.files import claim_folder
 from offramp.models.base import whole_step
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface.exits_file import save_backbone
+from offramp.models.huggingface.backbone import save_backbone
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.huggingface.runner import close

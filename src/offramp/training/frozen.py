@@ -91,10 +91,7 @@ def tune_exits(
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _rate(step, steps, config.warmup_steps)
-            batch = KeptStates(
-                states={layer: h[rows] for layer, h in kept.states.items()},
-                targets=kept.targets[rows],
-            )
+            batch = kept.tokens(rows)
             with autocast():
                 loss = _loss(model, batch, compared, parameters, config)
             if not torch.isfinite(loss):

@@ -16,11 +16,17 @@ WINDOWS_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class KeptStates:
-    """What the frozen backbone made of a text."""
+    """States of a text's tokens, and the tokens that follow them."""
 
     states: Mapping[int, Float[Tensor, "N D"]]
     "By layer; the last is the model's last."
     targets: Int[Tensor, " N"]
+
+    def tokens(self, rows: Int[Tensor, " M"]) -> "KeptStates":
+        """Return the chosen tokens only."""
+        return KeptStates(
+            states={layer: h[rows] for layer, h in self.states.items()}, targets=self.targets[rows]
+        )
 
 
 def portions(model: TrainableModel, tokens: int, seq_len: int, *, layers: int) -> list[range]:
