@@ -49,7 +49,7 @@ def tuned(checkpoint, tmp_path_factory):
 def fresh(checkpoint):
     def make(exit_head="adapter"):
         model = from_pretrained(checkpoint, exit_layers=(1, 2), exit_head=exit_head)
-        model.exits.warned = True
+        model.silence_untrained()
         return model
 
     return make
