@@ -18,7 +18,7 @@ from offramp.calibration.promise import Promise
 from offramp.calibration.risk import threshold_path
 from offramp.data import batches
 from offramp.evaluation.trace import collect_trace
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.native.config import DecoderConfig
 from offramp.training.loop import new_model
 
@@ -48,7 +48,7 @@ def main() -> None:
         @torch.inference_mode()
         def one_pass(model=model, ids=ids) -> None:  # type: ignore[no-untyped-def]
             for inputs, _ in batches(ids, seq_len=SEQ_LEN, batch_size=BATCH):
-                states = states_at(model, inputs, model.exit_layers, step=whole_step(inputs))
+                states = model.states_at(inputs, model.exit_layers, step=whole_step(inputs))
                 for layer, h in states:
                     model.unembed(h, layer)
 

@@ -186,7 +186,8 @@ def offramp_side(
     written = ",".join(f"{layer}={weight}" for layer, weight in weights.items())
     config = TrainConfig(loss_weights=written, precision=precision)
     if compiled:
-        model.compile_blocks()
+        for block in model.block_modules:
+            block.compile()
     exit_loss = ExitLoss(model, config, total_steps=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.native.decoder import Transformer
 
 
@@ -34,7 +34,7 @@ def truncated(model, layers):
 
 
 def logits_at(model, ids, layer):
-    [(_, h)] = states_at(model, ids, [layer], step=whole_step(ids))
+    [(_, h)] = model.states_at(ids, [layer], step=whole_step(ids))
     return model.unembed(h, layer)
 
 
@@ -75,7 +75,7 @@ def test_a_post_norm_exit_with_its_own_head_is_the_truncated_model_read_by_it(
     model = make_model(norm="post", exit_head="full", exit_layers=(1, 2))
     ids = make_ids(2, 7)
     small = truncated(model, layer)
-    [(_, h)] = states_at(small, ids, [layer], step=whole_step(ids))
+    [(_, h)] = small.states_at(ids, [layer], step=whole_step(ids))
     norm = model.exits[str(layer)].norm.weight
     head = model.exits[str(layer)].lm_head.weight
     normalised = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm

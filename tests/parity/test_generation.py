@@ -131,8 +131,8 @@ def test_propagated_states_equal_the_real_router_forced_along_the_text(
     make_model, make_ids, exits, confidence, threshold, beside, dtype, monkeypatch
 ):
     """Pending keys and values may be projected before the token that needs them, or beside it."""
-    monkeypatch.setattr(deferred, "fills_beside", lambda _, tokens: beside and tokens < 17)
     model = routed(make_model, exits).to(dtype)
+    monkeypatch.setattr(type(model), "fills_beside", lambda _, tokens: beside and tokens < 17)
     inputs = make_ids(3, LENGTH)
     policy = ThresholdPolicy.of(threshold, len(exits) + 1)
     measure = confidence_named(confidence)

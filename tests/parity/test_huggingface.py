@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from offramp.data import batches
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.evaluation.trace import collect_trace
-from offramp.models.base import EarlyExitModel, Step, states_at, whole_step
+from offramp.models.base import EarlyExitModel, Step, whole_step
 from offramp.models.exit_heads import UntrainedExitsWarning
 from offramp.models.huggingface.model import HuggingFaceModel
 
@@ -142,7 +142,7 @@ def own_logits(model, ids):
 
 @torch.no_grad()
 def logits_at(model, ids, layer, real=None):
-    [(_, h)] = states_at(model, ids, [layer], step=whole_step(ids, real=real))
+    [(_, h)] = model.states_at(ids, [layer], step=whole_step(ids, real=real))
     return model.unembed(h, layer)
 
 
@@ -193,7 +193,7 @@ def test_an_exit_is_the_model_truncated_there(model, layer):
 
 
 def test_a_vocabulary_slice_is_a_slice_of_the_logits(model):
-    [(_, h)] = states_at(model, ids := make_ids(1, 3), [2], step=whole_step(ids))
+    [(_, h)] = model.states_at(ids := make_ids(1, 3), [2], step=whole_step(ids))
     some = torch.tensor([7, 0, 60])
     close(model.unembed(h, 2, vocab=some), model.unembed(h, 2)[..., some])
 
@@ -300,7 +300,7 @@ def test_gradients_reach_every_unfrozen_block_and_no_other(model):
     ids = make_ids(2, 9)
     loss = sum(
         model.unembed(h, layer).logsumexp(-1).square().mean()
-        for layer, h in states_at(model, ids, [1, LAYERS], step=whole_step(ids))
+        for layer, h in model.states_at(ids, [1, LAYERS], step=whole_step(ids))
     )
     loss.backward()
     for i, block in enumerate(blocks):

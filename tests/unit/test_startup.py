@@ -79,7 +79,13 @@ def mistyped(word):
     return word[:-2] + word[-1] + word[-2]
 
 
-NEAR = {"export": "--out", "plot": "--out", "reproduce": "--quick", "study": "--tokens", "tune": "--tokens"}
+NEAR = {
+    "export": "--out",
+    "plot": "--out",
+    "reproduce": "--quick",
+    "study": "--tokens",
+    "tune": "--tokens",
+}
 WHOLE = {"export": ["MODEL", "--exit", "1", "--out", "OUT"]}
 HELP = [["--help"], ["help"], []]
 VERSION = [["--version"], ["-V"]]

@@ -1,15 +1,15 @@
-"""Exits that know who leaves there: each learns from its own tokens, the backbone frozen.
+"""Specialised exits: each learns from the tokens that exit there, the backbone frozen.
 
-An exit that is trained on every token spends much of what it can say on hard ones, which go on
-to the last layer anyway. Once gates say who leaves where at a budget, what the exit has of its
-own (norm, residual block, LM head) is taught those tokens by the last layer (Hinton et al.
-2015). The gates were fitted to the exits as they were; fit them anew afterwards.
+An exit that is trained on every token spends much of its capacity on hard tokens, which continue
+to the last layer anyway. Gates choose which tokens exit where at a compute budget; then the last
+layer teaches those tokens to what the exit has of its own (norm, residual block, LM head; Hinton
+et al. 2015). The gates were fitted to the exits as they were before; fit them again afterwards.
+Full-depth output is unchanged.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,50 +25,43 @@ from offramp.evaluation.cost import model_cost
 from offramp.evaluation.sample import ExitSample, collect_sample
 from offramp.exits.gate import FittedExits, Gate, GateConfig, expected_kl
 from offramp.exits.policy import GainPolicy
+from offramp.models.base import TrainableModel, require_blocks
 from offramp.models.exit_heads import ExitHead
-from offramp.models.native.decoder import Transformer
+
+M = TypeVar("M", bound=TrainableModel)
 
 _ROUNDS = 40
 _AT_ONCE = 8192  # tokens
 
 
-def with_own_heads(model: Transformer, *, seed: int) -> Transformer:
-    """The same model whose exits have heads of kind ``specialist``, which say what they said
-    before; the model itself where they have an adapter or an LM head of their own.
+def with_own_heads(model: M, *, seed: int) -> M:
+    """Return the same model with exit heads of kind ``specialist``, which begin with the exits'
+    current logits; the model itself if its exits have an adapter or an LM head of their own.
 
-    ``seed`` is that of what their residual blocks read.
+    ``seed`` is for the inputs of the new residual blocks, whose outputs begin at zero. Raises
+    ConfigError where the exits share a final norm that the model does not have.
     """
-    if model.config.exit_head not in ("shared", "norm"):
+    if model.exit_head not in ("shared", "norm"):
         return model
-    if model.config.exit_head == "shared" and model.config.norm == "post":
-        raise ConfigError(
-            "exit_head: expected norm, adapter, full or specialist in a post-norm model, whose "
-            "final norm an exit cannot begin with, got shared"
-        )
-    weight = model.lm_head.weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own = Transformer(replace(model.config, exit_head="specialist"))
-        own = own.to(weight.device, weight.dtype)
-        own.load_state_dict(model.state_dict(), strict=False)
-        for layer, head in own.exits.items():
-            before = model.exits.at(int(layer))
-            norm = before.norm if before else model.model.norm
-            cast(ExitHead, head).start_from(norm, model.lm_head)
-    return own.train(model.training)
+        return cast(M, model.with_exit_heads("specialist"))
 
 
 def specialise_exits(
-    model: Transformer,
+    model: TrainableModel,
     batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
     config: SpecialiseConfig,
 ) -> dict[int, float]:
-    """Teach what each exit has of its own the tokens that leave there; in place.
+    """Train what each exit has of its own on the tokens that exit there; in place.
 
     ``batches`` are of training text, in a random order. Returns the share of the tokens that
-    left at each exit at the budget. Raises ConfigError where an exit has nothing of its own or
-    the budget is less than the first exit costs, TrainingError where the loss is not finite.
+    exited at each exit at the budget. Raises ConfigError where an exit has nothing of its own,
+    the budget is less than the first exit costs, or the blocks cannot be run one by one (their
+    cost is then unknown); TrainingError where the loss is not finite.
     """
+    check_heads(model)
+    model.silence_untrained()  # the exits are about to be trained
     sample = collect_sample(model, batches, max_tokens=config.tokens)
     assert sample.trace.position is not None
     check_specialise(model, config, context=float(sample.trace.position.mean()) + 1)
@@ -79,11 +72,13 @@ def specialise_exits(
             continue  # nobody to learn from
         weights = torch.from_numpy(np.where(leaving[index], 1.0, config.others)).float()
         _teach(model, cast(ExitHead, model.exits[str(layer)]), layer, sample, weights, config)
+    model.exits.trained = True
     return {layer: float(leaving[index].mean()) for index, layer in enumerate(model.exit_layers)}
 
 
-def check_specialise(model: Transformer, config: SpecialiseConfig, *, context: float) -> None:
-    """Raise the ConfigErrors of ``specialise_exits``, for windows of a mean ``context`` in keys."""
+def check_heads(model: TrainableModel) -> None:
+    """Raise a ConfigError unless exits have something of their own, and a cost."""
+    require_blocks(model, "specialise")
     early = model.exit_layers[:-1]
     missing = [layer for layer in early if str(layer) not in model.exits]
     if missing or not early:
@@ -91,6 +86,12 @@ def check_specialise(model: Transformer, config: SpecialiseConfig, *, context: f
             "exit_head: expected exits with something of their own to learn with, got "
             f"{'none' if not early else f'nothing at layer {missing[0]}'}"
         )
+
+
+def check_specialise(model: TrainableModel, config: SpecialiseConfig, *, context: float) -> None:
+    """Raise the ConfigErrors of ``specialise_exits``, for windows of a mean ``context`` in keys."""
+    check_heads(model)
+    early = model.exit_layers[:-1]
     gates = {layer: Gate(model.hidden_size, outputs=1).to(model.device) for layer in early}
     least = _costs(model, gates, context)[0]
     if config.compute_budget < least:
@@ -100,14 +101,14 @@ def check_specialise(model: Transformer, config: SpecialiseConfig, *, context: f
         )
 
 
-def _costs(model: Transformer, gates: Mapping[int, Gate], context: float) -> tuple[float, ...]:
+def _costs(model: TrainableModel, gates: Mapping[int, Gate], context: float) -> tuple[float, ...]:
     """FLOPs% of leaving at each exit by ``gain``."""
     fitted = FittedExits(gates={"gain": gates})
     return model_cost(model, context=context, fitted=fitted).flops_pct_by_exit("gain")
 
 
 def _who_leaves(
-    model: Transformer, sample: ExitSample, config: SpecialiseConfig
+    model: TrainableModel, sample: ExitSample, config: SpecialiseConfig
 ) -> Bool[NDArray[np.bool_], "E N"]:
     """By ``gain`` gates at the price at which tokens cost the budget on the mean."""
     gates = fit_gates("gain", sample, GateConfig(seed=config.seed))
@@ -132,7 +133,7 @@ def _expected(gate: Gate, states: Float[Tensor, "N D"]) -> Float[NDArray[np.floa
 
 
 def _teach(
-    model: Transformer,
+    model: TrainableModel,
     head: ExitHead,
     layer: int,
     sample: ExitSample,

@@ -65,7 +65,7 @@ def open_for(
     if stored is not None:
         stored.require_model(files.sha256)
     opened = open_model(files, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    opened.model.exits.warned = True  # the command itself says so
+    opened.model.silence_untrained()  # the command itself says so
     return opened
 
 

@@ -27,7 +27,7 @@ def specialise(
     Parameters
     ----------
     model
-        A folder that ``offramp train`` wrote.
+        A folder that ``offramp train`` or ``offramp tune`` wrote.
     corpus
         The text that it was trained on: exits and gates learn from its training text.
     out

@@ -100,7 +100,8 @@ def train(
 def _watcher(drawn: "Bars", stopped: Callable[[], int | None]) -> "Watcher":
     """What draws a run's progress, and stops it after a signal."""
     from offramp.commands.train_run import Watcher
-    from offramp.training.loop import Progress, Validation
+    from offramp.training.loop import Progress
+    from offramp.training.validation import Validation
 
     def on_step(progress: Progress) -> None:
         if progress.step % 10 == 0 or progress.step == progress.total_steps:

@@ -9,15 +9,13 @@ from torch import nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.files import claim_folder
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface.exits_file import save_backbone
+from offramp.models.huggingface.backbone import save_backbone
 from offramp.models.huggingface.library import quiet, transformers
-from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.huggingface.runner import close
 from offramp.models.model_files import find_model
-from offramp.models.native.decoder import Transformer
-from offramp.models.native.llama import to_transformers
 from offramp.models.open import load_weights
 
 
@@ -35,9 +33,9 @@ def export_exit(
     files = find_model(name)
     layers = (exit_layer,) if files.kind == "checkpoint" else None
     loaded = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
-    model = as_huggingface(loaded) if isinstance(loaded, Transformer) else loaded
+    model = as_huggingface(loaded)
     texts = files.tokenizer_folder
-    model.exits.warned = True  # a plain checkpoint's exits are what they are
+    model.silence_untrained()  # a plain checkpoint's exits are what they are
     if exit_layer not in model.exit_layers:
         raise ConfigError(
             f"exit: expected one of the model's exit layers "
@@ -47,18 +45,6 @@ def export_exit(
     claim_folder(out)
     save_backbone(short, out, texts=texts)
     return model
-
-
-def as_huggingface(native: Transformer) -> HuggingFaceModel:
-    """The same model and exits as ``transformers`` runs them."""
-    model = HuggingFaceModel(
-        to_transformers(native),
-        exit_layers=native.exit_layers,
-        exit_head=native.config.exit_head,
-    )
-    model.exits.load_state_dict(native.exits.state_dict())
-    model.exits.trained = native.exits.trained
-    return model.eval()
 
 
 @torch.no_grad()
@@ -86,7 +72,7 @@ def shortened(model: HuggingFaceModel, exit_layer: int) -> Any:
         ) from None
     short.to(model.device)
     ids = torch.arange(8, device=model.device)[None] % model.vocab_size
-    [(_, h)] = states_at(model, ids, [exit_layer], step=whole_step(ids))
+    [(_, h)] = model.states_at(ids, [exit_layer], step=whole_step(ids))
     if not close(short(input_ids=ids).logits, model.unembed(h, exit_layer)):
         raise UnsupportedArchitectureError(
             f"{model.model_type}: its first {exit_layer} layers, as a model of their own, do not "

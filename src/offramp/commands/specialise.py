@@ -15,7 +15,6 @@ from offramp.data.corpus import load_corpus
 from offramp.errors import CheckpointError
 from offramp.evaluation.trace import collect_trace
 from offramp.files import check_free
-from offramp.models.native.decoder import Transformer
 from offramp.models.open import OpenedModel
 from offramp.models.save import save_model
 
@@ -32,12 +31,15 @@ def specialise(
 
     Exits learn from the corpus's training text. Returns the share of its tokens that exited at
     each exit at the budget, and each exit's PPL on the validation text before and after. Raises
-    CheckpointError for a model that ``offramp train`` did not write, CorpusError for too little
-    text, and the ConfigErrors of ``specialise_exits``.
+    CheckpointError for a model whose exits were never trained, CorpusError for too little text,
+    and the ConfigErrors of ``specialise_exits``.
     """
     model = opened.model
-    if not isinstance(model, Transformer) or opened.files is None or opened.files.kind != "native":
-        raise CheckpointError(f"{opened.name}: expected a model of offramp train, got none")
+    if not opened.exits_trained:
+        raise CheckpointError(
+            f"{opened.name}: expected a model with trained exits, of offramp train or offramp "
+            "tune, got one whose exits were never trained"
+        )
     text = load_corpus(corpus)
     train_ids, validation_ids = training_ids(opened, text)
 
@@ -46,6 +48,7 @@ def specialise(
         return {layer: trace.ppl(layer) for layer in of.model.exit_layers}
 
     own_model = with_own_heads(model, seed=config.seed)
+    own_model.freeze_backbone()
     own = replace(opened, model=own_model)
     check_specialise(own_model, config, context=(opened.window + 1) / 2)
     check_free(out)

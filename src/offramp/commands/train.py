@@ -34,8 +34,9 @@ from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.distributed import Processes, check_processes, join, whole_model
-from offramp.training.loop import Progress, TrainResult, Validation, new_model, train
+from offramp.training.loop import Progress, TrainResult, new_model, train
 from offramp.training.tracking import RunLog, check_tracker
+from offramp.training.validation import Validation
 from offramp.version import __version__
 
 METRICS = "metrics.csv"
@@ -171,7 +172,7 @@ def _train(
 
     def on_validation(validation: Validation) -> None:
         if validation.is_best:
-            best = whole_model(model, processes)
+            best = whole_model(model, processes, make=lambda: Transformer(model.config))
             processes.on_main(lambda: _save(best, out, about, validation))
         log.on_validation(validation)
         watcher.on_validation(validation)
@@ -191,7 +192,7 @@ def _train(
     finally:
         log.close()
     if result.finished:
-        last = whole_model(model, processes)
+        last = whole_model(model, processes, make=lambda: Transformer(model.config))
         processes.on_main(lambda: _finish(last, out, tokenizer, about, result))
     return result
 

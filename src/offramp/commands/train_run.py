@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import CheckpointError
-from offramp.exits.weights import RECOMMENDED, parse_loss_weights
+from offramp.exits.weightings import parse_loss_weights
+from offramp.exits.weights import RECOMMENDED
 from offramp.files import count_parameters, read_json
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.config import DecoderConfig
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.config import TrackerName, TrainConfig
-from offramp.training.loop import Progress, TrainResult, Validation
+from offramp.training.loop import Progress, TrainResult
+from offramp.training.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)

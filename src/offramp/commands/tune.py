@@ -1,7 +1,7 @@
 """From a pretrained checkpoint to one with trained exits: ``offramp tune``."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,16 @@ from torch import Tensor
 from offramp.commands.text import LARGEST_LOGITS
 from offramp.commands.tune_config import TuneConfig
 from offramp.data import batches, encode, load_corpus
-from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
-from offramp.exits.weights import parse_loss_weights
+from offramp.exits.weightings import parse_loss_weights
 from offramp.files import check_free, claim_folder
-from offramp.models.fitted import save_fitted
-from offramp.models.huggingface.exits_file import save_exits
-from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.base import EarlyExitModel, TrainableModel
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
+from offramp.models.save import save_model
 from offramp.training.frozen import TuneProgress, check_exits, tune_exits
 from offramp.training.loop import Progress, train
 
@@ -81,7 +79,6 @@ def tune(
     corpus = load_corpus(corpus_name)
     text = corpus.whole if corpus.test is None else corpus.train
     model, tokenizer = opened.model, opened.tokenizer
-    assert isinstance(model, HuggingFaceModel)
     ids = encode(tokenizer, text)[: config.tokens]
     if len(ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
@@ -95,7 +92,7 @@ def tune(
         check_exits(model)
     held_out = min(len(ids) // HELD_OUT_SHARE, HELD_OUT_MOST)
     claim_folder(out)
-    model.exits.warned = True  # the exits are about to be trained
+    model.silence_untrained()  # the exits are about to be trained
     before = measure(model, ids[len(ids) - held_out :], config.seq_len)
     if config.unfreeze:
         _tune_jointly(model, ids, held_out, config, on_progress)
@@ -116,11 +113,10 @@ def tune(
         "after": measure(model, ids[len(ids) - held_out :], config.seq_len),
         "environment": environment(str(model.device)),
     }
-    save_exits(model, out, trained=trained, backbone=True if model.source is None else None)
-    if opened.files is None:
-        tokenizer.save(str(out / TOKENIZER_FILE))
     if model.vocab_size > 2 * DRAFT_VOCAB:
-        save_fitted(FittedExits(draft_vocab=frequent_tokens(ids[: len(ids) - held_out])), out)
+        frequent = frequent_tokens(ids[: len(ids) - held_out])
+        opened = replace(opened, fitted=FittedExits(draft_vocab=frequent))
+    save_model(opened, out, about={"trained": trained})
     return trained
 
 
@@ -131,7 +127,7 @@ def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:
     return chosen
 
 
-def measure(model: HuggingFaceModel, ids: Int[Tensor, " N"], seq_len: int) -> list[dict[str, Any]]:
+def measure(model: EarlyExitModel, ids: Int[Tensor, " N"], seq_len: int) -> list[dict[str, Any]]:
     """Agreement with the final layer and PPL of each exit; empty without tokens to predict."""
     if len(ids) < 2:
         return []
@@ -149,7 +145,7 @@ def measure(model: HuggingFaceModel, ids: Int[Tensor, " N"], seq_len: int) -> li
 
 
 def _tune_jointly(
-    model: HuggingFaceModel,
+    model: TrainableModel,
     ids: Tensor,
     held_out: int,
     config: TuneConfig,

@@ -13,7 +13,7 @@ from offramp.evaluation.clock import Clock, Part
 from offramp.evaluation.cost import ModelCost, model_cost
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.models.base import EarlyExitModel, Step, fills_beside
+from offramp.models.base import EarlyExitModel, Step
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Numbers of tokens of a call for which a part is timed."""
@@ -104,7 +104,7 @@ class Timer:
         layers, sizes = self.model.num_layers, self.sizes
         seconds = {}
         for tokens in sizes:
-            if fills_beside(self.model, tokens + 1) and tokens < sizes[-1]:
+            if self.model.fills_beside(tokens + 1) and tokens < sizes[-1]:
                 part = partial(_run_last, self.model, *self._tokens(tokens + 1))
                 added = seconds_of(part, self.rounds) / layers - one_block
                 seconds[tokens] = max(added, 1e-9)

@@ -16,7 +16,7 @@ from offramp.errors import ConfigError, CorpusError
 from offramp.evaluation.reader import ChunkReader
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.models.base import EarlyExitModel, states_at, whole_step
+from offramp.models.base import EarlyExitModel, whole_step
 
 _PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
 _PER_TOKEN = ("sequence", "position")
@@ -177,7 +177,7 @@ def collect_trace(
         inputs, targets = inputs.to(model.device), targets.to(model.device)
         states = {
             layer: h.flatten(0, 1)
-            for layer, h in states_at(model, inputs, sorted(wanted), step=whole_step(inputs))
+            for layer, h in model.states_at(inputs, sorted(wanted), step=whole_step(inputs))
         }
         if on_states:
             on_states({layer: states[layer] for layer in layers})

@@ -5,18 +5,21 @@ How the loss weights follow from it at each step is in ``schedules``.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from offramp.errors import ConfigError
-from offramp.exits.weights import ALPHA_WEIGHTINGS, number, parse_layer_pairs
+from offramp.exits.weightings import (
+    HELP,
+    WEIGHTINGS,
+    number,
+    parse_layer_pairs,
+    weighting_named_in,
+)
 
 AlphaSchedule = Literal["constant", "linear", "cosine", "step"]
 WeightWarmup = Literal["none", "linear", "cosine"]
 LayerDropoutSchedule = Literal["constant", "exponential"]
-
-OVER_ALL_LAYERS = ("layerskip", "deep_supervision", "asymmetric_deep_supervision", "linear")
-"""The weightings that a curriculum may mask."""
 
 NEED_EARLY_EXITS = (
     "alpha_end",
@@ -34,13 +37,9 @@ NEED_EARLY_EXITS = (
 class ObjectiveConfig:
     """What to minimise. Schedules of the loss weights count steps after --backbone-steps."""
 
-    loss_weights: str = "asymmetric:0.7"
-    """standard, asymmetric:ALPHA, asymmetric_exits:ALPHA, deep_supervision,
-    asymmetric_deep_supervision:ALPHA, free, ee_llm:WEIGHT:... (one for each early exit), linear,
-    layerskip:E_SCALE, recommended, or LAYER=WEIGHT,..."""
+    loss_weights: str = field(default="asymmetric:0.7", metadata={"help": HELP})
     alpha_end: float | None = None
-    """Where alpha goes from that of asymmetric:ALPHA, asymmetric_exits:ALPHA or
-    asymmetric_deep_supervision:ALPHA."""
+    "Where the ALPHA of the loss weights goes."
     alpha_schedule: AlphaSchedule = "constant"
     "How alpha goes there: linear, cosine, or step (in equal parts after each of --alpha-steps)."
     alpha_steps: tuple[int, ...] = ()
@@ -74,18 +73,20 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _check_values(self)
         _check_pairs(self)
-        name = self.loss_weights.partition(":")[0]
-        if self.alpha_end is not None and name not in ALPHA_WEIGHTINGS:
+        weighting = weighting_named_in(self.loss_weights)
+        if self.alpha_end is not None and not (weighting and weighting.takes_alpha):
+            movable = [each.written for each in WEIGHTINGS.values() if each.takes_alpha]
             raise ConfigError(
-                "alpha_end: expected loss_weights asymmetric:ALPHA, asymmetric_exits:ALPHA or "
-                f"asymmetric_deep_supervision:ALPHA, got loss_weights {self.loss_weights!r}"
+                f"alpha_end: expected loss_weights {', '.join(movable[:-1])} or {movable[-1]}, "
+                f"got loss_weights {self.loss_weights!r}"
             )
-        if name == "standard":
+        if weighting and weighting.name == "standard":
             refuse_without_early_exits(self)
-        if self.curriculum != "none" and name not in OVER_ALL_LAYERS:
+        if self.curriculum != "none" and not (weighting and weighting.over_all_layers):
+            maskable = [each.name for each in WEIGHTINGS.values() if each.over_all_layers]
             raise ConfigError(
                 f"curriculum: expected loss_weights over all layers "
-                f"({', '.join(OVER_ALL_LAYERS)}), got loss_weights {self.loss_weights!r}"
+                f"({', '.join(maskable)}), got loss_weights {self.loss_weights!r}"
             )
         if self.detach_exits and self.gradient_equilibrium:
             raise ConfigError(
@@ -106,7 +107,7 @@ def refuse_without_early_exits(config: ObjectiveConfig) -> None:
 
 def is_set(config: ObjectiveConfig, name: str) -> bool:
     """Whether a field differs from its default."""
-    return bool(getattr(config, name) != getattr(ObjectiveConfig, name))
+    return bool(getattr(config, name) != getattr(type(config), name))
 
 
 def layer_lr_factors(config: ObjectiveConfig, num_layers: int) -> dict[int, float]:

@@ -1,9 +1,11 @@
-"""Loss weights over a run: pure functions of the config and the step, counted from 1.
+"""Loss weights over a run: a value that is made once and then gives the weights of each step.
 
-So a resumed run goes on exactly where it stopped.
+The weights of a step depend on the config and the step's number alone, so a resumed run continues
+exactly where it stopped.
 """
 
 import math
+from dataclasses import dataclass
 
 from offramp.errors import ConfigError
 from offramp.exits.objective import (
@@ -12,15 +14,8 @@ from offramp.exits.objective import (
     layer_lr_factors,
     refuse_without_early_exits,
 )
-from offramp.exits.weights import (
-    ALPHA_WEIGHTINGS,
-    LossWeights,
-    check_loss_weights,
-    normalized,
-    parse_loss_weights,
-    standard,
-    written_alpha,
-)
+from offramp.exits.weightings import ParsedWeights, read_loss_weights
+from offramp.exits.weights import LossWeights, check_loss_weights, normalized, standard
 
 _NEED_LAST_LAYER = {
     "weight_warmup": "nothing else has one at first",
@@ -29,63 +24,96 @@ _NEED_LAST_LAYER = {
 }
 
 
-def weights_at(
-    config: ObjectiveConfig,
-    step: int,
-    total_steps: int,
-    *,
-    num_layers: int,
-    exit_layers: tuple[int, ...],
-) -> LossWeights:
-    """The loss weights of a step of a run of so many; only those above zero.
+@dataclass(frozen=True, kw_only=True)
+class LossSchedule:
+    """The loss weights of every step of a run, parsed and checked; ``loss_schedule`` makes one."""
 
-    In this order: alpha's schedule, the early exits' warm-up, the curriculum's mask, and, for
-    LayerSkip's scale and under a curriculum, the normalisation to a sum of 1.
-    """
-    assert step >= 1
-    if step <= config.backbone_steps:
-        return standard(num_layers)
-    step, total_steps = step - config.backbone_steps, total_steps - config.backbone_steps
-    moved = _alpha_moved(config, step, total_steps)
-    weights = _unmasked(config, moved, num_layers=num_layers, exit_layers=exit_layers)
-    grown = _weight_grown(config, step)
-    kept = {
-        layer: weight if layer == num_layers else weight * grown
-        for layer, weight in weights.items()
-        if layer == num_layers or _enabled(config, layer, step, total_steps, num_layers)
-    }
-    return _normalized(config, check_loss_weights(kept, num_layers))
+    config: ObjectiveConfig
+    written: ParsedWeights
+    rotation: int
+    "The R of the curriculum rotational:R, else 0."
+    total_steps: int
+    num_layers: int
+    exit_layers: tuple[int, ...]
+
+    def at(self, step: int) -> LossWeights:
+        """The loss weights of a step, counted from 1; only those above zero.
+
+        In this order: alpha's schedule, the early exits' warm-up, the curriculum's mask, and, for
+        LayerSkip's scale and under a curriculum, the normalisation to a sum of 1.
+        """
+        assert step >= 1
+        config, last = self.config, self.num_layers
+        if step <= config.backbone_steps:
+            return standard(last)
+        step, total_steps = step - config.backbone_steps, self.total_steps - config.backbone_steps
+        weights = self.unmasked(_alpha_moved(config, step, total_steps))
+        grown = _weight_grown(config, step)
+        kept = {
+            layer: weight if layer == last else weight * grown
+            for layer, weight in weights.items()
+            if layer == last or self._enabled(layer, step, total_steps)
+        }
+        return self._normalized(check_loss_weights(kept, last))
+
+    @property
+    def target(self) -> LossWeights:
+        """The weights that the schedules lead to: alpha arrived, warm-up done, nothing masked."""
+        return self._normalized(self.unmasked(1.0))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer that has a weight at some step of a run long enough, ascending."""
+        layers = {self.num_layers} if self.config.backbone_steps else set()
+        for moved in (0.0, 1.0):
+            layers |= set(self.unmasked(moved))
+        return tuple(sorted(layers))
+
+    def unmasked(self, moved: float) -> LossWeights:
+        """The weights as written, once alpha has moved a share (0 to 1) of its way."""
+        written = self.written
+        if self.config.alpha_end is not None:
+            alpha = (1.0 - moved) * written.alpha + moved * self.config.alpha_end
+            written = written.with_alpha(alpha)
+        return written.weights(num_layers=self.num_layers, exit_layers=self.exit_layers)
+
+    def _normalized(self, weights: LossWeights) -> LossWeights:
+        weighting = self.written.weighting
+        always = weighting is not None and weighting.normalized
+        return normalized(weights) if always or self.config.curriculum != "none" else weights
+
+    def _enabled(self, layer: int, step: int, total_steps: int) -> bool:
+        """Whether the curriculum lets an early exit count at a step (LayerSkip, section 4.1.2).
+
+        Rotational: layers 1, 1 + R, ... at step 1, then 2, 2 + R, ...: each layer once in R steps.
+        Gradual: one layer more every T / 2L steps, from the last one down.
+        """
+        if self.rotation:
+            return (layer - step) % self.rotation == 0
+        if self.config.curriculum == "gradual":
+            last = self.num_layers
+            return 2 * last * (step - 1) >= (last - layer + 1) * total_steps
+        return True
 
 
-def target_weights(
-    config: ObjectiveConfig, *, num_layers: int, exit_layers: tuple[int, ...]
-) -> LossWeights:
-    """The loss weights that the schedules lead to: alpha arrived, warm-up done, nothing masked."""
-    weights = _unmasked(config, 1.0, num_layers=num_layers, exit_layers=exit_layers)
-    return _normalized(config, weights)
-
-
-def weighted_layers(
-    config: ObjectiveConfig, *, num_layers: int, exit_layers: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Every layer that has a weight at some step of a run long enough, ascending."""
-    layers = {num_layers} if config.backbone_steps else set()
-    for moved in (0.0, 1.0):
-        layers |= set(_unmasked(config, moved, num_layers=num_layers, exit_layers=exit_layers))
-    return tuple(sorted(layers))
-
-
-def check_objective(
+def loss_schedule(
     config: ObjectiveConfig, *, total_steps: int, num_layers: int, exit_layers: tuple[int, ...]
-) -> None:
-    """ConfigError where the objective does not fit the model or the run; call it before training.
+) -> LossSchedule:
+    """Parse the objective of a run of so many steps, for a model of this shape.
 
-    After it ``weights_at`` gives weights at every step.
+    Raises ConfigError where the objective does not fit the model or the run. Every step of what
+    it returns has weights.
     """
-    tables = [
-        _unmasked(config, moved, num_layers=num_layers, exit_layers=exit_layers)
-        for moved in (0.0, 1.0)
-    ]
+    kind, _, rotation = config.curriculum.partition(":")
+    schedule = LossSchedule(
+        config=config,
+        written=read_loss_weights(config.loss_weights),
+        rotation=int(rotation) if kind == "rotational" else 0,
+        total_steps=total_steps,
+        num_layers=num_layers,
+        exit_layers=exit_layers,
+    )
+    tables = [schedule.unmasked(moved) for moved in (0.0, 1.0)]
     if all(set(weights) == {num_layers} for weights in tables):
         refuse_without_early_exits(config)
     for name, reason in _NEED_LAST_LAYER.items():
@@ -106,24 +134,7 @@ def check_objective(
             f"got {config.backbone_steps}"
         )
     layer_lr_factors(config, num_layers)
-
-
-def _unmasked(
-    config: ObjectiveConfig, moved: float, *, num_layers: int, exit_layers: tuple[int, ...]
-) -> LossWeights:
-    """The weights as written, alpha having gone ``moved`` (0 to 1) of its way."""
-    if config.alpha_end is None:
-        return parse_loss_weights(
-            config.loss_weights, num_layers=num_layers, exit_layers=exit_layers
-        )
-    name, start = written_alpha(config.loss_weights)
-    alpha = (1.0 - moved) * start + moved * config.alpha_end
-    return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layers=exit_layers)
-
-
-def _normalized(config: ObjectiveConfig, weights: LossWeights) -> LossWeights:
-    layerskip = config.loss_weights.startswith("layerskip:")
-    return normalized(weights) if layerskip or config.curriculum != "none" else weights
+    return schedule
 
 
 def _alpha_moved(config: ObjectiveConfig, step: int, total_steps: int) -> float:
@@ -148,18 +159,3 @@ def _ramp(shape: str, done: float) -> float:
     """From 0 to 1 in a straight line, or as half a cosine."""
     done = min(1.0, done)
     return done if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
-
-
-def _enabled(
-    config: ObjectiveConfig, layer: int, step: int, total_steps: int, num_layers: int
-) -> bool:
-    """Whether the curriculum lets an early exit count at a step (LayerSkip, section 4.1.2).
-
-    Rotational: layers 1, 1 + R, ... at step 1, then 2, 2 + R, ...: each layer once in R steps.
-    Gradual: one layer more every T / 2L steps, from the last one down.
-    """
-    if config.curriculum == "none":
-        return True
-    if config.curriculum == "gradual":
-        return 2 * num_layers * (step - 1) >= (num_layers - layer + 1) * total_steps
-    return (layer - step) % int(config.curriculum.partition(":")[2]) == 0

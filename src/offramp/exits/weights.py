@@ -1,21 +1,45 @@
-"""Loss weights: how much each layer's cross-entropy counts in training.
+"""Loss weights: how much each layer's cross-entropy (CE) counts in training.
 
-A value is a mapping {layer: weight}, layers counted from 1; a layer that is not named has
-weight zero, and one with weight zero costs nothing: its logits are never computed.
+The functions here are the formulas. How a user names them is in ``weightings``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from offramp.errors import ConfigError
 
-LossWeights = dict[int, float]
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossWeights(Mapping[int, float]):
+    """A read-only mapping {layer: weight}, layers counted from 1.
+
+    A layer that is not in it has weight 0 and costs nothing: its logits are never computed.
+    """
+
+    pairs: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[int, float]) -> "LossWeights":
+        """The same weights, in the same order."""
+        return cls(tuple(weights.items()))
+
+    def __getitem__(self, layer: int) -> float:
+        return dict(self.pairs)[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([layer for layer, _ in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        return f"LossWeights({dict(self.pairs)})"
 
 
 def standard(num_layers: int) -> LossWeights:
     """CE_L: the last layer only."""
-    return {num_layers: 1.0}
+    return LossWeights(((num_layers, 1.0),))
 
 
 def asymmetric(alpha: float, *, num_layers: int, exit_layer: int = 1) -> LossWeights:
@@ -39,7 +63,7 @@ def asymmetric_exits(alpha: float, *, exit_layers: Sequence[int], num_layers: in
 
 def deep_supervision(num_layers: int) -> LossWeights:
     """The mean of all layers' CE (Lee et al. 2015)."""
-    return dict.fromkeys(range(1, num_layers + 1), 1.0 / num_layers)
+    return LossWeights.of(dict.fromkeys(range(1, num_layers + 1), 1.0 / num_layers))
 
 
 def asymmetric_deep_supervision(
@@ -107,12 +131,12 @@ def layerskip(num_layers: int, e_scale: float) -> LossWeights:
 def normalized(weights: Mapping[int, float]) -> LossWeights:
     """The weights over their sum."""
     total = sum(weights.values())
-    return {layer: weight / total for layer, weight in weights.items()}
+    return LossWeights.of({layer: weight / total for layer, weight in weights.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """A whole exit configuration under one name."""
+    """An alpha, its exit layer and a threshold that go together."""
 
     alpha: float
     exit_layer: int
@@ -123,70 +147,12 @@ RECOMMENDED = Recommendation(alpha=0.7, exit_layer=1, threshold=0.95)
 """The seed document's recommended configuration."""
 
 
-def _asymmetric(alpha: float, *, exit_layers: Sequence[int], num_layers: int) -> LossWeights:
-    return asymmetric(alpha, num_layers=num_layers, exit_layer=exit_layers[0])
-
-
-def _asymmetric_deep_supervision(
-    alpha: float, *, exit_layers: Sequence[int], num_layers: int
-) -> LossWeights:
-    return asymmetric_deep_supervision(alpha, num_layers=num_layers, exit_layer=exit_layers[0])
-
-
-ALPHA_WEIGHTINGS = {
-    "asymmetric": _asymmetric,
-    "asymmetric_exits": asymmetric_exits,
-    "asymmetric_deep_supervision": _asymmetric_deep_supervision,
-}
-"""The weightings whose alpha may change over the run."""
-
-SPEC_HELP = (
-    "standard, asymmetric:ALPHA, asymmetric_exits:ALPHA, deep_supervision, "
-    "asymmetric_deep_supervision:ALPHA, free, "
-    "ee_llm:WEIGHT:WEIGHT:... (one for each early exit), linear, layerskip:E_SCALE, "
-    "recommended, or LAYER=WEIGHT,LAYER=WEIGHT,..."
-)
-
-
-def parse_loss_weights(spec: str, *, num_layers: int, exit_layers: tuple[int, ...]) -> LossWeights:
-    """Loss weights from their written form (SPEC_HELP).
-
-    The shallow exit of ``asymmetric``, ``asymmetric_deep_supervision`` and ``free`` is the first
-    of ``exit_layers``; that of ``recommended`` is the document's, layer 1. ``ee_llm``,
-    ``linear`` and ``asymmetric_exits`` weight all ``exit_layers``.
-    """
-    name, _, argument = spec.partition(":")
-    first = exit_layers[0]
-    if "=" in spec:
-        pairs = parse_layer_pairs(spec, field="loss weights", value="WEIGHT")
-        return check_loss_weights(pairs, num_layers)
-    if name in ALPHA_WEIGHTINGS:
-        _, alpha = written_alpha(spec)
-        return ALPHA_WEIGHTINGS[name](alpha, num_layers=num_layers, exit_layers=exit_layers)
-    if name == "ee_llm":
-        expected = "ee_llm: expected ee_llm:WEIGHT:WEIGHT:..."
-        early_weights = [number(part, expected) for part in argument.split(":")]
-        return ee_llm(early_weights, exit_layers=exit_layers, num_layers=num_layers)
-    if name == "layerskip":
-        e_scale = number(argument, "layerskip: expected layerskip:E_SCALE")
-        return layerskip(num_layers, e_scale)
-    if spec == "recommended":
-        return asymmetric(
-            RECOMMENDED.alpha, num_layers=num_layers, exit_layer=RECOMMENDED.exit_layer
-        )
-    if spec == "standard":
-        return standard(num_layers)
-    if spec == "deep_supervision":
-        return deep_supervision(num_layers)
-    if spec == "free":
-        return free(first, num_layers)
-    if spec == "linear":
-        return check_loss_weights(linear(exit_layers), num_layers)
-    raise ConfigError(f"loss weights: expected {SPEC_HELP}; got {spec!r}")
-
-
 def check_loss_weights(weights: Mapping[int, float], num_layers: int) -> LossWeights:
-    """The weights that are not zero, by layer; ConfigError where one cannot be used."""
+    """The weights above 0, in ascending order of layers.
+
+    Raises ConfigError for a layer that the model does not have, a weight that is negative or not
+    finite, and where no weight is above 0.
+    """
     for layer, weight in weights.items():
         if not 1 <= layer <= num_layers:
             raise ConfigError(f"loss weights: expected layers from 1 to {num_layers}, got {layer}")
@@ -197,26 +163,7 @@ def check_loss_weights(weights: Mapping[int, float], num_layers: int) -> LossWei
     kept = {layer: float(weights[layer]) for layer in sorted(weights) if weights[layer] > 0}
     if not kept:
         raise ConfigError("loss weights: expected at least one weight above 0, got none")
-    return kept
-
-
-def written_alpha(spec: str) -> tuple[str, float]:
-    """The name and the alpha of one of ALPHA_WEIGHTINGS as written."""
-    name, _, argument = spec.partition(":")
-    return name, number(argument, f"{name}: expected {name}:ALPHA")
-
-
-def parse_layer_pairs(text: str, *, field: str, value: str) -> dict[int, float]:
-    """{layer: number} from LAYER=NUMBER,LAYER=NUMBER,...; the words are for the error message."""
-    pairs: dict[int, float] = {}
-    for pair in text.split(","):
-        layer, _, factor = pair.partition("=")
-        if not layer.strip().isdecimal():
-            raise ConfigError(f"{field}: expected LAYER={value}, got {pair!r}")
-        if int(layer) in pairs:
-            raise ConfigError(f"{field}: expected each layer once, got layer {layer} twice")
-        pairs[int(layer)] = number(factor, f"{field}: expected LAYER={value}")
-    return pairs
+    return LossWeights.of(kept)
 
 
 def _check_alpha(alpha: float) -> None:
@@ -224,15 +171,7 @@ def _check_alpha(alpha: float) -> None:
         raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
 
 
-def _ends(alpha: float, exit_layer: int, num_layers: int) -> LossWeights:
+def _ends(alpha: float, exit_layer: int, num_layers: int) -> dict[int, float]:
     if exit_layer == num_layers:
         return {num_layers: 1.0}
     return {exit_layer: alpha, num_layers: round(1.0 - alpha, 12)}
-
-
-def number(text: str, expected: str) -> float:
-    """The number that a text holds; ConfigError with what was expected where it holds none."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{expected}, a number, got {text!r}") from None

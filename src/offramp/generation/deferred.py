@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from offramp.generation.config import MissingKV
-from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step, fills_beside
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
 
@@ -116,7 +116,7 @@ class DeferredKV:
         start, stop, count = segment.start, segment.stop, len(pending)
         self.work.keys_values[count] += stop - start
         self._defer(stop, pending, pending.states)
-        if not fills_beside(self.model, count + len(segment.rows)):
+        if not self.model.fills_beside(count + len(segment.rows)):
             states, step = self._call(pending)
             self.model.project_kv(states, start, stop, step=step)
             return self._blocks(segment.h, start, stop, step=segment.step)

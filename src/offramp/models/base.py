@@ -1,18 +1,21 @@
 """The narrow waist: the only way in which offramp talks to a model.
 
-Objectives, policies, evaluation, calibration and decoding use these four methods and never
-touch a model class by name.
+Two protocols say what an adapter for a kind of model must provide. ``EarlyExitModel`` is enough
+for evaluation, calibration and decoding; ``TrainableModel`` is what training, tuning and
+specialising need besides. No feature names a model class.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from offramp.errors import ConfigError
 from offramp.models.exit_heads import ExitHeads
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
 
 FEW_TOKENS = 16
@@ -48,12 +51,8 @@ class EarlyExitModel(Protocol):
         """Number of blocks, L."""
 
     @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """Where a policy may stop: ascending, the last one is ``num_layers``."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are, and so where inputs belong."""
+    def hidden_size(self) -> int:
+        """Width of a state, D."""
 
     @property
     def vocab_size(self) -> int:
@@ -61,17 +60,45 @@ class EarlyExitModel(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Positions that the model knows: the longest sequence."""
+        """Number of positions that the model knows: the longest sequence."""
 
     @property
-    def exits(self) -> ExitHeads:
-        """What the exits have of their own, by layer, and whether they were ever trained."""
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers where a policy may stop, ascending; the last one is ``num_layers``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters, on which inputs belong."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the LM head's weights."""
+
+    @property
+    def why_no_blocks(self) -> str:
+        """Why the blocks cannot be run one by one, in words that follow "since"; empty where they
+        can.
+
+        A model that runs only whole still has ``states_at`` and ``unembed``, so it can be traced,
+        swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache`` raise
+        UnsupportedArchitectureError.
+        """
+
+    @property
+    def exits_trained(self) -> bool:
+        """Whether the exits below the last layer were trained.
+
+        Where they were not, the first use of one in eval mode gives an ``UntrainedExitsWarning``.
+        """
+
+    def silence_untrained(self) -> None:
+        """Do not warn of untrained exits: the caller reports them, or is about to train them."""
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for this many rows and positions."""
+        """Return an empty cache for this many rows and positions."""
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
-        """Token (and learned position) embeddings."""
+        """Return the state before the first block: token (and learned position) embeddings."""
 
     def run_layers(
         self,
@@ -82,15 +109,29 @@ class EarlyExitModel(Protocol):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop. Tokens not ``active`` keep their state, and the keys and
-        values that later tokens see are projected from it.
+        """Run blocks start+1 .. stop.
+
+        Tokens that are not ``active`` keep their state, and the keys and values that later tokens
+        see are projected from it.
         """
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
-        """Write only the keys and values of blocks start+1 .. stop into the step's cache.
+        """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
 
-        A model may have ``fills_beside(tokens)``: whether, for so few tokens, ``run_layers`` makes
-        those of tokens that are not active at no cost.
+    def fills_beside(self, tokens: int) -> bool:
+        """Return whether ``run_layers`` projects keys and values of inactive tokens at no cost.
+
+        ``tokens`` is the number of tokens of the call, active or not. A model that does not know
+        returns False; ``project_kv`` is then called first.
+        """
+
+    def states_at(
+        self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
+    ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
+        """Yield (layer, state) at each of ``layers`` (0 is the embedding), ascending.
+
+        ``walk`` does it for a model whose blocks run one by one; blocks above the last of
+        ``layers`` are then never run.
         """
 
     def unembed(
@@ -100,14 +141,87 @@ class EarlyExitModel(Protocol):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits at an exit: its norm and head, or the final ones where it has none of its own.
+        """Return the logits at an exit, through its own norm and head or, where it has none, the
+        final ones.
 
-        ``vocab`` asks for these rows of the head only.
+        With ``vocab`` only the logits of these tokens are computed, (B, T, W).
+        """
+
+    def to_transformers(self) -> Any:
+        """Return the causal language model of ``transformers`` with the same parameters.
+
+        Raises UnsupportedArchitectureError where ``transformers`` has no such architecture.
         """
 
 
+class TrainableModel(EarlyExitModel, Protocol):
+    """An early-exit model that is a ``torch.nn.Module`` and can be trained, tuned and specialised.
+
+    Beside the members here it has those of ``nn.Module``, of which the last group is used.
+    """
+
+    @property
+    def exits(self) -> ExitHeads:
+        """What the exits have of their own, by layer; a submodule of that name."""
+
+    @property
+    def exit_head(self) -> ExitHeadKind:
+        """The kind of the exits' heads."""
+
+    def with_exit_heads(self, kind: ExitHeadKind) -> "TrainableModel":
+        """Return a model of the same backbone whose exits have new heads of this kind.
+
+        They begin with the norm that the exit has now and with the final LM head. Raises
+        ConfigError where the exits share a final norm that the model does not have.
+        """
+
+    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Return last-layer states after the final norm; unchanged in a model without one."""
+
+    def freeze_backbone(self) -> None:
+        """Let nothing but the exits' own heads require a gradient."""
+
+    def layers_of_parameters(self) -> Mapping[str, int]:
+        """Return the layer of each parameter, by its name in ``named_parameters``.
+
+        It is 0 for what comes before the first block (the embedding), n for block n, and L + 1
+        for everything else: the final norm, the LM head, the exits' heads. A tied embedding
+        belongs to layer 0. Raises UnsupportedArchitectureError where the model cannot tell.
+        """
+
+    @property
+    def block_modules(self) -> tuple[nn.Module, ...]:
+        """The blocks as modules that may be compiled and sharded one by one; empty where they may
+        not.
+        """
+
+    # Members of nn.Module.
+
+    training: bool
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters, each once."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return (name, parameter), each parameter once."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy the parameters of ``state_dict``, or take them as they are."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Let all parameters require a gradient, or none."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode."""
+
+    def eval(self) -> Any:
+        """Set eval mode."""
+
+
 def whole_step(input_ids: Int[Tensor, "B T"], *, real: Bool[Tensor, "B T"] | None = None) -> Step:
-    """The step of whole sequences without a cache, as in training and in traces."""
+    """Return the step of whole sequences without a cache, as in training and in traces."""
     if real is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     else:
@@ -115,34 +229,42 @@ def whole_step(input_ids: Int[Tensor, "B T"], *, real: Bool[Tensor, "B T"] | Non
     return Step(positions=positions, real=real)
 
 
-def fills_beside(model: EarlyExitModel, tokens: int) -> bool:
-    """Whether tokens that are not active cost ``run_layers`` nothing, of so many in all."""
-    own = getattr(model, "fills_beside", None)
-    return own is not None and bool(own(tokens))
-
-
-def states_at(
-    model: EarlyExitModel, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
-) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
-    """Yield (layer, state) at each of ``layers``, ascending; blocks above the last never run.
-
-    A model whose blocks cannot be run one by one brings a ``states_at`` of its own, which takes
-    the states from one whole pass.
-    """
-    own = getattr(model, "states_at", None)
-    if own is None:
-        yield from walk(model, input_ids, layers, step=step)
-    else:
-        yield from own(input_ids, layers, step=step)
-
-
 def walk(
     model: EarlyExitModel, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
 ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
-    """``states_at`` by ``embed`` and ``run_layers``."""
+    """Implement ``states_at`` by ``embed`` and ``run_layers``."""
     h = model.embed(input_ids, step=step)
     done = 0
     for layer in sorted(layers):
         h = model.run_layers(h, done, layer, step=step)
         done = layer
         yield layer, h
+
+
+def layers_by_name(
+    model: nn.Module, *, below: Iterable[nn.Module], blocks: Iterable[nn.Module]
+) -> dict[str, int]:
+    """Implement ``layers_of_parameters`` for a model whose parts are modules.
+
+    ``below`` are the modules before the first of ``blocks``. A parameter of several parts belongs
+    to the lowest.
+    """
+    blocks = list(blocks)
+    layers: dict[int, int] = {}
+    for layer, modules in enumerate((below, *([block] for block in blocks))):
+        for module in modules:
+            for parameter in module.parameters():
+                layers.setdefault(id(parameter), layer)
+    return {
+        name: layers.get(id(parameter), len(blocks) + 1)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def require_blocks(model: EarlyExitModel, field: str) -> None:
+    """Raise a ConfigError that names the field where the blocks cannot be run one by one."""
+    if model.why_no_blocks:
+        raise ConfigError(
+            f"{field}: expected a model whose blocks can be run one by one, got one that runs only "
+            f"whole, since {model.why_no_blocks}"
+        )

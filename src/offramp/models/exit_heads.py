@@ -110,8 +110,19 @@ class ExitHeads(nn.ModuleDict):
         super().__init__()
         self.num_layers = num_layers
         self.warned = False
+        "True: no (further) warning of untrained exits is given."
         self.trained = True
-        "False: the first use below the last layer, outside training, is warned of."
+        "False: the first use of an exit below the last layer in eval mode gives a warning."
+
+    def start_from(self, old: "ExitHeads", norm: nn.Module | None, lm_head: nn.Linear) -> None:
+        """Let each head begin with the norm that the exit had in ``old``, or else with ``norm``,
+        and with ``lm_head``; the exits count as trained where the old ones did.
+        """
+        for layer, head in self.items():
+            before = cast(ExitHead, old[layer]).norm if layer in old else norm
+            assert before is not None
+            cast(ExitHead, head).start_from(before, lm_head)
+        self.trained = old.trained
 
     def at(self, layer: int) -> ExitHead | None:
         """The head of a layer, or None where it has none of its own."""

@@ -97,10 +97,12 @@ class ModelFiles:
     def record(self) -> TrainingRecord:
         """What the model and its exits were trained on; a CheckpointError for a wrong window."""
         found: set[str] = set()
+        tuned = self.about.get("trained")
         for stored, key in (
             (self.config, "corpus"),
             (self.config, "specialised"),
             (self.about, "trained"),
+            (tuned if isinstance(tuned, dict) else {}, "specialised"),
         ):
             part = stored.get(key)
             if isinstance(part, dict):

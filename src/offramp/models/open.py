@@ -22,7 +22,7 @@ from offramp.errors import (
     UnsupportedArchitectureError,
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.models.base import EarlyExitModel
+from offramp.models.base import TrainableModel
 from offramp.models.fitted import load_fitted
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.exits_file import (
@@ -54,7 +54,7 @@ class OpenedModel:
 
     name: str
     "The folder or name that it was opened by; for messages."
-    model: EarlyExitModel
+    model: TrainableModel
     "The model with its exits, in eval mode."
     tokenizer: Tokenizer
     "Its tokenizer, as the tokenizers library has it."
@@ -84,12 +84,12 @@ class OpenedModel:
     @property
     def exits_trained(self) -> bool:
         """Whether the model's exits were ever trained."""
-        return bool(self.model.exits.trained)
+        return self.model.exits_trained
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the model's parameters."""
-        return self.model.make_cache(1, 1).keys.dtype
+        return self.model.dtype
 
     @property
     def unfinished(self) -> bool:

@@ -29,8 +29,17 @@ def save_model(
     claim_folder(out)
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
+    trained = stored.get("trained")
+    if "specialised" in stored:  # offramp.json has it beside how the exits were first trained
+        trained = {**(trained or {}), "specialised": stored["specialised"]}
     if isinstance(model, HuggingFaceModel):
-        save_exits(model, out, trained=stored.get("trained"), policy=stored.get("policy"))
+        save_exits(
+            model,
+            out,
+            trained=trained,
+            policy=stored.get("policy"),
+            backbone=True if model.source is None else None,
+        )
     elif files is not None and files.kind != "native":
         assert isinstance(model, Transformer)
         write_exits(
@@ -41,7 +50,7 @@ def save_model(
             exit_head=model.config.exit_head,
             model_type=str(files.config.get("model_type")),
             dtype=model.lm_head.weight.dtype,
-            trained=stored.get("trained"),
+            trained=trained,
             policy=stored.get("policy"),
         )
     else:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.errors import CheckpointError
+from offramp.models.base import TrainableModel
 from offramp.training.distributed import ALONE, Processes, sharded_like, whole
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -34,7 +35,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        model: TrainableModel,
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         processes: Processes = ALONE,
@@ -90,7 +91,7 @@ class Checkpoints:
 
     def load_latest(
         self,
-        model: nn.Module,
+        model: TrainableModel,
         optimizer: torch.optim.Optimizer,
         processes: Processes = ALONE,
     ) -> tuple[dict[str, Any] | None, list[str]]:
@@ -109,7 +110,7 @@ class Checkpoints:
         return state, damaged
 
     def _newest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: TrainableModel, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any] | None, list[str]]:
         damaged: list[str] = []
         for path in reversed(self.paths()):
@@ -124,7 +125,7 @@ class Checkpoints:
         return None, damaged
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["state_sha256"] != _state_sha256(state):
         raise ValueError(f"{STATE} is not what was written")
@@ -148,19 +149,19 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         stored.setdefault(int(index), {})[key] = (
             sharded_like(tensor, trained[int(index)]) if tensor.dim() else tensor
         )
-    model.load_state_dict(parameters, strict=False)  # a tied head is stored once
+    model.load_state_dict(parameters, strict=False)  # a tied parameter is stored once
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": stored, "param_groups": groups})
     return state
 
 
-def shapes_sha256(model: nn.Module) -> str:
+def shapes_sha256(model: TrainableModel) -> str:
     """Hash of the parameters' names and shapes: what a checkpoint must fit."""
     shapes = {name: list(value.shape) for name, value in model.named_parameters()}
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
+def _parameters(model: TrainableModel) -> dict[str, Tensor]:
     """Parameters by name, each once."""
     return {name: value.detach().contiguous() for name, value in model.named_parameters()}
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offramp.errors import ConfigError, OfframpError
-from offramp.models.native.decoder import Transformer
+from offramp.models.base import TrainableModel
 from offramp.training.config import TrainConfig
 from offramp.training.exit_loss import ExitLoss
 
 T = TypeVar("T")
+M = TypeVar("M", bound=TrainableModel)
 
 PATIENCE = timedelta(hours=12)
 """How long processes wait for each other: rank 0 may have a large corpus to tokenise."""
@@ -171,13 +172,11 @@ def distribute(exit_loss: ExitLoss, config: TrainConfig, processes: Processes) -
             find_unused_parameters=True,  # blocks and heads without a weight at a step
             **constant_tables,
         )
-    if not isinstance(exit_loss.model, Transformer):
-        raise ConfigError("sharding: expected ddp for a model of transformers, got fsdp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.size,))
-    for module in (*exit_loss.model.model.layers, exit_loss):
+    for module in (*exit_loss.model.block_modules, exit_loss):
         sharded = fully_shard(module, mesh=mesh)
         sharded.unshard()  # once outside of inference mode, in which a validation may be first
         sharded.reshard()
@@ -243,16 +242,17 @@ def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def whole_model(model: Transformer, processes: Processes) -> Transformer:
-    """The model with its whole parameters on rank 0 (itself where it is not sharded).
+def whole_model(model: M, processes: Processes, *, make: Callable[[], M]) -> M:
+    """Return the model with its whole parameters on rank 0; itself where it is not sharded.
 
-    Every process must ask; what others than rank 0 get of a sharded model holds nothing.
+    ``make`` makes a model of the same shape. Every process must call this; of a sharded model
+    the other ranks get one that holds no parameters.
     """
     parameters = dict(model.named_parameters())
     if not any(_is_sharded(parameter) for parameter in parameters.values()):
         return model
     with torch.device("meta"):
-        copy = Transformer(model.config)
+        copy = make()
     copy.load_state_dict(whole(parameters, processes), strict=False, assign=True)
     return copy
 

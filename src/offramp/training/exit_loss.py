@@ -10,14 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from offramp.exits.gradients import branch_of
 from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
 from offramp.exits.loss import head_parameters, weighted_exit_loss
-from offramp.exits.schedules import weighted_layers, weights_at
-from offramp.exits.weights import LossWeights
-from offramp.models.base import Step, states_at, whole_step
-from offramp.models.huggingface.model import HuggingFaceModel
-from offramp.models.native.decoder import Transformer
+from offramp.exits.schedules import loss_schedule
+from offramp.models.base import Step, TrainableModel, whole_step
+from offramp.training.checks import check_model
 from offramp.training.config import TrainConfig
-
-Trainable = Transformer | HuggingFaceModel
 
 
 class ExitLoss(nn.Module):
@@ -25,33 +21,28 @@ class ExitLoss(nn.Module):
 
     Only the layers that have a weight at this step are unembedded, and no block above the last
     of them runs. With ``in_step`` a block runs in every process or in none, as FSDP2 needs it.
-    A model whose blocks cannot be run one by one is run whole, without layer dropout,
-    recomputation or scaled gradients.
+    A model whose blocks cannot be run one by one is run whole; ``check_model`` refuses what it
+    then cannot do.
     """
 
-    def __init__(self, model: Trainable, config: TrainConfig, *, total_steps: int) -> None:
+    def __init__(self, model: TrainableModel, config: TrainConfig, *, total_steps: int) -> None:
         super().__init__()
+        check_model(model, config)
         self.model = model
         self.config = config
-        self.total_steps = total_steps
+        self.schedule = loss_schedule(
+            config,
+            total_steps=total_steps,
+            num_layers=model.num_layers,
+            exit_layers=model.exit_layers,
+        )
         self.branch = branch_of(config)
         self.in_step = False
-        layers = weighted_layers(config, num_layers=model.num_layers, exit_layers=model.exit_layers)
         self.heads = head_parameters(
             model.unembed,
-            layers,
+            self.schedule.layers,
             dict(model.named_parameters()),
             hidden_size=model.hidden_size,
-        )
-
-    def weights(self, step: int) -> LossWeights:
-        """The loss weights of a step, counted from 1."""
-        return weights_at(
-            self.config,
-            step,
-            self.total_steps,
-            num_layers=self.model.num_layers,
-            exit_layers=self.model.exit_layers,
         )
 
     def forward(
@@ -66,7 +57,7 @@ class ExitLoss(nn.Module):
 
         ``rows`` says which rows of the whole batch these are (default: all of it).
         """
-        weights = self.weights(step)
+        weights = self.schedule.at(step)
         rows = rows or slice(0, len(inputs))
         states = self._states(inputs, weights, step, rows)
         parameters = dict(self.model.named_parameters())
@@ -90,15 +81,17 @@ class ExitLoss(nn.Module):
         self, inputs: Tensor, weights: Mapping[int, float], step: int, rows: slice
     ) -> dict[int, Tensor]:
         where = whole_step(inputs)
-        rates = layer_dropout_rates(self.config, step, self.total_steps, self.model.num_layers)
+        rates = layer_dropout_rates(
+            self.config, step, self.schedule.total_steps, self.model.num_layers
+        )
         layers = sorted(weights)
         last = self.model.num_layers
         branches = len({*layers, last})  # the last layer is a branch, weighted or not
         states: dict[int, Tensor] = {}
         autocast = self.config.precision == "bfloat16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
-            if isinstance(self.model, HuggingFaceModel) and self.model.why_no_blocks:
-                return dict(states_at(self.model, inputs, layers, step=where))
+            if self.model.why_no_blocks:
+                return dict(self.model.states_at(inputs, layers, step=where))
             h = self.model.embed(inputs, step=where)
             done = 0
             for index, layer in enumerate(layers, start=1):

@@ -1,8 +1,8 @@
 """Training exits on a frozen backbone, whose states are computed once and kept.
 
-The exits learn to say what the final layer says (Hinton et al. 2015), what the text says, or
-both. A least-squares map of each exit's states to the final ones, the closed form of the tuned
-lens (Belrose et al. 2023), is where adapters begin.
+The exits learn to imitate the final layer (Hinton et al. 2015), to predict the text, or both.
+Adapters begin with a least-squares map of each exit's states to the final ones, the closed form
+of the tuned lens (Belrose et al. 2023).
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from offramp.errors import ConfigError, CorpusError, TrainingError
 from offramp.exits.loss import weighted_exit_loss
+from offramp.models.base import TrainableModel
 from offramp.models.exit_heads import ExitHead
-from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.training.frozen_config import FrozenConfig
 from offramp.training.kept_states import KeptStates, keep_states, portions
 
@@ -45,7 +45,7 @@ OnProgress = Callable[[TuneProgress], None]
 
 
 def tune_exits(
-    model: HuggingFaceModel,
+    model: TrainableModel,
     ids: Int[Tensor, " N"],
     config: FrozenConfig,
     *,
@@ -75,7 +75,7 @@ def tune_exits(
     autocast = partial(
         torch.autocast, model.device.type, torch.bfloat16, enabled=half, cache_enabled=False
     )
-    model.exits.train()  # nobody is warned of exits that are being trained
+    model.exits.train()  # no warning of exits that are being trained
     step = read = 0
     for index, span in enumerate(spans):
         kept = None
@@ -91,20 +91,9 @@ def tune_exits(
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * _rate(step, steps, config.warmup_steps)
-            batch = KeptStates(
-                states={layer: h[rows] for layer, h in kept.states.items()},
-                targets=kept.targets[rows],
-            )
+            batch = kept.tokens(rows)
             with autocast():
-                if config.objective == "distill":
-                    loss = imitation_loss(
-                        model,
-                        batch,
-                        compared,
-                        distill_temperature=config.distill_temperature,
-                    )
-                else:
-                    loss = text_loss(model, batch, parameters, imitate=config.objective == "both")
+                loss = _loss(model, batch, compared, parameters, config)
             if not torch.isfinite(loss):
                 raise TrainingError(f"step {step}: expected a finite loss, got {float(loss)}")
             optimizer.zero_grad()
@@ -115,7 +104,21 @@ def tune_exits(
     model.eval()
 
 
-def check_exits(model: HuggingFaceModel) -> None:
+def _loss(
+    model: TrainableModel,
+    batch: KeptStates,
+    compared: "Compared",
+    parameters: Sequence[Tensor],
+    config: FrozenConfig,
+) -> Tensor:
+    """Return the config's objective on a batch, nats a token, summed over the exits."""
+    if config.objective == "distill":
+        temperature = config.distill_temperature
+        return imitation_loss(model, batch, compared, distill_temperature=temperature)
+    return text_loss(model, batch, parameters, imitate=config.objective == "both")
+
+
+def check_exits(model: TrainableModel) -> None:
     """Raise a ConfigError unless there are exits with something of their own to train."""
     if len(model.exit_layers) < 2:
         raise ConfigError("exit_layers: expected at least one below the last layer, got none")
@@ -126,7 +129,7 @@ def check_exits(model: HuggingFaceModel) -> None:
         )
 
 
-def _has_bfloat16(model: HuggingFaceModel) -> bool:
+def _has_bfloat16(model: TrainableModel) -> bool:
     """Whether products in bfloat16 are faster here, and the model is not in it already."""
     if model.dtype != torch.float32:
         return False
@@ -138,7 +141,7 @@ def _has_bfloat16(model: HuggingFaceModel) -> bool:
 
 
 @torch.no_grad()
-def _begin(model: HuggingFaceModel, kept: KeptStates, config: FrozenConfig) -> None:
+def _begin(model: TrainableModel, kept: KeptStates, config: FrozenConfig) -> None:
     """Draw the adapters by the seed, and map each exit's states to the final ones."""
     *early, last = kept.states
     wanted = model.normalised(kept.states[last]).float()
@@ -169,7 +172,7 @@ class Compared:
     of its probability, and of the others a few, drawn anew at each step in all others' stead.
     """
 
-    def __init__(self, model: HuggingFaceModel, kept: KeptStates, generator: torch.Generator):
+    def __init__(self, model: TrainableModel, kept: KeptStates, generator: torch.Generator):
         self.generator = generator
         self.often: Tensor | None = None
         if model.vocab_size <= 2 * (OFTEN + SELDOM):
@@ -193,7 +196,7 @@ class Compared:
 
 
 def imitation_loss(
-    model: HuggingFaceModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
+    model: TrainableModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
 ) -> Tensor:
     """Sum over the exits of KL(p_L || p_e), both at that temperature, in nats a token."""
     *early, last = batch.states
@@ -210,7 +213,7 @@ def imitation_loss(
 
 
 def text_loss(
-    model: HuggingFaceModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
+    model: TrainableModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
 ) -> Tensor:
     """Sum over the exits of the cross-entropy and, to ``imitate``, of KL(p_L || p_e)."""
     *early, last = batch.states

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from offramp.models.base import states_at, whole_step
-from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.base import TrainableModel, whole_step
 
 KEPT_BYTES = 1 << 30
 """Memory of the kept states; a longer text is read in portions of that size."""
@@ -17,14 +16,20 @@ WINDOWS_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class KeptStates:
-    """What the frozen backbone made of a text."""
+    """States of a text's tokens, and the tokens that follow them."""
 
     states: Mapping[int, Float[Tensor, "N D"]]
     "By layer; the last is the model's last."
     targets: Int[Tensor, " N"]
 
+    def tokens(self, rows: Int[Tensor, " M"]) -> "KeptStates":
+        """Return the chosen tokens only."""
+        return KeptStates(
+            states={layer: h[rows] for layer, h in self.states.items()}, targets=self.targets[rows]
+        )
 
-def portions(model: HuggingFaceModel, tokens: int, seq_len: int, *, layers: int) -> list[range]:
+
+def portions(model: TrainableModel, tokens: int, seq_len: int, *, layers: int) -> list[range]:
     """Spans of predicted tokens, each of whole windows, whose states fit into ``KEPT_BYTES``."""
     size = torch.empty((), dtype=model.dtype).element_size() * model.hidden_size * layers
     length = max(1, KEPT_BYTES // (size * seq_len)) * seq_len
@@ -33,7 +38,7 @@ def portions(model: HuggingFaceModel, tokens: int, seq_len: int, *, layers: int)
 
 @torch.no_grad()
 def keep_states(
-    model: HuggingFaceModel, ids: Tensor, span: range, seq_len: int
+    model: TrainableModel, ids: Tensor, span: range, seq_len: int
 ) -> Iterator[tuple[int, KeptStates | None]]:
     """(tokens done, and at the end the states); windows as ``data.batches`` cuts them."""
     layers = model.exit_layers
@@ -45,7 +50,7 @@ def keep_states(
         length = seq_len if rest >= seq_len else rest
         first = span.start + done
         inputs = ids[first : first + rows * length].view(rows, length).to(model.device)
-        for layer, h in states_at(model, inputs, layers, step=whole_step(inputs)):
+        for layer, h in model.states_at(inputs, layers, step=whole_step(inputs)):
             if layer not in kept:
                 kept[layer] = torch.empty(len(span), h.shape[-1], dtype=h.dtype, device=h.device)
             kept[layer][done : done + rows * length] = h.flatten(0, 1)

@@ -4,40 +4,35 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from offramp.data import TokenShards, TokenWindows, batch_indices, batches
-from offramp.errors import ConfigError, CorpusError, TrainingError
-from offramp.evaluation.sweep import sweep
-from offramp.evaluation.trace import collect_trace
-from offramp.exits.schedules import check_objective, target_weights
-from offramp.exits.weights import LossWeights
-from offramp.models.base import EarlyExitModel
+from offramp.data import TokenShards, TokenWindows, batch_indices
+from offramp.errors import CorpusError, TrainingError
+from offramp.models.base import TrainableModel
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.config import TrainConfig
 from offramp.training.distributed import (
-    Processes,
     averaging,
     callable_in_parts,
     check_processes,
     distribute,
     join,
 )
-from offramp.training.exit_loss import ExitLoss, Trainable
+from offramp.training.exit_loss import ExitLoss
 from offramp.training.optimizer import make_optimizer, set_learning_rate
+from offramp.training.validation import Validation, stale, stored_validation, validate
 
 Tokens = Int[Tensor, " N"] | TokenShards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands after a step. The losses stay on the device until somebody reads them."""
+    """One step of a run. The losses stay on the device until they are read."""
 
     step: int
     total_steps: int
@@ -48,24 +43,12 @@ class Progress:
     losses: dict[int, Tensor]
     "Its parts: the cross-entropy at each weighted layer."
     lr: float
-    "The learning rate, but for the factors of --layer-lr."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """One look at the validation text."""
-
-    step: int
-    epoch: int
-    score: float
-    "What the run minimises: the routed PPL at select_at, or the weighted loss in nats."
-    exit_ppl: dict[int, float]
-    is_best: bool
+    "The learning rate before the factors of --layer-lr."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run came to. The model that was passed in holds the last step's parameters."""
+    """How a run ended. The model that was passed in holds the last step's parameters."""
 
     step: int
     validations: tuple[Validation, ...]
@@ -86,7 +69,7 @@ def new_model(config: DecoderConfig, *, seed: int) -> Transformer:
 
 
 def train(
-    model: Trainable,
+    model: TrainableModel,
     train_tokens: Tokens,
     validation_ids: Int[Tensor, " M"],
     config: TrainConfig,
@@ -100,142 +83,199 @@ def train(
     """Train the model in place, on the device it is on.
 
     Windows are contiguous; incomplete windows and batches of the training text are left out,
-    the validation text is read whole. With ``checkpoints`` the run goes on from the newest whole
-    one, if there is any (``on_damaged`` is told of those that are not), to the same parameters
-    that it would have reached in one go. ``should_stop`` is asked after each step; when it says
-    yes, a checkpoint is written and the run ends unfinished.
+    the validation text is read whole. With ``checkpoints`` the run continues from the newest
+    whole one, if there is any (``on_damaged`` is told of those that are not), to the same
+    parameters that it would have reached in one go. ``should_stop`` is called after each step;
+    when it returns True, a checkpoint is written and the run ends unfinished.
 
     Started by torchrun or ``accelerate launch``, each process computes its share of every batch
-    on the device that is its own, and makes all these calls; only rank 0 writes checkpoints. A
-    yes of one process stops all. Sharded, the model is left in shards: see ``whole_model``.
+    on the device that is its own, and makes all these calls; only rank 0 writes checkpoints. One
+    process that wants to stop stops all. Sharded, the model is left in shards: see
+    ``whole_model``.
+
+    Raises ConfigError where the config does not fit the model or the processes, CorpusError for
+    too little text, and TrainingError where a loss or a validation is not finite.
     """
-    processes = join(model.device)
-    check_processes(config, processes)
-    windows = TokenWindows(train_tokens, seq_len=config.seq_len)
-    steps_an_epoch = len(windows) // config.batch_size
-    if steps_an_epoch < 1:
-        raise CorpusError(
-            f"corpus: expected at least {config.seq_len * config.batch_size + 1} training tokens "
-            f"({config.batch_size} x {config.seq_len} and one more), got {len(train_tokens)}"
-        )
-    total_steps = config.total_steps(steps_an_epoch)
-    num_layers, exit_layers = model.num_layers, model.exit_layers
-    check_objective(config, total_steps=total_steps, num_layers=num_layers, exit_layers=exit_layers)
-    weights = target_weights(config, num_layers=num_layers, exit_layers=exit_layers)
-    exit_loss = ExitLoss(model, config, total_steps=total_steps)
-    if config.compile:
-        if not isinstance(model, Transformer):
-            raise ConfigError("compile: expected a native decoder with it, got another model")
-        model.compile_blocks()
-    module = distribute(exit_loss, config, processes)
-    optimizer = make_optimizer(model, config, num_layers=num_layers)
-    validations: list[Validation] = []
-    done = 0
-    if checkpoints:
-        state, damaged = checkpoints.load_latest(model, optimizer, processes)
-        for sentence in damaged:
-            on_damaged(sentence)
-        if state:
-            done = state["step"]
-            validations = [_validation(stored) for stored in state["validations"]]
-    eval_every = config.eval_every or steps_an_epoch
-    checkpoint_every = config.checkpoint_every or eval_every
-
-    def save(step: int) -> None:
-        if checkpoints:
-            about = {"validations": [asdict(validation) for validation in validations]}
-            checkpoints.save(step, model, optimizer, about, processes)
-
-    if _stale(validations, config):  # it was stopped right there
-        return TrainResult(step=done, validations=tuple(validations), finished=True)
-    for step, indices in _order(windows, config, first=done + 1):
-        if step > total_steps:
+    run = TrainingRun(model, train_tokens, validation_ids, config, checkpoints=checkpoints)
+    run.resume(on_damaged)
+    while not run.finished:
+        progress = run.step()
+        if on_step:
+            on_step(progress)
+        if run.validates:
+            validation = run.validate()
+            if on_validation:
+                on_validation(validation)
+        stopped = run.processes.any(should_stop()) and not run.finished
+        if run.saves or stopped:
+            run.save()
+        if stopped:
             break
-        lr = set_learning_rate(optimizer, step, total_steps, config)
-        loss, losses = _backward(module, windows, indices, step, config, processes)
+    return TrainResult(step=run.done, validations=tuple(run.validations), finished=run.finished)
+
+
+class TrainingRun:
+    """A run as it stands after ``done`` steps.
+
+    ``train`` is how its parts are called: ``resume`` once, then ``step``, ``validate`` where
+    ``validates`` says so and ``save`` where ``saves`` does, until it is ``finished``.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        train_tokens: Tokens,
+        validation_ids: Int[Tensor, " M"],
+        config: TrainConfig,
+        *,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.model, self.config, self.checkpoints = model, config, checkpoints
+        self.validation_ids = validation_ids
+        self.processes = join(model.device)
+        check_processes(config, self.processes)
+        self.windows = TokenWindows(train_tokens, seq_len=config.seq_len)
+        self.steps_an_epoch = len(self.windows) // config.batch_size
+        if self.steps_an_epoch < 1:
+            raise CorpusError(
+                f"corpus: expected at least {config.seq_len * config.batch_size + 1} training "
+                f"tokens ({config.batch_size} x {config.seq_len} and one more), "
+                f"got {len(train_tokens)}"
+            )
+        self.total_steps = config.total_steps(self.steps_an_epoch)
+        self.eval_every = config.eval_every or self.steps_an_epoch
+        self.checkpoint_every = config.checkpoint_every or self.eval_every
+        exit_loss = ExitLoss(model, config, total_steps=self.total_steps)
+        self.target = exit_loss.schedule.target
+        for block in model.block_modules if config.compile else ():
+            block.compile()
+        self.module = distribute(exit_loss, config, self.processes)
+        self.optimizer = make_optimizer(model, config)
+        self.done = 0
+        self.validations: list[Validation] = []
+        self._batches: Iterator[Tensor] = iter(())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or patience has run out."""
+        return self.done >= self.total_steps or stale(self.validations, self.config)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the last step is followed by a validation."""
+        return self.done == self.total_steps or self.done % self.eval_every == 0
+
+    @property
+    def saves(self) -> bool:
+        """Whether the last step, and its validation, are followed by a checkpoint."""
+        return self.done % self.checkpoint_every == 0 or self.finished
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step, counted from 1."""
+        return (self.done - 1) // self.steps_an_epoch + 1
+
+    def resume(self, on_damaged: Callable[[str], None] = lambda sentence: None) -> None:
+        """Load the newest whole checkpoint, if there is one, and start reading after its step."""
+        if self.checkpoints:
+            state, damaged = self.checkpoints.load_latest(
+                self.model, self.optimizer, self.processes
+            )
+            for sentence in damaged:
+                on_damaged(sentence)
+            if state:
+                self.done = state["step"]
+                self.validations = [stored_validation(stored) for stored in state["validations"]]
+        self._batches = batches_from(self.windows, self.config, step=self.done + 1)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step, where the run has checkpoints."""
+        if self.checkpoints:
+            about = {"validations": [asdict(validation) for validation in self.validations]}
+            self.checkpoints.save(self.done, self.model, self.optimizer, about, self.processes)
+
+    def step(self) -> Progress:
+        """Take one step of the optimizer on the next batch.
+
+        Raises TrainingError where the loss is not finite, once a checkpoint of the step before is
+        written.
+        """
+        step, indices = self.done + 1, next(self._batches)
+        lr = set_learning_rate(self.optimizer, step, self.total_steps, self.config)
+        loss, losses = self._backward(step, indices)
         bad = [str(layer) for layer, part in losses.items() if not torch.isfinite(part)]
         if bad:
-            save(step - 1)
+            self.save()
             raise TrainingError(
                 f"step {step}: expected a finite loss, got {float(loss)} (layer {', '.join(bad)}; "
                 f"windows {int(indices[0])} to {int(indices[-1])} of the training text); "
                 "the parameters before this step are kept"
             )
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = step
-        epoch = (step - 1) // steps_an_epoch + 1
-        if on_step:
-            on_step(
-                Progress(
-                    step=step,
-                    total_steps=total_steps,
-                    epoch=epoch,
-                    loss=loss,
-                    losses=losses,
-                    lr=lr,
-                )
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done = step
+        return Progress(
+            step=step,
+            total_steps=self.total_steps,
+            epoch=self.epoch,
+            loss=loss,
+            losses=losses,
+            lr=lr,
+        )
+
+    def _backward(self, step: int, indices: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run forward and backward on this process's rows of a batch, in ``accumulate`` parts.
+
+        Returns the (loss, CE by layer) of the whole batch.
+        """
+        mine = self.processes.rows(len(indices))
+        part_size = (mine.stop - mine.start) // self.config.accumulate
+        share = part_size / (mine.stop - mine.start)
+        total: Tensor | float = 0.0
+        losses: dict[int, Tensor] = {}
+        for start in range(mine.start, mine.stop, part_size):
+            rows = slice(start, start + part_size)
+            read = self.windows.batch(indices[rows])
+            inputs, targets = (ids.to(self.processes.device) for ids in read)
+            with averaging(self.module, last=rows.stop == mine.stop):
+                loss, parts = self.module(inputs, targets, step=step, rows=rows)
+                (loss * share).backward()
+            total = total + loss.detach() * share
+            for layer, part in parts.items():
+                losses[layer] = losses.get(layer, torch.zeros_like(part)) + part * share
+        assert isinstance(total, Tensor)
+        return self.processes.mean(total, losses)
+
+    def validate(self) -> Validation:
+        """Read the validation text after the last step; rank 0's score is everybody's.
+
+        Raises TrainingError where the score is not finite, once a checkpoint is written.
+        """
+        with callable_in_parts(self.module):
+            found = validate(self.model, self.validation_ids, self.target, self.config)
+        score, exit_ppl = self.processes.from_main(found)
+        if not math.isfinite(score):
+            self.save()
+            raise TrainingError(
+                f"step {self.done}: expected a finite validation score, got {score}"
             )
-        if step == total_steps or step % eval_every == 0:
-            with callable_in_parts(module):
-                found = validate(model, validation_ids, weights, config)
-            score, exit_ppl = processes.from_main(found)
-            if not math.isfinite(score):
-                save(step)
-                raise TrainingError(f"step {step}: expected a finite validation score, got {score}")
-            best = min((seen.score for seen in validations), default=math.inf)
-            latest = Validation(
-                step=step, epoch=epoch, score=score, exit_ppl=exit_ppl, is_best=score < best
-            )
-            validations.append(latest)
-            if on_validation:
-                on_validation(latest)
-        ended = step == total_steps or _stale(validations, config)
-        stopped = processes.any(should_stop()) and not ended
-        if step % checkpoint_every == 0 or ended or stopped:
-            save(step)
-        if ended or stopped:
-            return TrainResult(step=step, validations=tuple(validations), finished=not stopped)
-    return TrainResult(step=done, validations=tuple(validations), finished=True)
+        best = min((seen.score for seen in self.validations), default=math.inf)
+        latest = Validation(
+            step=self.done,
+            epoch=self.epoch,
+            score=score,
+            exit_ppl=exit_ppl,
+            is_best=score < best,
+        )
+        self.validations.append(latest)
+        return latest
 
 
-def _backward(
-    module: nn.Module,
-    windows: TokenWindows,
-    indices: Tensor,
-    step: int,
-    config: TrainConfig,
-    processes: Processes,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Forward and backward of this process's rows of a batch, in ``accumulate`` parts; the
-    (loss, CE by layer) of the whole batch.
-    """
-    mine = processes.rows(len(indices))
-    part_size = (mine.stop - mine.start) // config.accumulate
-    share = part_size / (mine.stop - mine.start)
-    total: Tensor | float = 0.0
-    losses: dict[int, Tensor] = {}
-    for start in range(mine.start, mine.stop, part_size):
-        rows = slice(start, start + part_size)
-        inputs, targets = (ids.to(processes.device) for ids in windows.batch(indices[rows]))
-        with averaging(module, last=rows.stop == mine.stop):
-            loss, parts = module(inputs, targets, step=step, rows=rows)
-            (loss * share).backward()
-        total = total + loss.detach() * share
-        for layer, part in parts.items():
-            losses[layer] = losses.get(layer, torch.zeros_like(part)) + part * share
-    assert isinstance(total, Tensor)
-    return processes.mean(total, losses)
-
-
-def _order(
-    windows: TokenWindows, config: TrainConfig, *, first: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(step, the windows it reads), from step ``first`` on, without end."""
+def batches_from(windows: TokenWindows, config: TrainConfig, *, step: int) -> Iterator[Tensor]:
+    """Yield the windows that each step reads, from ``step`` (counted from 1) on, without end."""
     steps_an_epoch = len(windows) // config.batch_size
-    step = first
-    for epoch in count((first - 1) // steps_an_epoch):
+    for epoch in count((step - 1) // steps_an_epoch):
         chosen = batch_indices(
             len(windows),
             batch_size=config.batch_size,
@@ -245,39 +285,5 @@ def _order(
             start=step - 1 - epoch * steps_an_epoch,
         )
         for indices in chosen:
-            yield step, indices
+            yield indices
             step += 1
-
-
-def _stale(validations: list[Validation], config: TrainConfig) -> bool:
-    """Whether patience has run out: so many validations in a row without a new best."""
-    if config.patience is None or not validations:
-        return False
-    since_best = 0
-    for validation in validations:
-        since_best = 0 if validation.is_best else since_best + 1
-    return since_best > config.patience
-
-
-def _validation(stored: dict[str, Any]) -> Validation:
-    """A validation as ``asdict`` and JSON left it."""
-    exit_ppl = {int(layer): ppl for layer, ppl in stored["exit_ppl"].items()}
-    return Validation(**{**stored, "exit_ppl": exit_ppl})
-
-
-def validate(
-    model: EarlyExitModel,
-    validation_ids: Int[Tensor, " M"],
-    weights: LossWeights,
-    config: TrainConfig,
-) -> tuple[float, dict[int, float]]:
-    """The score that the run minimises, and the PPL of every exit and weighted layer."""
-    layers = sorted({*model.exit_layers, *weights})
-    windows = batches(validation_ids, seq_len=config.seq_len, batch_size=config.batch_size)
-    trace = collect_trace(model, windows, layers=layers)
-    exit_ppl = {layer: trace.ppl(layer) for layer in layers}
-    if config.select_at is None:
-        score = sum(weight * math.log(exit_ppl[layer]) for layer, weight in weights.items())
-    else:
-        score = sweep(trace.at(model.exit_layers), [config.select_at])[0].ppl
-    return score, exit_ppl

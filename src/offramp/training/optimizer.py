@@ -1,22 +1,23 @@
 """The optimizer: AdamW with a learning rate for each layer."""
 
-import re
 from collections import defaultdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.exits.objective import layer_lr_factors
+from offramp.models.base import TrainableModel
 from offramp.training.config import TrainConfig, learning_rate_factor
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, *, num_layers: int) -> torch.optim.AdamW:
-    """AdamW over all parameters, one group for each learning-rate factor (``layer_lr``)."""
-    factors = layer_lr_factors(config, num_layers)
+def make_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Make AdamW over all trainable parameters, one group for each factor of ``layer_lr``."""
+    factors = layer_lr_factors(config, model.num_layers)
+    layers = model.layers_of_parameters() if config.layer_lr else {}
     groups: dict[float, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_factor(name, factors)].append(parameter)
+            groups[factors.get(layers.get(name, -1), 1.0)].append(parameter)
     device = next(model.parameters()).device
     return torch.optim.AdamW(
         [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
@@ -29,15 +30,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, num_layers: int) ->
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig
 ) -> float:
-    """Give every group its rate at a step, counted from 1; what it is but for its factor."""
+    """Give every group its rate at a step, counted from 1; return the rate before the factors."""
     rate = config.lr * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     return rate
-
-
-def _factor(name: str, factors: dict[int, float]) -> float:
-    if name.startswith("model.embed_tokens."):
-        return factors[0]
-    block = re.match(r"model\.layers\.(\d+)\.", name)
-    return factors[int(block[1]) + 1] if block else 1.0

@@ -11,8 +11,9 @@ import torch
 
 from offramp.errors import ConfigError
 from offramp.training.config import TrackerName, TrainConfig
-from offramp.training.loop import Progress, Validation
+from offramp.training.loop import Progress
 from offramp.training.metrics_file import MetricsFile
+from offramp.training.validation import Validation
 
 LOG_EVERY = 10
 """Steps between two entries; an entry holds the means since the one before."""

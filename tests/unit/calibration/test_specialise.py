@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 from offramp.calibration import specialise
@@ -9,7 +10,8 @@ from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.data import batches
 from offramp.errors import ConfigError
 from offramp.evaluation.trace import collect_trace
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
+from offramp.models.huggingface.model import HuggingFaceModel
 
 QUICK = {"steps": 150, "batch_size": 128, "tokens": 2000}
 
@@ -30,8 +32,21 @@ def said(model, ids):
     with torch.no_grad():
         return {
             layer: model.unembed(h, layer)
-            for layer, h in states_at(model, ids, range(1, 4), step=whole_step(ids))
+            for layer, h in model.states_at(ids, range(1, 4), step=whole_step(ids))
         }
+
+
+def hugging_face(config, kind, *, trained=True):
+    torch.manual_seed(0)
+    backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = HuggingFaceModel(backbone, exit_layers=(1, 2), exit_head=kind)
+    model.exits.trained = trained
+    return model
+
+
+SHAPE = {"vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+LLAMA = transformers.LlamaConfig(**SHAPE, intermediate_size=24)
+BLOOM = transformers.BloomConfig(vocab_size=13, hidden_size=16, n_layer=3, n_head=2)
 
 
 @pytest.mark.parametrize("kind", ["shared", "norm", "adapter", "full", "specialist"])
@@ -68,6 +83,42 @@ def test_exits_learn_from_the_tokens_that_leave_there(make_model, text, kind):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) or name.startswith("exits.")
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained"), [("shared", False), ("norm", True), ("adapter", True), ("full", True)]
+)
+def test_a_hugging_face_model_is_specialised_too(make_ids, text, kind, trained):
+    """From tuned exits or new ones; with heads that begin with the logits of before."""
+    first = hugging_face(LLAMA, kind, trained=trained)
+    first.silence_untrained()
+    model, ids = with_own_heads(first, seed=0), make_ids(2, 9)
+    model.silence_untrained()
+    assert model.exit_head == ("specialist" if kind in ("shared", "norm") else kind)
+    assert (model is first) == (kind in ("adapter", "full"))
+    assert model.backbone is first.backbone
+    assert model.exits_trained == trained
+    before = said(first, ids)
+    assert all(torch.equal(found, before[layer]) for layer, found in said(model, ids).items())
+    was = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    backbone = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    config = SpecialiseConfig(compute_budget=80, imitate=0.0, **QUICK)
+    left = specialise_exits(model, windows(text), config)
+    assert sum(left.values()) == pytest.approx(1)
+    now = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    assert now.ppl(3) == was.ppl(3)
+    assert any(left[layer] > 0.1 for layer in (1, 2))
+    for layer in (1, 2):
+        if left[layer] > 0.1:
+            assert now.ppl(layer) < was.ppl(layer)
+    assert all(torch.equal(v, backbone[n]) for n, v in model.backbone.state_dict().items())
+    assert model.exits_trained
+
+
+def test_a_model_that_runs_only_whole_is_refused_before_it_reads_anything():
+    model = hugging_face(BLOOM, "full")
+    with pytest.raises(ConfigError, match=r"^specialise: expected a model whose blocks"):
+        specialise_exits(model, iter(lambda: pytest.fail("read"), None), SpecialiseConfig())
 
 
 def test_an_exit_learns_from_those_who_leave_and_not_from_the_others(make_model, text, monkeypatch):

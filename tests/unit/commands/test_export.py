@@ -5,9 +5,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from offramp.commands.export import as_huggingface, export_exit
+from offramp.commands.export import export_exit
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models.base import whole_step
+from offramp.models.huggingface.model import as_huggingface
 from offramp.models.native.checkpoint import save_checkpoint
 
 

@@ -14,7 +14,7 @@ from offramp.commands.tune import frequent_tokens, measure, open_for_tuning, tun
 from offramp.commands.tune_config import TuneConfig
 from offramp.data import encode, load_corpus
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.fitted import load_fitted
 from offramp.models.open import open_model
 from offramp.training import frozen, kept_states
@@ -49,7 +49,7 @@ def tuned(checkpoint, tmp_path_factory):
 def fresh(checkpoint):
     def make(exit_head="adapter"):
         model = from_pretrained(checkpoint, exit_layers=(1, 2), exit_head=exit_head)
-        model.exits.warned = True
+        model.silence_untrained()
         return model
 
     return make
@@ -62,7 +62,7 @@ def ids(checkpoint, text):
 
 @torch.no_grad()
 def logits(model, ids, layer):
-    [(_, h)] = states_at(model, ids, [layer], step=whole_step(ids))
+    [(_, h)] = model.states_at(ids, [layer], step=whole_step(ids))
     return model.unembed(h, layer)
 
 
@@ -147,7 +147,7 @@ def test_kept_states_are_those_of_the_model(fresh, ids):
     assert torch.equal(kept.targets, ids[33 : 32 * 11 + 6])
     for first, length in ((32, 32), (320, 32), (352, 5)):
         window = ids[None, first : first + length]
-        for layer, h in states_at(model, window, (1, 4), step=whole_step(window)):
+        for layer, h in model.states_at(window, (1, 4), step=whole_step(window)):
             at = slice(first - 32, first - 32 + length)
             torch.testing.assert_close(kept.states[layer][at], h[0], rtol=0, atol=1e-5)
 

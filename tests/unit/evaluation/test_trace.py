@@ -10,7 +10,7 @@ from offramp.evaluation.sample import collect_sample
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.exits.confidence import CONFIDENCE, ExitView
 from offramp.exits.gate import FittedExits, Gate
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 
 
 def read(ids):
@@ -125,7 +125,7 @@ def test_every_measure_is_recorded_as_a_view_of_each_exit_has_it(model, ids, fit
     trace = everything(model, ids, fitted)
     inputs, _ = next(iter(read(ids)))
     here = slice(0, inputs.numel())
-    states = dict(states_at(model, inputs, range(5), step=whole_step(inputs)))
+    states = dict(model.states_at(inputs, range(5), step=whole_step(inputs)))
     earlier = None
     for row, layer in enumerate(trace.exit_layers):
         view = ExitView(
@@ -163,7 +163,7 @@ def test_the_divergence_from_the_last_layer_by_hand(model, ids):
     inputs, _ = next(iter(read(ids)))
     log_probs = [
         model.unembed(h, layer).log_softmax(-1).flatten(0, 1).detach()
-        for layer, h in states_at(model, inputs, (1, 2, 4), step=whole_step(inputs))
+        for layer, h in model.states_at(inputs, (1, 2, 4), step=whole_step(inputs))
     ]
     for row in range(3):
         kl = F.kl_div(log_probs[row], log_probs[2], log_target=True, reduction="none").sum(-1)
@@ -273,7 +273,7 @@ def test_a_sample_keeps_the_states_of_its_tokens(model, ids):
     assert sample.trace.confidence == {}
     assert sample.dtype == torch.float32
     inputs, _ = next(iter(read(ids)))
-    for layer, h in states_at(model, inputs, (1, 2, 4), step=whole_step(inputs)):
+    for layer, h in model.states_at(inputs, (1, 2, 4), step=whole_step(inputs)):
         assert sample.states[layer].dtype == torch.float16
         assert sample.states[layer].shape == (24, 16)
         assert torch.equal(sample.states[layer][:16], h.flatten(0, 1).half())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from offramp.errors import ConfigError
 from offramp.exits.objective import ObjectiveConfig
-from offramp.exits.schedules import check_objective, target_weights, weighted_layers, weights_at
+from offramp.exits.schedules import loss_schedule
 
 EIGHTH = 0.5 * (1 - math.cos(math.pi / 4))
 """Half a cosine, a quarter of the way: 0.1464..."""
@@ -17,8 +17,8 @@ EIGHTH = 0.5 * (1 - math.cos(math.pi / 4))
 def run(config: ObjectiveConfig, total_steps: int, *, num_layers: int, exit_layers=None):
     """The weights of every step, after the check that a run makes first."""
     shape = {"num_layers": num_layers, "exit_layers": exit_layers or (1, num_layers)}
-    check_objective(config, total_steps=total_steps, **shape)
-    return [weights_at(config, step, total_steps, **shape) for step in range(1, total_steps + 1)]
+    schedule = loss_schedule(config, total_steps=total_steps, **shape)
+    return [schedule.at(step) for step in range(1, total_steps + 1)]
 
 
 def test_without_schedules_the_weights_are_as_written():
@@ -53,7 +53,8 @@ def test_alpha_reaches_both_ends_exactly_and_zero_weights_are_left_out():
     config = ObjectiveConfig(loss_weights="asymmetric:0", alpha_end=1.0, alpha_schedule="linear")
     weights = run(config, 3, num_layers=4, exit_layers=(2, 4))
     assert weights == [{4: 1.0}, {2: 0.5, 4: 0.5}, {2: 1.0}]
-    assert weighted_layers(config, num_layers=4, exit_layers=(2, 4)) == (2, 4)
+    shape = {"num_layers": 4, "exit_layers": (2, 4)}
+    assert loss_schedule(config, total_steps=3, **shape).layers == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,9 @@ def test_every_layer_has_its_turn_once_a_cycle(num_layers, period, first):
     config = ObjectiveConfig(loss_weights="deep_supervision", curriculum=f"rotational:{period}")
     shape = {"num_layers": num_layers, "exit_layers": (1, num_layers)}
     turns = dict.fromkeys(range(1, num_layers + 1), 0)
+    schedule = loss_schedule(config, total_steps=200, **shape)
     for step in range(first, first + period):
-        weights = weights_at(config, step, 200, **shape)
+        weights = schedule.at(step)
         early = [layer for layer in weights if layer < num_layers]
         assert len(early) <= math.ceil(num_layers / period)
         for layer in weights:
@@ -135,7 +137,8 @@ def test_a_backbone_stage_comes_first_and_schedules_count_from_its_end():
 
 def test_target_weights_are_where_the_schedules_lead():
     def target(**fields):
-        return target_weights(ObjectiveConfig(**fields), num_layers=4, exit_layers=(1, 4))
+        shape = {"total_steps": 10, "num_layers": 4, "exit_layers": (1, 4)}
+        return loss_schedule(ObjectiveConfig(**fields), **shape).target
 
     alpha = {"loss_weights": "asymmetric:0.9", "alpha_end": 0.2, "alpha_schedule": "cosine"}
     assert target(**alpha, backbone_steps=9) == pytest.approx({1: 0.2, 4: 0.8})
@@ -177,7 +180,7 @@ WARMUP = st.just({"weight_warmup": "linear", "weight_warmup_steps": 5})
 def test_what_passes_the_check_has_weights_at_every_step(
     fields, to_alpha, schedule, warmup, exit_layers
 ):
-    """And weighted_layers are those that appear in a run that is long enough."""
+    """And the schedule's layers are those that appear in a run that is long enough."""
     if to_alpha:
         to_alpha = {**to_alpha, "alpha_schedule": schedule}
         if schedule == "step":
@@ -194,7 +197,7 @@ def test_what_passes_the_check_has_weights_at_every_step(
         if config.curriculum != "none":
             assert sum(weights.values()) == pytest.approx(1)
     seen = {layer for weights in every_step for layer in weights}
-    assert tuple(sorted(seen)) == weighted_layers(config, **shape)
+    assert tuple(sorted(seen)) == loss_schedule(config, total_steps=40, **shape).layers
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_what_passes_the_check_has_weights_at_every_step(
 def test_what_does_not_fit_the_model_or_the_run_is_a_config_error(fields, words):
     config = ObjectiveConfig(**fields)
     with pytest.raises(ConfigError) as caught:
-        check_objective(config, total_steps=10, num_layers=4, exit_layers=(2, 4))
+        loss_schedule(config, total_steps=10, num_layers=4, exit_layers=(2, 4))
     for word in words:
         assert word in str(caught.value)
 
@@ -253,7 +256,7 @@ def test_what_does_not_fit_the_model_or_the_run_is_a_config_error(fields, words)
 def test_a_model_that_exits_only_at_the_end_has_no_early_exits():
     config = ObjectiveConfig(loss_weights="asymmetric:0.7", distill=0.5)
     with pytest.raises(ConfigError, match="distill: expected loss_weights with an early exit"):
-        check_objective(config, total_steps=10, num_layers=4, exit_layers=(4,))
+        loss_schedule(config, total_steps=10, num_layers=4, exit_layers=(4,))
 
 
 def test_exits_may_train_on_a_trunk_that_nothing_trains():

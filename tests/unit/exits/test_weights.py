@@ -1,5 +1,8 @@
 """Loss weights against tables worked out by hand."""
 
+import pickle
+from dataclasses import FrozenInstanceError
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from offramp.errors import ConfigError
 from offramp.exits.weights import (
     RECOMMENDED,
+    LossWeights,
     asymmetric,
     asymmetric_deep_supervision,
     asymmetric_exits,
@@ -17,7 +21,6 @@ from offramp.exits.weights import (
     layerskip,
     linear,
     normalized,
-    parse_loss_weights,
     standard,
 )
 
@@ -86,83 +89,6 @@ def test_the_recommendation_is_the_seed_documents():
     assert (RECOMMENDED.alpha, RECOMMENDED.exit_layer, RECOMMENDED.threshold) == (0.7, 1, 0.95)
 
 
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("standard", {4: 1.0}),
-        ("asymmetric:0.3", {2: 0.3, 4: 0.7}),
-        ("asymmetric:1", {2: 1.0}),
-        ("deep_supervision", {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
-        ("asymmetric_exits:0.6", {2: 0.3, 3: 0.3, 4: 0.4}),
-        ("asymmetric_deep_supervision:0.7", {2: 0.7, 3: 1.0, 4: 0.3}),
-        ("recommended", {1: 0.7, 4: 0.3}),
-        ("1=0.7,4=0.3", {1: 0.7, 4: 0.3}),
-        ("4=1e-1, 2 = 2", {2: 2.0, 4: 0.1}),
-        ("3=1,4=0", {3: 1.0}),
-        ("free", {2: 1 / 3, 4: 2 / 3}),
-        ("ee_llm:0.25:0.5", {2: 0.25, 3: 0.5, 4: 1.0}),
-        ("linear", {2: 2 / 9, 3: 3 / 9, 4: 4 / 9}),
-        ("layerskip:0.1", {2: 0.1, 3: 0.3, 4: 3.3}),
-    ],
-)
-def test_every_written_form_is_read(spec, expected):
-    read = parse_loss_weights(spec, num_layers=4, exit_layers=(2, 3, 4))
-    assert read == pytest.approx(expected)
-    assert list(read) == sorted(read)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("", "expected standard"),
-        ("junk", "got 'junk'"),
-        ("standard:3", "got 'standard:3'"),
-        ("recommended:0.5", "got 'recommended:0.5'"),
-        ("asymmetric", "expected asymmetric:ALPHA"),
-        ("asymmetric:", "expected asymmetric:ALPHA"),
-        ("asymmetric:high", "got 'high'"),
-        ("asymmetric:1.01", "alpha: expected a number from 0 to 1, got 1.01"),
-        ("asymmetric:-0.01", "alpha"),
-        ("asymmetric:nan", "alpha"),
-        ("asymmetric:inf", "alpha"),
-        ("asymmetric_deep_supervision:1.5", "alpha"),
-        ("asymmetric_deep_supervision", "expected asymmetric_deep_supervision:ALPHA"),
-        ("1=nan", "got nan at layer 1"),
-        ("1=inf", "got inf at layer 1"),
-        ("1=-0.5,3=1", "got -0.5 at layer 1"),
-        ("1=0,2=0", "at least one weight above 0"),
-        ("0=1", "layers from 1 to 4, got 0"),
-        ("5=1", "layers from 1 to 4, got 5"),
-        ("1=0.5,1=0.5", "layer 1 twice"),
-        ("1=0.5,01=0.5", "layer 01 twice"),
-        ("1=", "got ''"),
-        ("=1", "got '=1'"),
-        ("1=1,", "got ''"),
-        ("1=1,2", "got"),
-        ("first=1", "got 'first=1'"),
-        ("-1=1", "got '-1=1'"),
-        ("²=1", "got '²=1'"),
-        ("1=0.7;3=0.3", "got '0.7;3=0.3'"),
-        ("free:1", "got 'free:1'"),
-        ("linear:4", "got 'linear:4'"),
-        ("ee_llm", "expected ee_llm:WEIGHT:WEIGHT:..., a number, got ''"),
-        ("ee_llm:0.25:0.5", "expected a weight for each exit layer but the last (1), got 2"),
-        ("ee_llm:0.25:", "got ''"),
-        ("ee_llm:-0.25", "got -0.25 at layer 1"),
-        ("ee_llm:nan", "got nan at layer 1"),
-        ("layerskip", "expected layerskip:E_SCALE, a number, got ''"),
-        ("layerskip:big", "got 'big'"),
-        ("layerskip:-1", "expected E_SCALE of at least 0, got -1.0"),
-        ("layerskip:nan", "expected E_SCALE of at least 0, got nan"),
-        ("layerskip:inf", "expected E_SCALE of at least 0, got inf"),
-    ],
-)
-def test_a_wrong_written_form_is_a_config_error(spec, message):
-    with pytest.raises(ConfigError) as caught:
-        parse_loss_weights(spec, num_layers=4, exit_layers=(1, 4))
-    assert message in str(caught.value)
-
-
 @pytest.mark.parametrize("make", [asymmetric, asymmetric_deep_supervision])
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_stays_between_0_and_1(make, alpha):
@@ -181,6 +107,19 @@ def test_zero_weights_are_left_out_and_the_input_is_not_changed():
     given = {3: 1.0, 1: 0.0, 2: 0.5}
     assert check_loss_weights(given, 3) == {2: 0.5, 3: 1.0}
     assert given == {3: 1.0, 1: 0.0, 2: 0.5}
+
+
+def test_weights_are_a_read_only_mapping():
+    weights = asymmetric(0.25, num_layers=3)
+    assert weights == {1: 0.25, 3: 0.75} == weights
+    assert weights != {1: 0.25}
+    assert weights.get(2, 0.0) == 0
+    assert repr(weights) == "LossWeights({1: 0.25, 3: 0.75})"
+    with pytest.raises(TypeError):
+        weights[1] = 1.0
+    with pytest.raises(FrozenInstanceError):
+        weights.pairs = ()
+    assert LossWeights.of(weights) == pickle.loads(pickle.dumps(weights)) == weights
 
 
 @given(num_layers=st.integers(2, 40), e_scale=st.floats(0, 10))

@@ -8,7 +8,7 @@ import transformers
 
 from offramp import from_pretrained, save_exits
 from offramp.errors import CheckpointError, ConfigError
-from offramp.models.base import states_at, whole_step
+from offramp.models.base import whole_step
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.open import open_in_memory, open_model
 from offramp.models.save import save_model
@@ -26,7 +26,7 @@ def tuned(checkpoint, tmp_path):
 
 
 def logits(model, ids):
-    states = dict(states_at(model, ids, model.exit_layers, step=whole_step(ids)))
+    states = dict(model.states_at(ids, model.exit_layers, step=whole_step(ids)))
     return {layer: model.unembed(h, layer) for layer, h in states.items()}
 
 
@@ -38,7 +38,7 @@ def test_both_runners_give_the_same_logits_at_every_exit(checkpoint, tuned, whic
     assert (native.runner, library.runner) == ("native", "transformers")
     assert native.sha256 == library.sha256
     for opened in (native, library):
-        opened.model.exits.warned = True
+        opened.model.silence_untrained()
     found = logits(native.model, ids)
     for layer, expected in logits(library.model, ids).items():
         torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-5)
@@ -78,10 +78,10 @@ def test_a_saved_model_opens_as_what_it_was(checkpoint, tuned, make_model, tmp_p
     else:
         folder = checkpoint if kind == "checkpoint" else tuned
     opened = open_model(folder)
-    opened.model.exits.warned = True
+    opened.model.silence_untrained()
     save_model(opened, tmp_path / "saved")
     again = open_model(tmp_path / "saved")
-    again.model.exits.warned = True
+    again.model.silence_untrained()
     assert again.window == opened.window
     assert again.exits_trained == opened.exits_trained
     assert again.record == opened.record

@@ -138,13 +138,13 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, monkeypatc
 
 def test_a_loss_that_is_not_finite_names_step_layer_and_windows(tmp_path, monkeypatch, whole):
     folder = tmp_path / "nan"
-    real = loop._backward
+    real = loop.TrainingRun._backward
 
-    def sometimes(exit_loss, windows, indices, step, *rest):
-        loss, losses = real(exit_loss, windows, indices, step, *rest)
+    def sometimes(self, step, indices):
+        loss, losses = real(self, step, indices)
         return (loss * torch.nan, {3: losses[3] * torch.nan}) if step == 8 else (loss, losses)
 
-    monkeypatch.setattr(loop, "_backward", sometimes)
+    monkeypatch.setattr(loop.TrainingRun, "_backward", sometimes)
     with pytest.raises(TrainingError, match=r"step 8: .*layer 3; windows \d+ to \d+"):
         run(folder)
     monkeypatch.undo()

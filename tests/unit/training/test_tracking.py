@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from offramp.errors import ConfigError
 from offramp.models.native.config import DecoderConfig
 from offramp.training.config import TrainConfig
-from offramp.training.loop import Progress, Validation, new_model, train
+from offramp.training.loop import Progress, new_model, train
 from offramp.training.tracking import RunLog, check_tracker
+from offramp.training.validation import Validation
 
 CONFIG = TrainConfig(seq_len=8, batch_size=4)
 

@@ -9,10 +9,9 @@ from offramp.commands.bench.methods import (
 )
 from offramp.commands.bench.task import Task
 from offramp.commands.bench.threshold import threshold_for
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.generation.config import MISSING_KV, GenerateConfig
 from offramp.generation.options import draft_exit
-from offramp.models.reference import reference_model
 
 
 def check_options(task: Task) -> None:
@@ -51,10 +50,13 @@ def methods_of(task: Task) -> list[Method]:
 
 def _peers(task: Task, drafting: int, threshold: float) -> tuple[list[Method], list[Method]]:
     """transformers' own ways to decode, and those of economize; none without transformers."""
-    lm = reference_model(task.model) if task.config.peers else None
-    if lm is None:
+    if not task.config.peers:
         return [], []
-    lm, new = plain_generation(lm), task.config.max_new_tokens
+    try:
+        lm = plain_generation(task.model.to_transformers())
+    except UnsupportedArchitectureError:
+        return [], []
+    new = task.config.max_new_tokens
     before = [hugging_face("hf", lm, new)]
     if task.config.batch_size > 1:
         return before, []

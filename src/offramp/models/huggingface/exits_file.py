@@ -5,7 +5,6 @@ names the backbone and its hash, stand ``offramp.json`` (exit layers, kind of he
 were trained, policy) and ``exits.safetensors`` (``exits.<layer>.norm.weight`` and so on).
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from offramp.data.hub import one_line
-from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from offramp.errors import CheckpointError, ConfigError
 from offramp.files import (
-    check_tensors,
     file_sha256,
     read_json,
     read_tensors,
@@ -26,7 +24,8 @@ from offramp.files import (
 )
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
-from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.huggingface.backbone import load_backbone, save_backbone
+from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.sources import Source, find_checkpoint
 from offramp.version import __version__
@@ -34,16 +33,6 @@ from offramp.version import __version__
 FORMAT = 1
 EXITS_JSON = "offramp.json"
 EXITS_FILE = "exits.safetensors"
-_TEXT_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 def from_pretrained(
@@ -74,7 +63,7 @@ def from_pretrained(
         if base is not None:
             raise ConfigError(f"base: expected with a folder of exits only, got {id_or_dir}")
         source = find_checkpoint(id_or_dir)
-        model = _with_exits(_backbone(source, dtype), exit_layers, exit_head)
+        model = _with_exits(load_backbone(source, dtype), exit_layers, exit_head)
         model.source = source
         return model.to(device).eval()
     if exit_layers is not None or exit_head is not None:
@@ -206,7 +195,7 @@ def _load_exits(
 ) -> HuggingFaceModel:
     about = read_exits(folder)
     source = base_of(folder, base)
-    backbone = _backbone(source, dtype or tuned_dtype(folder, about))
+    backbone = load_backbone(source, dtype or tuned_dtype(folder, about))
     model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
     model.source = source
     load_exits(model.exits, folder)
@@ -241,73 +230,6 @@ def _with_exits(
 ) -> HuggingFaceModel:
     with quiet():
         return HuggingFaceModel(backbone, exit_layers=exit_layers, exit_head=exit_head or "shared")
-
-
-def _backbone(source: Source, dtype: torch.dtype | None) -> Any:
-    """The causal language model of a checkpoint, every weight of which was in it."""
-    library = transformers()
-    path = source.folder / "config.json"
-    if not isinstance(read_json(path), dict) or "model_type" not in read_json(path):
-        raise CheckpointError(f"{path}: expected the config of a model with a model_type")
-    if read_json(path)["model_type"] not in library.CONFIG_MAPPING:
-        raise UnsupportedArchitectureError(
-            f"{source.id}: expected a model_type of transformers {library.__version__}, got "
-            f"{read_json(path)['model_type']!r}; code that comes with a model is never run"
-        )
-    with quiet():
-        try:
-            config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        except Exception as error:  # the library has many kinds
-            raise CheckpointError(f"{path}: expected a config, got: {one_line(error)}") from None
-        encodes = getattr(config, "is_encoder_decoder", False)
-        if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UnsupportedArchitectureError(
-                f"{source.id}: expected a decoder-only (causal) language model, got "
-                f"{config.model_type}, {'an encoder and a decoder' if encodes else 'which is none'}"
-            )
-        for file in source.weights:
-            check_tensors(file)
-        try:
-            model, report = library.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported and refused below, with their names
-            )
-        except Exception as error:
-            raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
-    for problem in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[problem])):
-            raise CheckpointError(
-                f"{source.id}: the weights do not fit config.json: {problem.replace('_', ' ')} "
-                f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
-            )
-    return model
-
-
-def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
-    """Write a model of ``transformers`` as a plain checkpoint into an existing folder, and the
-    tokenizer that lies in ``texts``. The folder may be the one that the model came from.
-    """
-    aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with quiet():
-            backbone.save_pretrained(aside)
-        if texts is not None and texts.resolve() != folder.resolve():
-            for kind in _TEXT_FILES:
-                for path in texts.glob(kind):
-                    shutil.copyfile(path, aside / path.name)
-        for path in sorted(aside.iterdir()):
-            path.replace(folder / path.name)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _name(source: Source, folder: Path) -> str:

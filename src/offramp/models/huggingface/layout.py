@@ -1,23 +1,21 @@
 """What one watched forward pass tells about a Hugging Face causal language model.
 
-No model class is known by name. A handful of tokens goes through the model while every
-module's inputs and outputs are noted: which list of modules is the blocks, what each block is
+No model class is known by name. A handful of tokens goes through the model while every module's
+inputs and outputs are noted (``calls``): which list of modules is the blocks, what each block is
 given beside the state (mask, positions, rotary tables, cache), and which modules stand between
-the last block and the LM head. ``huggingface.py`` then checks that these ways lead to the
-model's own figures; where they do not, the blocks count as unknown.
+the last block and the LM head. ``runner`` then checks that these ways lead to the model's own
+figures; where they do not, the blocks count as unknown.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.data.hub import one_line
 from offramp.errors import UnsupportedArchitectureError
+from offramp.models.huggingface.calls import Call, watched_pass
 
 TOKENS = 6
 STATE, POSITIONS, MASK, CACHE = "<state>", "<positions>", "<mask>", "<cache>"
@@ -53,6 +51,12 @@ class Layout:
 
     blocks: tuple[Block, ...]
     "Empty where what the blocks are given is not understood."
+    block_modules: tuple[nn.Module, ...]
+    "The blocks' modules, which may be known where ``blocks`` are not."
+    below: tuple[nn.Module, ...]
+    "The modules that are called before the first block."
+    above: tuple[nn.Module, ...]
+    "The other modules that are called outside the blocks."
     why_no_blocks: str
     norm: nn.Module | None
     "The final norm."
@@ -71,22 +75,6 @@ class Layout:
     "(1, TOKENS, D): what the last block handed on."
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    module: nn.Module
-    arguments: Mapping[str, Any]
-    output: Any
-
-    @property
-    def state(self) -> Any:
-        """The first argument."""
-        return next(iter(self.arguments.values()), None)
-
-    @property
-    def result(self) -> Any:
-        return self.output[0] if isinstance(self.output, tuple | list) else self.output
-
-
 def watch(lm: Any, config: Any) -> Layout:
     """Watch a ``transformers`` causal language model run; ``config`` is that of its decoder.
 
@@ -99,7 +87,7 @@ def watch(lm: Any, config: Any) -> Layout:
         raise UnsupportedArchitectureError(f"{kind}: expected a language model with an LM head")
     ids = (torch.arange(TOKENS, device=head.weight.device)[None] * 7 + 11) % head.out_features
     positions = torch.arange(TOKENS, device=ids.device)[None]
-    calls, logits, cache = _watched_pass(lm, ids, positions, kind)
+    calls, logits, cache = watched_pass(lm, ids, positions, kind)
     blocks, outside, way, last_state = _ways(lm, config.num_hidden_layers, calls, head)
     is_norm = bool(way) and "norm" in type(way[0]).__name__.lower()
     if last_state is None or not (blocks or is_norm):
@@ -118,12 +106,17 @@ def watch(lm: Any, config: Any) -> Layout:
             given, why = [], f"its blocks need {unknown.args[0]}"
             break
         given.append(Block(module=call.module, arguments=arguments, window=window))
+    first = calls.index(blocks[0]) if blocks else 0
+    before = calls[:first]
     embedding = lm.get_input_embeddings()
     with torch.no_grad():
         plain = bool(blocks) and torch.equal(embedding(ids), blocks[0].state)
     return Layout(
         blocks=tuple(given),
         why_no_blocks=why,
+        block_modules=tuple(call.module for call in blocks),
+        below=tuple(call.module for call in outside if call in before),
+        above=tuple(call.module for call in outside if call not in before),
         norm=way[0] if is_norm else None,
         after_norm=tuple(way[1:] if is_norm else way),
         head=head,
@@ -135,81 +128,9 @@ def watch(lm: Any, config: Any) -> Layout:
     )
 
 
-def _watched_pass(
-    lm: Any, ids: Tensor, positions: Tensor, kind: str
-) -> tuple[list[_Call], Tensor, Any]:
-    """Every call of a module, in the order in which they ended; the logits; the cache."""
-    from transformers import DynamicCache
-
-    calls: list[_Call] = []
-    embedded: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        calls.append(_Call(module=module, arguments=named(module, args, kwargs), output=out))
-
-    def lead(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        embedded.append(out.detach().requires_grad_())
-        return embedded[-1]
-
-    failed: Exception | None = None
-    for cache in (DynamicCache(), None):
-        calls.clear()
-        embedded.clear()
-        # before transformers 5.24 it was past_key_values
-        where = {"cache": cache, "past_key_values": cache, "use_cache": cache is not None}
-        with ExitStack() as hooks, torch.enable_grad():
-            hooks.enter_context(lm.get_input_embeddings().register_forward_hook(lead))
-            for module in lm.modules():
-                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
-            try:
-                logits = lm(**accepted(lm, input_ids=ids, position_ids=positions, **where)).logits
-                break
-            except Exception as error:  # any architecture's own
-                failed = error
-    else:
-        raise UnsupportedArchitectureError(
-            f"{kind}: expected a language model that reads token ids alone, got one that fails: "
-            f"{one_line(failed or ValueError())}"
-        )
-    if _sees_later_tokens(lm, ids, logits, embedded):
-        raise UnsupportedArchitectureError(
-            f"{kind}: expected a decoder-only (causal) language model, got one whose first token "
-            "sees later ones"
-        )
-    return calls, logits.detach(), cache
-
-
-def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tensor]) -> bool:
-    """Whether the first token's logits depend on the others."""
-    try:
-        [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
-    except RuntimeError:  # the pass overwrites what a gradient needs
-        with torch.no_grad():
-            others = ids.flip(1).index_copy(1, torch.zeros_like(ids[0, :1]), ids[:, :1])
-            again = lm(input_ids=others).logits
-        return not torch.allclose(again[0, 0], logits[0, 0], rtol=1e-3, atol=1e-4)
-    return later is None or bool(later[0, 1:].any())
-
-
-def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that a module's forward names."""
-    known = inspect.signature(module.forward).parameters
-    return {name: value for name, value in arguments.items() if name in known}
-
-
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their names, in the order of the signature."""
-    signature = inspect.signature(module.forward)
-    named = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
-
-
 def _ways(
-    lm: nn.Module, layers: int, calls: Sequence[_Call], head: nn.Linear
-) -> tuple[list[_Call], list[_Call], list[nn.Module], Tensor | None]:
+    lm: nn.Module, layers: int, calls: Sequence[Call], head: nn.Linear
+) -> tuple[list[Call], list[Call], list[nn.Module], Tensor | None]:
     """The blocks' calls, the calls outside of blocks, what leads to the head, and from where."""
     lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     for each in (*lists, nn.ModuleList()):
@@ -225,7 +146,7 @@ def _ways(
     return [], list(calls), [], None
 
 
-def _way_to(head: nn.Linear, outside: Sequence[_Call]) -> tuple[list[nn.Module], Tensor | None]:
+def _way_to(head: nn.Linear, outside: Sequence[Call]) -> tuple[list[nn.Module], Tensor | None]:
     """The modules that lead to the head, one after another, and what the first is given."""
     way: list[nn.Module] = []
     state = next((call.state for call in outside if call.module is head), None)
@@ -237,10 +158,10 @@ def _way_to(head: nn.Linear, outside: Sequence[_Call]) -> tuple[list[nn.Module],
 
 
 def _block_arguments(
-    call: _Call,
+    call: Call,
     positions: Tensor,
     cache: Any,
-    outside: Sequence[_Call],
+    outside: Sequence[Call],
     tables: dict[int, Rotary],
 ) -> dict[str, Any]:
     _, *others = call.arguments.items()
@@ -261,7 +182,7 @@ def _block_arguments(
     return found
 
 
-def _rotary(name: str, value: Any, positions: Tensor, outside: Sequence[_Call]) -> Rotary:
+def _rotary(name: str, value: Any, positions: Tensor, outside: Sequence[Call]) -> Rotary:
     made = next((call for call in outside if call.output is value), None)
     if made is None:
         raise LookupError(name)

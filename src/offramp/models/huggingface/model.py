@@ -1,12 +1,11 @@
 """Hugging Face causal language models behind the waist.
 
 ``HuggingFaceModel`` wraps any causal language model of ``transformers`` and copies none of its
-weights. How its blocks, norm and head are found: ``blocks.py``; how its blocks are run:
-``block_runner.py``. Nothing else knows the library's insides.
+weights. ``layout`` finds its blocks, norm and head, and ``runner`` runs its blocks. Nothing else
+knows the library's insides.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -16,24 +15,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
-from offramp.models.base import Step, states_at, walk, whole_step
+from offramp.models.base import Step, TrainableModel, layers_by_name, walk, whole_step
 from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
-from offramp.models.huggingface.layout import Layout, accepted, watch
+from offramp.models.huggingface.layout import Layout, watch
 from offramp.models.huggingface.runner import BlockRunner, close
+from offramp.models.huggingface.whole import states_of_whole_pass
 from offramp.models.kv_cache import KVCache
 from offramp.models.sources import Source
 
 
 class HuggingFaceModel(nn.Module):
-    """A causal language model of ``transformers`` with exits; implements the waist (base.py).
+    """A causal language model of ``transformers`` with exits; a ``TrainableModel`` (base.py).
 
     ``backbone`` is the model itself. ``exit_layers`` None puts exits at a quarter, a half and
-    three quarters of the depth. The exits begin by saying what the final norm and head would.
-
-    A model whose blocks are of an unknown layout still gives its states (``states_at``), and so
-    can be traced, swept and tuned; ``embed``, ``run_layers`` and ``project_kv`` raise
-    UnsupportedArchitectureError.
+    three quarters of the depth. New exits give the logits that the final norm and head would.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class HuggingFaceModel(nn.Module):
         self.exit_head: ExitHeadKind = exit_head
         training = backbone.training
         backbone.eval()
-        self._layout, self._runner, self._why_no_blocks = _known(backbone, config, self.max_length)
+        self._layout, self._runner, self.why_no_blocks = _known(backbone, config, self.max_length)
         backbone.train(training)
         self._scale, self._softcap = _after_head(self.model_type, config, self._layout)
         self.hidden_size = self._layout.last_state.shape[-1]
@@ -84,7 +80,7 @@ class HuggingFaceModel(nn.Module):
         return self._layout.head.weight.dtype
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
-        """What the model gives its first block: embeddings, with all that it does to them."""
+        """Return the state before the first block: embeddings, with all that is done to them."""
         return self._blocks().embed(input_ids, step)
 
     def run_layers(
@@ -96,7 +92,7 @@ class HuggingFaceModel(nn.Module):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
         return self._blocks().run(h, start, stop, step, active)
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
@@ -111,7 +107,7 @@ class HuggingFaceModel(nn.Module):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
+        """Return logits at any layer 1..L, by the final norm and head where it has none."""
         own = self.exits.at(exit_layer)
         head = self._layout.head if own is None or own.lm_head is None else own.lm_head
         norm = self._layout.norm if own is None else own
@@ -126,6 +122,10 @@ class HuggingFaceModel(nn.Module):
             )
         return _scaled(logits, self._scale, self._softcap)
 
+    def fills_beside(self, tokens: int) -> bool:
+        """Return False: the blocks of ``transformers`` do not."""
+        return False
+
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
     ) -> Iterator[tuple[int, Tensor]]:
@@ -133,10 +133,14 @@ class HuggingFaceModel(nn.Module):
         if self._runner is not None:
             yield from walk(self, input_ids, layers, step=step)
         else:
-            yield from self._states_of_whole_pass(input_ids, sorted(layers), step)
+            if step.cache is not None:
+                self._blocks()
+            yield from states_of_whole_pass(
+                self.backbone, self._layout, input_ids, sorted(layers), step
+            )
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for this model, of its dtype and on its device."""
+        """Return an empty cache for this model, of its dtype and on its device."""
         try:
             return self._blocks().make_cache(batch_size, capacity)
         except UnsupportedArchitectureError as error:
@@ -145,75 +149,83 @@ class HuggingFaceModel(nn.Module):
                 "training, traces and sweeps work"
             ) from None
 
-    # Beyond the waist.
+    @property
+    def exits_trained(self) -> bool:
+        """Whether the exits were trained."""
+        return self.exits.trained
+
+    def silence_untrained(self) -> None:
+        """Do not warn of untrained exits."""
+        self.exits.warned = True
+
+    def to_transformers(self) -> Any:
+        """Return the backbone."""
+        return self.backbone
+
+    # What training needs.
+
+    block_modules: tuple[nn.Module, ...] = ()
+    "Empty: the blocks are called with what one watched pass of the whole backbone saw."
+
+    def with_exit_heads(self, kind: ExitHeadKind) -> "HuggingFaceModel":
+        """Return a model of the same backbone, which is not copied, with new exit heads."""
+        if self.exit_head == "shared" and self._layout.norm is None:
+            raise ConfigError(
+                f"exit_head: expected norm, adapter, full or specialist in a model of "
+                f"{self.model_type}, which has no final norm for new heads to begin with, got "
+                "shared"
+            )
+        model = HuggingFaceModel(self.backbone, exit_layers=self.exit_layers, exit_head=kind)
+        model.exits.start_from(self.exits, self._layout.norm, self._layout.head)
+        model.source = self.source
+        return model.train(self.training)
+
+    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Return last-layer states after the final norm; unchanged in a model without one."""
+        out: Tensor = h if self._layout.norm is None else self._layout.norm(h)
+        return out
+
+    def freeze_backbone(self) -> None:
+        """Let nothing but the exits' own heads require a gradient."""
+        self.backbone.requires_grad_(False)
+
+    def layers_of_parameters(self) -> dict[str, int]:
+        """Return the layer of each parameter, as one watched pass of the backbone showed it."""
+        layout = self._layout
+        if not layout.block_modules:
+            raise UnsupportedArchitectureError(
+                f"{self.model_type}: it is not known which parameters belong to which layer, since "
+                f"{self.why_no_blocks}"
+            )
+        called = (*layout.below, *layout.block_modules, *layout.above, self.exits)
+        placed = {id(each) for module in called for each in module.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in placed:
+                raise UnsupportedArchitectureError(
+                    f"{self.model_type}: it is not known which layer the parameter {name} belongs "
+                    "to, since no module that holds it was called"
+                )
+        return layers_by_name(self, below=layout.below, blocks=layout.block_modules)
+
+    # Beyond the protocols.
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the full model."""
-        states = states_at(self, input_ids, [self.num_layers], step=whole_step(input_ids))
-        [(layer, h)] = states
+        """Return the logits of the full model."""
+        [(layer, h)] = self.states_at(input_ids, [self.num_layers], step=whole_step(input_ids))
         return self.unembed(h, layer)
-
-    @property
-    def why_no_blocks(self) -> str:
-        """Why the blocks cannot be run one by one; empty where they can."""
-        return self._why_no_blocks
 
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm before the LM head; some old architectures have none."""
         return self._layout.norm
 
-    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """What the way to the LM head begins with, of states of the last layer."""
-        out: Tensor = h if self._layout.norm is None else self._layout.norm(h)
-        return out
-
-    def freeze_backbone(self) -> None:
-        """Let only the exits' own heads learn."""
-        self.backbone.requires_grad_(False)
-
     def _blocks(self) -> BlockRunner:
         if self._runner is None:
             raise UnsupportedArchitectureError(
                 f"{self.model_type}: the blocks of this model cannot be run one by one, since "
-                f"{self._why_no_blocks}; training exits, traces and sweeps work, by whole passes"
+                f"{self.why_no_blocks}; training exits, traces and sweeps work, by whole passes"
             )
         return self._runner
-
-    def _states_of_whole_pass(
-        self, input_ids: Tensor, layers: list[int], step: Step
-    ) -> Iterator[tuple[int, Tensor]]:
-        if step.cache is not None:
-            self._blocks()
-        last: list[Tensor] = []
-        ways = [*([self._layout.norm] if self._layout.norm else []), *self._layout.after_norm]
-        base = self.backbone.base_model
-        first = next((module for module in ways if module in set(base.modules())), None)
-
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            last[:] = [args[0]]
-
-        with first.register_forward_pre_hook(note) if first else nullcontext():
-            arguments = accepted(
-                base,
-                input_ids=input_ids,
-                attention_mask=None if step.real is None else step.real.long(),
-                position_ids=step.positions.expand(len(input_ids), -1),
-            )
-            out = base(**arguments, output_hidden_states=True, use_cache=False)
-        states = out.hidden_states
-        if states is None or len(states) != self.num_layers + 1:
-            raise UnsupportedArchitectureError(
-                f"{self.model_type}: expected {self.num_layers + 1} hidden states, got "
-                f"{0 if states is None else len(states)}, so this model cannot be used"
-            )
-        # the first is the embedding and the last is normalised; or (Mamba) there is no embedding
-        embedded = not (last and torch.equal(states[-2], last[0]))
-        after = [*(states[1:] if embedded else states[:-1])]
-        if last:
-            after[-1] = last[0]
-        for layer in layers:
-            yield layer, after[layer - 1]
 
     def _new_head(self) -> ExitHead:
         lm_head, size = self._layout.head, self.hidden_size
@@ -226,6 +238,18 @@ class HuggingFaceModel(nn.Module):
         adapter = None if adapter is None else adapter.to(**like)
         own = deepcopy(lm_head) if has_lm_head(self.exit_head) else None
         return ExitHead(norm=norm(), adapter=adapter, lm_head=own).requires_grad_(True)
+
+
+def as_huggingface(model: TrainableModel) -> HuggingFaceModel:
+    """Return the same model and exits as ``transformers`` runs them; see ``to_transformers``."""
+    if isinstance(model, HuggingFaceModel):
+        return model
+    own = HuggingFaceModel(
+        model.to_transformers(), exit_layers=model.exit_layers, exit_head=model.exit_head
+    )
+    own.exits.load_state_dict(model.exits.state_dict())
+    own.exits.trained = model.exits_trained
+    return own.eval()
 
 
 def resolve_exit_layers(layers: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models.base import Step
+from offramp.models.huggingface.calls import accepted, named
 from offramp.models.huggingface.layout import (
     CACHE,
     MASK,
@@ -23,8 +24,6 @@ from offramp.models.huggingface.layout import (
     Block,
     Layout,
     Rotary,
-    accepted,
-    named,
 )
 from offramp.models.kv_cache import KVCache
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from offramp.models.base import Step
+from offramp.models.exit_heads import ExitHead, adapter_of, has_lm_head
 from offramp.models.native.config import DecoderConfig
 
 
@@ -170,3 +171,26 @@ class PostNormBlock(DecoderBlock):
         h = self.post_attention_layernorm(h + self.self_attn.o_proj(attended))
         out: Tensor = self.post_feedforward_layernorm(h + self.mlp(h))
         return out
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, named as in Hugging Face's ``LlamaModel``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        block = PreNormBlock if config.norm == "pre" else PostNormBlock
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.norm: nn.Module = nn.Identity()
+        if config.norm == "pre":
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def exit_head_of(config: DecoderConfig) -> ExitHead:
+    """Return a new head for one exit, of the config's kind."""
+    norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    head = None
+    if has_lm_head(config.exit_head):
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    adapter = adapter_of(config.exit_head, config.hidden_size)
+    return ExitHead(norm=norm, adapter=adapter, lm_head=head)

@@ -7,6 +7,8 @@ the seed document's models do. The LM head may be tied to the embedding, and exi
 norms and heads of their own (exit_heads.py).
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,35 +17,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError
-from offramp.models.base import Step, states_at, whole_step
-from offramp.models.exit_heads import (
-    ExitAdapter,
-    ExitHead,
-    ExitHeads,
-    adapter_of,
-    has_lm_head,
-)
+from offramp.models.base import Step, layers_by_name, walk, whole_step
+from offramp.models.exit_heads import ExitAdapter, ExitHead, ExitHeads
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
-from offramp.models.native.blocks import BlockContext, DecoderBlock, PostNormBlock, PreNormBlock
+from offramp.models.native.blocks import BlockContext, Decoder, DecoderBlock, exit_head_of
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm, named as in Hugging Face's ``LlamaModel``."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        block = PreNormBlock if config.norm == "pre" else PostNormBlock
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
-        self.norm: nn.Module = nn.Identity()
-        if config.norm == "pre":
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 class Transformer(nn.Module):
-    """The native early-exit decoder; it implements ``EarlyExitModel`` (base.py).
+    """The native early-exit decoder; a ``TrainableModel`` (base.py).
 
     Parameters are drawn as in the seed document: embedding normal with std 0.02, every linear
     weight normal with std 1/sqrt(hidden_size), both truncated to [-2, 2].
@@ -52,12 +36,15 @@ class Transformer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.num_layers, self.exit_layers = config.num_hidden_layers, config.exit_layers
+        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.max_length, self.exit_head = config.max_position_embeddings, config.exit_head
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.exits = ExitHeads(num_layers=config.num_hidden_layers)
         if config.exit_head != "shared":
             for layer in config.exit_layers[:-1]:
-                self.exits[str(layer)] = _exit_head(config)
+                self.exits[str(layer)] = exit_head_of(config)
         assert config.head_dim is not None
         with torch.device("cpu"):  # real numbers, even where the parameters are on "meta"
             places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
@@ -91,27 +78,15 @@ class Transformer(nn.Module):
                 adapter.add_nothing()
 
     def start_exits(self) -> None:
-        """Reset the exits so that they predict what the final norm and head would."""
+        """Let the exits give the logits that the final norm and head would."""
         for head in self.exits.values():
             head.to_empty(device=self.device)
             cast(ExitHead, head).start_from(self.model.norm, self.lm_head)
 
     # The waist.
 
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks, L."""
-        return self.config.num_hidden_layers
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of a state, D."""
-        return self.config.hidden_size
-
-    @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """The exit layers, ascending; the last one is ``num_layers``."""
-        return self.config.exit_layers
+    why_no_blocks = ""
+    "Empty: the blocks run one by one."
 
     @property
     def device(self) -> torch.device:
@@ -119,17 +94,21 @@ class Transformer(nn.Module):
         return self.lm_head.weight.device
 
     @property
-    def vocab_size(self) -> int:
-        """Number of token ids, V."""
-        return self.config.vocab_size
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self.lm_head.weight.dtype
 
     @property
-    def max_length(self) -> int:
-        """Length of the longest sequence, in tokens."""
-        return self.config.max_position_embeddings
+    def exits_trained(self) -> bool:
+        """Whether the exits were trained."""
+        return self.exits.trained
+
+    def silence_untrained(self) -> None:
+        """Do not warn of untrained exits."""
+        self.exits.warned = True
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
-        """Token embeddings (positions are rotary, so the step is not needed)."""
+        """Return token embeddings; positions are rotary, so the step is not needed."""
         return F.embedding(input_ids, self.model.embed_tokens.weight)
 
     def run_layers(
@@ -141,7 +120,7 @@ class Transformer(nn.Module):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
         if self._is_fast(h, step):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
         context = self._context(step, h.dtype)
@@ -150,8 +129,9 @@ class Transformer(nn.Module):
         return h
 
     def fills_beside(self, tokens: int) -> bool:
-        """Whether ``run_layers`` makes the keys and values of tokens that are not active at no
-        cost, for so many tokens in all that are read with a cache and without gradients.
+        """Return whether ``run_layers`` projects keys and values of inactive tokens at no cost.
+
+        It holds for calls with a cache and without gradients.
         """
         return self.device.type == "cpu" and self._fast.fills_beside(tokens)
 
@@ -174,7 +154,7 @@ class Transformer(nn.Module):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Logits at any layer 1..L; one without a head of its own uses the final norm and head."""
+        """Return logits at any layer 1..L, by the final norm and head where it has none."""
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         norm = self.model.norm if own is None else own
@@ -203,10 +183,50 @@ class Transformer(nn.Module):
             device=weight.device,
         )
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place; the names of the parameters do not change."""
-        for block in self.model.layers:
-            block.compile()
+    def states_at(
+        self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (layer, state) at each of ``layers``, ascending, (B, T, D) each."""
+        return walk(self, input_ids, layers, step=step)
+
+    def to_transformers(self) -> Any:
+        """Return the ``LlamaForCausalLM`` of the same parameters, if the model is pre-norm."""
+        from offramp.models.native.llama import to_transformers
+
+        return to_transformers(self)
+
+    # What training needs.
+
+    @property
+    def block_modules(self) -> tuple[nn.Module, ...]:
+        """The blocks, which are called as modules in training."""
+        return tuple(self.model.layers)
+
+    def with_exit_heads(self, kind: ExitHeadKind) -> "Transformer":
+        """Return a copy whose exits have new heads of this kind."""
+        if self.exit_head == "shared" and self.config.norm == "post":
+            raise ConfigError(
+                "exit_head: expected norm, adapter, full or specialist in a post-norm model, whose "
+                "final norm an exit cannot begin with, got shared"
+            )
+        own = Transformer(replace(self.config, exit_head=kind)).to(self.device, self.dtype)
+        own.load_state_dict(self.state_dict(), strict=False)
+        own.exits.start_from(self.exits, self.model.norm, self.lm_head)
+        return own.train(self.training)
+
+    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Return last-layer states after the final norm; a post-norm model has none."""
+        out: Tensor = self.model.norm(h)
+        return out
+
+    def freeze_backbone(self) -> None:
+        """Let nothing but the exits' own heads require a gradient."""
+        self.model.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
+    def layers_of_parameters(self) -> dict[str, int]:
+        """Return the layer of each parameter by name."""
+        return layers_by_name(self, below=[self.model.embed_tokens], blocks=self.model.layers)
 
     # The seed document's names, as thin conveniences.
 
@@ -219,7 +239,7 @@ class Transformer(nn.Module):
     def forward_all_layers(self, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T V"]]:
         """Logits of every layer, first to last."""
         layers = range(1, self.num_layers + 1)
-        states = states_at(self, input_ids, layers, step=whole_step(input_ids))
+        states = self.states_at(input_ids, layers, step=whole_step(input_ids))
         return [self.unembed(h, layer) for layer, h in states]
 
     def forward_train(
@@ -227,7 +247,7 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T V"]]:
         """Shallow and deep logits: those of the first exit and those of the last layer."""
         layers = {self.exit_layers[0], self.num_layers}
-        states = states_at(self, input_ids, layers, step=whole_step(input_ids))
+        states = self.states_at(input_ids, layers, step=whole_step(input_ids))
         logits = [self.unembed(h, layer) for layer, h in states]
         return logits[0], logits[-1]
 
@@ -277,14 +297,3 @@ class Transformer(nn.Module):
             sin=sin,
             end=end,
         )
-
-
-def _exit_head(config: DecoderConfig) -> ExitHead:
-    def norm() -> nn.Module:
-        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    head = None
-    if has_lm_head(config.exit_head):
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    adapter = adapter_of(config.exit_head, config.hidden_size)
-    return ExitHead(norm=norm(), adapter=adapter, lm_head=head)

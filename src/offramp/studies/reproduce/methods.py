@@ -11,7 +11,7 @@ import numpy as np
 from offramp.data import Corpus
 from offramp.evaluation.sweep import SweepRow, sweep
 from offramp.evaluation.trace import ExitTrace
-from offramp.exits.weights import parse_loss_weights
+from offramp.exits.weightings import parse_loss_weights
 from offramp.studies.reproduce.published import THRESHOLD
 from offramp.studies.reproduce.run import RunResult, load_run
 from offramp.studies.statistics import Seeds

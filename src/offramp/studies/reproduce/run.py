@@ -13,7 +13,8 @@ from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import read_json, write_json
 from offramp.models.native.config import DecoderConfig
 from offramp.training.config import TrainConfig
-from offramp.training.loop import Progress, Validation, new_model, train
+from offramp.training.loop import Progress, new_model, train
+from offramp.training.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from offramp.data import load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.exits.schedules import check_objective
+from offramp.exits.schedules import loss_schedule
 from offramp.files import claim_marked, read_json, write_json
 from offramp.report import study as report
 from offramp.studies.cluster import check_cluster, run_on_ray
@@ -187,7 +187,7 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
     tokenizer, *_ = runs[0].tokenised()
     for run in runs:
         try:
-            check_objective(
+            loss_schedule(
                 run.training,
                 total_steps=run.training.steps or 0,
                 num_layers=run.model.num_hidden_layers,

@@ -7,7 +7,7 @@ import pytest
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import ConfigError
-from offramp.exits.schedules import check_objective, weights_at
+from offramp.exits.schedules import loss_schedule
 from offramp.files import read_json
 from offramp.studies.study import recipe
 from offramp.studies.study.config import RecipeConfig
@@ -56,8 +56,9 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
             assert all(1 <= layer < layers for layer in candidate.exits)
             config = TrainConfig(**candidate.recipe(layers).training, steps=30)
             exits = (*candidate.exits, layers)
-            check_objective(config, total_steps=30, num_layers=layers, exit_layers=exits)
-            weights = weights_at(config, 1, 30, num_layers=layers, exit_layers=exits)
+            weights = loss_schedule(
+                config, total_steps=30, num_layers=layers, exit_layers=exits
+            ).at(1)
             assert tuple(weights) == exits
             assert sum(weights.values()) == pytest.approx(1)
 

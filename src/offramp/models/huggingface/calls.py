@@ -1,0 +1,104 @@
+"""One watched forward pass of a Hugging Face causal language model: every call of a module."""
+
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.data.hub import one_line
+from offramp.errors import UnsupportedArchitectureError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One call of a module."""
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    output: Any
+
+    @property
+    def state(self) -> Any:
+        """The first argument."""
+        return next(iter(self.arguments.values()), None)
+
+    @property
+    def result(self) -> Any:
+        """The output, or the first of several."""
+        return self.output[0] if isinstance(self.output, tuple | list) else self.output
+
+
+def watched_pass(
+    lm: Any, ids: Tensor, positions: Tensor, kind: str
+) -> tuple[list[Call], Tensor, Any]:
+    """Every call of a module, in the order in which they ended; the logits; the cache."""
+    from transformers import DynamicCache
+
+    calls: list[Call] = []
+    embedded: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls.append(Call(module=module, arguments=named(module, args, kwargs), output=out))
+
+    def lead(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+
+    failed: Exception | None = None
+    for cache in (DynamicCache(), None):
+        calls.clear()
+        embedded.clear()
+        # before transformers 5.24 it was past_key_values
+        where = {"cache": cache, "past_key_values": cache, "use_cache": cache is not None}
+        with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(lm.get_input_embeddings().register_forward_hook(lead))
+            for module in lm.modules():
+                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            try:
+                logits = lm(**accepted(lm, input_ids=ids, position_ids=positions, **where)).logits
+                break
+            except Exception as error:  # any architecture's own
+                failed = error
+    else:
+        raise UnsupportedArchitectureError(
+            f"{kind}: expected a language model that reads token ids alone, got one that fails: "
+            f"{one_line(failed or ValueError())}"
+        )
+    if _sees_later_tokens(lm, ids, logits, embedded):
+        raise UnsupportedArchitectureError(
+            f"{kind}: expected a decoder-only (causal) language model, got one whose first token "
+            "sees later ones"
+        )
+    return calls, logits.detach(), cache
+
+
+def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tensor]) -> bool:
+    """Whether the first token's logits depend on the others."""
+    try:
+        [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
+    except RuntimeError:  # the pass overwrites what a gradient needs
+        with torch.no_grad():
+            others = ids.flip(1).index_copy(1, torch.zeros_like(ids[0, :1]), ids[:, :1])
+            again = lm(input_ids=others).logits
+        return not torch.allclose(again[0, 0], logits[0, 0], rtol=1e-3, atol=1e-4)
+    return later is None or bool(later[0, 1:].any())
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that a module's forward names."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by their names, in the order of the signature."""
+    signature = inspect.signature(module.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
