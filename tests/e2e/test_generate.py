@@ -1,26 +1,36 @@
 """offramp generate, as it is typed."""
 
+import io
 import json
 
 import pytest
 
+PROMPT = "The quick brown"
+
 
 def generate(offramp, model, *arguments):
-    result = offramp("generate", model, "The quick brown", "--max-new-tokens", 12, *arguments)
+    result = offramp("generate", model, PROMPT, "--max-new-tokens", 12, *arguments)
     assert result.returncode == 0, result.stderr
     return result
 
 
+def continued(result):
+    """The new text: what follows the prompt on standard output."""
+    assert result.stdout.startswith(PROMPT)
+    assert result.stdout.endswith("\n")
+    return result.stdout.removeprefix(PROMPT).removesuffix("\n")
+
+
 def test_it_streams_text_and_ends_with_figures(offramp, trained):
     result = generate(offramp, trained)
-    assert len(result.stdout.strip("\n")) == 12
+    assert len(continued(result)) == 12
     assert "tokens/s" in result.stderr
     assert "mean layers 4.0 of 4" in result.stderr
 
 
 def test_json_holds_every_token(offramp, trained):
     content = json.loads(generate(offramp, trained, "--json").stdout)
-    assert content["text"] == generate(offramp, trained).stdout.removesuffix("\n")
+    assert content["text"] == continued(generate(offramp, trained))
     assert len(content["tokens"]) == 12
     assert {token["exit_layer"] for token in content["tokens"]} == {4}
     assert content["mean_layers"] == 4.0
@@ -58,9 +68,31 @@ def test_seeds_decide_what_is_drawn(offramp, trained):
 
 
 def test_a_stop_string_ends_the_text(offramp, trained):
-    whole = generate(offramp, trained).stdout.removesuffix("\n")
-    stopped = generate(offramp, trained, "--stop", whole[3:5]).stdout.removesuffix("\n")
+    whole = continued(generate(offramp, trained))
+    stopped = continued(generate(offramp, trained, "--stop", whole[3:5]))
     assert stopped == whole[: whole.index(whole[3:5])]
+
+
+@pytest.mark.parametrize("prompt", ["The quick", "- The", "--threshold"])
+def test_a_prompt_may_come_from_standard_input_or_begin_with_a_dash(
+    offramp, trained, monkeypatch, prompt
+):
+    flags = ("--max-new-tokens", 4, "--threshold", "-1:0.5", "--json")
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
+    read = offramp("generate", trained, "-", *flags)
+    assert read.returncode == 0, read.stderr
+    if prompt == "--threshold":
+        return
+    typed = offramp("generate", trained, prompt, *flags)
+    assert typed.returncode == 0, typed.stderr
+    assert json.loads(read.stdout)["text"] == json.loads(typed.stdout)["text"]
+
+
+def test_drafting_has_flags(offramp, trained):
+    flags = ("--speculative", "--max-drafts", 3, "--no-adaptive", "--lookup", 0, "--json")
+    drafted = json.loads(generate(offramp, trained, *flags).stdout)
+    assert drafted["acceptance_rate"] is not None
+    assert drafted["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
 
 
 @pytest.mark.parametrize(

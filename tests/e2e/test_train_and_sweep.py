@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import subprocess
@@ -6,10 +7,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from offramp import load_checkpoint
 from offramp.commands import train as train_command
 from offramp.training.loop import TrainResult
+from offramp.training.metrics_file import read_metrics
 
 UNFINISHED_RESULT = TrainResult(step=0, validations=(), finished=False)
 
@@ -20,7 +23,9 @@ def test_train_leaves_the_best_and_the_last_whole(trained):
         "config.json",
         "last",
         "logs",
+        "metrics.csv",
         "model.safetensors",
+        "run.json",
         "tokenizer.json",
     }
     model, about = load_checkpoint(trained)
@@ -141,3 +146,51 @@ def test_subwords_and_bytes_train_and_sweep(offramp, tmp_path, tokenizer):
     swept = offramp("sweep", out, "--corpus", text, "--out", tmp_path / "s.json")
     assert swept.returncode == 0, swept.stderr
     assert json.loads((tmp_path / "s.json").read_text())["unknown_tokens"] == 0
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_that_long(offramp, tmp_path):
+    shape = ("--corpus", "pangram", "--layers", 2, "--dim", 16, "--heads", 2, "--exits", 1)
+    training = ("--seq-len", 16, "--batch-size", 8, "--eval-every", 10, "--tracker", "none")
+    long, short = tmp_path / "long", tmp_path / "a short run"
+    for out, steps in ((long, 40), (short, 20)):
+        result = offramp("train", *shape, *training, "--steps", steps, "--out", out)
+        assert result.returncode == 0, result.stderr
+    assert "parameters, trained on 2,560 tokens" in result.stderr
+    assert f"offramp sweep '{short}'" in result.stderr
+    again = offramp("train", "--resume", short)
+    assert again.returncode == 2
+    assert "--steps N extends it" in again.stderr
+    for steps, said in ((20, "more than the 20 steps"), (0, "at least 1")):
+        assert said in offramp("train", "--resume", short, "--steps", steps).stderr
+    assert offramp("train", "--resume", short, "--steps", 40, "--lr", 1).returncode == 2
+    extended = offramp("train", "--resume", short, "--steps", 40)
+    assert extended.returncode == 0, extended.stderr
+    for name in ("model.safetensors", "last/model.safetensors"):
+        mine, theirs = load_file(short / name), load_file(long / name)
+        assert set(mine) == set(theirs)
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    config = json.loads((short / "config.json").read_text())
+    assert config["training"]["steps"] == 40
+    steps = [int(row["step"]) for row in read_metrics(short / "metrics.csv")]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_a_sweep_is_written_as_csv_and_ends_in_a_verdict(offramp, trained, tmp_path):
+    out = tmp_path / "a sweep.csv"
+    flags = ("--corpus", "pangram", "--thresholds", "0.5,0.9:0.8", "--out", out)
+    result = offramp("sweep", trained, *flags)
+    assert result.returncode == 0, result.stderr
+    first, second = csv.DictReader(out.read_text().splitlines())
+    assert second["threshold"] == "0.9:0.8"
+    assert float(first["flops_pct"]) > float(first["compute_pct"])
+    assert "PPL" in result.stdout.splitlines()[-1]
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+
+
+def test_confidence_chooses_the_unit_of_the_thresholds(offramp, trained):
+    result = offramp("sweep", trained, "--corpus", "pangram", "--confidence", "patience")
+    assert result.returncode == 0, result.stderr
+    assert "thresholds on patience" in result.stdout
+    refused = offramp("sweep", trained, "--corpus", "pangram", "--confidence", "gain")
+    assert refused.returncode == 2
+    assert "a fitted gain" in refused.stderr

@@ -48,7 +48,7 @@ FLAGS = {  # a config's field: its flag, where they differ
     "max_position_embeddings": "max-length",
 }
 
-NO_FLAG = ("vocab_size", "threshold", "missing_kv", "stop_strings", "stop_tokens")
+NO_FLAG = ("vocab_size", "threshold", "decay", "missing_kv", "stop_strings", "stop_tokens")
 """Fields of configs that no flag sets by itself: the tokenizer or the command does."""
 
 

@@ -32,6 +32,7 @@ def generate(
     thresholds: Annotated[
         str | None, Parameter(name="--threshold", allow_leading_hyphen=True)
     ] = None,
+    falling: Annotated[float | None, Parameter(name="--decay")] = None,
     certificate: Path | None = None,
     keys_values: Annotated[MissingKV | None, Parameter(name="--missing-kv")] = None,
     stop: list[str] | None = None,
@@ -54,6 +55,9 @@ def generate(
     thresholds
         Confidence at which tokens exit; one for each exit but the last is written 0.9:0.8.
         Without it every token runs through all layers.
+    falling
+        With --threshold: let the threshold fall along the text (CALM). At new token t, counted
+        from 0, of N it is 0.9 THRESHOLD + 0.1 exp(-DECAY t / N), where N is --max-new-tokens.
     certificate
         Take the thresholds in a file that ``offramp calibrate`` wrote for this model.
     keys_values
@@ -70,11 +74,13 @@ def generate(
     dtype
         Precision of the model (default: that of its file).
     """
-    if certificate is not None and thresholds is not None:
-        raise ConfigError("threshold: expected none with --certificate, which has its own")
+    for name, value in (("threshold", thresholds), ("decay", falling)):
+        if certificate is not None and value is not None:
+            raise ConfigError(f"{name}: expected none with --certificate, whose thresholds hold")
     config = replace(
         config,
         threshold=None if thresholds is None else _threshold(thresholds),
+        decay=falling,
         missing_kv=keys_values or config.missing_kv,
         stop_strings=tuple(stop or ()),
     )
@@ -98,7 +104,7 @@ def generate(
         _, rate = _timed(generation, show=None)
         print(json.dumps(_content(generation, rate)))
         return
-    _print_text(generation, opened, prompt=text, exits=exits)
+    _print_text(generation, opened, prompt=f"{text}\n" if chat else text, exits=exits)
 
 
 def _print_text(

@@ -1,0 +1,83 @@
+"""offramp plot draws any result file."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def results(offramp, trained, tmp_path_factory):
+    """A result file of each quick command, by its name."""
+    folder = tmp_path_factory.mktemp("results")
+    text = ("--corpus", "pangram")
+    commands = {
+        "sweep": ("sweep", trained, *text),
+        "probe": ("probe", trained, *text, "--tokens", 500),
+        "confidence": ("confidence", trained, *text),
+        "certificate": ("calibrate", trained, *text, "--epsilon", 0.2),
+        "budget": ("calibrate", trained, *text, "--compute-budget", 90),
+        "bench": (
+            *("bench", trained, *text, "--prompts", 1, "--repeats", 1, "--prompt-tokens", 8),
+            *("--max-new-tokens", 4, "--no-peers"),
+        ),
+    }
+    for name, command in commands.items():
+        done = offramp(*command, "--out", folder / f"{name}.json")
+        assert done.returncode == 0, done.stderr
+    (folder / "metrics.csv").write_bytes((trained / "metrics.csv").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sweep", "probe", "confidence", "certificate", "budget", "bench", "metrics"],
+)
+def test_a_result_is_drawn(offramp, results, tmp_path, name):
+    [file] = results.glob(f"{name}.[jc]s*")
+    out = tmp_path / f"{name}.svg"
+    done = offramp("plot", file, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("ending", "beginning"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")]
+)
+def test_the_ending_names_the_format(offramp, results, tmp_path, ending, beginning):
+    out = tmp_path / f"a picture.{ending}"
+    assert offramp("plot", results / "sweep.json", "--out", out).returncode == 0
+    assert out.read_bytes().startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "expected a result of offramp sweep"),
+        ("[1]", "expected a result of offramp sweep"),
+        ('{"rows": []}', "cannot be drawn"),
+        ('{"rows": [{"threshold": 1}], "n_tokens": "x"}', "cannot be drawn"),
+        ('{"study": "alpha"}', "cannot be drawn"),
+        ('{"corpora": 7}', "cannot be drawn"),
+        ("no json", "expected readable JSON"),
+    ],
+)
+def test_another_file_is_refused_in_one_sentence(offramp, tmp_path, content, said):
+    file = tmp_path / "file.json"
+    file.write_text(content)
+    done = offramp("plot", file)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not file.with_suffix(".png").exists()
+
+
+def test_a_study_is_drawn(offramp, tmp_path):
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    for name in ("alpha", "recipe"):
+        out = tmp_path / f"{name}.svg"
+        done = offramp("plot", root / "docs" / "studies" / name / "study.json", "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "<svg" in out.read_text()[:200]
+    assert json.loads((root / "docs/studies/alpha/study.json").read_text())["study"] == "alpha"
