@@ -7,14 +7,14 @@ finding and explanation is array work on those (tables.py is the tables, claims.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from offramp.data import Corpus, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
-from offramp.files import claim_marked, read_json, replacing, write_json
+from offramp.files import claim_marked, read_json, replacing, stored_fields, write_json
 from offramp.models.native.config import DecoderConfig
 from offramp.report import html, plots
 from offramp.report import tables as report_tables
@@ -179,7 +179,7 @@ def go_on_or_claim(
     """Make ``out``, or go on with one that an interrupted run of the same settings left."""
     marker = out / MARKER
     mine = {
-        "unfinished": asdict(config),
+        "unfinished": stored_fields(config, ("corpus", "seeds", "quick")),
         "corpora": {corpus.name: [corpus.sha256, seeds] for corpus, seeds in corpora},
         "offramp_version": __version__,
     }

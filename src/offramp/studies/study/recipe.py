@@ -20,6 +20,7 @@ from offramp.errors import ConfigError
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.studies.study.comparison import Done
 from offramp.studies.study.config import RecipeConfig
+from offramp.studies.study.format import record_of
 from offramp.studies.study.frontier import at
 from offramp.studies.study.plan import GateFit, Recipe, Study
 from offramp.studies.study.run import StudyRun, StudyText
@@ -121,8 +122,8 @@ def find_recipe(
     vocab_size = check_runs(full)
     check_budget(study, config.compute_budget, vocab_size=vocab_size)
     workers.check(full)
-    asked_for = {name: value for name, value in asdict(config).items() if name not in TEXTS}
-    go_on_or_claim(out, {"study": RECIPE, **asked_for, "text": text.about})
+    settings = {name: value for name, value in record_of(config).items() if name not in TEXTS}
+    go_on_or_claim(out, {"study": RECIPE, **settings, "text": text.about})
     short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
     asked = list(rounds(config.layers, config.compute_budget))
     searched = sum(len(changes) for _, changes in asked) - len(asked) + 1  # the best so far is done

@@ -20,16 +20,16 @@ from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CorpusError
-from offramp.files import write_json
+from offramp.files import stored_fields, write_json
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.evaluate import evaluate
+from offramp.studies.study.format import FORMAT, FORMAT_FIELDS, nested_records
 from offramp.studies.study.plan import GateFit
 from offramp.training.config import TrainConfig
 from offramp.training.loop import Progress, new_model, train
 from offramp.version import __version__
 
-FORMAT = 5
 FRONTIERS = "frontiers.npz"
 TIMING = "timing.json"
 HELD_OUT = 0.05
@@ -63,19 +63,17 @@ class StudyRun:
 
     @property
     def config(self) -> dict[str, Any]:
-        """All that the figures depend on."""
-        early = len(self.model.exit_layers) > 1
-        return {
-            "format": FORMAT,
-            "text": self.text.about,
-            "tokenizer": self.tokenizer,
-            "test_tokens": self.test_tokens,
-            "measures": self.measures if early else (),
-            "gates": asdict(self.gates) if early else None,
-            "model": asdict(self.model),
-            "training": asdict(self.training),
-            **({"specialise": asdict(self.specialise)} if self.specialise else {}),
-        }
+        """Everything that the figures depend on, as run.json holds it.
+
+        A model without early exits has neither gates nor measures, so studies that differ only
+        in those share its run.
+        """
+        record = stored_fields(self, FORMAT_FIELDS["StudyRun"])
+        del record["label"]
+        record["text"] = self.text.about
+        if len(self.model.exit_layers) == 1:
+            record |= {"measures": (), "gates": None}
+        return {"format": FORMAT, **nested_records(record)}
 
     @property
     def tokens(self) -> int:

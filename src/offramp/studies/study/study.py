@@ -17,8 +17,9 @@ from offramp.studies.cluster import check_cluster, run_on_ray
 from offramp.studies.runs import RunProgress, run_all
 from offramp.studies.study.answers import answers
 from offramp.studies.study.config import StudyConfig, TextChoice
+from offramp.studies.study.format import FORMAT
 from offramp.studies.study.plan import STANDARD, Recipe, Study
-from offramp.studies.study.run import FORMAT, HELD_OUT, StudyRun, StudyText
+from offramp.studies.study.run import HELD_OUT, StudyRun, StudyText
 from offramp.studies.study.studies import STUDIES
 from offramp.studies.study.summary import summarise
 from offramp.studies.study.timing import timings
@@ -252,9 +253,10 @@ def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> None:
             f"of format {stored.get('format')}; choose another --out"
         )
     if stored != mine:
-        different = [key for key in mine if stored.get(key) != mine[key]]
+        keys = dict.fromkeys((*mine, *stored))
+        different = [key for key in keys if stored.get(key) != mine.get(key)]
         raise CheckpointError(
             f"{out}: expected the same study to go on with, but {', '.join(different)} differ: "
             f"stored {[stored.get(key) for key in different]}, now "
-            f"{[mine[key] for key in different]}; choose another --out"
+            f"{[mine.get(key) for key in different]}; choose another --out"
         )
