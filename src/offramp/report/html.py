@@ -13,9 +13,7 @@ from markupsafe import Markup
 
 from offramp.files import replacing
 from offramp.report import plots
-from offramp.report.tables import (
-    VERDICT_STYLES,
-    Table,
+from offramp.report.reproduction_tables import (
     environment_table,
     exit_table,
     explanations_table,
@@ -23,7 +21,8 @@ from offramp.report.tables import (
     protocol_table,
     seed_tables,
 )
-from offramp.report.text import Corpus, Results, count_verdicts, headline
+from offramp.report.tables import VERDICT_STYLES, Table
+from offramp.report.text import SEED_CITATION, Corpus, Results, count_verdicts, headline
 
 # what stands for a white-space character, beside the character itself
 WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
@@ -101,6 +100,7 @@ def render(results: Results) -> str:
         environment=environment_table(results),
         verdict_styles=VERDICT_STYLES,
         exit_hues={layer: exit_hue(layer, depth) for layer in sorted(layers)},
+        citation=SEED_CITATION,
         vega=vega,
         version=results["offramp_version"],
     )

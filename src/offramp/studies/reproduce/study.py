@@ -16,8 +16,7 @@ from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
 from offramp.files import claim_marked, read_json, replacing, stored_fields, write_json
 from offramp.models.native.config import DecoderConfig
-from offramp.report import html, plots
-from offramp.report import tables as report_tables
+from offramp.report import html, plots, reproduction_tables
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.methods import METHODS, Method, Study, load_study
@@ -218,7 +217,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     """results.json, tables.md, the main plots and report.html, each whole or not at all."""
     write_json(out / "results.json", results)
     with replacing(out / "tables.md") as aside:
-        aside.write_text(report_tables.markdown(results), encoding="utf-8")
+        aside.write_text(reproduction_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
         with replacing(out / f"frontier-{Path(name).name}.png") as aside:
             plots.save_png(plots.frontier(corpus), aside)

@@ -14,10 +14,11 @@ from offramp.models.native.config import DecoderConfig
 from offramp.studies.reproduce import study as reproduction
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.format import FORMAT_FIELDS, record_of
+from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import GateFit
 from offramp.studies.study.run import StudyRun, StudyText
 from offramp.studies.study.studies import STUDIES
-from offramp.studies.study.study import go_on_or_claim, plan_runs
+from offramp.studies.study.study import go_on_or_claim
 from offramp.training.config import TrainConfig
 
 RUNS = Path(__file__).parents[4] / "docs" / "studies" / "runs"
