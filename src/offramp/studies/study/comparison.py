@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from offramp.report.study_result import (
     TestedRatio,
 )
 from offramp.studies.statistics import Seeds, paired_test, stat
+from offramp.studies.study.done import Done
 from offramp.studies.study.frontier import (
     Floats,
     Frontier,
@@ -27,13 +27,10 @@ from offramp.studies.study.frontier import (
     at,
     full_depth,
     join,
-    load_frontiers,
     mean_between,
     resampled,
     scaled,
 )
-from offramp.studies.study.record import FRONTIERS, RunRecord, RunTiming
-from offramp.studies.study.run import StudyRun
 
 POINTS = (50.0, 60.0, 65.0, 80.0, 100.0)
 """flops_pct at which frontiers are compared."""
@@ -47,44 +44,6 @@ ByDraw = tuple[Floats, Floats]
 """Mean NLL on the text, and on each bootstrap sample of it (B,)."""
 Curves = tuple[Floats, Floats, Floats, Floats]
 """(cost, NLL) on the text, then (cost, NLL) on each bootstrap sample of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A finished run, as the summary reads it."""
-
-    run: StudyRun
-    folder: Path
-
-    @cached_property
-    def record(self) -> RunRecord:
-        """How the model was trained, and its figures."""
-        return RunRecord.load(self.folder)
-
-    @cached_property
-    def frontiers(self) -> dict[FrontierKey, Frontier]:
-        """Its frontiers, costs in percent of the run's own full model."""
-        return load_frontiers(self.folder / FRONTIERS)
-
-    @cached_property
-    def timing(self) -> RunTiming:
-        """The seconds that it took."""
-        return RunTiming.load(self.folder)
-
-    @property
-    def seed(self) -> int:
-        """The seed of its training."""
-        return self.run.training.seed
-
-    @property
-    def layers(self) -> int:
-        """The depth of its model."""
-        return self.run.model.num_hidden_layers
-
-    @property
-    def is_static(self) -> bool:
-        """Whether its model has no early exits."""
-        return len(self.run.model.exit_layers) == 1
 
 
 @dataclass(frozen=True, kw_only=True)

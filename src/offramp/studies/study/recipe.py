@@ -19,8 +19,8 @@ from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.errors import ConfigError
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.report.study_result import Searched, StudyResult
-from offramp.studies.study.comparison import Done
 from offramp.studies.study.config import RecipeConfig
+from offramp.studies.study.done import Done
 from offramp.studies.study.format import record_of
 from offramp.studies.study.frontier import FrontierKey, at
 from offramp.studies.study.grid import check_runs, plan_runs

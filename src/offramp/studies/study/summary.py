@@ -14,7 +14,8 @@ from typing import Any
 from offramp.report.study_result import Row, Searched, StudyResult, TestedRatio
 from offramp.studies.statistics import holm
 from offramp.studies.study.answers import answers
-from offramp.studies.study.comparison import AREA, CONVENTIONS, Comparison, Done
+from offramp.studies.study.comparison import AREA, CONVENTIONS, Comparison
+from offramp.studies.study.done import Done
 from offramp.studies.study.plan import Study
 from offramp.studies.study.run import StudyRun
 from offramp.version import __version__

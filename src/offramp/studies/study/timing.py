@@ -16,7 +16,7 @@ import torch
 from offramp.data import batches
 from offramp.report.study_json import read_times, write_study
 from offramp.report.study_result import RoutedTimes, StaticTime, StudyTimes, TimedPolicy
-from offramp.studies.study.comparison import Done
+from offramp.studies.study.done import Done
 from offramp.studies.study.evaluate import BATCH, full_pass_seconds
 from offramp.studies.study.frontier import FrontierKey
 from offramp.studies.study.run import StudyRun

@@ -40,7 +40,7 @@ class Watcher:
         self.done.append(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
     study = STUDIES["objectives"]
     model = replace(
@@ -70,15 +70,25 @@ def tiny():
     return study
 
 
-def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    out = tmp_path / "study"
-    config = StudyConfig(corpus=str(path))
-    watcher = Watcher()
-    first = run_study(
-        tiny, config, out, watcher=watcher, workers=Workers(folder=out / "runs", jobs=2)
-    )
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A whole study of two processes; a test that changes its files takes a copy."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "text.txt").write_text(TEXT)
+    config = StudyConfig(corpus=str(folder / "text.txt"))
+    out, watcher = folder / "study", Watcher()
+    workers = Workers(folder=out / "runs", jobs=2)
+    result = run_study(tiny, config, out, watcher=watcher, workers=workers)
+    return config, out, watcher, result
+
+
+def copied(whole, tmp_path):
+    return shutil.copytree(whole[1], tmp_path / "copy")
+
+
+def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, whole, tmp_path):
+    config, _, watcher, first = whole
+    out, path = copied(whole, tmp_path), config.corpus
     assert watcher.planned == (8, 8 * 640)
     assert len(watcher.done) == 8
     assert watcher.timed == (2 * 3, 8 * 32 * 16)  # 2 depths, 3 rounds
@@ -124,43 +134,31 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_p
         run_study(tiny, replace(config, tokens=64), out, watcher=Watcher(), workers=one)
 
 
-@pytest.fixture
-def kept(tiny, tmp_path):
-    """A study whose runs are all done, and what a summary needs of it."""
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    config = StudyConfig(corpus=str(path))
-    folder = tmp_path / "runs"
-    workers = Workers(folder=folder, jobs=2)
-    run_study(tiny, config, tmp_path / "first", watcher=Watcher(), workers=workers)
-    return config, workers, plan_runs(tiny, study_text(config))
-
-
-def test_kept_runs_are_summarised_without_a_model(tiny, kept, tmp_path, monkeypatch):
-    config, workers, runs = kept
+def test_kept_runs_are_summarised_without_a_model(tiny, whole, tmp_path, monkeypatch):
+    config, first = whole[0], copied(whole, tmp_path)
+    workers, watcher = Workers(folder=first / "runs"), Watcher()
     for name in ("new_model", "full_pass_seconds"):
         monkeypatch.setattr(timing, name, None)
-    for run in runs:
-        assert not (workers.folder / run.name / "model.safetensors").unlink()
-    watcher = Watcher()
+    for run in plan_runs(tiny, study_text(config)):
+        (workers.folder / run.name / "model.safetensors").unlink()
     second = run_study(tiny, config, tmp_path / "second", watcher=watcher, workers=workers)
     assert watcher.timed is None
-    assert second == read_study(tmp_path / "first" / "study.json")
+    assert second == read_study(first / "study.json")
     assert read_times(tmp_path / "second" / "timing.json").static == ()
     assert "The static models were not timed" in (tmp_path / "second" / "report.html").read_text()
 
 
-def test_times_are_percent_of_a_full_pass(tiny, kept, tmp_path):
-    _, workers, runs = kept
-    out = tmp_path / "first"
+def test_times_are_percent_of_a_full_pass(tiny, whole, tmp_path):
+    out = copied(whole, tmp_path)
+    runs = plan_runs(tiny, study_text(whole[0]))
     for run in runs:  # as if every full pass took its layers in seconds, and every other one 1.5
         RunTiming(
             seconds={"train": 1.0, "specialise": 0.5, "evaluate": 2.0},
             full_pass=float(run.model.num_hidden_layers),
             routed_passes={"max_prob": [1.5] * 5},
             environment={},
-        ).save(workers.folder / run.name)
-    times = timing.timings(runs, workers.folder, out)
+        ).save(out / "runs" / run.name)
+    times = timing.timings(runs, out / "runs", out)
     assert times.seconds == {"train": 8.0, "specialise": 4.0, "evaluate": 16.0}
     shallow, standard = (entry.seconds_pct for entry in times.static)
     assert 0 < shallow < standard == 100.0
