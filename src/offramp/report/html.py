@@ -24,9 +24,9 @@ from offramp.report.reproduction_tables import (
 from offramp.report.tables import VERDICT_STYLES, Table
 from offramp.report.text import SEED_CITATION, Corpus, Results, count_verdicts, headline
 
-# what stands for a white-space character, beside the character itself
+# the visible sign that is shown with a white-space character
 WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
-SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: told apart by every kind of sight
+SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: distinct for colour-blind readers, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token of a passage: its text, the exit it took and what the reader is told of it."""
+    """A token of a passage: its text, the exit that it took, and its tooltip."""
 
     text: str
     exit_layer: int
@@ -59,7 +59,7 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Everything that the page shows of one corpus, in the page's order."""
+    """The page's content for one corpus, in the page's order."""
 
     name: str
     anchor: str
@@ -107,7 +107,7 @@ def render(results: Results) -> str:
 
 
 def page_environment() -> tuple[jinja2.Environment, Markup]:
-    """What renders the templates, and the script that draws their charts."""
+    """The environment that renders the templates, and the script that draws their charts."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offramp.report", package_path=""),
         autoescape=True,
@@ -155,7 +155,7 @@ def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
 
 
 def make_figure(chart: alt.LayerChart | alt.VConcatChart) -> Figure:
-    """A chart whose title and description the page sets as text of its own."""
+    """A chart without its title and description, which the page shows as text."""
     spec = chart.to_dict()
     title, caption = spec.pop("title"), spec["description"]
     return Figure(title=title, caption=caption, spec=spec)

@@ -1,4 +1,4 @@
-"""Figures and sentences as text, the same in every table and on every page."""
+"""Figures and sentences as text, so that they look the same in every table and on every page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,22 +26,22 @@ def stat_text(stat: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def number_text(value: Number | None, digits: int, sign: bool = False) -> str:
-    """A figure to so many digits; a dash where there is none."""
+    """A figure with that number of digits; a dash where there is none."""
     return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def ppl_text(ppl: Number, digits: int = 2) -> str:
-    """A PPL; that of an exit that was never trained, which can be huge, in powers of ten."""
+    """A PPL; a huge one, as of an untrained exit, in powers of ten."""
     return f"{ppl:.{digits}f}" if ppl < 1e6 else f"{ppl:.1e}"
 
 
 def p_text(p: Number | None) -> str:
-    """A p-value; very small ones only as a bound."""
+    """A p-value; a very small one as a bound."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def p_phrase(p: Number | None) -> str:
-    """`p = 0.012`, as it stands in a sentence."""
+    """`p = 0.012`, for use in a sentence."""
     if p is None:
         return "p not known"
     return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"

@@ -41,14 +41,14 @@ def answers(study: Study, result: StudyResult) -> list[str]:
 
 
 def _last_layer(rows: Sequence[Row], tokens: int) -> str:
-    asked = (
+    question = (
         "Does training exits help the last layer? Compared with the standard model after the same "
         f"{tokens:,} training tokens, the last layer's PPL is"
     )
     if len(rows) == 1:
         ratio = rows[0].final_to_standard
-        return f"{asked} {_change(ratio.mean)} ({p_phrase(ratio.p_holm)})."
-    return f"{asked} {_grouped(_entries((row.label, row.final_to_standard) for row in rows))}."
+        return f"{question} {_change(ratio.mean)} ({p_phrase(ratio.p_holm)})."
+    return f"{question} {_grouped(_entries((row.label, row.final_to_standard) for row in rows))}."
 
 
 def _trend(rows: Sequence[Row], study: Study, compared_at: float) -> str:
