@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,24 @@ def file_sha256(*paths: Path) -> str:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def stored_fields(config: Any, format_fields: Collection[str]) -> dict[str, Any]:
+    """The fields of a dataclass that a stored format keeps, in the order of the class.
+
+    ``format_fields`` are the names of the fields that the format always holds. A field that was
+    added later is held only where it differs from its default, so that what was stored before
+    the field existed still equals what is stored now. The default of such a field must not
+    change within a format.
+    """
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name in format_fields or getattr(config, field.name) != _default(field)
+    }
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default

@@ -27,9 +27,12 @@ from offramp.models.open import open_in_memory, open_model
 from offramp.options import config_of
 from offramp.report.progress import Bars, bars, call_bar
 from offramp.report.result import ResultTable
+from offramp.report.study_json import to_json
+from offramp.report.study_result import Row
 from offramp.studies.runs import RunProgress
 from offramp.studies.study.config import StudyConfig
-from offramp.studies.study.study import Workers, run_study, study_named
+from offramp.studies.study.study import run_study, study_named
+from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
 
 _SHAPE = {
@@ -144,7 +147,7 @@ def study(
     jobs: int | None = None,
     progress: bool = False,
     **options: Any,
-) -> ResultTable[Any]:
+) -> ResultTable[Row]:
     """Train a grid of recipes on the same tokens with several seeds, and compare them.
 
     The same call continues a study that was stopped. It starts worker processes, so a script
@@ -169,10 +172,10 @@ def study(
         folder=out / "runs" if runs is None else Path(runs), jobs=jobs or os.cpu_count() or 1
     )
     with bars(Console(stderr=True, quiet=not progress)) as drawn:
-        content = run_study(
+        result = run_study(
             study_named(name), config, out, watcher=_StudyBars(drawn), workers=workers
         )
-    return ResultTable(rows=list(content["summary"]), content=content)
+    return ResultTable(rows=list(result.rows), content=to_json(result))
 
 
 class _TemporaryFolder:
@@ -200,6 +203,9 @@ class _StudyBars:
     def on_plan(self, name: str, total: int, tokens: int) -> None:
         self.name, self.total = name, total
         self.drawn.show(name, done=0, total=total, text=f"runs, {tokens:,} tokens in all")
+
+    def on_timing(self, passes: int, tokens: int) -> None:
+        pass
 
     def on_progress(self, progress: RunProgress) -> None:
         self.drawn.show(f"  {progress.name}", done=progress.step, total=progress.total_steps)

@@ -15,10 +15,12 @@ from pathlib import Path
 from offramp.studies.study.config import StudyConfig
 from offramp.studies.study.plan import Recipe
 from offramp.studies.study.studies import STUDIES
-from offramp.studies.study.study import Workers, run_study
+from offramp.studies.study.study import run_study
+from offramp.studies.study.workers import Workers
 
 class Watcher:
     def on_plan(self, name, total, tokens): pass
+    def on_timing(self, passes, tokens): pass
     def on_progress(self, progress): pass
     def on_done(self, name): pass
 

@@ -28,30 +28,31 @@ def recipe(
     out: Path,
     where: Annotated[Where | None, Parameter(name="*")] = None,
 ) -> None:
-    """Find the best recipe for a corpus at a budget of FLOPs, and say what it is worth.
+    """Find the best recipe for a corpus at a budget of FLOPs, and measure it.
 
-    A search of short runs chooses on held-out training text; what it finds is trained in full,
-    with several seeds, beside static models, and reported on the test text.
+    A search of short runs chooses on held-out training text. The recipe that it finds is trained
+    in full with several seeds, compared with static models, and reported on the test text.
 
     Parameters
     ----------
     out
         Folder for recipe.toml (for offramp train --config), study.json, the report and the runs;
-        the same command goes on with a search that was stopped.
+        the same command continues a search that was stopped.
     """
     from offramp.report.progress import bars
-    from offramp.report.study import frontier_table, search_table
+    from offramp.report.study_tables import frontier_table, search_table
     from offramp.report.tables import terminal_table
     from offramp.studies.study.recipe import find_recipe
 
     workers = (where or Where()).workers(out)
     work_begins()
     with bars(console) as drawn:
-        run, content = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
+        run, result = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
-    for table in (search_table(content), frontier_table(content)):
-        output().print(terminal_table("recipe", table))
-    say_answers(content)
+    shown = output()
+    for table in (search_table(result), frontier_table(result)):
+        shown.print(terminal_table("recipe", table, shown.width))
+    say_answers(result)
     toml = (out / FILE).read_text(encoding="utf-8")
     output().print(toml, highlight=False, markup=False, soft_wrap=True)
     anew = f"offramp train --config {quote(str(out / FILE))} --out MODEL"

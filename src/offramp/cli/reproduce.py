@@ -38,7 +38,8 @@ def reproduce(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {jobs}")
     from offramp.report.progress import bars
-    from offramp.report.tables import rich_tables
+    from offramp.report.reproduction_tables import rich_tables
+    from offramp.report.text import headline
     from offramp.studies.reproduce.study import reproduce as run_reproduction
 
     use(device, threads)
@@ -62,8 +63,11 @@ def reproduce(
                 f"--out {shlex.quote(str(out))} does the rest."
             )
             raise
-    for table in rich_tables(results):
-        output().print(table)
+    shown = output()
+    for table in rich_tables(results, shown.width):
+        shown.print(table)
+    for name, corpus in results["corpora"].items():
+        shown.print(headline(name, corpus), highlight=False, markup=False)
     say(f"{results['seconds']:.0f} s. The report: {out / 'report.html'}")
 
 

@@ -1,10 +1,9 @@
 """offramp study."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -15,8 +14,9 @@ from offramp.studies.study.config import StudyConfig
 
 if TYPE_CHECKING:
     from offramp.report.progress import Bars
+    from offramp.report.study_result import StudyResult
     from offramp.studies.runs import RunProgress
-    from offramp.studies.study.study import Workers
+    from offramp.studies.study.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Where:
 
     def workers(self, out: Path) -> "Workers":
         """As many processes as there are cores for, unless told; or a cluster."""
-        from offramp.studies.study.study import Workers
+        from offramp.studies.study.workers import Workers
 
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -67,8 +67,8 @@ def study(
     name
         Which study: objectives, alpha, middle, exits or heads.
     out
-        Folder for study.json, the tables, the plots and the runs; the same command goes on with
-        a study that was stopped.
+        Folder for study.json, the tables, the plots and the runs; the same command continues a
+        study that was stopped.
     """
     from offramp.report.progress import bars
     from offramp.studies.study.study import run_study, study_named
@@ -76,17 +76,17 @@ def study(
     workers = (where or Where()).workers(out)
     work_begins()
     with bars(console) as drawn:
-        content = run_study(
+        result = run_study(
             study_named(name), config, out, watcher=StudyBars(drawn), workers=workers
         )
-    say_answers(content)
+    say_answers(result)
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
 
 
-def say_answers(content: Mapping[str, Any]) -> None:
-    """What the study found, on standard output."""
+def say_answers(result: "StudyResult") -> None:
+    """Print what the study found."""
     out = output()
-    for answer in content["answers"]:
+    for answer in result.answers:
         out.print(f"- {answer}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -102,6 +102,10 @@ class StudyBars:
         say(f"{name}: {total} runs, {tokens:,} training tokens in all")
         self.name, self.total, self.done = name, total, 0
         self.drawn.show(name, done=0, total=total, text="runs")
+
+    def on_timing(self, passes: int, tokens: int) -> None:
+        """The static models are timed."""
+        say(f"Timing the static models: {passes} passes over {tokens:,} tokens each")
 
     def on_progress(self, progress: "RunProgress") -> None:
         """A run goes on."""

@@ -2,7 +2,7 @@
 
 from offramp.report.html import write_report
 from offramp.report.plots import exit_ppl, frontier, save_png, seed_spread, threshold_curves
-from offramp.report.tables import markdown, rich_tables
+from offramp.report.reproduction_tables import markdown, rich_tables
 
 __all__ = [
     "exit_ppl",

@@ -11,6 +11,7 @@ from offramp.errors import ConfigError
 from offramp.files import read_json, replacing
 from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, vegalite_version
+from offramp.report.study_json import study_of
 from offramp.report.study_plots import recipes
 from offramp.training.metrics_file import read_metrics
 
@@ -161,6 +162,11 @@ def _reproduction(content: Content) -> Any:
     return alt.vconcat(*(frontier(corpus) for corpus in content["corpora"].values()))
 
 
+def _study(content: Content) -> Any:
+    """PPL of each recipe's exits, routed, and of its last layer."""
+    return recipes(study_of(content))
+
+
 def _threshold(value: Any) -> str:
     return ":".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -171,7 +177,7 @@ _KINDS: dict[str, Callable[[Content], Any]] = {
     "oracle_layers": _probe,
     "p_values": _certificate,
     "metrics": _metrics,
-    "study": recipes,
+    "study": _study,
     "corpora": _reproduction,
     "rows": _sweep,
 }

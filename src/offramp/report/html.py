@@ -13,9 +13,7 @@ from markupsafe import Markup
 
 from offramp.files import replacing
 from offramp.report import plots
-from offramp.report.tables import (
-    VERDICT_STYLES,
-    Table,
+from offramp.report.reproduction_tables import (
     environment_table,
     exit_table,
     explanations_table,
@@ -23,11 +21,12 @@ from offramp.report.tables import (
     protocol_table,
     seed_tables,
 )
-from offramp.report.text import Corpus, Results, count_verdicts, headline
+from offramp.report.tables import VERDICT_STYLES, Table
+from offramp.report.text import SEED_CITATION, Corpus, Results, count_verdicts, headline
 
-# what stands for a white-space character, beside the character itself
+# the visible sign that is shown with a white-space character
 WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
-SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: told apart by every kind of sight
+SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: distinct for colour-blind readers, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token of a passage: its text, the exit it took and what the reader is told of it."""
+    """A token of a passage: its text, the exit that it took, and its tooltip."""
 
     text: str
     exit_layer: int
@@ -60,7 +59,7 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Everything that the page shows of one corpus, in the page's order."""
+    """The page's content for one corpus, in the page's order."""
 
     name: str
     anchor: str
@@ -101,13 +100,14 @@ def render(results: Results) -> str:
         environment=environment_table(results),
         verdict_styles=VERDICT_STYLES,
         exit_hues={layer: exit_hue(layer, depth) for layer in sorted(layers)},
+        citation=SEED_CITATION,
         vega=vega,
         version=results["offramp_version"],
     )
 
 
 def page_environment() -> tuple[jinja2.Environment, Markup]:
-    """What renders the templates, and the script that draws their charts."""
+    """The environment that renders the templates, and the script that draws their charts."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offramp.report", package_path=""),
         autoescape=True,
@@ -155,7 +155,7 @@ def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
 
 
 def make_figure(chart: alt.LayerChart | alt.VConcatChart) -> Figure:
-    """A chart whose title and description the page sets as text of its own."""
+    """A chart without its title and description, which the page shows as text."""
     spec = chart.to_dict()
     title, caption = spec.pop("title"), spec["description"]
     return Figure(title=title, caption=caption, spec=spec)

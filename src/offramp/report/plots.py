@@ -1,4 +1,4 @@
-"""The plots of a reproduction: pure functions from one corpus's results to an Altair chart."""
+"""The plots of a reproduction: pure functions from the results of a corpus to an Altair chart."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,11 +61,11 @@ def frontier(corpus: Corpus, *, epoch: str = "best") -> alt.LayerChart:
         height=400,
         title=f"PPL against Compute%, {epoch} epoch",
         description=(
-            "Lower and further left is better. Each curve is one method as the threshold moves; "
+            "Lower and further left is better. Each curve is one method over all thresholds; "
             "its band is the mean ± 1 standard deviation over the seeds. Circles are the measured "
-            f"means at threshold {corpus['protocol']['threshold']:g}, the deviation as a bar. "
+            f"means at threshold {corpus['protocol']['threshold']:g}, bars the deviation. "
             f"{_diamonds(published)}Click a method in the legend to see "
-            "it alone, with shift to add another."
+            "it alone; hold shift to add another."
         ),
     )
 
@@ -139,7 +139,7 @@ def seed_spread(corpus: Corpus) -> alt.LayerChart:
         height=46 * len(names),
         title="PPL by seed, best epoch",
         description=(
-            f"A dot is one seed, the upright tick their mean. {_diamonds(published)}"
+            f"Each dot is one seed, the vertical tick their mean. {_diamonds(published)}"
             "Where the dots of two rows overlap, the seed matters as much as the method."
         ),
     )
@@ -168,8 +168,8 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
         height=300,
         title="PPL at each exit, best epoch",
         description=(
-            "Every token leaves at the same exit: how good each exit is by itself. Bars are "
-            "± 1 standard deviation over the seeds."
+            "PPL when every token leaves at the same exit. Bars are ± 1 standard deviation "
+            "over the seeds."
         ),
     )
 
@@ -191,7 +191,7 @@ def data_chart(records: list[Record]) -> alt.Chart:
 
 
 def layer(*charts: alt.Chart) -> alt.LayerChart:
-    """One chart of those that have something to draw."""
+    """One chart of those charts that have data."""
     drawn = [chart for chart in charts if chart.data.values]
     return alt.LayerChart(layer=drawn or [charts[0]])
 
@@ -201,7 +201,7 @@ def _banded(records: Iterable[Record]) -> list[Record]:
 
 
 def _faded(selected: alt.Parameter, opacity: float, hidden: float = 0.12) -> alt.OpacityValue:
-    """Full opacity for the methods picked in the legend; all of them while none is picked."""
+    """Full opacity for the methods selected in the legend, or for all if none is selected."""
     return alt.OpacityValue(hidden, condition={"param": selected.name, "value": opacity})
 
 
@@ -230,7 +230,7 @@ def _marks(points: list[Record], colour: alt.Color) -> alt.Chart:
 
 
 def _diamonds(published: list[Record]) -> str:
-    return "Diamonds are the document's published figures. " if published else ""
+    return "Diamonds are the seed document's published figures. " if published else ""
 
 
 def _colour(corpus: Corpus, names: list[str]) -> alt.Color:

@@ -1,4 +1,4 @@
-"""The points that the plots draw, as flat records from one corpus's results."""
+"""The points of the plots, as flat records from the results of one corpus."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
@@ -49,7 +49,7 @@ def measured_points(corpus: Corpus, epoch: str) -> list[Record]:
 
 
 def published_points(corpus: Corpus, epoch: str) -> list[Record]:
-    """The document's own figures of one epoch, each once; `std` is always None."""
+    """The document's published figures of one epoch, each once; `std` is always None."""
     found: dict[tuple[object, ...], Record] = {}
     for row in _rows(corpus, epoch):
         published = row["published"] or {}
@@ -86,7 +86,7 @@ def ppl_band(stat: Mapping[str, Any]) -> Record:
 
 
 def is_operating(corpus: Corpus, threshold: Number | None) -> bool:
-    """Whether a row stands at the protocol's threshold, or routes nothing at all."""
+    """Whether a row is at the protocol's threshold, or has no routing."""
     return threshold is None or threshold == corpus["protocol"]["threshold"]
 
 
@@ -99,7 +99,7 @@ def method_names(corpus: Corpus) -> list[str]:
 
 
 def present(corpus: Corpus, *groups: Iterable[Record]) -> list[str]:
-    """The methods that these records name, in the corpus's order."""
+    """The methods that occur in these records, in the corpus's order."""
     named = {record["method"] for records in groups for record in records}
     return [name for name in method_names(corpus) if name in named]
 

@@ -1,14 +1,15 @@
-"""The plots of a study: pure functions from the content of study.json to an Altair chart."""
+"""The plots of a study: pure functions from its result to an Altair chart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import altair as alt
 import numpy as np
 
 from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
+from offramp.report.study_result import Curve, StudyResult, StudyTimes
+from offramp.report.study_tables import early_exits
 
-Content = Mapping[str, Any]
 GREY = "#808080"
 KINDS = ("exit", "routed", "last layer")
 Cost = Literal["flops_pct", "compute_pct"]
@@ -16,13 +17,12 @@ COSTS: dict[Cost, tuple[str, str]] = {
     "flops_pct": ("FLOPs%", "heads and gates counted"),
     "compute_pct": ("Compute%", "layers only"),
 }
-LARGEST_RATIO = 1.5  # to the best PPL; what is worse is left out of a frontier's picture
+LARGEST_RATIO = 1.5  # to the best PPL; worse ones are left out of the picture of a frontier
 
 
-def recipes(content: Content) -> alt.LayerChart:
-    """Exit, routed and last PPL of each recipe, and the static models as lines."""
-    compared = f"{content['compared_at']:g}"
-    records = list(_recipe_records(content, compared))
+def recipes(result: StudyResult) -> alt.LayerChart:
+    """PPL of each recipe's exits, routed, and of its last layer; the static models as lines."""
+    records = list(_recipe_records(result))
     order = list(dict.fromkeys(record["recipe"] for record in records))
     title = "PPL (logarithmic axis)"
     y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=0)
@@ -35,11 +35,11 @@ def recipes(content: Content) -> alt.LayerChart:
     marks = marks.encode(x=x, y=y, color=colour, tooltip=tooltip)
     bars = base.mark_rule(strokeWidth=2).encode(y=y, color=colour, x2="high:Q")
     bars = bars.encode(x=alt.X("low:Q", title=title).scale(type="log"))
-    says = [str(layers) for layers, _ in _static_means(content)]
+    says = [str(layers) for layers, _ in _static_means(result)]
     says[0] += " (layers of a static model)"
     static = [
         {"ppl": ppl, "text": text}
-        for (_, ppl), text in zip(_static_means(content), says, strict=True)
+        for (_, ppl), text in zip(_static_means(result), says, strict=True)
     ]
     lines = data_chart(static)
     rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
@@ -48,28 +48,28 @@ def recipes(content: Content) -> alt.LayerChart:
     return layer(rules, words, bars, marks).properties(
         width=WIDTH,
         height=24 * len(order),
-        title=content["question"],
+        title=result.question,
         description=(
-            "The exit's PPL if every token leaves there, the routed PPL at "
-            f"{compared}% of FLOPs, and the last layer's; means over the seeds ± 1 standard "
-            "deviation. Dashed: static models of that many layers."
+            "The PPL if every token leaves at the exit, the routed PPL at "
+            f"{result.compared_at:g}% of FLOPs, and the PPL of the last layer; means over the "
+            "seeds ± 1 standard deviation. Dashed: static models with that number of layers."
         ),
     )
 
 
 def frontiers(
-    content: Content, confidence: str, missing_kv: str, cost: Cost = "flops_pct"
+    result: StudyResult, confidence: str, missing_kv: str, cost: Cost = "flops_pct"
 ) -> alt.LayerChart:
     """PPL against FLOPs% or Compute%: a curve a recipe, and the static models."""
-    best = min(ppl for _, ppl in _static_means(content))
+    best = min(ppl for _, ppl in _static_means(result))
     records = [
         record
-        for record in _frontier_records(content, confidence, missing_kv)
+        for record in _frontier_records(result, confidence, missing_kv)
         if record["ppl"] < LARGEST_RATIO * best
     ]
     static = [
-        {cost: _mean(content, layers, cost), "ppl": ppl, "text": f"static {layers}"}
-        for layers, ppl in _static_means(content)
+        {cost: _mean(result, layers, cost), "ppl": ppl, "text": f"static {layers}"}
+        for layers, ppl in _static_means(result)
         if ppl < LARGEST_RATIO * best
     ]
     tooltip = [
@@ -88,36 +88,46 @@ def frontiers(
     name, counted = COSTS[cost]
     axis = alt.X(f"{cost}:Q", title=f"{name} ({counted})")
     return _curves(records, static, axis, tooltip).properties(
-        title=f'PPL against {name}, tokens leave by {confidence}, missing_kv = "{missing_kv}"',
+        title=f'PPL against {name}, confidence {confidence}, missing_kv = "{missing_kv}"',
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
-            "confidence. Dashed: static models. Point at a curve for its threshold and loss "
+            "confidence. Dashed: static models. Point at a curve to see its threshold and loss "
             "weights; click a recipe in the legend to see it alone."
         ),
     )
 
 
-def measured(times: Content, confidence: str) -> alt.LayerChart:
+def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.LayerChart:
     """PPL against the measured seconds of a pass: a curve a recipe, and the static models."""
-    static = [{**entry, "text": f"static {entry['layers']}"} for entry in times["static"]]
-    best = min(float(entry["ppl"]) for entry in static)
+    best = min(ppl for _, ppl in _static_means(result))
+    static = [
+        {"seconds_pct": entry.seconds_pct, "ppl": entry.ppl, "text": f"static {entry.layers}"}
+        for entry in times.static
+        if entry.ppl is not None and entry.ppl < LARGEST_RATIO * best
+    ]
     records = [
-        {"recipe": entry["label"], "place": place, **point}
-        for entry in times["routed"]
-        if entry["confidence"] == confidence
-        for place, point in enumerate(entry["points"])
-        if point["ppl"] < LARGEST_RATIO * best
+        {
+            "recipe": entry.label,
+            "place": place,
+            "seconds_pct": point.seconds_pct,
+            "ppl": point.ppl,
+        }
+        for entry in times.routed
+        if entry.confidence == confidence
+        for place, point in enumerate(entry.points)
+        if point.ppl < LARGEST_RATIO * best
     ]
     tooltip = [alt.Tooltip("recipe:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("ppl", "seconds_pct")]
     axis = alt.X("seconds_pct:Q", title="seconds of a pass, % of the full model's")
-    shown = [entry for entry in static if entry["ppl"] < LARGEST_RATIO * best]
-    return _curves(records, shown, axis, tooltip).properties(
-        title=f'PPL against measured time, tokens leave by {confidence}, missing_kv = "propagate"',
+    shown = "Dashed: static models, timed one after the other in turns."
+    if not static:
+        shown = "The static models were not timed, because no run was trained for this report."
+    return _curves(records, static, axis, tooltip).properties(
+        title=f'PPL against measured time, confidence {confidence}, missing_kv = "propagate"',
         description=(
-            "Passes over the test text, each in percent of the same process's full pass, medians "
-            "over the seeds; the machines may have had other work. Dashed: static models, timed "
-            "side by side."
+            "Passes over the test text, each in percent of a full pass in the same process; "
+            f"medians over the seeds. The machines may have had other work. {shown}"
         ),
     )
 
@@ -149,23 +159,17 @@ def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCh
     return chart.properties(width=WIDTH, height=420)
 
 
-def _recipe_records(content: Content, compared: str) -> Iterator[dict[str, Any]]:
-    rows = content["summary"]
-    first = [
-        row
-        for row in rows
-        if (row["confidence"], row["missing_kv"]) == (rows[0]["confidence"], "recompute")
-    ]
-    for row in sorted(first, key=lambda row: float(row["final_ppl"]["mean"])):
-        exits = sorted((int(layer), stat) for layer, stat in row["exit_ppl"].items())[:-1]
-        shown = [(KINDS[0], stat) for _, stat in exits]
-        shown += [(KINDS[1], row["ppl_at"][compared]), (KINDS[2], row["final_ppl"])]
-        for kind, stat in shown:
-            if stat["mean"] is None:
+def _recipe_records(result: StudyResult) -> Iterator[dict[str, Any]]:
+    rows = result.family(result.rows[0].confidence, "recompute")
+    for row in sorted(rows, key=lambda row: row.final_ppl.mean or 0.0):
+        shown = [(KINDS[0], spread) for _, spread in early_exits(row)]
+        shown += [(KINDS[1], row.ppl_at[result.compared_at]), (KINDS[2], row.final_ppl)]
+        for kind, spread in shown:
+            if spread.mean is None:
                 continue
-            mean, std = float(stat["mean"]), float(stat["std"] or 0.0)
+            mean, std = spread.mean, spread.std or 0.0
             yield {
-                "recipe": row["label"],
+                "recipe": row.label,
                 "kind": kind,
                 "ppl": mean,
                 "low": max(mean - std, mean / 2),
@@ -174,23 +178,23 @@ def _recipe_records(content: Content, compared: str) -> Iterator[dict[str, Any]]
 
 
 def _frontier_records(
-    content: Content, confidence: str, missing_kv: str
+    result: StudyResult, confidence: str, missing_kv: str
 ) -> Iterator[dict[str, Any]]:
-    weights = {row["label"]: row["loss_weights"] for row in content["summary"]}
-    by_label: dict[str, list[Any]] = {}
-    for run in content["runs"]:
-        by_label.setdefault(run["label"], []).append(run["frontiers"][confidence][missing_kv])
-    for label, frontiers in by_label.items():
-        for place in range(len(frontiers[0]["ppl"])):  # at equal shares of held-out tokens
+    weights = {row.label: row.loss_weights for row in result.rows}
+    by_label: dict[str, list[Curve]] = {}
+    for run in result.runs:
+        by_label.setdefault(run.label, []).append(run.frontiers[confidence][missing_kv])
+    for label, curves in by_label.items():
+        for place in range(len(curves[0].ppl)):  # at equal shares of held-out tokens
             yield {
                 "recipe": label,
                 "loss_weights": weights[label],
                 "place": place,
                 **{
-                    name: float(np.mean([float(of[name][place]) for of in frontiers]))
+                    name: float(np.mean([getattr(curve, name)[place] for curve in curves]))
                     for name in ("ppl", "flops_pct", "compute_pct")
                 },
-                "threshold": _finite(np.mean([float(of["threshold"][place]) for of in frontiers])),
+                "threshold": _finite(np.mean([curve.threshold[place] for curve in curves])),
             }
 
 
@@ -198,12 +202,12 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _static_means(content: Content) -> list[tuple[int, float]]:
+def _static_means(result: StudyResult) -> list[tuple[int, float]]:
     """(layers, mean PPL), the shallowest first."""
-    depths = sorted({entry["layers"] for entry in content["static"]})
-    return [(depth, _mean(content, depth, "ppl")) for depth in depths]
+    depths = sorted({model.layers for model in result.static})
+    return [(depth, _mean(result, depth, "ppl")) for depth in depths]
 
 
-def _mean(content: Content, depth: int, field: str) -> float:
-    values = [float(entry[field]) for entry in content["static"] if entry["layers"] == depth]
-    return float(np.mean(values))
+def _mean(result: StudyResult, depth: int, field: str) -> float:
+    models = [model for model in result.static if model.layers == depth]
+    return float(np.mean([getattr(model, field) for model in models]))

@@ -1,4 +1,4 @@
-"""Figures and sentences as text, the same in every table and on every page."""
+"""Figures and sentences as text, so that they look the same in every table and on every page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,11 @@ Number = float | int  # JSON may hold 1 for 1.0
 NONE = "-"
 OUTSIDE = 2.0  # published figures further than this many standard deviations are named
 VERDICTS = ("holds", "does not hold", "undecided")
+SEED_TITLE = '"Experiment 5 & 6: Asymmetric Auxiliary Loss Training", in Japanese'
+SEED_CITATION = (
+    f"The seed document is {SEED_TITLE}; it builds on Elbayad et al. (2020), "
+    '"Depth-Adaptive Transformer".'
+)
 
 
 def stat_text(stat: Mapping[str, Any] | None, digits: int) -> str:
@@ -21,22 +26,22 @@ def stat_text(stat: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def number_text(value: Number | None, digits: int, sign: bool = False) -> str:
-    """A figure to so many digits; a dash where there is none."""
+    """A figure with that number of digits; a dash where there is none."""
     return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def ppl_text(ppl: Number, digits: int = 2) -> str:
-    """A PPL; that of an exit that was never trained, which can be huge, in powers of ten."""
+    """A PPL; a huge one, as of an untrained exit, in powers of ten."""
     return f"{ppl:.{digits}f}" if ppl < 1e6 else f"{ppl:.1e}"
 
 
 def p_text(p: Number | None) -> str:
-    """A p-value; very small ones only as a bound."""
+    """A p-value; a very small one as a bound."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def p_phrase(p: Number | None) -> str:
-    """`p = 0.012`, as it stands in a sentence."""
+    """`p = 0.012`, for use in a sentence."""
     if p is None:
         return "p not known"
     return f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"
@@ -73,16 +78,21 @@ def count_verdicts(corpus: Corpus) -> dict[str, int]:
     return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 
+def verdicts_text(corpus: Corpus) -> str:
+    """`1 of the document's 6 findings holds, 2 do not hold and 3 are undecided`."""
+    counts, total = count_verdicts(corpus), len(corpus["findings"])
+    return (
+        f"{counts['holds']} of the document's {total} findings "
+        f"{'holds' if counts['holds'] == 1 else 'hold'}, {counts['does not hold']} "
+        f"{'does' if counts['does not hold'] == 1 else 'do'} not hold and {counts['undecided']} "
+        f"{'is' if counts['undecided'] == 1 else 'are'} undecided"
+    )
+
+
 def headline(name: str, corpus: Corpus) -> str:
     """The outcome on one corpus in plain words: verdicts, then the published figures."""
-    total, seeds = len(corpus["findings"]), len(corpus["protocol"]["seeds"])
-    counts = count_verdicts(corpus)
-    text = (
-        f"On {name}, over {seeds} {'seed' if seeds == 1 else 'seeds'}, {counts['holds']} of the "
-        f"document's {total} findings {'holds' if counts['holds'] == 1 else 'hold'}, "
-        f"{counts['does not hold']} {'does' if counts['does not hold'] == 1 else 'do'} not hold "
-        f"and {counts['undecided']} {'is' if counts['undecided'] == 1 else 'are'} undecided."
-    )
+    seeds = len(corpus["protocol"]["seeds"])
+    text = f"On {name}, over {seeds} {'seed' if seeds == 1 else 'seeds'}, {verdicts_text(corpus)}."
     rows = published_once(row for rows in corpus["tables"].values() for row in rows)
     if rows:
         inside = sum(abs(row["distance_in_std"]) <= OUTSIDE for row in rows)

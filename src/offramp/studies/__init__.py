@@ -1,1 +1,1 @@
-"""Studies of many models: runs, statistics, the seed document's tables, comparisons."""
+"""Studies of many models: their runs, their statistics, and what they compare."""

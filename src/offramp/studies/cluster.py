@@ -1,7 +1,7 @@
-"""Training runs on a Ray cluster, through Ray itself: what it schedules, retries and moves.
+"""Training runs on a Ray cluster; Ray schedules and retries them.
 
-The cluster's machines need offramp installed, not a file system in common: a run's files travel
-back as bytes, and its folder appears here when it is whole, as with local processes.
+The cluster's machines need offramp installed but no shared file system: a run's files are sent
+back as bytes, and its folder appears here when it is complete, as with local processes.
 """
 
 import logging
@@ -19,8 +19,9 @@ from offramp.errors import ConfigError, TrainingError
 from offramp.studies.runs import Run, aside_of, missing_of, put_in_place
 
 RETRIES = 5
-"""How often a run whose worker died is begun anew."""
+"""Number of times that a run is restarted after its worker died."""
 ANSWER_SECONDS = 5.0
+"""Seconds to wait for a connection to the cluster's address."""
 
 
 def run_on_ray(
@@ -31,10 +32,10 @@ def run_on_ray(
     threads: int,
     on_done: Callable[[str], None],
 ) -> None:
-    """Do the runs that have no folder yet, with ``threads`` cores each, as many as there are.
+    """Do the runs that have no folder yet, on all of the cluster, with ``threads`` cores each.
 
     ``address`` is ``auto`` or HOST:PORT on a machine of the cluster, ray://HOST:PORT elsewhere.
-    On KeyboardInterrupt the runs under way are dropped and those that are done stay.
+    On KeyboardInterrupt the runs in progress are dropped and the finished ones are kept.
     """
     missing = missing_of(runs, folder, on_done)
     if not missing:
@@ -42,7 +43,7 @@ def run_on_ray(
     ray = _connected(address)
     try:
         work = ray.remote(_work).options(num_cpus=threads, max_retries=RETRIES)
-        every = ray.put(missing)  # at once, so that the text which they share travels once
+        every = ray.put(missing)  # one object, so that their common text is sent once
         pending = {work.remote(every, place, threads): run for place, run in enumerate(missing)}
         while pending:
             done, _ = ray.wait(list(pending), timeout=1.0)
@@ -55,12 +56,12 @@ def run_on_ray(
 
 
 def check_cluster(address: str, *, threads: int) -> None:
-    """ConfigError where Ray is not installed, or no cluster answers that could do a run."""
+    """Raise ConfigError where Ray is not installed or no cluster with enough cores answers."""
     try:
         metadata.version("ray")
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            "ray: expected Ray to be installed, and it is not: pip install 'offramp[ray]'"
+            "ray: expected Ray to be installed, but it is not: pip install 'offramp[ray]'"
         ) from None
     if address != "auto":
         host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -70,7 +71,7 @@ def check_cluster(address: str, *, threads: int) -> None:
             socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         except (OSError, OverflowError, UnicodeError):
             raise ConfigError(
-                f"ray: expected the address of a Ray cluster, and nothing answers at {address}"
+                f"ray: expected the address of a Ray cluster, but nothing answers at {address}"
             ) from None
     ray = _connected(address)
     most = max(
@@ -99,7 +100,7 @@ def _connected(address: str) -> Any:
 
 
 def _work(runs: Sequence[Run], place: int, threads: int) -> dict[str, bytes]:
-    """On a worker: do one of the runs, and return its files by name."""
+    """Do one of the runs on a worker, and return its files by name."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -109,14 +110,14 @@ def _work(runs: Sequence[Run], place: int, threads: int) -> dict[str, bytes]:
 
 
 def _result(ray: Any, reference: Any) -> dict[str, bytes]:
-    """What the run left; where it failed, its own error."""
+    """The files of a run; raises the run's own error where it failed."""
     try:
         found: dict[str, bytes] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise TrainingError(
-            f"ray: expected the cluster to end a run, and after {RETRIES} retries it had not: "
+            f"ray: expected the cluster to finish a run, but it did not in {RETRIES} retries: "
             f"{' '.join(str(error).split())}"
         ) from None
     return found

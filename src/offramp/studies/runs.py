@@ -1,7 +1,7 @@
 """Training runs side by side in worker processes, each kept in a folder of its own.
 
-A run's folder appears only when it is whole, so a study that was stopped does only what is
-missing. What a run does and leaves in its folder is its own business (``Run.work``).
+A run's folder appears only when it is complete, so a study that was stopped does only the runs
+that are missing. ``Run.work`` says what a run does and writes to its folder.
 """
 
 import glob
@@ -30,7 +30,7 @@ from offramp.training.loop import Progress
 
 
 class Run(Protocol):
-    """One run; it travels to a worker process as a pickle."""
+    """One run; it is pickled to reach its worker process."""
 
     @property
     def name(self) -> str:
@@ -43,10 +43,10 @@ class Run(Protocol):
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        """Do it, and leave everything in ``folder``, which is there and empty.
+        """Do the run and write its results to ``folder``, which exists and is empty.
 
-        Returns whether it is whole. Where ``should_stop`` says yes, it may return False soon:
-        the folder is then dropped.
+        Returns whether the run is complete. When ``should_stop`` returns True, the run may stop
+        early and return False; its folder is then removed.
         """
 
 
@@ -55,13 +55,13 @@ R = TypeVar("R", bound=Run)
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgress:
-    """What a worker says while it trains."""
+    """How far a run is, as its worker reports it."""
 
     name: str
     step: int
     total_steps: int
     loss: float
-    "Weighted training loss, nats."
+    "Weighted training loss in nats."
     ppl: float
     "Training PPL of the deepest weighted layer."
 
@@ -75,11 +75,11 @@ def run_all(
     on_progress: Callable[[RunProgress], None],
     on_done: Callable[[str], None],
 ) -> None:
-    """Do the runs that have no folder yet, ``jobs`` at a time with ``threads`` each.
+    """Do the runs that have no folder yet, ``jobs`` at a time with ``threads`` threads each.
 
-    Figures do not depend on ``jobs``. On KeyboardInterrupt the runs that still train are dropped,
-    those that are done stay, and the interrupt goes on to the caller. A TrainingError where a
-    worker was killed.
+    Figures do not depend on ``jobs``. On KeyboardInterrupt the runs in progress are dropped, the
+    finished ones are kept, and the interrupt is raised again. Raises TrainingError where a worker
+    was killed.
     """
     missing = missing_of(runs, folder, on_done)
     if not missing:
@@ -104,8 +104,8 @@ def run_all(
                     on_done(pending.pop(future).name)
         except BrokenProcessPool:
             raise TrainingError(
-                "runs: expected every process to end its run, and one was killed; for want of "
-                "memory? The same command goes on, and fewer jobs need less"
+                "runs: expected every process to end its run, but one was killed, perhaps because "
+                "memory ran out; the same command continues, and fewer jobs need less memory"
             ) from None
         except BaseException:
             stop.set()
@@ -114,7 +114,7 @@ def run_all(
 
 
 def missing_of(runs: Sequence[R], folder: Path, on_done: Callable[[str], None]) -> list[R]:
-    """The runs that have no folder in ``folder``, which is made; the others are done."""
+    """The runs without a folder in ``folder``, which is created; ``on_done`` gets the others."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for run in runs:
@@ -136,13 +136,13 @@ _reports: "Queue[RunProgress]"
 def _start_worker(threads: int, stop: Event, reports: "Queue[RunProgress]") -> None:
     global _stop, _reports
     _stop, _reports = stop, reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells workers to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed says nothing; whoever starts it anew must not meet its workers."""
+    """End this process when its parent ends, so that no worker outlives a killed study."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -169,7 +169,7 @@ def _report(name: str, progress: Progress) -> RunProgress:
 
 
 def _work(run: Run, folder: Path) -> None:
-    """Do a run and leave its folder, whole."""
+    """Do a run and put its complete folder in place."""
     aside = aside_of(folder, run.name)
 
     def on_step(progress: Progress) -> None:
@@ -182,9 +182,10 @@ def _work(run: Run, folder: Path) -> None:
 
 
 def aside_of(folder: Path, name: str) -> Path:
-    """An empty folder beside a run's, this process's own.
+    """An empty temporary folder for a run of this process, beside the run's final one.
 
-    Those of this machine's dead processes are removed; other machines may share ``folder``.
+    Temporary folders of this machine's dead processes are removed; other machines may share
+    ``folder``.
     """
     here = f".{name}.{socket.gethostname()}"
     for left in folder.glob(f"{glob.escape(here)}.*.tmp"):
@@ -197,7 +198,7 @@ def aside_of(folder: Path, name: str) -> Path:
 
 
 def put_in_place(aside: Path, target: Path) -> None:
-    """A run is whole; where another process was first, its run is the same and stays."""
+    """Rename a complete run's folder; if another process was first, its equal run is kept."""
     try:
         aside.rename(target)
     except OSError:

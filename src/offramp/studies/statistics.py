@@ -1,4 +1,4 @@
-"""Spread over seeds, paired tests, and verdicts on claims."""
+"""Means and standard deviations over seeds, paired tests, and verdicts on claims."""
 
 import math
 from collections.abc import Sequence
@@ -26,15 +26,16 @@ def stat(values: Sequence[float] | Seeds) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The outcome of a test of a claim: which way the figures point, and how surely."""
+    """The outcome of a test of a claim."""
 
     claimed_direction: bool
+    "Whether the mean difference has the direction that the claim says."
     p_value: float | None
-    "Two-sided; None with one seed."
+    "Two-sided p value; None with one seed."
 
 
 def paired_test(differences: Seeds) -> float | None:
-    """p of a two-sided paired t test on one difference a seed; None with one seed."""
+    """p value of a two-sided paired t test on one difference per seed; None with one seed."""
     if len(differences) < 2:
         return None
     if np.ptp(differences) == 0.0:  # no spread, no test
@@ -43,9 +44,9 @@ def paired_test(differences: Seeds) -> float | None:
 
 
 def compare_below(candidate: Seeds, rival: Seeds) -> Comparison:
-    """The claim that ``candidate`` is below ``rival``, seed by seed.
+    """Test the claim that ``candidate`` is below ``rival``, seed by seed.
 
-    Seeds where one of the two is NaN (there was nothing to measure) are left out.
+    Seeds where one of the two is NaN, because nothing could be measured, are left out.
     """
     differences = candidate - rival
     differences = differences[np.isfinite(differences)]
@@ -55,7 +56,7 @@ def compare_below(candidate: Seeds, rival: Seeds) -> Comparison:
 
 
 def compare_best(candidate: Seeds, rivals: Sequence[Seeds]) -> Comparison:
-    """The claim that ``candidate`` is below every rival.
+    """Test the claim that ``candidate`` is below every rival.
 
     If it is, on average, then it must beat each of them, so the largest p counts
     (intersection-union test). If some rivals are below it, the smallest p of theirs counts,
@@ -72,7 +73,7 @@ def compare_best(candidate: Seeds, rivals: Sequence[Seeds]) -> Comparison:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (Holm 1979); those that are None stay None."""
+    """p values after Holm's step-down correction (Holm 1979); None stays None."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -83,14 +84,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(comparison: Comparison, corrected_p: float | None) -> Verdict:
-    """holds or does not hold where p < .05 in or against the claimed direction."""
+    """ "holds" or "does not hold" where p < .05 in or against the claimed direction."""
     if corrected_p is None or not corrected_p < SIGNIFICANT:
         return "undecided"
     return "holds" if comparison.claimed_direction else "does not hold"
 
 
 def distance_in_std(published: float, measured: Sequence[float] | Seeds) -> float | None:
-    """How many measured standard deviations a figure lies from the measured mean."""
+    """Distance of a figure from the measured mean, in measured standard deviations."""
     summary = stat(measured)
     if not summary["std"]:
         return None

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from offramp.report import markdown, rich_tables
-from offramp.report.tables import corpus_tables
+from offramp.report.reproduction_tables import corpus_tables
+from offramp.report.tables import Column, Table, terminal_table
 from offramp.report.text import headline, p_text, value_text
 
 
@@ -53,6 +54,8 @@ def test_markdown_findings_and_the_rest(results):
     for part in ("does not hold", r"22.95 \< 32.07", "5.5 ± 1.0", "0.042", r"\< 0.001"):
         assert part in row
     assert "1 of the document's 6 findings holds, 1 does not hold and 4 are undecided" in text
+    assert "- 1 of the document's 6 findings holds, 1 does not hold and 4 are undecided." in text
+    assert '"Depth-Adaptive Transformer"' in text
     assert "| Is exit 1 too sure? | 0.1 | - | undecided |" in text
     assert r"- Two epochs \<stand> in one document." in text
     assert r"| command | offramp reproduce --seeds \<n> |" in text
@@ -83,13 +86,36 @@ def test_value_text_keeps_types_apart():
     )
 
 
-def test_terminal_tables_fit_and_read_no_markup(results):
-    results["corpora"]["pangram"]["findings"][0]["claim"] = "[red]kept[/red]"
-    console = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
-    for table in rich_tables(results):
+def printed(tables, width):
+    console = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
+    for table in tables:
         console.print(table)
-    text = console.export_text()
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_terminal_tables_fit_and_read_no_markup(results, width):
+    results["corpora"]["pangram"]["findings"][0]["claim"] = "[red]kept[/red]"
+    text = printed(rich_tables(results, width), width)
     assert "[red]kept[/red]" in text
     assert "27.00 ± 2.00" in text
+    assert "undecided" in text
     assert "…" not in text  # nothing is cut off
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_columns_are_dropped_in_their_order_only_where_there_is_no_room():
+    header = (
+        Column(title="Name", short="Name"),
+        Column(title="A", short="first out", kind="number", dropped=1),
+        Column(title="B", short="last out", kind="number", dropped=2),
+        Column(title="C", short="kept", kind="number"),
+    )
+    table = Table(title="t", header=header, rows=(("some words", "1.0", "2.0", "3.0"),))
+    wide, narrow, least = (printed([terminal_table("x", table, n)], n) for n in (40, 24, 12))
+    assert "Not shown" not in wide
+    assert "1.0" in wide
+    assert "lack of width: first out." in " ".join(narrow.split())
+    assert "2.0" in narrow
+    assert "width: first out, last out." in " ".join(least.split())
+    assert "3.0" in least

@@ -1,4 +1,4 @@
-"""The six findings of the seed document, and its explanations, each put to a test over seeds."""
+"""Tests over seeds of the seed document's six findings and of its explanations."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class _Claim:
     published: str
     measured: str
     effect: Seeds
-    "log of the ratio that the claim is about, one a seed."
+    "Log of the ratio that the claim is about, one per seed."
     comparison: Comparison
     test: str
 
@@ -250,7 +250,7 @@ def _mean(values: NDArray[Any], chosen: NDArray[np.bool_]) -> float:
 
 
 def _by_exit(trace: ExitTrace) -> tuple[dict[str, float], dict[str, float]]:
-    """Of the tokens that left at layer 1, and of those that stayed: mean NLL and accuracy."""
+    """Mean NLL and accuracy of the tokens that left at layer 1, and of those that stayed."""
     right = trace.argmax == trace.targets
     left = _left(trace)
 

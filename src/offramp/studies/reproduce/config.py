@@ -1,4 +1,4 @@
-"""What ``offramp reproduce`` is asked for. Imports no PyTorch."""
+"""The options of ``offramp reproduce``. Imports no PyTorch."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ QUICK_SEEDS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """What ``offramp reproduce`` is asked for."""
+    """The options of ``offramp reproduce``."""
 
     corpus: str | None = None
     "pangram, python-docs, or a text file or folder; without it pangram, then python-docs."
     seeds: int | None = None
-    "Seeds a method (default: 5 on the pangram, 3 on text)."
+    "Seeds of each method (default: 5 on the pangram, 3 on text)."
     quick: bool = False
     "The pangram only, with 2 seeds: the same protocol in about a minute."
 

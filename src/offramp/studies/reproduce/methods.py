@@ -28,11 +28,11 @@ class Method:
     loss_weights: str
     num_layers: int = 3
     routed: bool = True
-    "Whether tokens may leave at layer 1; the baselines always run to the end."
+    "Whether tokens may leave at layer 1; the baselines always run all layers."
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Where tokens may leave."""
+        """The layers after which tokens may leave."""
         return (1, self.num_layers) if self.routed else (self.num_layers,)
 
     @property
@@ -79,25 +79,25 @@ class Study:
     corpus: Corpus
     seeds: tuple[int, ...]
     runs: dict[str, tuple[RunResult, ...]]
-    "By method key, one run a seed."
+    "By the method's key, one run per seed."
 
     def traces(self, method: Method, epoch: Epoch = "best") -> list[ExitTrace]:
-        """Traces over all layers, one a seed."""
+        """The traces over all layers, one per seed."""
         return [getattr(run, epoch) for run in self.runs[method.key]]
 
     def rows(
         self, method: Method, threshold: float | None = THRESHOLD, epoch: Epoch = "best"
     ) -> list[SweepRow]:
-        """The routed figures, one row a seed."""
+        """The routed figures, one row per seed."""
         at = np.inf if threshold is None else threshold
         return [sweep(trace.at(method.exits), [at])[0] for trace in self.traces(method, epoch)]
 
     def log_ppl(self, method: Method, threshold: float = THRESHOLD) -> Seeds:
-        """log of the routed PPL at the best epoch, one a seed."""
+        """Log of the routed PPL at the best epoch, one per seed."""
         return np.log([row.ppl for row in self.rows(method, threshold)])
 
     def log_exit_ppl(self, method: Method, layer: int) -> Seeds:
-        """log of the PPL of all tokens at a layer, best epoch, one a seed."""
+        """Log of the PPL of all tokens at a layer, best epoch, one per seed."""
         return np.log([trace.ppl(layer) for trace in self.traces(method)])
 
     @cached_property

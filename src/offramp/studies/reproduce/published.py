@@ -1,10 +1,13 @@
-"""The seed document's figures: "Experiment 5 & 6: Asymmetric Auxiliary Loss Training".
+"""The seed document's published figures.
+
+The document is "Experiment 5 & 6: Asymmetric Auxiliary Loss Training" (in Japanese), which builds
+on Elbayad et al. (2020), "Depth-Adaptive Transformer".
 
 Each table is a mapping to (PPL, Shallow%, Compute%); None where the document gives no figure.
 """
 
 CORPUS = "pangram"
-"""What they were measured on (the document names no corpus; its source falls back to this)."""
+"""The corpus of the figures. The document names none; its source code falls back to this one."""
 
 Figures = tuple[float, float | None, float | None]
 
@@ -34,4 +37,4 @@ STANDARD_1_LAYER: Figures = (35.29, None, None)
 THRESHOLD = 0.95
 """The threshold of the headline rows."""
 FITTING_THRESHOLD = 0.7
-"""The one that the Shallow% of alpha 0.3 (72.0) and of all layers (86.3) fit instead."""
+"""The threshold that fits the Shallow% of alpha 0.3 (72.0) and of all layers (86.3) instead."""

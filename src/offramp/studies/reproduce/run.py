@@ -1,4 +1,4 @@
-"""One training run of the reproduction, and what is kept of it."""
+"""One training run of the reproduction, and the files that it leaves."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ class SeedRun:
     """One model to train. ``model.vocab_size`` is set from the corpus."""
 
     name: str
-    "Its folder."
+    "Name of its folder."
     corpus: Corpus
     model: DecoderConfig
     training: TrainConfig
@@ -35,7 +35,7 @@ class SeedRun:
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        """Train; keep ``run.json`` and the traces of the best and the last parameters."""
+        """Train; write ``run.json`` and the traces of the best and the last parameters."""
         tokenizer = character_tokenizer(self.corpus.train)
         train_ids = encode(tokenizer, self.corpus.train)
         window, batch = self.training.seq_len, self.training.batch_size
@@ -91,7 +91,7 @@ class SeedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left in its folder."""
+    """The files that a run left in its folder."""
 
     about: dict[str, Any]
     best: ExitTrace
@@ -99,7 +99,7 @@ class RunResult:
 
 
 def load_run(folder: Path) -> RunResult:
-    """Read what ``SeedRun.work`` left in its folder."""
+    """Read the files that ``SeedRun.work`` wrote."""
     return RunResult(
         about=read_json(folder / "run.json"),
         best=ExitTrace.load(folder / "best.npz"),

@@ -1,23 +1,24 @@
-"""``offramp reproduce``: every figure of the seed document beside what this machine measures.
+"""``offramp reproduce``: every figure of the seed document beside a measured one.
 
-Each method is trained with each seed under the protocol behind the published figures; the
-traces of its best and last epoch's parameters on the validation text are kept, and every table,
-finding and explanation is array work on those (tables.py is the tables, claims.py the findings).
+The seed document is "Experiment 5 & 6: Asymmetric Auxiliary Loss Training" (in Japanese), which
+builds on Elbayad et al. (2020), "Depth-Adaptive Transformer". Each method is trained with each
+seed under the protocol behind the published figures. The traces of the best and the last epoch's
+parameters on the validation text are kept; the tables (``tables``), findings and explanations
+(``claims``) are array work on them.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from offramp.data import Corpus, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
-from offramp.files import claim_marked, read_json, replacing, write_json
+from offramp.files import claim_marked, read_json, replacing, stored_fields, write_json
 from offramp.models.native.config import DecoderConfig
-from offramp.report import html, plots
-from offramp.report import tables as report_tables
+from offramp.report import html, plots, reproduction_tables
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.methods import METHODS, Method, Study, load_study
@@ -79,7 +80,7 @@ def seed_training(method: Method, *, seed: int, epochs: int) -> TrainConfig:
 
 
 def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
-    """Every method with every seed, seed by seed, so that a study cut short has whole seeds."""
+    """Every method with every seed, seed by seed, so that a stopped study has complete seeds."""
     epochs = PANGRAM_EPOCHS if corpus.name == "pangram" else TEXT_EPOCHS
     return [
         SeedRun(
@@ -96,13 +97,13 @@ def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """What is told as a reproduction goes on."""
+    """The caller's side of a reproduction: it is told what happens."""
 
     def on_corpus(self, name: str, total: int) -> None:
-        """A corpus begins; it has so many runs."""
+        """A corpus begins, with that many runs."""
 
     def on_progress(self, progress: RunProgress) -> None:
-        """A run goes on."""
+        """A run has done some steps."""
 
     def on_done(self, name: str) -> None:
         """A run is finished."""
@@ -120,8 +121,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Train, measure and report; returns the content of ``results.json``.
 
-    ``out`` gets the runs, results.json, tables.md and report.html; the last three are written
-    anew after each corpus, and once more for the whole seeds if the study is interrupted.
+    ``out`` gets the runs, results.json, tables.md and report.html. The last three are written
+    after each corpus; if the study is interrupted, they cover the seeds that are complete.
     """
     start = time.monotonic()
     corpora = [(cut(load_corpus(name)), seeds) for name, seeds in config.plan()]
@@ -163,7 +164,7 @@ def reproduce(
 
 
 def check_lengths(corpus: Corpus, training: TrainConfig) -> None:
-    """Refuse a corpus that has not one batch to train on and one to validate on."""
+    """Raise CorpusError unless there is a batch to train on and one to validate on."""
     needed = training.seq_len * training.batch_size + 1
     for part, text in (("training", corpus.train), ("validation", corpus.validation)):
         if len(text) < needed:
@@ -176,10 +177,10 @@ def check_lengths(corpus: Corpus, training: TrainConfig) -> None:
 def go_on_or_claim(
     out: Path, config: ReproduceConfig, corpora: Sequence[tuple[Corpus, int]]
 ) -> None:
-    """Make ``out``, or go on with one that an interrupted run of the same settings left."""
+    """Make ``out``, or check that it holds an interrupted run with the same settings."""
     marker = out / MARKER
     mine = {
-        "unfinished": asdict(config),
+        "unfinished": stored_fields(config, ("corpus", "seeds", "quick")),
         "corpora": {corpus.name: [corpus.sha256, seeds] for corpus, seeds in corpora},
         "offramp_version": __version__,
     }
@@ -188,18 +189,18 @@ def go_on_or_claim(
     elif read_json(marker) != mine:
         raise CheckpointError(
             f"{out}: holds an unfinished run with other settings; give that run's own flags to "
-            "go on with it, or choose another --out"
+            "continue it, or choose another --out"
         )
 
 
 def whole_seeds(runs: Sequence[SeedRun], folder: Path) -> list[int]:
-    """The seeds with which every method is done."""
+    """The seeds for which every method is done."""
     missing = {run.training.seed for run in runs if not (folder / run.name).exists()}
     return sorted({run.training.seed for run in runs} - missing)
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Everything that results.json says about one corpus."""
+    """The content of results.json for one corpus."""
     found = claims.findings(study)
     return {
         "sha256": study.corpus.sha256,
@@ -218,7 +219,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     """results.json, tables.md, the main plots and report.html, each whole or not at all."""
     write_json(out / "results.json", results)
     with replacing(out / "tables.md") as aside:
-        aside.write_text(report_tables.markdown(results), encoding="utf-8")
+        aside.write_text(reproduction_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
         with replacing(out / f"frontier-{Path(name).name}.png") as aside:
             plots.save_png(plots.frontier(corpus), aside)

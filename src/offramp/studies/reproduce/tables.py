@@ -1,4 +1,4 @@
-"""The seed document's tables, as values, and the data of the report's plots."""
+"""The seed document's tables as values, and the data of the report's plots."""
 
 from dataclasses import asdict
 from typing import Any
@@ -46,9 +46,9 @@ def row(
     figures: Figures | None = None,
     remark: str = "",
 ) -> dict[str, Any]:
-    """One table row: the published figures beside the measured.
+    """One table row: the published figures beside the measured ones.
 
-    The document's figures come from the pangram; no other corpus has any.
+    The document's figures come from the pangram, so rows of other corpora have none.
     """
     if study.corpus.name != published.CORPUS:
         figures = None
@@ -159,7 +159,7 @@ def exit_ppl(study: Study) -> Table:
 
 
 def passages(study: Study) -> Table:
-    """The beginning of the validation text, each token with the exit it took (first seed)."""
+    """The start of the validation text, each token with its exit, for the first seed."""
     result = []
     for method in (ALPHA_07, ALL_LAYERS):
         confidence = study.traces(method)[0].confidence["max_prob"][0, :PASSAGE_TOKENS]
@@ -178,7 +178,7 @@ def passages(study: Study) -> Table:
 
 
 def protocol(study: Study) -> dict[str, Any]:
-    """What was run."""
+    """The protocol of the runs."""
     about, training = study.about, study.about["training"]
     tokens_a_step = training["seq_len"] * training["batch_size"]
     return {
@@ -207,7 +207,7 @@ def protocol(study: Study) -> dict[str, Any]:
 
 
 def notes(study: Study) -> list[str]:
-    """What a reader must know before comparing figures."""
+    """Sentences that a reader needs before comparing figures."""
     about = study.about
     sentences = [
         "The document's two kinds of table come from two different epochs: the headline rows are "

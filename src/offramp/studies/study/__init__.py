@@ -1,5 +1,5 @@
 """Studies: a grid of recipes, trained on the same tokens with several seeds, and compared.
 
-``plan`` says which studies there are, ``run`` trains and traces one model, ``study`` does all
-runs and ``summary`` is array work on their traces.
+``studies`` lists them, ``grid`` plans the runs, ``run`` trains and evaluates one model, ``study``
+does all runs that are missing, and ``summary`` compares them by array work on their frontiers.
 """

@@ -1,66 +1,49 @@
 """One recipe against the static models: ratios at equal cost, intervals and paired tests."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offramp.files import read_json
-from offramp.studies.statistics import paired_test, stat
+from offramp.report.study_result import (
+    Curve,
+    Ratio,
+    RoutedModel,
+    Row,
+    Spread,
+    SpreadAt,
+    StaticModel,
+    TestedRatio,
+)
+from offramp.studies.statistics import Seeds, paired_test, stat
+from offramp.studies.study.done import Done
 from offramp.studies.study.frontier import (
     Floats,
     Frontier,
+    FrontierKey,
     at,
+    full_depth,
     join,
-    load_frontiers,
     mean_between,
     resampled,
     scaled,
 )
-from offramp.studies.study.run import FRONTIERS, TIMING, StudyRun
 
-POINTS = (50, 60, 65, 80, 100)
+POINTS = (50.0, 60.0, 65.0, 80.0, 100.0)
 """flops_pct at which frontiers are compared."""
 AREA = np.linspace(50.0, 100.0, 51)
-"""The area between two frontiers is taken over these."""
+"""flops_pct over which the area between two frontiers is taken."""
 DRAWS = 1000
+"""Number of bootstrap samples."""
 CONVENTIONS = ("recompute", "propagate")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A finished run, as the summary reads it."""
-
-    run: StudyRun
-    folder: Path
-
-    @cached_property
-    def about(self) -> Any:
-        """The content of run.json."""
-        return read_json(self.folder / "run.json")
-
-    @cached_property
-    def frontiers(self) -> dict[str, Frontier]:
-        """By text/confidence/missing_kv, costs in percent of the run's own full model."""
-        return load_frontiers(self.folder / FRONTIERS)
-
-    @cached_property
-    def timing(self) -> Any:
-        """The content of timing.json."""
-        return read_json(self.folder / TIMING)
-
-    @property
-    def seed(self) -> int:
-        """Of the training."""
-        return self.run.training.seed
-
-    @property
-    def exit_ppl(self) -> dict[int, float]:
-        """On the test text, by exit layer."""
-        return {int(layer): ppl for layer, ppl in self.about["exit_ppl"].items()}
+ByDraw = tuple[Floats, Floats]
+"""Mean NLL on the text, and on each bootstrap sample of it (B,)."""
+Curves = tuple[Floats, Floats, Floats, Floats]
+"""(cost, NLL) on the text, then (cost, NLL) on each bootstrap sample of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +53,18 @@ class Comparison:
     static: Sequence[Done]
     seeds: Sequence[int]
     depth: int
+    "Layers of the standard model."
     compared_at: float
     "flops_pct of the comparison that a row's ``p_value`` is about."
 
     @cached_property
     def full_flops(self) -> float:
-        """Of the standard model."""
-        return max(float(entry.about["flops"]["full"]) for entry in self.static)
+        """FLOPs of a token in the standard model."""
+        return max(entry.record.full_flops for entry in self.static)
 
     @cached_property
     def draws(self) -> tuple[Floats, Any]:
-        """How often each stretch of text is drawn (B, S), and which seeds (B, n), as places."""
+        """Bootstrap samples: how often each stretch is drawn (B, S), and the drawn seeds (B, n)."""
         rng = np.random.default_rng(0)
         stretches = len(next(iter(self.statics.values())).tokens)
         seeds = rng.integers(len(self.seeds), size=(DRAWS, len(self.seeds)))
@@ -89,173 +73,192 @@ class Comparison:
     @cached_property
     def statics(self) -> dict[int, Frontier]:
         """By seed, the static models' frontier: a point for each depth."""
+        shallow_first = sorted(self.static, key=lambda entry: entry.layers)
         return {
-            seed: join(
-                [
-                    self.of(entry, "full", "recompute")
-                    for entry in sorted(
-                        self.static, key=lambda entry: entry.run.model.num_hidden_layers
-                    )
-                    if entry.seed == seed
-                ]
-            )
+            seed: join([self._full(entry) for entry in shallow_first if entry.seed == seed])
             for seed in self.seeds
         }
 
     @cached_property
-    def static_curves(self) -> dict[int, tuple[Any, Any, Any, Any]]:
-        """By seed: (cost, NLL) on the text, then on each draw of it."""
-        counts = self.draws[0]
-        return {
-            seed: (*frontier.curve(), *frontier.curve(counts))
-            for seed, frontier in self.statics.items()
-        }
+    def static_curves(self) -> list[Curves]:
+        """The static models' curves, one a seed."""
+        return [self._curve(self.statics[seed]) for seed in self.seeds]
 
-    def of(self, entry: Done, confidence: str, kv: str) -> Frontier:
-        """On the test text, costs in percent of the standard model."""
-        return scaled(
-            entry.frontiers[f"test/{confidence}/{kv}"],
-            compute=entry.run.model.num_hidden_layers / self.depth,
-            flops=entry.about["flops"]["full"] / self.full_flops,
+    def static_model(self, entry: Done) -> StaticModel:
+        """The figures of a static model's run."""
+        (flops,), (nll,) = self._full(entry).curve()
+        return StaticModel(
+            layers=entry.layers,
+            seed=entry.seed,
+            name=entry.run.name,
+            compute_pct=100.0 * entry.layers / self.depth,
+            flops_pct=float(flops),
+            ppl=float(np.exp(nll)),
         )
 
-    def static_entry(self, entry: Done) -> dict[str, Any]:
-        """A static model's run."""
-        (flops,), (nll,) = self.of(entry, "full", "recompute").curve()
-        layers = entry.run.model.num_hidden_layers
-        return {
-            "layers": layers,
-            "seed": entry.seed,
-            "name": entry.run.name,
-            "compute_pct": 100.0 * layers / self.depth,
-            "flops_pct": float(flops),
-            "ppl": float(np.exp(nll)),
-        }
-
-    def routed_entry(self, entry: Done) -> dict[str, Any]:
-        """A run: its frontier by the first measure, as points, and all of them, as columns."""
+    def routed_model(self, entry: Done) -> RoutedModel:
+        """The figures of a run with exits: its first measure's curves as points, too."""
         frontiers = {
             confidence: {kv: self._columns(entry, confidence, kv) for kv in CONVENTIONS}
             for confidence in entry.run.measures
         }
         first = entry.run.measures[0]
-        points = ("compute_pct", "ppl", "threshold")
-        return {
-            "label": entry.run.label,
-            "seed": entry.seed,
-            "name": entry.run.name,
-            "config": entry.about["config"],
-            "exit_ppl": entry.exit_ppl,
-            "confidence": first,
-            "frontier": {
-                kv: [list(point) for point in zip(*(of[name] for name in points), strict=True)]
-                for kv, of in frontiers[first].items()
+        return RoutedModel(
+            label=entry.run.label,
+            seed=entry.seed,
+            name=entry.run.name,
+            config=entry.record.config,
+            exit_ppl=entry.record.exit_ppl,
+            confidence=first,
+            frontier={
+                kv: tuple(zip(curve.compute_pct, curve.ppl, curve.threshold, strict=True))
+                for kv, curve in frontiers[first].items()
             },
-            "frontiers": frontiers,
-        }
-
-    def _columns(self, entry: Done, confidence: str, kv: str) -> dict[str, list[float]]:
-        frontier = self.of(entry, confidence, kv)
-        flops, nll = frontier.curve()
-        compute, _ = frontier.curve(cost="compute_pct")
-        columns = {
-            "threshold": frontier.thresholds,
-            "compute_pct": compute,
-            "flops_pct": flops,
-            "ppl": np.exp(nll),
-        }
-        return {name: column.tolist() for name, column in columns.items()}
+            frontiers=frontiers,
+        )
 
     def row(
         self, entries: Sequence[Done], confidence: str, kv: str, baseline: Sequence[Done] | None
-    ) -> dict[str, Any]:
-        """One recipe with one measure and one meaning of the missing keys and values."""
+    ) -> Row:
+        """One recipe by one measure and with one meaning of the missing keys and values."""
         mine = self._by_seed(entries)
-        curves, static = self._curves(mine, confidence, kv), self._static_curves
-        layers = sorted(mine[0].exit_ppl)
+        curves, static = self._curves(mine, confidence, kv), self.static_curves
+        layers = sorted(mine[0].record.exit_ppl)
+        exit_ppl = {
+            layer: _spread([entry.record.exit_ppl[layer] for entry in mine]) for layer in layers
+        }
         standard = [(curve[1][..., -1], curve[3][..., -1]) for curve in static]
         final = [self._final(entry) for entry in mine]
-        row: dict[str, Any] = {
-            "label": mine[0].run.label,
-            "confidence": confidence,
-            "missing_kv": kv,
-            "loss_weights": mine[0].run.training.loss_weights,
-            "exit_ppl": {
-                layer: stat([entry.exit_ppl[layer] for entry in mine]) for layer in layers
-            },
-            "final_ppl": stat([entry.exit_ppl[layers[-1]] for entry in mine]),
-            "ppl_at": {},
-            "compute_pct_at": {},
-            "ratio_to_static_at": {},
-            "ratio_to_standard_at": {},
-            "final_to_standard": self._ratio(final, standard),
-            "area": self._ratio(_areas(curves), _areas(static)),
-        }
-        for point in sorted({*POINTS, self.compared_at}):
-            key, own = f"{point:g}", self._at(curves, point)
-            nll = np.asarray([values for values, _ in own])
-            row["ppl_at"][key] = stat(np.exp(nll)) | self._interval([of for _, of in own])
-            row["compute_pct_at"][key] = float(
-                np.mean([self._compute_at(entry, confidence, kv, point) for entry in mine])
-            )
-            row["ratio_to_static_at"][key] = self._ratio(own, self._at(static, point))
-            row["ratio_to_standard_at"][key] = self._ratio(own, standard)
-        row["to_static"] = dict(row["ratio_to_static_at"][f"{self.compared_at:g}"])
+        points = sorted({*POINTS, self.compared_at})
+        own = {point: _at(curves, point) for point in points}
+        to_static = {point: self._ratio(own[point], _at(static, point)) for point in points}
+        to_baseline = final_to_baseline = None
         if baseline:
             other = self._by_seed(baseline)
-            theirs = self._curves(other, confidence, kv)
-            row["to_baseline"] = self._ratio(
-                self._at(curves, self.compared_at), self._at(theirs, self.compared_at)
-            )
-            row["final_to_baseline"] = self._ratio(final, [self._final(entry) for entry in other])
-        return row
+            theirs = _at(self._curves(other, confidence, kv), self.compared_at)
+            to_baseline = _tested(self._ratio(own[self.compared_at], theirs))
+            final_to_baseline = _tested(self._ratio(final, [self._final(entry) for entry in other]))
+        return Row(
+            label=mine[0].run.label,
+            confidence=confidence,
+            missing_kv=kv,
+            loss_weights=mine[0].run.training.loss_weights,
+            exit_ppl=exit_ppl,
+            final_ppl=exit_ppl[layers[-1]],
+            ppl_at={point: self._spread_at(own[point]) for point in points},
+            compute_pct_at={
+                point: _known(
+                    np.mean([self._compute_at(entry, confidence, kv, point) for entry in mine])
+                )
+                for point in points
+            },
+            ratio_to_static_at=to_static,
+            ratio_to_standard_at={point: self._ratio(own[point], standard) for point in points},
+            final_to_standard=_tested(self._ratio(final, standard)),
+            area=_tested(self._ratio(_areas(curves), _areas(static))),
+            to_static=_tested(to_static[self.compared_at]),
+            to_baseline=to_baseline,
+            final_to_baseline=final_to_baseline,
+        )
+
+    def _of(self, entry: Done, key: FrontierKey) -> Frontier:
+        """A frontier of the run, costs in percent of the standard model."""
+        return scaled(
+            entry.frontiers[key],
+            compute=entry.layers / self.depth,
+            flops=entry.record.full_flops / self.full_flops,
+        )
+
+    def _full(self, entry: Done) -> Frontier:
+        return self._of(entry, full_depth("test"))
+
+    def _routed(self, entry: Done, confidence: str, kv: str) -> Frontier:
+        return self._of(entry, FrontierKey(text="test", confidence=confidence, missing_kv=kv))
+
+    def _columns(self, entry: Done, confidence: str, kv: str) -> Curve:
+        frontier = self._routed(entry, confidence, kv)
+        flops, nll = frontier.curve()
+        compute, _ = frontier.curve(cost="compute_pct")
+        return Curve(
+            threshold=tuple(frontier.thresholds.tolist()),
+            compute_pct=tuple(compute.tolist()),
+            flops_pct=tuple(flops.tolist()),
+            ppl=tuple(np.exp(nll).tolist()),
+        )
 
     def _by_seed(self, entries: Sequence[Done]) -> list[Done]:
         by_seed = {entry.seed: entry for entry in entries}
         return [by_seed[seed] for seed in self.seeds]
 
-    @property
-    def _static_curves(self) -> list[Any]:
-        return [self.static_curves[seed] for seed in self.seeds]
+    def _curve(self, frontier: Frontier) -> Curves:
+        return (*frontier.curve(), *frontier.curve(self.draws[0]))
 
-    def _curves(self, entries: Sequence[Done], confidence: str, kv: str) -> list[Any]:
-        frontiers = [self.of(entry, confidence, kv) for entry in entries]
-        return [(*one.curve(), *one.curve(self.draws[0])) for one in frontiers]
+    def _curves(self, entries: Sequence[Done], confidence: str, kv: str) -> list[Curves]:
+        return [self._curve(self._routed(entry, confidence, kv)) for entry in entries]
 
-    def _final(self, entry: Done) -> tuple[Floats, Floats]:
-        full = self.of(entry, "full", "recompute")
+    def _final(self, entry: Done) -> ByDraw:
+        full = self._full(entry)
         return full.curve()[1][0], full.curve(self.draws[0])[1][:, 0]
 
     def _compute_at(self, entry: Done, confidence: str, kv: str, point: float) -> float:
-        frontier = self.of(entry, confidence, kv)
+        frontier = self._routed(entry, confidence, kv)
         flops, compute = (frontier.curve(cost=cost)[0] for cost in ("flops_pct", "compute_pct"))
         return float(at(flops, compute, point))
 
-    def _at(self, curves: Sequence[Any], cost: float) -> list[tuple[Floats, Floats]]:
-        """By seed: mean NLL at a cost, and on each draw of the text (B,)."""
-        return [(at(c[0], c[1], cost), at(c[2], c[3], cost)) for c in curves]
-
-    def _interval(self, draws: Sequence[Floats]) -> dict[str, Any]:
-        """95% interval of the geometric mean over seeds, of a seed's draws (B,) in nats."""
+    def _interval(self, draws: Sequence[Floats]) -> tuple[float, float] | None:
+        """95% interval of the geometric mean over seeds, of each seed's draws (B,) in nats."""
         stacked = np.asarray(draws)
         if np.isnan(stacked).any():
-            return {"interval": None}
+            return None
         means = np.take_along_axis(stacked, self.draws[1].T, axis=0).mean(axis=0)
-        return {"interval": np.exp(np.quantile(means, [0.025, 0.975])).tolist()}
+        low, high = np.exp(np.quantile(means, [0.025, 0.975])).tolist()
+        return low, high
 
-    def _ratio(self, own: Sequence[Any], other: Sequence[Any]) -> dict[str, Any]:
+    def _spread_at(self, own: Sequence[ByDraw]) -> SpreadAt:
+        spread = _spread(np.exp(np.asarray([nll for nll, _ in own])))
+        return SpreadAt(
+            mean=spread.mean,
+            std=spread.std,
+            values=spread.values,
+            interval=self._interval([draws for _, draws in own]),
+        )
+
+    def _ratio(self, own: Sequence[ByDraw], other: Sequence[ByDraw]) -> Ratio:
         """A ratio of PPLs: geometric mean over seeds, each seed's, interval and paired test."""
         differences = np.asarray([a[0] - b[0] for a, b in zip(own, other, strict=True)])
         draws = [a[1] - b[1] for a, b in zip(own, other, strict=True)]
         known = bool(np.isfinite(differences).all())
-        return {
-            "mean": float(np.exp(differences.mean())),
-            "values": np.exp(differences).tolist(),
-            **self._interval(draws),
-            "p_value": paired_test(differences) if known else None,
-        }
+        return Ratio(
+            mean=_known(np.exp(differences.mean())),
+            values=tuple(_known(value) for value in np.exp(differences)),
+            interval=self._interval(draws),
+            p_value=paired_test(differences) if known else None,
+        )
 
 
-def _areas(curves: Sequence[Any]) -> list[tuple[Floats, Floats]]:
-    """By seed: mean NLL over AREA, and on each draw of the text (B,)."""
+def _at(curves: Sequence[Curves], cost: float) -> list[ByDraw]:
+    """Mean NLL at a cost, one pair a seed."""
+    return [(at(c[0], c[1], cost), at(c[2], c[3], cost)) for c in curves]
+
+
+def _areas(curves: Sequence[Curves]) -> list[ByDraw]:
+    """Mean NLL over AREA, one pair a seed."""
     return [(mean_between(c[0], c[1], AREA), mean_between(c[2], c[3], AREA)) for c in curves]
+
+
+def _known(value: Any) -> float | None:
+    """The number; None for NaN: no policy reaches the cost."""
+    return None if math.isnan(value) else float(value)
+
+
+def _spread(values: Sequence[float] | Seeds) -> Spread:
+    found = stat(values)
+    return Spread(
+        mean=_known(found["mean"]),
+        std=None if found["std"] is None else _known(found["std"]),
+        values=tuple(_known(value) for value in found["values"]),
+    )
+
+
+def _tested(ratio: Ratio) -> TestedRatio:
+    return TestedRatio(**vars(ratio))

@@ -1,4 +1,4 @@
-"""What ``offramp study`` and ``offramp recipe`` are asked for. Imports no PyTorch."""
+"""The options of ``offramp study`` and ``offramp recipe``. Imports no PyTorch."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class TextChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(TextChoice):
-    """What ``offramp study`` is asked for, beside the study's name."""
+    """The options of ``offramp study``."""
 
     seeds: int | None = None
     "Seeds of each recipe (default: the study's own, 3)."
@@ -34,7 +34,7 @@ class StudyConfig(TextChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig(TextChoice):
-    """What ``offramp recipe`` is asked for."""
+    """The options of ``offramp recipe``."""
 
     layers: int = 6
     "Depth of the model."
@@ -43,7 +43,7 @@ class RecipeConfig(TextChoice):
     tokens: int = 900 * 32 * 128
     "Training tokens of each run of the recipe; a run of the search has a third of them."
     seeds: int = 3
-    "Of the recipe and of the static models."
+    "Seeds of the recipe and of the static models."
     tokenizer: str = "characters"
     "characters, bytes, bpe:N, or a Hugging Face tokenizer."
     dim: int = 128

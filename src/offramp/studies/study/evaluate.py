@@ -1,14 +1,13 @@
-"""What a trained model of a study is worth: its frontiers on held-out and on test text.
+"""Evaluation of a trained model of a study: its frontiers on held-out and on test text.
 
 Thresholds are quantiles of the confidence on the held-out training text, so nothing is chosen on
-the test text. Gates are fitted on the training text.
+the test text. Gates are fitted to the training text.
 """
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,38 +25,43 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits, GateConfig
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.models.base import EarlyExitModel
-from offramp.studies.study.frontier import Frontier, join, routed, traced
+from offramp.studies.study.frontier import (
+    Frontier,
+    FrontierKey,
+    TextName,
+    full_depth,
+    join,
+    routed,
+    traced,
+)
 from offramp.studies.study.plan import GateFit
 
 SHARES = np.linspace(0.0, 1.0, 41)[1:-1]
-"""Shares of held-out tokens that a policy of the frontier lets leave at the first exit."""
+"""Shares of the held-out tokens that leave at the first exit, one for each policy."""
 PROPAGATED_AT = (0.15, 0.35, 0.55, 0.75, 0.9)
-"""The same under ``propagate``, where each policy takes a pass of its own."""
+"""The shares under ``propagate``, where each policy takes a pass of its own."""
 BATCH = 32
 
-Texts = Mapping[str, Int[Tensor, " N"]]
+Texts = Mapping[TextName, Int[Tensor, " N"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Of one model."""
+    """The figures of one model."""
 
     exit_ppl: dict[int, float]
-    "On the test text."
-    flops: dict[str, float]
-    "A token's, in the full model with one head; of the first gate, if there is one."
-    frontiers: dict[str, Frontier]
-    "By text/confidence/missing_kv; a model without early exits has one point, full/recompute."
-    seconds: dict[str, list[float]]
-    """Of a pass over the test text: at full depth, and by confidence one for each policy of the
-    frontier under ``propagate``, its ends, which take no pass of their own, left out."""
-
-    def save(self, path: Path) -> None:
-        """Write the frontiers."""
-        arrays: dict[str, Any] = {}
-        for name, frontier in self.frontiers.items():
-            frontier.save(arrays, name)
-        np.savez_compressed(path, **arrays)
+    "PPL on the test text where every token leaves at that layer."
+    full_flops: float
+    "FLOPs of a token in the full model with one head."
+    gate_flops: dict[str, float]
+    "FLOPs of a token in the cheapest gate, by the gates' kind."
+    frontiers: dict[FrontierKey, Frontier]
+    "A model without early exits has only those of full depth."
+    full_pass: float
+    "Seconds of a pass over the test text at full depth."
+    routed_passes: dict[str, list[float]]
+    """By measure, seconds of a pass with each policy of the frontier under ``propagate``; its two
+    ends take no pass of their own."""
 
 
 def evaluate(
@@ -70,46 +74,30 @@ def evaluate(
     seq_len: int,
     seed: int,
 ) -> Evaluation:
-    """Trace and route a model on ``texts``: held_out and test."""
-
-    def windows(ids: Int[Tensor, " N"], order: torch.Generator | None = None) -> Any:
-        return batches(ids, seq_len=seq_len, batch_size=BATCH, order=order)
-
-    early = len(model.exit_layers) > 1
-    measures = measures if early else ()
-    fitted = NOTHING_FITTED
-    if kinds := [name for name in measures if confidence_named(name).needs_gate]:
-        order = torch.Generator().manual_seed(seed)
-        fitted = fit_exits(
-            model,
-            windows(train_ids, order),
-            kinds=kinds,
-            max_tokens=gates.tokens,
-            config=GateConfig(seed=seed, steps=gates.steps),
-        )
+    """Trace and route a model on ``texts``, the held-out one and the test one."""
+    measures = measures if len(model.exit_layers) > 1 else ()
+    fitted = _fit_gates(model, train_ids, measures, gates, seq_len=seq_len, seed=seed)
     cost = model_cost(model, context=(seq_len + 1) / 2, fitted=fitted)
     traces = {
-        name: collect_trace(model, windows(ids), measures=measures, fitted=fitted)
+        name: collect_trace(model, _windows(ids, seq_len), measures=measures, fitted=fitted)
         for name, ids in texts.items()
     }
-    frontiers: dict[str, Frontier] = {}
-    seconds = {"full": [full_pass_seconds(model, windows(texts["test"]))]}
-    for name, trace in traces.items():
-        full = [np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)]
-        full[0][-1] = True
-        ends = (100.0,) * len(trace.exit_layers)
-        frontiers[f"{name}/full/recompute"] = traced(trace, full, [math.inf], [ends])
+    full_pass = full_pass_seconds(model, _windows(texts["test"], seq_len))
+    frontiers = {full_depth(name): _full_depth(trace) for name, trace in traces.items()}
+    routed_passes: dict[str, list[float]] = {}
     for measure in measures:
         for name, trace in traces.items():
+            key = FrontierKey(text=name, confidence=measure, missing_kv="recompute")
             policies = list(_policies(traces["held_out"], measure, cost, SHARES))
-            frontiers[f"{name}/{measure}/recompute"] = _recompute(trace, measure, policies, cost)
+            frontiers[key] = _recompute(trace, measure, policies, cost)
         policies = list(_policies(traces["held_out"], measure, cost, PROPAGATED_AT))
         passes = [
-            _routed(model, windows(texts["test"]), policy, measure, fitted)
+            _routed(model, _windows(texts["test"], seq_len), policy, measure, fitted)
             for _, policy in policies
         ]
-        seconds[measure] = [took for _, took in passes]
-        frontiers[f"test/{measure}/propagate"] = _propagate(
+        routed_passes[measure] = [took for _, took in passes]
+        key = FrontierKey(text="test", confidence=measure, missing_kv="propagate")
+        frontiers[key] = _propagate(
             model,
             [trace for trace, _ in passes],
             [threshold for threshold, _ in policies],
@@ -119,22 +107,54 @@ def evaluate(
         )
     return Evaluation(
         exit_ppl={layer: traces["test"].ppl(layer) for layer in model.exit_layers},
-        flops={
-            "full": cost.full,
-            **{f"{kind} gate": min(by.values()) for kind, by in cost.gates.items()},
-        },
+        full_flops=cost.full,
+        gate_flops={kind: min(by.values()) for kind, by in cost.gates.items()},
         frontiers={  # only the test text is resampled
-            name: frontier if name.startswith("test/") else frontier.whole()
-            for name, frontier in frontiers.items()
+            key: frontier if key.text == "test" else frontier.whole()
+            for key, frontier in frontiers.items()
         },
-        seconds=seconds,
+        full_pass=full_pass,
+        routed_passes=routed_passes,
     )
 
 
+def _windows(ids: Int[Tensor, " N"], seq_len: int, order: torch.Generator | None = None) -> Any:
+    return batches(ids, seq_len=seq_len, batch_size=BATCH, order=order)
+
+
+def _fit_gates(
+    model: EarlyExitModel,
+    train_ids: Int[Tensor, " N"],
+    measures: Sequence[str],
+    gates: GateFit,
+    *,
+    seq_len: int,
+    seed: int,
+) -> FittedExits:
+    """The gates of the measures that need one, fitted to a random sample of the training text."""
+    kinds = [name for name in measures if confidence_named(name).needs_gate]
+    if not kinds:
+        return NOTHING_FITTED
+    return fit_exits(
+        model,
+        _windows(train_ids, seq_len, torch.Generator().manual_seed(seed)),
+        kinds=kinds,
+        max_tokens=gates.tokens,
+        config=GateConfig(seed=seed, steps=gates.steps),
+    )
+
+
+def _full_depth(trace: ExitTrace) -> Frontier:
+    """One policy, under which every token runs all layers."""
+    last = np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)
+    last[-1] = True
+    return traced(trace, [last], [math.inf], [(100.0,) * len(trace.exit_layers)])
+
+
 def full_pass_seconds(model: EarlyExitModel, windows: Any) -> float:
-    """Of a pass in which nobody leaves, though every exit is asked."""
-    nobody = ThresholdPolicy(thresholds=(math.inf,) * (len(model.exit_layers) - 1))
-    return _routed(model, windows, nobody, "max_prob", NOTHING_FITTED)[1]
+    """Seconds of a pass in which every exit is scored and no token leaves early."""
+    never = ThresholdPolicy(thresholds=(math.inf,) * (len(model.exit_layers) - 1))
+    return _routed(model, windows, never, "max_prob", NOTHING_FITTED)[1]
 
 
 def _policies(
@@ -143,9 +163,10 @@ def _policies(
     cost: ModelCost,
     shares: NDArray[np.float64] | Sequence[float],
 ) -> Iterator[tuple[float, ThresholdPolicy | GainPolicy]]:
-    """(threshold at the first exit, policy) for each share, the largest first.
+    """(threshold at the first exit, policy) for each share, the largest share first.
 
-    Shares whose thresholds are equal keep a policy each: the n-th of two models is comparable.
+    Shares whose thresholds are equal keep a policy each, so that the n-th policies of two models
+    are of the same share.
     """
     first = held_out.confidence[measure][0].astype(np.float64)
     early = len(held_out.exit_layers) - 1
@@ -184,7 +205,7 @@ def _routed(
     measure: str,
     fitted: FittedExits,
 ) -> tuple[RoutedTrace, float]:
-    """A pass under ``propagate``, and its seconds."""
+    """The trace of a pass under ``propagate``, and its seconds."""
     start = time.perf_counter()
     trace = collect_routed(model, windows, policy, confidence=measure, fitted=fitted)
     return trace, time.perf_counter() - start
@@ -198,17 +219,21 @@ def _propagate(
     cost: ModelCost,
     test: ExitTrace,
 ) -> Frontier:
-    """Where every token or none leaves the states are exact, so the ends need no pass."""
+    """The frontier under ``propagate``.
+
+    Where every token or no token leaves at the first exit the states are exact, so the two ends
+    are those of ``recompute``.
+    """
     costs = [cost.flops_pct_by_exit(measure, missing_kv="propagate")] * len(passes)
     inner = routed(passes, thresholds, costs, model.num_layers)
-    first = _end(test, measure, cost, 0)  # nobody reads the keys and values above the exit
+    first = _end(test, measure, cost, 0)  # no token reads keys or values above the exit
     return join([first, inner, _end(test, measure, cost, -1)])
 
 
 def _end(trace: ExitTrace, measure: str, cost: ModelCost, exit_index: int) -> Frontier:
-    """Every token leaves at the first exit (0), or at the last (-1), and nobody is asked."""
+    """Every token leaves at the first exit (0) or at the last (-1), with no score computed."""
     here = np.zeros((len(trace.exit_layers), trace.num_tokens), dtype=np.bool_)
     here[exit_index] = True
-    asked = [False] * (len(trace.exit_layers) - 1)
-    costs = cost.flops_pct_by_exit(measure, evaluated=asked)
+    scored = [False] * (len(trace.exit_layers) - 1)
+    costs = cost.flops_pct_by_exit(measure, evaluated=scored)
     return traced(trace, [here], [-math.inf if exit_index == 0 else math.inf], [costs])

@@ -1,13 +1,13 @@
 """A model's policies on a text, from one that lets every token leave early to the full model.
 
-Losses and costs are kept by stretch of the text, not by token or by window: neighbours are parts
-of one article, so the bootstrap draws stretches.
+Losses and costs are summed over stretches of the text, not over tokens or windows: neighbouring
+sequences come from the same article, so the bootstrap resamples stretches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,27 @@ from offramp.evaluation.trace import ExitTrace
 
 Floats = NDArray[np.float64]
 STRETCHES = 64
-"""Into how many stretches of neighbouring sequences a text falls, if it has so many sequences."""
+"""A text is divided into this many stretches of neighbouring sequences, if it has as many."""
 _ARRAYS = ("thresholds", "nll", "compute_pct", "flops_pct", "tokens")
+_NO_EARLY_EXIT = "full"
+"""What stands for the measure in the name of the frontier at which no token leaves early."""
+
+TextName = Literal["held_out", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierKey:
+    """Which of a model's frontiers."""
+
+    text: TextName
+    confidence: str | None
+    "The measure by which tokens leave; None where no token leaves early: one policy."
+    missing_kv: str
+
+
+def full_depth(text: TextName) -> FrontierKey:
+    """The frontier whose one policy runs all layers for every token."""
+    return FrontierKey(text=text, confidence=None, missing_kv="recompute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +46,21 @@ class Frontier:
     """K policies on S stretches of text, ascending in cost on the text where they were chosen."""
 
     thresholds: Floats
-    "(K,); -inf lets every token leave at the first exit, inf none. Of gain: its scores."
+    """(K,) score at and above which a token leaves; at -inf every token leaves at the first exit,
+    at inf none does."""
     nll: Floats
-    "(K, S) nats, summed over a stretch's tokens."
+    "(K, S) negative log-likelihood in nats, summed over the tokens of a stretch."
     compute_pct: Floats
-    "(K, S) likewise."
+    "(K, S) layers run, in percent, summed over the tokens of a stretch."
     flops_pct: Floats
-    "(K, S) likewise."
+    "(K, S) FLOPs in percent, heads and gates counted, summed over the tokens of a stretch."
     tokens: Floats
-    "(S,) tokens of each stretch."
+    "(S,) number of tokens of each stretch."
 
     def curve(self, counts: Floats | None = None, *, cost: str = "flops_pct") -> tuple[Any, Any]:
         """(cost in percent, mean NLL), each (K,), or (B, K) for ``counts`` (B, S).
 
-        ``counts`` says how often each stretch was drawn (default: once).
+        ``counts`` is how often each stretch was drawn (default: once).
         """
         weights = np.ones_like(self.tokens) if counts is None else counts
         total = weights @ self.tokens
@@ -48,30 +68,48 @@ class Frontier:
         return x / total[..., None], y / total[..., None]
 
     def whole(self) -> "Frontier":
-        """The text as one stretch, where nothing is to be resampled."""
+        """The same policies with the whole text as one stretch, for a text not resampled."""
         sums = {name: getattr(self, name).sum(-1, keepdims=True) for name in _ARRAYS[1:]}
         return replace(self, **sums)
 
-    def save(self, into: dict[str, Any], name: str) -> None:
-        """Put the arrays, sums in float32, into what ``np.savez_compressed`` is to write."""
-        into |= {f"{name}/{array}": getattr(self, array).astype("f4") for array in _ARRAYS[1:]}
-        into[f"{name}/thresholds"] = self.thresholds
+
+def save_frontiers(path: Path, frontiers: Mapping[FrontierKey, Frontier]) -> None:
+    """Write frontiers to an npz file, sums as float32."""
+    arrays: dict[str, Any] = {}
+    for key, frontier in frontiers.items():
+        name = f"{key.text}/{key.confidence or _NO_EARLY_EXIT}/{key.missing_kv}"
+        arrays |= {f"{name}/{array}": getattr(frontier, array).astype("f4") for array in _ARRAYS}
+        arrays[f"{name}/thresholds"] = frontier.thresholds
+    np.savez_compressed(path, **arrays)
 
 
-def load_frontiers(path: Path) -> dict[str, Frontier]:
-    """Every frontier of a file, by name."""
+def load_frontiers(path: Path) -> dict[FrontierKey, Frontier]:
+    """Read the frontiers that ``save_frontiers`` wrote."""
     with np.load(path, allow_pickle=False) as stored:
-        names = sorted({key.rpartition("/")[0] for key in stored.files})
+        names = sorted({name.rpartition("/")[0] for name in stored.files})
         return {
-            name: Frontier(**{array: stored[f"{name}/{array}"].astype("f8") for array in _ARRAYS})
+            _key(name): Frontier(**{of: stored[f"{name}/{of}"].astype("f8") for of in _ARRAYS})
             for name in names
         }
+
+
+def _key(name: str) -> FrontierKey:
+    text, confidence, missing_kv = name.split("/")
+    return FrontierKey(
+        text="test" if text == "test" else "held_out",
+        confidence=None if confidence == _NO_EARLY_EXIT else confidence,
+        missing_kv=missing_kv,
+    )
 
 
 def traced(
     trace: ExitTrace, leaving: Sequence[NDArray[np.bool_]], thresholds: Sequence[float], costs: Any
 ) -> Frontier:
-    """Under ``recompute``: ``leaving`` holds (E, N) for each policy, ``costs`` flops_pct (E,)."""
+    """The frontier of policies under ``recompute``.
+
+    Of each policy, ``leaving`` holds (E, N), where each token leaves, and ``costs`` the flops_pct
+    (E,) of leaving there.
+    """
     assert trace.sequence is not None
     nll = finite_nll(trace)
     compute = np.asarray(trace.exit_layers) * 100.0 / trace.num_layers
@@ -85,7 +123,7 @@ def traced(
 def routed(
     traces: Sequence[RoutedTrace], thresholds: Sequence[float], costs: Any, num_layers: int
 ) -> Frontier:
-    """Under ``propagate``: a trace and flops_pct (E,) for each policy."""
+    """The frontier of policies under ``propagate``: of each a trace, and flops_pct (E,)."""
     sums = []
     for trace, cost in zip(traces, costs, strict=True):
         layers = np.asarray(trace.exit_layers)[trace.exits]
@@ -105,7 +143,7 @@ def join(parts: Sequence[Frontier]) -> Frontier:
 
 
 def scaled(frontier: Frontier, *, compute: float, flops: float) -> Frontier:
-    """The costs of a shallower model in percent of a deeper one's."""
+    """The frontier with its costs multiplied: a shallower model's in percent of a deeper one's."""
     return replace(
         frontier,
         compute_pct=frontier.compute_pct * compute,
@@ -121,21 +159,22 @@ def at(x: Floats, y: Floats, cost: float) -> Floats:
 
 
 def mean_between(x: Floats, y: Floats, costs: Floats) -> Floats:
-    """Mean NLL over a grid of costs: an area, in nats. (..., K) -> (...)."""
+    """Mean NLL over a grid of costs, in nats: the area under a frontier. (..., K) -> (...)."""
     flat = zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), strict=True)
     found = [_interpolate(xs, ys, costs).mean() for xs, ys in flat]
     return np.asarray(found).reshape(x.shape[:-1])
 
 
 def _interpolate(x: Floats, y: Floats, costs: Floats) -> Floats:
-    """Policies that cost as much as the last one, the full model, or more are left out.
+    """NLL at the costs. Policies that cost as much as the last, the full model, are left out.
 
-    One that asks every token and lets hardly any leave costs more than asking none.
+    A policy that computes a score for every token and lets hardly any leave costs more than the
+    full model, which computes none.
     """
     kept = np.append(x[:-1] < x[-1] - 1e-9, True)
     order = np.argsort(x[kept], kind="stable")
     at, nll = x[kept][order], y[kept][order]
-    slack = 1e-4  # of a percent: 100 is meant to be the full model
+    slack = 1e-4  # percentage points, so that 100 includes the full model
     inside = (costs >= at[0] - slack) & (costs <= at[-1] + slack)
     return np.where(inside, np.interp(costs, at, nll), np.nan)
 

@@ -1,4 +1,4 @@
-"""What a study is: recipes that are compared, on which model, for how long."""
+"""What a study is: the recipes that it compares, on which model, for how many tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,62 +14,65 @@ STANDARD = "standard"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One way of training: what it changes of the study's model and training."""
+    """One way of training: its changes to the study's model and training."""
 
     label: str
     training: Mapping[str, Any] = field(default_factory=dict)
-    "Fields of TrainConfig."
+    "Fields of TrainConfig that it changes."
     model: Mapping[str, Any] = field(default_factory=dict)
-    "Fields of DecoderConfig."
+    "Fields of DecoderConfig that it changes."
     specialise: SpecialiseConfig | None = None
-    "After training, teach each exit the tokens that leave there."
+    "How to specialise the exits after training; None: they stay as trained."
     level: float | None = None
-    "How much of what the study varies, where that is a number."
+    "Value of what the study varies, where that is a number."
     tested: bool = True
-    "Shown, but no claim is made of it: an end of a grid that leaves an exit untrained, say."
+    """Whether claims are made of it. One that only completes a picture, such as the end of a grid
+    that leaves an exit untrained, is shown but not tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateFit:
-    """How much a run's gates see; what is compared has the same."""
+    """How a run's gates are fitted; the same for all runs of a study."""
 
     tokens: int = 131_072
-    "Of the training text, drawn at random."
+    "Number of tokens, drawn at random from the training text."
     steps: int = 1000
+    "Number of optimizer steps."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Recipes that are compared, and what they have in common."""
+    """Recipes to compare, and what they have in common."""
 
     name: str
     question: str
+    "What the study is to answer, in a sentence."
     tokenizer: str
     model: DecoderConfig
-    "The vocabulary is set from the corpus."
+    "The model of full depth; the vocabulary is set from the corpus."
     training: TrainConfig
-    "But for the number of steps, which follows from ``tokens``, and the seed."
+    "How to train; the number of steps follows from ``tokens``, and each run has its seed."
     tokens: int
-    "Training tokens of each run, the last step's rest included."
+    "Training tokens of each run, rounded up to whole steps."
     test_tokens: int
     "Tokens of the test text that are read, from its start."
     recipes: tuple[Recipe, ...]
     static_layers: tuple[int, ...]
-    "Depths of the models without exits that stand beside them; the deepest is the standard."
+    "Depths of the models without exits to compare with; the deepest is the standard model."
     baseline: str | None = None
-    "Label of the recipe that the others are compared with, beside the static models."
+    "Label of the recipe that the others are compared with, in addition to the static models."
     measures: tuple[str, ...] = ("max_prob",)
-    "Confidence by which tokens leave, a frontier for each; the first is the one to look at."
+    "Confidence measures by which tokens leave, with a frontier each; the first is shown first."
     gates: GateFit = GateFit()
     varies: str | None = None
-    "What the recipes' levels are of; the trend of the last layer over them is tested."
+    "Name of what the recipes' levels are values of; the trend over them is tested."
     seed_findings: bool = False
-    "Whether its recipes are those of the seed document's findings."
+    "Whether its recipes include those of the seed document's findings, which are then tested."
     compared_at: float = 65.0
     "flops_pct at which recipes are tested against static models."
     seeds: int = 3
 
     @property
     def shown_only(self) -> set[str]:
-        """Labels of the recipes that no claim is made of."""
+        """Labels of the recipes of which no claim is made."""
         return {recipe.label for recipe in self.recipes if not recipe.tested}

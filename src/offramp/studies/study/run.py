@@ -1,9 +1,9 @@
-"""One training run of a study, and what is kept of it."""
+"""One training run of a study."""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,78 +20,85 @@ from offramp.data.text import Text
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.environment import environment
 from offramp.errors import CorpusError
-from offramp.files import write_json
+from offramp.files import stored_fields
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.config import DecoderConfig
-from offramp.studies.study.evaluate import evaluate
+from offramp.models.native.decoder import Transformer
+from offramp.studies.study.evaluate import Evaluation, evaluate
+from offramp.studies.study.format import FORMAT, FORMAT_FIELDS, nested_records
+from offramp.studies.study.frontier import save_frontiers
 from offramp.studies.study.plan import GateFit
+from offramp.studies.study.record import FRONTIERS, RunRecord, RunTiming
 from offramp.training.config import TrainConfig
-from offramp.training.loop import Progress, new_model, train
+from offramp.training.loop import Progress, TrainResult, new_model, train
 from offramp.version import __version__
 
-FORMAT = 5
-FRONTIERS = "frontiers.npz"
-TIMING = "timing.json"
 HELD_OUT = 0.05
-"""Share of the training text, its end, that no run trains on: there thresholds are chosen."""
+"""Share of the training text, taken from its end, on which thresholds are chosen, not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyText:
-    """What the runs train on, choose on and are judged on."""
+    """The texts of a study's runs."""
 
     train: str
+    "Text to train on."
     held_out: str
+    "Text to choose thresholds on."
     test: str
-    about: dict[str, Any]
-    "Names, hashes and the split; belongs beside every figure."
+    "Text to report on."
+    about: Mapping[str, Any]
+    "Names and hashes of the texts and how they were split, for every report."
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun:
-    """One model to train; its folder's name is the hash of all that its figures depend on."""
+    """One model to train. The name of its folder is a hash of all that its figures depend on."""
 
     label: str
+    "Label of its recipe, which its figures do not depend on."
     text: StudyText
     tokenizer: str
     test_tokens: int
+    "Tokens of the test text that are read, from its start."
     measures: tuple[str, ...]
+    "Confidence measures by which tokens leave."
     gates: GateFit
     model: DecoderConfig
+    "The vocabulary size is set from the corpus."
     training: TrainConfig
     specialise: SpecialiseConfig | None = None
+    "How to specialise the exits after training; None: they stay as trained."
 
     @property
     def config(self) -> dict[str, Any]:
-        """All that the figures depend on."""
-        early = len(self.model.exit_layers) > 1
-        return {
-            "format": FORMAT,
-            "text": self.text.about,
-            "tokenizer": self.tokenizer,
-            "test_tokens": self.test_tokens,
-            "measures": self.measures if early else (),
-            "gates": asdict(self.gates) if early else None,
-            "model": asdict(self.model),
-            "training": asdict(self.training),
-            **({"specialise": asdict(self.specialise)} if self.specialise else {}),
-        }
+        """Everything that the figures depend on, as run.json holds it.
+
+        A model without early exits has neither gates nor measures, so studies that differ only
+        in those share its run.
+        """
+        record = stored_fields(self, FORMAT_FIELDS["StudyRun"])
+        del record["label"]
+        record["text"] = self.text.about
+        if len(self.model.exit_layers) == 1:
+            record |= {"measures": (), "gates": None}
+        return {"format": FORMAT, **nested_records(record)}
 
     @property
     def tokens(self) -> int:
-        """Training tokens."""
+        """Number of training tokens."""
         return (self.training.steps or 0) * self.training.batch_size * self.training.seq_len
 
     @cached_property
     def name(self) -> str:
-        """The run's folder."""
+        """The name of the run's folder: a hash of ``config``."""
         written = json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(written.encode()).hexdigest()[:16]
 
     def tokenised(self) -> tuple[Tokenizer, Tensor, Tensor, Tensor]:
-        """The tokenizer, and the tokens to train, to choose and to report on.
+        """The tokenizer, and the tokens to train on, to choose on and to report on.
 
-        CorpusError where they are too few.
+        Raises CorpusError where there are too few of them.
         """
         tokenizer = make_tokenizer(self.tokenizer, Text(lambda: [self.text.train]))
         train_ids, held_out, test = (
@@ -109,7 +116,7 @@ class StudyRun:
         return tokenizer, train_ids, held_out, test
 
     def _windows(self, ids: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Training text in a random order, another than that of training and of the gates."""
+        """Batches of the training text in a random order of their own."""
         order = torch.Generator().manual_seed(self.training.seed + 1)
         return batches(
             ids, seq_len=self.training.seq_len, batch_size=self.training.batch_size, order=order
@@ -122,18 +129,13 @@ class StudyRun:
         on_step: Callable[[Progress], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        """Train; keep ``run.json``, ``timing.json``, the model and its frontiers."""
+        """Train, specialise if the recipe says so, evaluate; leave the record and the model."""
         tokenizer, train_ids, held_out, test = self.tokenised()
         config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
         model = new_model(config, seed=self.training.seed)
         start = time.perf_counter()
         result = train(
-            model,
-            train_ids,
-            held_out,
-            self.training,
-            on_step=on_step,
-            should_stop=should_stop,
+            model, train_ids, held_out, self.training, on_step=on_step, should_stop=should_stop
         )
         if not result.finished:
             return False
@@ -155,33 +157,49 @@ class StudyRun:
             seq_len=self.training.seq_len,
             seed=self.training.seed,
         )
-        evaluation.save(folder / FRONTIERS)
-        about = {
-            "label": self.label,
-            "config": self.config,
-            "train_tokens": self.tokens,
-            "test_tokens": len(test) - 1,
-            "exit_ppl": evaluation.exit_ppl,
-            "flops": evaluation.flops,
-            "left_at_budget": left,
-            "validations": [asdict(validation) for validation in result.validations],
-        }
-        corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
-        as_trained = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
-        save_checkpoint(model, folder, about=as_trained, weights_about={})
-        tokenizer.save(str(folder / TOKENIZER_FILE))
         seconds = {
             "train": trained - start,
             "specialise": specialised - trained,
             "evaluate": time.perf_counter() - specialised,
         }
-        write_json(
-            folder / TIMING,
-            {
-                "seconds": seconds,
-                "passes": evaluation.seconds,
-                "environment": {"offramp": __version__, **environment("cpu")},
-            },
-        )
-        write_json(folder / "run.json", about)
+        self._save_model(model, tokenizer, folder)
+        save_frontiers(folder / FRONTIERS, evaluation.frontiers)
+        timing_of(evaluation, seconds).save(folder)
+        self._record(evaluation, result, left, test_tokens=len(test) - 1).save(folder)
         return True
+
+    def _save_model(self, model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+        corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
+        about = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
+        save_checkpoint(model, folder, about=about, weights_about={})
+        tokenizer.save(str(folder / TOKENIZER_FILE))
+
+    def _record(
+        self,
+        evaluation: Evaluation,
+        result: TrainResult,
+        left: dict[int, float] | None,
+        *,
+        test_tokens: int,
+    ) -> RunRecord:
+        return RunRecord(
+            label=self.label,
+            config=self.config,
+            train_tokens=self.tokens,
+            test_tokens=test_tokens,
+            exit_ppl=evaluation.exit_ppl,
+            full_flops=evaluation.full_flops,
+            gate_flops=evaluation.gate_flops,
+            left_at_budget=left,
+            validations=[asdict(validation) for validation in result.validations],
+        )
+
+
+def timing_of(evaluation: Evaluation, seconds: Mapping[str, float]) -> RunTiming:
+    """What timing.json holds of a run on this machine."""
+    return RunTiming(
+        seconds=seconds,
+        full_pass=evaluation.full_pass,
+        routed_passes=evaluation.routed_passes,
+        environment={"offramp": __version__, **environment("cpu")},
+    )

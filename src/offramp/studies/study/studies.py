@@ -1,4 +1,4 @@
-"""The studies that there are, as values."""
+"""The studies, as values: what ``offramp study NAME`` compares."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ SMALL = DecoderConfig(
     exit_head="norm",
     max_position_embeddings=128,
 )
-"""The model of every study: six pre-norm layers, an exit after the second with its own norm."""
+"""The model of every study: six pre-norm layers and an exit with its own norm after layer 2."""
 
 SUBWORDS = TrainConfig(
     loss_weights="standard",
@@ -31,7 +31,8 @@ SUBWORDS = TrainConfig(
 
 OBJECTIVES = Study(
     name="objectives",
-    question="What does each objective of the field do to the exit, the last layer and between?",
+    question="How does each published objective change the PPL of the exit, of the last layer, and "
+    "of routing between them?",
     tokenizer="bpe:512",
     model=SMALL,
     training=SUBWORDS,
@@ -125,16 +126,16 @@ GRID = Study(
     static_layers=(1, 2, 3, 4, 5, 6),
     measures=("gain", "max_prob"),
 )
-"""What the studies on characters have in common: 300 steps, a third of the full budget."""
+"""What the studies on characters have in common: 300 steps, a third of the full number."""
 
 
 def _weights(**of_layers: float) -> str:
-    """Loss weights in their written form, of e2=0.5, e6=0.5."""
+    """Loss weights in their written form: ``e2=0.5, e6=0.5`` gives ``2=0.5,6=0.5``."""
     return ",".join(f"{layer[1:]}={weight:g}" for layer, weight in of_layers.items() if weight)
 
 
 def _exits(label: str, **weights: float) -> Recipe:
-    """An exit at each layer with a weight, the last one aside."""
+    """A recipe with an exit at each layer that has a weight, below the last."""
     layers = tuple(int(layer[1:]) for layer in weights)
     return Recipe(
         label=label,
@@ -146,7 +147,8 @@ def _exits(label: str, **weights: float) -> Recipe:
 ALPHA = replace(
     GRID,
     name="alpha",
-    question="Which alpha? alpha x loss at layer 2 + (1 - alpha) x loss at layer 6.",
+    question="Which alpha is best? The loss is alpha x loss at layer 2 + (1 - alpha) x loss at "
+    "layer 6.",
     baseline=ASYMMETRIC,
     varies="alpha",
     seed_findings=True,
@@ -171,9 +173,9 @@ MIDDLE = replace(
     GRID,
     name="middle",
     baseline="middle 0",
-    varies="the weight in between",
-    question="Does the loss of the layers in between hurt? Half each at layers 2 and 6, and a "
-    "weight at each of 3, 4 and 5.",
+    varies="the weight of each layer in between",
+    question="Does a loss at the layers in between hurt? Layers 2 and 6 have weight 0.5 each; "
+    "layers 3, 4 and 5 have one weight, from 0 to 1.",
     recipes=tuple(
         Recipe(
             label=f"middle {middle:g}",
@@ -188,7 +190,7 @@ EXITS = replace(
     GRID,
     name="exits",
     baseline="exit 2",
-    question="Which layer to exit at, and does one exit do better than several?",
+    question="Which layer is best for an exit, and is one exit better than several?",
     recipes=(
         _exits("exit 1", e1=0.5, e6=0.5),
         _exits("exit 2", e2=0.5, e6=0.5),
@@ -205,7 +207,8 @@ HEADS = replace(
     GRID,
     name="heads",
     baseline="norm",
-    question="What should an exit have of its own: nothing, a norm, an adapter, or all?",
+    question="What should an exit have of its own: nothing, a norm, an adapter, or a norm and an "
+    "LM head?",
     recipes=tuple(
         Recipe(
             label=kind,

@@ -1,33 +1,48 @@
-"""A study's runs -> study.json: array work on their frontiers.
+"""A study's runs -> its result: array work on their frontiers.
 
 Everything is compared at equal flops_pct of the standard model, with exit heads and gates
 counted, and with static models: shallower ones trained on the same tokens. Intervals are
-percentiles of a bootstrap over seeds and over stretches of the test text, all seeds' alike.
+percentiles of a bootstrap over seeds and over stretches of the test text, with the same samples
+for every model. Nothing here trains, times or runs a model.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from offramp.report.study_result import Row, Searched, StudyResult, TestedRatio
 from offramp.studies.statistics import holm
-from offramp.studies.study.comparison import AREA, CONVENTIONS, Comparison, Done
+from offramp.studies.study.answers import answers
+from offramp.studies.study.comparison import AREA, CONVENTIONS, Comparison
+from offramp.studies.study.done import Done
 from offramp.studies.study.plan import Study
 from offramp.studies.study.run import StudyRun
+from offramp.version import __version__
 
 _RATIOS = ("to_static", "area", "final_to_standard")
-"""What is tested of each row, with Holm's correction over the recipes."""
+"""Fields of a row that are tested, with Holm's correction over the recipes."""
 _TO_BASELINE = ("to_baseline", "final_to_baseline")
-"""The same of each row but the baseline's own."""
+"""Fields that are tested of every row but the baseline's own."""
 
 
-def summarise(study: Study, runs: Sequence[StudyRun], folder: Path) -> dict[str, Any]:
-    """The runs' figures, the static models', and a row of comparisons for each recipe."""
+def summarise(
+    study: Study,
+    runs: Sequence[StudyRun],
+    folder: Path,
+    *,
+    search: tuple[Searched, ...] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> StudyResult:
+    """The runs' figures, the static models', a row of comparisons for each recipe, the answers.
+
+    ``search`` and ``recipe`` are what ``offramp recipe`` adds.
+    """
     check_equal_tokens(runs)
     done = [Done(run=run, folder=folder / run.name) for run in runs]
     check_equal_text(done)
-    static = [entry for entry in done if len(entry.run.model.exit_layers) == 1]
-    routed = [entry for entry in done if len(entry.run.model.exit_layers) > 1]
+    static = [entry for entry in done if entry.is_static]
+    routed = [entry for entry in done if not entry.is_static]
     seeds = sorted({entry.seed for entry in done})
     comparison = Comparison(
         static=static,
@@ -43,44 +58,51 @@ def summarise(study: Study, runs: Sequence[StudyRun], folder: Path) -> dict[str,
         for confidence in study.measures
         for kv in CONVENTIONS
     ]
-    _correct(rows, study)
-    content = {
-        "train_tokens": runs[0].tokens,
-        "test_tokens": done[0].about["test_tokens"],
-        "seeds": seeds,
-        "compared_at": study.compared_at,
-        "area": [float(AREA[0]), float(AREA[-1])],
-        "static": [comparison.static_entry(entry) for entry in static],
-        "runs": [comparison.routed_entry(entry) for entry in routed],
-        "summary": rows,
-    }
-    return cast("dict[str, Any]", _without_nan(content))
+    result = StudyResult(
+        study=study.name,
+        question=study.question,
+        text=runs[0].text.about,
+        offramp_version=__version__,
+        search=search,
+        recipe=recipe,
+        train_tokens=runs[0].tokens,
+        test_tokens=done[0].record.test_tokens,
+        seeds=tuple(seeds),
+        compared_at=study.compared_at,
+        area=(float(AREA[0]), float(AREA[-1])),
+        static=tuple(comparison.static_model(entry) for entry in static),
+        runs=tuple(comparison.routed_model(entry) for entry in routed),
+        summary=tuple(corrected(rows, study)),
+    )
+    return replace(result, answers=tuple(answers(study, result)))
 
 
-def _correct(rows: Sequence[dict[str, Any]], study: Study) -> None:
-    """Holm's correction; rows by one measure and one meaning of the missing cache are a family."""
-    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        families.setdefault((row["confidence"], row["missing_kv"]), []).append(row)
-    for family in families.values():
-        for ratio in (*_RATIOS, *(_TO_BASELINE if study.baseline else ())):
-            untested = study.shown_only | ({study.baseline} if ratio in _TO_BASELINE else set())
-            corrected = holm(
-                [None if row["label"] in untested else row[ratio]["p_value"] for row in family]
-            )
-            for row, p_value in zip(family, corrected, strict=True):
-                row[ratio]["p_holm"] = p_value
-        for row in family:
-            row["p_value"] = row["to_static"]["p_holm"]
+def corrected(rows: Sequence[Row], study: Study) -> list[Row]:
+    """The rows with Holm's correction.
+
+    Rows by one measure and with one meaning of ``missing_kv`` are a family.
+    """
+    ratios = (*_RATIOS, *(_TO_BASELINE if study.baseline else ()))
+    found = list(rows)
+    for family in dict.fromkeys((row.confidence, row.missing_kv) for row in rows):
+        places = [
+            place for place, row in enumerate(rows) if (row.confidence, row.missing_kv) == family
+        ]
+        for name in ratios:
+            p_values = holm([_p_value(rows[place], name, study) for place in places])
+            for place, p_value in zip(places, p_values, strict=True):
+                changed: dict[str, Any] = {
+                    name: replace(getattr(rows[place], name), p_holm=p_value)
+                }
+                found[place] = replace(found[place], **changed)
+    return [replace(row, p_value=row.to_static.p_holm) for row in found]
 
 
-def _without_nan(content: Any) -> Any:
-    """JSON has no NaN: what is not known, such as a PPL beyond a frontier's ends, is null."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+def _p_value(row: Row, name: str, study: Study) -> float | None:
+    """The p value of a tested ratio; None where the row makes no claim of it."""
+    untested = study.shown_only | ({study.baseline} if name in _TO_BASELINE else set())
+    ratio: TestedRatio = getattr(row, name)
+    return None if row.label in untested else ratio.p_value
 
 
 def check_equal_tokens(runs: Sequence[StudyRun]) -> None:
@@ -91,9 +113,9 @@ def check_equal_tokens(runs: Sequence[StudyRun]) -> None:
 
 
 def check_equal_text(done: Sequence[Done]) -> None:
-    """What is paired must be the same text."""
+    """No summary compares runs on different test texts."""
     found = {
-        (entry.about["test_tokens"], entry.about["config"]["text"]["test_sha256"]) for entry in done
+        (entry.record.test_tokens, entry.record.config["text"]["test_sha256"]) for entry in done
     }
     if len(found) != 1:
         raise ValueError(f"runs: expected one test text, got {sorted(found)}")

@@ -19,11 +19,14 @@ from offramp.models.native.decoder import Transformer
 from offramp.studies.study.evaluate import _policies, evaluate
 from offramp.studies.study.frontier import (
     STRETCHES,
+    FrontierKey,
     at,
+    full_depth,
     load_frontiers,
     mean_between,
     resampled,
     routed,
+    save_frontiers,
     scaled,
 )
 from offramp.studies.study.plan import GateFit
@@ -56,9 +59,13 @@ def evaluation(model, ids):
     return evaluate(model, ids, texts, measures=measures, gates=GateFit(), seq_len=16, seed=0)
 
 
+def key(confidence, missing_kv="recompute"):
+    return FrontierKey(text="test", confidence=confidence, missing_kv=missing_kv)
+
+
 def test_it_says_what_a_sweep_says(model, ids, evaluation):
     trace = collect_trace(model, batches(ids, seq_len=16, batch_size=32))
-    frontier = evaluation.frontiers["test/max_prob/recompute"]
+    frontier = evaluation.frontiers[key("max_prob")]
     cost = model_cost(model, context=8.5)
     rows = sweep(trace, frontier.thresholds.tolist(), cost=cost)
     flops, nll = frontier.curve()
@@ -72,11 +79,11 @@ def test_it_says_what_a_sweep_says(model, ids, evaluation):
 def test_propagate_differs_only_between_the_ends(evaluation):
     for measure in ("max_prob", "gain"):
         ends = [
-            evaluation.frontiers[f"test/{measure}/{kv}"].curve()[1][[0, -1]]
+            evaluation.frontiers[key(measure, kv)].curve()[1][[0, -1]]
             for kv in ("recompute", "propagate")
         ]
         assert ends[0] == pytest.approx(ends[1])
-        inner = evaluation.frontiers[f"test/{measure}/propagate"]
+        inner = evaluation.frontiers[key(measure, "propagate")]
         assert inner.flops_pct[1:-1].sum() > 0
 
 
@@ -111,7 +118,7 @@ def test_under_propagate_the_first_exit_decides_as_in_the_trace(model, ids, meas
 
 
 def test_files_keep_the_frontiers(evaluation, tmp_path):
-    evaluation.save(tmp_path / "frontiers.npz")
+    save_frontiers(tmp_path / "frontiers.npz", evaluation.frontiers)
     loaded = load_frontiers(tmp_path / "frontiers.npz")
     assert loaded.keys() == evaluation.frontiers.keys()
     for name, frontier in loaded.items():
@@ -147,12 +154,12 @@ def test_neighbouring_sequences_are_drawn_together(evaluation):
     assert frontier.whole().nll.tolist() == [[number.sum()]]
     for one, other in zip(frontier.whole().curve(), frontier.curve(), strict=True):
         assert one == pytest.approx(other)
-    assert len(evaluation.frontiers["test/max_prob/recompute"].tokens) == 21  # one each
-    assert len(evaluation.frontiers["held_out/max_prob/recompute"].tokens) == 1
+    assert len(evaluation.frontiers[key("max_prob")].tokens) == 21  # one each
+    assert len(evaluation.frontiers[replace(key("max_prob"), text="held_out")].tokens) == 1
 
 
 def test_stretches_drawn_anew_weigh_as_often_as_they_were_drawn(evaluation):
-    frontier = evaluation.frontiers["test/max_prob/recompute"]
+    frontier = evaluation.frontiers[key("max_prob")]
     counts = np.zeros((2, len(frontier.tokens)))
     counts[0] = 1
     counts[1, 3] = 5
@@ -166,7 +173,7 @@ def test_stretches_drawn_anew_weigh_as_often_as_they_were_drawn(evaluation):
 
 
 def test_a_shallower_model_costs_its_share(evaluation):
-    frontier = evaluation.frontiers["test/full/recompute"]
+    frontier = evaluation.frontiers[full_depth("test")]
     half = scaled(frontier, compute=0.5, flops=0.25)
     assert half.curve()[0] == pytest.approx([25.0])
     assert half.curve(cost="compute_pct")[0] == pytest.approx([50.0])

@@ -21,7 +21,7 @@ from offramp.studies.study.recipe import (
     recipe_study,
     rounds,
 )
-from offramp.studies.study.study import Workers
+from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
 
 TEXT = "The exits of a model stand after its blocks. " * 120
@@ -33,6 +33,9 @@ class Watcher:
 
     def on_plan(self, name, total, tokens):
         self.planned[name] = total
+
+    def on_timing(self, passes, tokens):
+        pass
 
     def on_progress(self, progress):
         pass
@@ -72,22 +75,22 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     config = RecipeConfig(
         corpus=str(corpus), layers=3, compute_budget=70.0, tokens=3 * 4096, seeds=2, dim=32
     )
-    run, content = find_recipe(
+    run, result = find_recipe(
         config,
         out,
         watcher=(watcher := Watcher()),
         workers=Workers(folder=tmp_path / "runs", jobs=2),
     )
     for question in ("alpha", "exits", "head", "schedule", "specialise"):
-        asked = [entry for entry in content["search"] if entry["question"] == question]
-        best = min(entry["held_out_ppl"] or math.inf for entry in asked)
-        assert [entry["held_out_ppl"] for entry in asked if entry["chosen"]] == [best]
-    assert content["summary"][0]["label"] == "recipe"
-    assert content["summary"][0]["confidence"] == "gain"
-    assert set(content["summary"][0]["ppl_at"]) == {"50", "60", "65", "70", "80", "100"}
-    assert {entry["layers"] for entry in content["static"]} == {1, 2, 3}
-    said = [answer for answer in content["answers"] if "than static models of equal cost" in answer]
-    assert len(said) == len(content["summary"])
+        asked = [tried for tried in result.search if tried.question == question]
+        best = min(tried.held_out_ppl or math.inf for tried in asked)
+        assert [tried.held_out_ppl for tried in asked if tried.chosen] == [best]
+    assert result.rows[0].label == "recipe"
+    assert result.rows[0].confidence == "gain"
+    assert set(result.rows[0].ppl_at) == {50, 60, 65, 70, 80, 100}
+    assert {model.layers for model in result.static} == {1, 2, 3}
+    said = [answer for answer in result.answers if "than static models of equal cost" in answer]
+    assert len(said) == len(result.rows)
     assert "The search" in (out / "report.html").read_text()
     run_names = [path.name for path in (tmp_path / "runs").glob("[0-9a-f]*")]
     assert len(run_names) == watcher.planned["search"] + watcher.planned["recipe"]
@@ -98,8 +101,9 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert not code
     printed = capsys.readouterr().out
     assert (again / "recipe.toml").read_text() in printed
-    at_70 = content["summary"][0]["ppl_at"]["70"]
-    assert f"{at_70['mean']:.3f} ± {at_70['std']:.3f}" in printed
+    at_70 = result.rows[0].ppl_at[70]
+    assert f"{at_70.mean:.3f} ± {at_70.std:.3f}" in printed
+    assert "At 70% of FLOPs the recipe's PPL is" in printed
     assert (again / "study.json").read_bytes() == (out / "study.json").read_bytes()
     model = tmp_path / "model"
     assert not main(f"train --config {again / 'recipe.toml'} --steps 1 --out {model}".split())

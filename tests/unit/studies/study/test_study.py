@@ -8,30 +8,30 @@ import pytest
 
 from offramp.cli import main
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import read_json, write_json
+from offramp.report.study_json import read_study, read_times
+from offramp.studies.study import timing
 from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import Recipe
+from offramp.studies.study.record import RunTiming
 from offramp.studies.study.studies import STUDIES
-from offramp.studies.study.study import (
-    Workers,
-    go_on_or_claim,
-    plan_runs,
-    run_study,
-    study_named,
-    study_text,
-)
+from offramp.studies.study.study import go_on_or_claim, run_study, study_named
 from offramp.studies.study.summary import check_equal_tokens
-from offramp.studies.study.timing import timings
+from offramp.studies.study.texts import study_text
+from offramp.studies.study.workers import Workers
 
 TEXT = "The exits of a model stand after its blocks. " * 80
 
 
 class Watcher:
     def __init__(self):
-        self.done = []
+        self.done, self.timed = [], None
 
     def on_plan(self, name, total, tokens):
         self.planned = (total, tokens)
+
+    def on_timing(self, passes, tokens):
+        self.timed = (passes, tokens)
 
     def on_progress(self, progress):
         pass
@@ -40,7 +40,7 @@ class Watcher:
         self.done.append(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
     study = STUDIES["objectives"]
     model = replace(
@@ -70,79 +70,129 @@ def tiny():
     return study
 
 
-def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    out = tmp_path / "study"
-    config = StudyConfig(corpus=str(path))
-    watcher = Watcher()
-    first = run_study(
-        tiny, config, out, watcher=watcher, workers=Workers(folder=out / "runs", jobs=2)
-    )
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A whole study of two processes; a test that changes its files takes a copy."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "text.txt").write_text(TEXT)
+    config = StudyConfig(corpus=str(folder / "text.txt"))
+    out, watcher = folder / "study", Watcher()
+    workers = Workers(folder=out / "runs", jobs=2)
+    result = run_study(tiny, config, out, watcher=watcher, workers=workers)
+    return config, out, watcher, result
+
+
+def copied(whole, tmp_path):
+    return shutil.copytree(whole[1], tmp_path / "copy")
+
+
+def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, whole, tmp_path):
+    config, _, watcher, first = whole
+    out, path = copied(whole, tmp_path), config.corpus
     assert watcher.planned == (8, 8 * 640)
     assert len(watcher.done) == 8
-    written = read_json(out / "study.json")
-    assert [row["label"] for row in written["summary"]] == ["half", "half", "all", "all"]
-    assert {entry["layers"] for entry in written["static"]} == {1, 3}
-    assert len(written["summary"]) == 2 * 2  # recipes x meanings of the missing cache
-    for entry in first["runs"]:
-        assert entry["config"]["training"]["seed"] == entry["seed"]
-        assert entry["confidence"] == "max_prob"
+    assert watcher.timed == (2 * 3, 8 * 32 * 16)  # 2 depths, 3 rounds
+    assert read_study(out / "study.json") == first
+    assert [row.label for row in first.rows] == ["half", "half", "all", "all"]
+    assert {model.layers for model in first.static} == {1, 3}
+    for model in first.runs:
+        assert model.config["training"]["seed"] == model.seed
+        assert model.confidence == "max_prob"
         for kv in ("recompute", "propagate"):
-            columns = entry["frontiers"]["max_prob"][kv]
-            assert columns["threshold"][0] == -math.inf
-            assert columns["threshold"][-1] == math.inf
-            assert columns["compute_pct"][0] == pytest.approx(100 / 3)  # all leave after 1 of 3
-            assert columns["ppl"][0] == pytest.approx(entry["exit_ppl"][1])
-            assert columns["flops_pct"][-1] == pytest.approx(100)
-            assert columns["ppl"][-1] == pytest.approx(entry["exit_ppl"][3])
-            points = zip(columns["compute_pct"], columns["ppl"], columns["threshold"], strict=True)
-            assert entry["frontier"][kv] == [list(point) for point in points]
-    for row in first["summary"]:
-        for ratios in ("ratio_to_static_at", "ratio_to_standard_at", "ppl_at"):
-            assert set(row[ratios]) == {"50", "60", "65", "80", "100"}
-        assert row["p_value"] == row["to_static"]["p_holm"]
-    times = read_json(out / "timing.json")
-    assert [entry["layers"] for entry in times["static"]] == [1, 3]
-    assert [entry["label"] for entry in times["routed"]] == ["half", "all"]
-    assert all(entry["points"][0]["seconds_pct"] > 0 for entry in times["routed"])
-    runs = plan_runs(tiny, study_text(config))
-    for run in runs:  # as if every full pass took its layers in seconds, and every other one
-        passes = {"full": [run.model.num_hidden_layers], "max_prob": [1.5] * 5}
-        seconds = {"train": 1.0, "specialise": 0.5, "evaluate": 2.0}
-        timed = {"seconds": seconds, "passes": passes}
-        write_json(out / "runs" / run.name / "timing.json", timed)
-    times = timings(runs, out / "runs", threads=1)
-    assert times["seconds"] == {"train": 8.0, "specialise": 4.0, "evaluate": 16.0}
-    shallow, standard = (entry["seconds_pct"] for entry in times["static"])
-    assert 0 < shallow < standard == 100.0
-    for entry in times["routed"]:
-        assert [point["seconds_pct"] for point in entry["points"]] == [50.0] * len(entry["points"])
-        columns = [
-            run["frontiers"]["max_prob"]["propagate"]["ppl"]
-            for run in first["runs"]
-            if run["label"] == entry["label"]
-        ]
-        means = [sum(ppl) / len(ppl) for ppl in zip(*columns, strict=False)]
-        assert [point["ppl"] for point in entry["points"]] == pytest.approx(
-            means[1 : 1 + len(entry["points"])]
-        )
+            curve = model.frontiers["max_prob"][kv]
+            assert curve.threshold[0] == -math.inf
+            assert curve.threshold[-1] == math.inf
+            assert curve.compute_pct[0] == pytest.approx(100 / 3)  # all leave after 1 of 3
+            assert curve.ppl[0] == pytest.approx(model.exit_ppl[1])
+            assert curve.flops_pct[-1] == pytest.approx(100)
+            assert curve.ppl[-1] == pytest.approx(model.exit_ppl[3])
+            points = zip(curve.compute_pct, curve.ppl, curve.threshold, strict=True)
+            assert model.frontier[kv] == tuple(points)
+    for row in first.rows:
+        for ratios in (row.ratio_to_static_at, row.ratio_to_standard_at, row.ppl_at):
+            assert set(ratios) == {50, 60, 65, 80, 100}
+        assert row.p_value == row.to_static.p_holm
+    times = read_times(out / "timing.json")
+    assert [entry.layers for entry in times.static] == [1, 3]
+    assert [entry.label for entry in times.routed] == ["half", "all"]
+    assert all(entry.points[0].seconds_pct > 0 for entry in times.routed)
     written = (out / "study.json").read_bytes()
-    shutil.rmtree(out / "runs" / first["runs"][0]["name"])
+    shutil.rmtree(out / "runs" / first.runs[0].name)
     one = Workers(folder=out / "runs", jobs=1)
-    run_study(tiny, config, out, watcher=Watcher(), workers=one)
+    run_study(tiny, config, out, watcher=(again := Watcher()), workers=one)
+    assert again.timed is None  # that is kept
+    assert read_times(out / "timing.json").static == times.static
     assert (out / "study.json").read_bytes() == written
     assert "seconds" not in written.decode()
     assert (out / "report.html").read_text().count("<figure>") == 5
-    assert (
-        read_json(out / "runs" / first["runs"][1]["name"] / "timing.json")["seconds"]["train"] > 0
-    )
-    model = out / "runs" / first["runs"][1]["name"]
+    model = out / "runs" / first.runs[1].name
+    assert RunTiming.load(model).seconds["train"] > 0
     assert not main(["sweep", str(model), "--corpus", str(path), "--out", str(tmp_path / "s.json")])
     assert "## Static models" in (out / "table.md").read_text()
     assert (out / "figure.png").stat().st_size > 1000
     with pytest.raises(CheckpointError, match="tokens differ: stored"):
         run_study(tiny, replace(config, tokens=64), out, watcher=Watcher(), workers=one)
+
+
+def test_kept_runs_are_summarised_without_a_model(tiny, whole, tmp_path, monkeypatch):
+    config, first = whole[0], copied(whole, tmp_path)
+    workers, watcher = Workers(folder=first / "runs"), Watcher()
+    for name in ("new_model", "full_pass_seconds"):
+        monkeypatch.setattr(timing, name, None)
+    for run in plan_runs(tiny, study_text(config)):
+        (workers.folder / run.name / "model.safetensors").unlink()
+    second = run_study(tiny, config, tmp_path / "second", watcher=watcher, workers=workers)
+    assert watcher.timed is None
+    assert second == read_study(first / "study.json")
+    assert read_times(tmp_path / "second" / "timing.json").static == ()
+    assert "The static models were not timed" in (tmp_path / "second" / "report.html").read_text()
+
+
+def test_times_are_percent_of_a_full_pass(tiny, whole, tmp_path):
+    out = copied(whole, tmp_path)
+    runs = plan_runs(tiny, study_text(whole[0]))
+    for run in runs:  # as if every full pass took its layers in seconds, and every other one 1.5
+        RunTiming(
+            seconds={"train": 1.0, "specialise": 0.5, "evaluate": 2.0},
+            full_pass=float(run.model.num_hidden_layers),
+            routed_passes={"max_prob": [1.5] * 5},
+            environment={},
+        ).save(out / "runs" / run.name)
+    times = timing.timings(runs, out / "runs", out)
+    assert times.seconds == {"train": 8.0, "specialise": 4.0, "evaluate": 16.0}
+    shallow, standard = (entry.seconds_pct for entry in times.static)
+    assert 0 < shallow < standard == 100.0
+    result = read_study(out / "study.json")
+    for entry in times.routed:
+        assert [point.seconds_pct for point in entry.points] == [50.0] * len(entry.points)
+        columns = [
+            run.frontiers["max_prob"]["propagate"].ppl
+            for run in result.runs
+            if run.label == entry.label
+        ]
+        means = [sum(ppl) / len(ppl) for ppl in zip(*columns, strict=True)]
+        assert [point.ppl for point in entry.points] == pytest.approx(means[1:-1])
+
+
+def test_static_models_are_timed_before_the_first_run(tiny, tmp_path, monkeypatch):
+    path, out = tmp_path / "text.txt", tmp_path / "study"
+    path.write_text(TEXT)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workers, "do", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(
+            tiny,
+            StudyConfig(corpus=str(path)),
+            out,
+            watcher=Watcher(),
+            workers=Workers(folder=out / "runs"),
+        )
+    times = read_times(out / "timing.json")
+    assert [(entry.layers, entry.ppl) for entry in times.static] == [(1, None), (3, None)]
+    assert times.static[1].seconds_pct == 100.0
 
 
 def test_runs_are_named_by_what_their_figures_depend_on(tiny, tmp_path):

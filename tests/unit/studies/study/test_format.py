@@ -1,0 +1,101 @@
+"""Old records of runs stay found, and what changes a figure changes a run's name."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields, make_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from offramp.calibration.specialise_config import SpecialiseConfig
+from offramp.errors import CheckpointError
+from offramp.files import read_json
+from offramp.models.native.config import DecoderConfig
+from offramp.studies.reproduce import study as reproduction
+from offramp.studies.study.config import RecipeConfig
+from offramp.studies.study.format import FORMAT_FIELDS, record_of
+from offramp.studies.study.grid import plan_runs
+from offramp.studies.study.plan import GateFit
+from offramp.studies.study.run import StudyRun, StudyText
+from offramp.studies.study.studies import STUDIES
+from offramp.studies.study.study import go_on_or_claim
+from offramp.training.config import TrainConfig
+
+RUNS = Path(__file__).parents[4] / "docs" / "studies" / "runs"
+
+
+def with_field(config, default, **changed):
+    """The config with a field that its class did not have when the format was fixed."""
+    later = make_dataclass(
+        "Later", [("later", int, default)], bases=(type(config),), frozen=True, kw_only=True
+    )
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return later(**values, **changed)
+
+
+@pytest.fixture
+def run():
+    return StudyRun(
+        label="half",
+        text=StudyText(train="a", held_out="b", test="c", about={"corpus": "text.txt"}),
+        tokenizer="characters",
+        test_tokens=100,
+        measures=("max_prob",),
+        gates=GateFit(),
+        model=DecoderConfig(exit_layers=(2,)),
+        training=TrainConfig(steps=5),
+        specialise=SpecialiseConfig(compute_budget=60.0),
+    )
+
+
+def test_every_kept_record_is_found_by_the_studies_that_made_it():
+    kept = {path.name: read_json(path / "run.json")["config"] for path in RUNS.glob("[0-9a-f]*")}
+    text = StudyText(train="", held_out="", test="", about=next(iter(kept.values()))["text"])
+    names = {
+        run.name
+        for study in ("alpha", "middle", "exits", "heads")
+        for run in plan_runs(STUDIES[study], text)
+    }
+    assert names == kept.keys()
+    for name, config in kept.items():
+        written = json.dumps(config, sort_keys=True)
+        assert hashlib.sha256(written.encode()).hexdigest()[:16] == name
+
+
+@pytest.mark.parametrize("part", [None, "gates", "model", "training", "specialise"])
+def test_a_field_added_later_changes_a_name_only_off_its_default(run, part):
+    def extended(**changed):
+        if part is None:
+            return with_field(run, 3, **changed)
+        return replace(run, **{part: with_field(getattr(run, part), 3, **changed)})
+
+    assert extended().name == run.name
+    assert extended().config == run.config
+    assert extended(later=4).name != run.name
+    assert extended(later=4).name != extended(later=5).name
+
+
+def test_every_field_of_today_is_always_in_the_record(run):
+    for config in (DecoderConfig(), TrainConfig(), SpecialiseConfig(compute_budget=60), GateFit()):
+        assert record_of(config) == asdict(config)
+    assert set(run.config) == {"format", *FORMAT_FIELDS["StudyRun"], "specialise"}
+    assert "specialise" not in replace(run, specialise=None).config
+
+
+def test_a_study_goes_on_though_a_setting_was_added(tmp_path):
+    config = RecipeConfig(corpus="pangram")
+    go_on_or_claim(tmp_path / "out", record_of(config))
+    go_on_or_claim(tmp_path / "out", record_of(with_field(config, 3)))
+    with pytest.raises(CheckpointError, match=r"but later differ: stored \[None\], now \[4\]"):
+        go_on_or_claim(tmp_path / "out", record_of(with_field(config, 3, later=4)))
+    go_on_or_claim(tmp_path / "new", record_of(with_field(config, 3, later=4)))
+    with pytest.raises(CheckpointError, match=r"but later differ: stored \[4\], now \[None\]"):
+        go_on_or_claim(tmp_path / "new", record_of(config))
+
+
+def test_a_reproduction_goes_on_though_a_setting_was_added(tmp_path):
+    config = reproduction.ReproduceConfig(quick=True)
+    reproduction.go_on_or_claim(tmp_path / "out", config, [])
+    reproduction.go_on_or_claim(tmp_path / "out", with_field(config, 3), [])
+    with pytest.raises(CheckpointError, match="unfinished run with other settings"):
+        reproduction.go_on_or_claim(tmp_path / "out", with_field(config, 3, later=4), [])
