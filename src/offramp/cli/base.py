@@ -6,9 +6,10 @@ Imports no PyTorch.
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -26,9 +27,25 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 console = Console(stderr=True, quiet=not is_first_process())
 
+Model = Annotated[
+    Path,
+    Parameter(
+        help="A folder that offramp train or offramp tune wrote, a Hugging Face checkpoint (a "
+        "folder, or a name on the hub), or smollm2-135m."
+    ),
+]
+Text = Annotated[
+    str,
+    Parameter(
+        help="The text: pangram, python-docs, hf:DATASET, or a text file or folder; its test "
+        "split if it has named splits, else all of it."
+    ),
+]
+Out = Annotated[Path | None, Parameter(help="Also write the figures to this JSON file.")]
 Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, Parameter(help="Threads of PyTorch (default: PyTorch's own).")]
-Dtype = Literal["float32", "float64", "bfloat16"]
+Precision = Literal["float32", "float64", "bfloat16"]
+Dtype = Annotated[Precision, Parameter(help="Precision of the model.")]
 
 
 def use(device: str, threads: int | None) -> None:
@@ -82,6 +99,41 @@ def output() -> Console:
 def _columns() -> int:
     written = os.environ.get("COLUMNS", "")
     return int(written) if written.isdecimal() and int(written) > 0 else 80
+
+
+def say_verdict(sentence: str) -> None:
+    """Print a result's last sentence on standard output, unwrapped."""
+    output().print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def token_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields what a pass over a text calls with (tokens done, tokens in all)."""
+    from offramp.report.progress import bars
+
+    with bars(console) as drawn:
+        yield lambda done, total: drawn.show(name, done=done, total=total, text="tokens")
+
+
+def warn(model: Path, corpus: str, about: Mapping[str, object]) -> None:
+    """Say what makes the figures of a text better or worse than they should be."""
+    if about.get("seen_in_training"):
+        say(
+            f"{corpus}: the model or its exits were trained on this text, so the figures are "
+            "optimistic."
+        )
+    if about.get("untrained"):
+        say(f"{model}: its exits were never trained.")
+    if about.get("unknown_tokens"):
+        say(
+            f"{about['unknown_tokens']:,} of the tokens are <unk>: characters or words that the "
+            "tokenizer does not have."
+        )
+    if about.get("unfinished"):
+        say(
+            f"{model}: its training run is unfinished; this is its best model so far. Continue "
+            f"it with: offramp train --resume {quote(str(model))}"
+        )
 
 
 def new_folder(parent: Path, name: str) -> Path:

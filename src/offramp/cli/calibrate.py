@@ -1,35 +1,45 @@
 """offramp calibrate."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from offramp.calibration.certificate import Certificate
-from offramp.calibration.promise import DEFAULT_DELTA, Method, Promise
+from offramp.calibration.promise import Promise
 from offramp.calibration.thresholds import thresholds_flag
 from offramp.cli.base import (
     Device,
     Dtype,
+    Model,
     Threads,
     check_out_file,
-    console,
     open_for,
     output,
     say,
+    say_verdict,
+    token_bar,
     use,
+    warn,
 )
-from offramp.cli.confidence import warn
 from offramp.errors import ConfigError
+from offramp.exits.confidence_names import check_confidence
 from offramp.files import write_json
+
+if TYPE_CHECKING:
+    from offramp.models.open import OpenedModel
+
+OnTokens = Callable[[int, int], None]
+Results = tuple[dict[str, Any], dict[str, Any]]
+"""What is written, and what is said of the text."""
 
 
 def calibrate(
-    model: Path,
+    model: Model,
+    promise: Annotated[Promise | None, Parameter(name="*")] = None,
     *,
     corpus: str,
-    risk: str | None = None,
-    epsilon: float | None = None,
-    delta: float | None = None,
-    method: Method | None = None,
     confidence: str | None = None,
     compute_budget: float | None = None,
     check: Path | None = None,
@@ -38,86 +48,106 @@ def calibrate(
     threads: Threads = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Find thresholds that keep a promise and write a certificate; or keep a compute budget.
+    """Find thresholds with a guarantee and write a certificate; or keep a compute budget.
 
     Parameters
     ----------
-    model
-        A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint, or
-        smollm2-135m.
     corpus
-        The text to calibrate on, like that of later use and not that of training; with --check
-        the new text.
-    risk
-        disagreement (share of tokens where the exit's first choice is not the full model's), or
-        nll-gap (nats a token, clipped). Default: disagreement.
-    epsilon
-        Largest risk that is allowed (default: 0.02).
-    delta
-        How often the promise may fail over draws of the text (default: 0.05).
-    method
-        ltt (Learn-then-Test, the default) or crc (conformal risk control: keeps the average).
+        The text to calibrate on: like that of later use, and not that of training. With --check
+        it is the new text.
     confidence
         The measure whose thresholds are searched (default: max_prob).
     compute_budget
-        Instead of a risk: the thresholds of least loss whose FLOPs% is at most this.
+        Instead of a risk: find the thresholds of least loss whose FLOPs% is at most this.
     check
-        A certificate: say with a test whether its promise still holds on the corpus.
+        A certificate: test whether its guarantee still holds on the corpus.
     out
-        Write the certificate (or the budget's thresholds, or the check) to this JSON file.
-    dtype
-        Precision of the model.
+        Write the certificate (or the thresholds of the budget, or the check) to this JSON file.
     """
+    _check_mode(promise, compute_budget, check, confidence)
     check_out_file(out)
-    asked: dict[str, Any] = {"risk": risk, "epsilon": epsilon, "delta": delta, "method": method}
-    promise = {name: value for name, value in asked.items() if value is not None}
-    modes = [name for name, used in (("check", check), ("compute_budget", compute_budget)) if used]
-    if len(modes) + bool(promise) > 1 and not (check and set(promise) <= {"delta"}):
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in (*promise, *modes))
-        raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
-    if check is not None and confidence is not None:
-        raise ConfigError("confidence: expected none with --check, since the certificate names it")
-    kept = Promise(**promise) if check is None else Promise()
     checked = None if check is None else Certificate.load(check)
 
-    from offramp.commands.calibrate import certify, keep_compute_budget
-    from offramp.commands.calibrate import check as run_check
-    from offramp.report.confidence import certificate_table, drift_sentence
-    from offramp.report.progress import bars
-    from offramp.report.sweep import sweep_table
-
     use(device, threads)
-    with bars(console) as drawn:
-        common: dict[str, Any] = {
-            "on_tokens": lambda done, total: drawn.show(
-                "trace", done=done, total=total, text="tokens"
-            ),
-        }
-        measure = confidence or "max_prob"
-        opened = open_for(model, device=device, dtype=dtype, stored=checked)
+    opened = open_for(model, device=device, dtype=dtype, stored=checked)
+    measure, kept = confidence or "max_prob", promise or Promise()
+    with token_bar("trace") as on_tokens:
         if checked is not None:
-            level = DEFAULT_DELTA if delta is None else delta
-            content = about = run_check(opened, corpus, checked, level=level, **common)
+            show, results = _check(opened, corpus, checked, kept, on_tokens)
         elif compute_budget is not None:
-            content = about = keep_compute_budget(
-                opened, corpus, compute_budget, confidence=measure, **common
-            )
+            show, results = _budget(opened, corpus, compute_budget, measure, on_tokens)
         else:
-            certificate, text = certify(opened, corpus, kept, confidence=measure, **common)
-            content, about = certificate.content(), text.about()
-    if check is not None:
-        output().print(drift_sentence(content), highlight=False, soft_wrap=True)
-    elif compute_budget is not None:
-        output().print(sweep_table(content))
-        flag = thresholds_flag([float(value) for value in content["thresholds"]])
-        output().print(f"--thresholds {flag}", highlight=False, markup=False, soft_wrap=True)
-    else:
-        output().print(certificate_table(content))
-        _say_too_few(certificate, kept)
-        _say_dear(certificate)
+            show, results = _certify(opened, corpus, kept, measure, on_tokens)
+    content, about = results
+    show()
     warn(model, corpus, about)
     if out:
         write_json(out, content)
+
+
+def _check_mode(
+    promise: Promise | None, budget: float | None, check: Path | None, confidence: str | None
+) -> None:
+    """Refuse flags of more than one of the command's three jobs."""
+    level_only = check is not None and promise == Promise(delta=promise.delta if promise else 0.05)
+    modes = {
+        "a promise": promise is not None and not level_only,
+        "--compute-budget": budget is not None,
+        "--check": check is not None,
+    }
+    if sum(modes.values()) > 1:
+        given = ", ".join(name for name, used in modes.items() if used)
+        raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
+    if check is not None and confidence is not None:
+        raise ConfigError("confidence: expected none with --check, since the certificate names it")
+    check_confidence(confidence or "max_prob")
+
+
+def _check(
+    opened: "OpenedModel", corpus: str, certificate: Certificate, level: Promise, told: OnTokens
+) -> tuple[Callable[[], None], Results]:
+    from offramp.commands.calibrate import check
+    from offramp.report.confidence import drift_sentence
+
+    content = check(opened, corpus, certificate, level=level.delta, on_tokens=told)
+    return lambda: say_verdict(drift_sentence(content)), (content, content)
+
+
+def _budget(
+    opened: "OpenedModel", corpus: str, budget: float, measure: str, told: OnTokens
+) -> tuple[Callable[[], None], Results]:
+    from offramp.commands.calibrate import keep_compute_budget
+    from offramp.report.sweep import sweep_table, sweep_verdict
+
+    content = keep_compute_budget(opened, corpus, budget, confidence=measure, on_tokens=told)
+
+    def show() -> None:
+        shown = output()
+        shown.print(sweep_table(content, width=shown.width))
+        flag = thresholds_flag([float(value) for value in content["thresholds"]])
+        say_verdict(f"--thresholds {flag}")
+        say_verdict(sweep_verdict(content))
+
+    return show, (content, content)
+
+
+def _certify(
+    opened: "OpenedModel", corpus: str, promise: Promise, measure: str, told: OnTokens
+) -> tuple[Callable[[], None], Results]:
+    from offramp.commands.calibrate import certify
+    from offramp.report.confidence import certificate_table, certificate_verdict
+
+    certificate, text = certify(opened, corpus, promise, confidence=measure, on_tokens=told)
+    content = certificate.content()
+
+    def show() -> None:
+        shown = output()
+        shown.print(certificate_table(content))
+        say_verdict(certificate_verdict(content))
+        _say_too_few(certificate, promise)
+        _say_dear(certificate)
+
+    return show, (content, text.about())
 
 
 def _say_dear(certificate: Certificate) -> None:

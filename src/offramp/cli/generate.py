@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.text import Text
 
-from offramp.calibration.thresholds import load_thresholds
-from offramp.cli.base import Device, Dtype, Threads, console, open_for, output, say, use
+from offramp.calibration.thresholds import StoredThresholds, load_thresholds
+from offramp.cli.base import Device, Model, Precision, Threads, console, open_for, output, say, use
 from offramp.errors import ConfigError
 from offramp.generation.config import GenerateConfig, MissingKV
 
@@ -22,47 +23,59 @@ if TYPE_CHECKING:
 FULL_DEPTH = GenerateConfig()
 SHALLOW, DEEP = (70, 170, 240), (240, 150, 60)
 """Colours of the first and of the last exit before full depth."""
+Thresholds = Annotated[
+    str | None,
+    Parameter(
+        name="--threshold",
+        allow_leading_hyphen=True,
+        help="Confidence at which tokens exit; one for each exit but the last is written 0.9:0.8. "
+        "Without it every token runs through all layers.",
+    ),
+]
+Decay = Annotated[
+    float | None,
+    Parameter(
+        name="--decay",
+        help="With --threshold: let the threshold fall along the text (CALM). At new token t, "
+        "counted from 0, of N it is 0.9 THRESHOLD + 0.1 exp(-DECAY t / N), where N is "
+        "--max-new-tokens.",
+    ),
+]
+KeysValues = Annotated[
+    MissingKV | None,
+    Parameter(
+        name="--missing-kv",
+        help="Keys and values that a later token needs above an exit: propagate computes them "
+        "from the state at the exit (default), recompute runs the layers.",
+    ),
+]
 
 
 def generate(
-    model: Path,
+    model: Model,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     config: Annotated[GenerateConfig, Parameter(name="*")] = FULL_DEPTH,
     *,
-    thresholds: Annotated[
-        str | None, Parameter(name="--threshold", allow_leading_hyphen=True)
-    ] = None,
-    falling: Annotated[float | None, Parameter(name="--decay")] = None,
+    thresholds: Thresholds = None,
+    falling: Decay = None,
     certificate: Path | None = None,
-    keys_values: Annotated[MissingKV | None, Parameter(name="--missing-kv")] = None,
+    keys_values: KeysValues = None,
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
     chat: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
     device: Device = "cpu",
     threads: Threads = None,
-    dtype: Dtype | None = None,
+    dtype: Precision | None = None,
 ) -> None:
     """Continue a text; in a terminal each token has the colour of its exit.
 
     Parameters
     ----------
-    model
-        A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint (a
-        folder, or a name on the hub), or smollm2-135m.
     prompt
         The text to continue; - reads it from standard input.
-    thresholds
-        Confidence at which tokens exit; one for each exit but the last is written 0.9:0.8.
-        Without it every token runs through all layers.
-    falling
-        With --threshold: let the threshold fall along the text (CALM). At new token t, counted
-        from 0, of N it is 0.9 THRESHOLD + 0.1 exp(-DECAY t / N), where N is --max-new-tokens.
     certificate
         Take the thresholds in a file that ``offramp calibrate`` wrote for this model.
-    keys_values
-        Keys and values that a later token needs above an exit: propagate computes them from the
-        state at the exit (default), recompute runs the layers.
     stop
         A string that ends the text; give the flag again for another.
     stop_token
@@ -74,8 +87,9 @@ def generate(
     dtype
         Precision of the model (default: that of its file).
     """
+    stored = None if certificate is None else load_thresholds(certificate)
     for name, value in (("threshold", thresholds), ("decay", falling)):
-        if certificate is not None and value is not None:
+        if stored is not None and value is not None:
             raise ConfigError(f"{name}: expected none with --certificate, whose thresholds hold")
     config = replace(
         config,
@@ -84,27 +98,48 @@ def generate(
         missing_kv=keys_values or config.missing_kv,
         stop_strings=tuple(stop or ()),
     )
-    stored = None if certificate is None else load_thresholds(certificate)
     text = sys.stdin.read() if prompt == "-" else prompt
-
-    from offramp.commands.generate import generate as run_generate
-    from offramp.commands.generate import token_id, with_thresholds
-
     use(device, threads)
-    if stored is not None:
-        config = with_thresholds(config, stored, missing_kv=keys_values)
     opened = open_for(model, device=device, dtype=dtype, stored=stored)
-    stops = tuple(token_id(opened.tokenizer, written) for written in stop_token or ())
-    config = replace(config, stop_tokens=stops)
+    _run(
+        opened,
+        config if stored is None else _with_thresholds(config, stored, keys_values),
+        prompt=text,
+        stops=stop_token or (),
+        chat=chat,
+        as_json=json_,
+    )
+
+
+def _with_thresholds(
+    config: GenerateConfig, stored: StoredThresholds, missing_kv: MissingKV | None
+) -> GenerateConfig:
+    from offramp.commands.generate import with_thresholds
+
+    return with_thresholds(config, stored, missing_kv=missing_kv)
+
+
+def _run(
+    opened: "OpenedModel",
+    config: GenerateConfig,
+    *,
+    prompt: str,
+    stops: Sequence[str],
+    chat: bool,
+    as_json: bool,
+) -> None:
+    from offramp.commands.generate import generate, token_id
+
+    ids = tuple(token_id(opened.tokenizer, written) for written in stops)
     exits = config.threshold is not None or config.speculative
     if exits and not opened.exits_trained:
-        say(f"{model}: its exits were never trained.")
-    generation = run_generate(opened, text, config, chat=chat)
-    if json_:
+        say(f"{opened.name}: its exits were never trained.")
+    generation = generate(opened, prompt, replace(config, stop_tokens=ids), chat=chat)
+    if as_json:
         _, rate = _timed(generation, show=None)
         print(json.dumps(_content(generation, rate)))
         return
-    _print_text(generation, opened, prompt=f"{text}\n" if chat else text, exits=exits)
+    _print_text(generation, opened, prompt=f"{prompt}\n" if chat else prompt, exits=exits)
 
 
 def _print_text(

@@ -1,67 +1,54 @@
 """offramp probe."""
 
-from pathlib import Path
-
-from rich.text import Text
-
 from offramp.cli.base import (
     Device,
     Dtype,
+    Model,
+    Out,
+    Text,
     Threads,
     check_out_file,
-    console,
     open_for,
     output,
+    say_verdict,
+    token_bar,
     use,
+    warn,
 )
-from offramp.cli.confidence import warn
 from offramp.files import write_json
 
 
 def probe(
-    model: Path,
+    model: Model,
     *,
-    corpus: str = "python-docs",
+    corpus: Text = "python-docs",
     tokens: int | None = None,
-    out: Path | None = None,
+    out: Out = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Say how much each exit knows, what asking it costs, and whether exits will pay.
+    """Measure how much each exit knows and costs, and predict whether exits will pay.
+
+    A plain checkpoint is given exits at each quarter of its depth.
 
     Parameters
     ----------
-    model
-        A folder that ``offramp train`` or ``offramp tune`` wrote, a Hugging Face checkpoint (a
-        folder, or a name on the hub; exits at each quarter of its depth), or smollm2-135m.
-    corpus
-        The text: pangram, python-docs, hf:DATASET, or a text file or folder. It is read
-        whole, or its test split where it has named ones.
     tokens
         Read only this many tokens, from the start.
-    out
-        Write the figures to this JSON file, too.
-    dtype
-        Precision of the model.
     """
+    check_out_file(out)
+
     from offramp.commands.probe import probe as run_probe
     from offramp.report.probe import probe_table
-    from offramp.report.progress import bars
 
     use(device, threads)
-    check_out_file(out)
-    with bars(console) as drawn:
-        content = run_probe(
-            open_for(model, device=device, dtype=dtype),
-            corpus,
-            tokens=tokens,
-            on_tokens=lambda done, total: drawn.show(
-                "probe", done=done, total=total, text="tokens"
-            ),
-        )
-    output().print(probe_table(content))
-    output().print(Text(content["verdict"]), soft_wrap=True)
+    opened = open_for(model, device=device, dtype=dtype)
+    with token_bar("probe") as on_tokens:
+        content = run_probe(opened, corpus, tokens=tokens, on_tokens=on_tokens)
+    shown = output()
+    shown.print(probe_table(content, width=shown.width))
+    say_verdict(content["verdict"])
     warn(model, corpus, {**content, "untrained": False})
     if out:
         write_json(out, content)

@@ -7,11 +7,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from offramp.calibration.specialise_config import SpecialiseConfig
-from offramp.cli.base import Device, Threads, open_for, output, say, use
+from offramp.cli.base import Device, Model, Threads, open_for, output, say, say_verdict, use
 
 
 def specialise(
-    model: Path,
+    model: Model,
     *,
     corpus: str,
     out: Path,
@@ -26,16 +26,13 @@ def specialise(
 
     Parameters
     ----------
-    model
-        A folder that ``offramp train`` or ``offramp tune`` wrote.
     corpus
         The text that it was trained on: exits and gates learn from its training text.
     out
         Folder for the new model.
     """
-    from rich.table import Table
-
     from offramp.commands.specialise import specialise as run_specialise
+    from offramp.report.tune import specialise_table, specialise_verdict
 
     use(device, threads)
     found = run_specialise(
@@ -45,13 +42,9 @@ def specialise(
         specialising or SpecialiseConfig(),
         on_stage=say,
     )
-    table = Table(title="At the budget; PPL of all tokens of the validation text")
-    for column in ("exit layer", "training tokens that left", "PPL before", "after"):
-        table.add_column(column, justify="right")
-    for layer, share in found["left"].items():
-        ppl = (f"{found[when][layer]:.3f}" for when in ("before", "after"))
-        table.add_row(str(layer), f"{100 * share:.1f}%", *ppl)
-    output().print(table)
+    shown = output()
+    shown.print(specialise_table(found, width=shown.width))
+    say_verdict(specialise_verdict(found))
     say(
         f"{out} holds the model. Measure it on other text with: "
         f"offramp confidence {quote(str(out))} --corpus OTHER"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -17,6 +17,7 @@ from offramp.training.config import TrackerName, TrainConfig
 if TYPE_CHECKING:
     from offramp.commands.train_run import Watcher
     from offramp.report.progress import Bars
+    from offramp.training.loop import TrainResult
 
 
 def train(
@@ -48,29 +49,23 @@ def train(
     config
         Take flags from this TOML or JSON file; those on the command line win.
     tracker
-        Where to log losses and validations: tensorboard (default; in OUT/logs), wandb or none.
+        Where to log: tensorboard (default; in OUT/logs), wandb or none.
     """
     steps = training.steps if training and training == TrainConfig(steps=training.steps) else None
-    other_length = training is not None and steps is None
-    if resume and (corpus or out or tokenizer or model or other_length or config or tracker):
-        raise ConfigError(
-            "resume: expected no other flag but --steps, since the run keeps its own, got some"
-        )
-    folder = resume or out
-    if folder is None or (corpus is None and not resume):
-        raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+    others = (corpus, out, tokenizer, model, config, tracker, training if steps is None else None)
+    folder = _folder(resume, out, given=set(others) != {None}, corpus=corpus)
 
-    from offramp.commands.train import METRICS, resume_run, start_run
-    from offramp.commands.train_run import TrainRun, run_summary
+    from offramp.commands.train import resume_run, start_run
+    from offramp.commands.train_run import TrainRun
     from offramp.report.progress import bars
     from offramp.training.distributed import local_device
 
     device = local_device(device)
     use(device, threads)
     with bars(console) as drawn, stop_on_signals() as stopped:
-        watcher = _watcher(drawn, stopped)
+        common: dict[str, Any] = {"device": device, "watcher": _watcher(drawn, stopped)}
         if corpus is None:
-            result = resume_run(folder, steps=steps, device=device, watcher=watcher)
+            result = resume_run(folder, steps=steps, **common)
         else:
             run = TrainRun(
                 corpus=corpus,
@@ -79,13 +74,30 @@ def train(
                 training=training or TrainConfig(),
                 tracker=tracker or "tensorboard",
             )
-            result = start_run(run, folder, device=device, watcher=watcher)
+            result = start_run(run, folder, **common)
     if not result.finished:
-        say(
-            f"Stopped. Checkpoint saved at step {result.step}. "
-            f"Resume with: offramp train --resume {quote(str(folder))}"
-        )
+        resume_with = f"Resume with: offramp train --resume {quote(str(folder))}"
+        say(f"Stopped. Checkpoint saved at step {result.step}. {resume_with}")
         sys.exit(128 + (stopped() or signal.SIGINT))
+    _say_summary(folder, result)
+
+
+def _folder(resume: Path | None, out: Path | None, *, given: bool, corpus: str | None) -> Path:
+    """The folder of the run; refuses flags of a new run with --resume, and too few for one."""
+    if resume and given:
+        raise ConfigError("resume: expected no other flag but --steps, since the run keeps its own")
+    if resume:
+        return resume
+    if out is None or corpus is None:
+        raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+    return out
+
+
+def _say_summary(folder: Path, result: "TrainResult") -> None:
+    """What was trained, how good it is, where it is, and what to type next."""
+    from offramp.commands.train import METRICS
+    from offramp.commands.train_run import run_summary
+
     summary = run_summary(folder, result)
     best = "  ".join(f"{layer}: {ppl:.3f}" for layer, ppl in summary.best.exit_ppl.items())
     say(f"{summary.parameters:,} parameters, trained on {summary.tokens:,} tokens")

@@ -1,11 +1,12 @@
 """offramp tune."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import Device, Dtype, Threads, console, output, say, use
+from offramp.cli.base import Device, Dtype, Threads, console, output, say, say_verdict, use
 from offramp.commands.tune_config import TuneConfig
 
 
@@ -30,16 +31,13 @@ def tune(
         training split where it has named ones; one token in 20, at the end, is held out.
     out
         Folder for the exits; with --unfreeze for the whole model.
-    dtype
-        Precision of the model.
     """
     import torch
-    from rich.table import Table
 
     from offramp.commands.tune import open_for_tuning
     from offramp.commands.tune import tune as run_tune
     from offramp.report.progress import bars
-    from offramp.report.text import ppl_text
+    from offramp.report.tune import tune_table, tune_verdict
     from offramp.training.frozen import TuneProgress
 
     use(device, threads)
@@ -56,14 +54,10 @@ def tune(
         opened = open_for_tuning(model, config, device=device, dtype=getattr(torch, dtype))
         trained = run_tune(opened, corpus, out, config, on_progress=on_progress)
     if trained["after"]:
-        table = Table(title=f"{trained['held_out_tokens'] - 1:,} held-out tokens")
-        for column in ("exit layer", "agreement before", "after", "PPL before", "after"):
-            table.add_column(column, justify="right")
-        for before, after in zip(trained["before"], trained["after"], strict=True):
-            table.add_row(
-                str(after["exit_layer"]),
-                *(f"{100 * row['agreement']:.1f}%" for row in (before, after)),
-                *(ppl_text(row["ppl"]) for row in (before, after)),
-            )
-        output().print(table)
-    say(f"{out} holds the {'model' if trained['unfreeze'] else 'exits'}.")
+        shown = output()
+        shown.print(tune_table(trained, width=shown.width))
+        say_verdict(tune_verdict(trained))
+    say(
+        f"{out} holds the {'model' if trained['unfreeze'] else 'exits'}. "
+        f"Next: offramp probe {quote(str(out))} --corpus OTHER_TEXT"
+    )

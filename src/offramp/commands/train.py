@@ -144,21 +144,7 @@ def _train(
 ) -> TrainResult:
     if processes.size == 1:  # else training moves it, whole or in shards
         model = model.to(processes.device)
-    about = {
-        "training": asdict(run.training),
-        "tokenizer": run.tokenizer,
-        "corpus": {
-            "name": corpus.name,
-            "sha256": corpus.sha256,
-            "split": corpus.split,
-            "train_tokens": len(train_tokens),
-            "validation_tokens": len(validation_ids),
-            "unknown_validation_tokens": count_unknown(tokenizer, validation_ids),
-        },
-        "environment": {**environment(str(processes.device)), "processes": processes.size},
-        "offramp_version": __version__,
-    }
-
+    about = _about(run, corpus, tokenizer, len(train_tokens), validation_ids, processes)
     log = RunLog(
         run.tracker if processes.is_main else "none",
         out / "logs",
@@ -195,6 +181,31 @@ def _train(
         last = whole_model(model, processes, make=lambda: Transformer(model.config))
         processes.on_main(lambda: _finish(last, out, tokenizer, about, result))
     return result
+
+
+def _about(
+    run: TrainRun,
+    corpus: StreamedCorpus,
+    tokenizer: Tokenizer,
+    train_tokens: int,
+    validation_ids: Tensor,
+    processes: Processes,
+) -> dict[str, Any]:
+    """What config.json says of the run beside the model's own config."""
+    return {
+        "training": asdict(run.training),
+        "tokenizer": run.tokenizer,
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "split": corpus.split,
+            "train_tokens": train_tokens,
+            "validation_tokens": len(validation_ids),
+            "unknown_validation_tokens": count_unknown(tokenizer, validation_ids),
+        },
+        "environment": {**environment(str(processes.device)), "processes": processes.size},
+        "offramp_version": __version__,
+    }
 
 
 def _finish(

@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 from rich.table import Table
 
+from offramp.report.fit import fit_table
 from offramp.report.plots import PALETTE, data_chart, layer, save_png
 from offramp.report.text import ppl_text
 
@@ -16,7 +17,7 @@ Record = dict[str, Any]
 PANEL = 340
 
 
-def confidence_table(content: Content) -> Table:
+def confidence_table(content: Content, *, width: int = 120) -> Table:
     """One row for each measure and exit."""
     ppl = "  ".join(
         f"{layer}: {ppl_text(value, 3)}" for layer, value in content["exit_ppl"].items()
@@ -41,13 +42,13 @@ def confidence_table(content: Content) -> Table:
                 _or_dash(part["ece"], ".3f"),
                 _or_dash(part["ece_target"], ".3f"),
             )
-    return table
+    return fit_table(table, width, least_important=("ECE (target)", "ECE", "AUROC"))
 
 
-def frontier_table(content: Content) -> Table:
+def frontier_table(content: Content, *, width: int = 120) -> Table:
     """PPL of each measure at the costs of its frontier, interpolated at round FLOPs%."""
     measures = content["measures"]
-    by = "flops_pct" if measures[0]["frontier"][0]["flops_pct"] is not None else "compute_pct"
+    by = _cost_key(content)
     table = Table(title=f"PPL at {'FLOPs%' if by == 'flops_pct' else 'Compute%'}")
     table.add_column("", justify="right")
     for measure in measures:
@@ -56,7 +57,36 @@ def frontier_table(content: Content) -> Table:
         cells = [_or_dash(ppl_at(measure["frontier"], share, by), ".3f") for measure in measures]
         if set(cells) != {"-"}:
             table.add_row(str(share), *cells)
-    return table
+    dropped = ("saturation", "margin", "patience", "entropy", "gate")
+    return fit_table(table, width, least_important=dropped)
+
+
+def confidence_verdict(content: Content) -> str:
+    """Which measure has the lowest PPL on average over the costs that all measures reach."""
+    names = [measure["confidence"] for measure in content["measures"]]
+    by = _cost_key(content)
+    shares = list(range(95, 0, -5))
+    found = {
+        measure["confidence"]: [ppl_at(measure["frontier"], share, by) for share in shares]
+        for measure in content["measures"]
+    }
+    common = [i for i in range(len(shares)) if all(found[name][i] is not None for name in names)]
+    if not common:
+        return "The measures reach no cost in common, so they cannot be compared."
+    mean = {name: sum(found[name][i] or 0.0 for i in common) / len(common) for name in names}
+    best = min(mean, key=lambda name: mean[name])
+    cost = "FLOPs%" if by == "flops_pct" else "Compute%"
+    beside_max_prob = best != "max_prob" and "max_prob" in mean
+    return (
+        f"{best} has the lowest PPL on average over {len(common)} costs from "
+        f"{shares[common[-1]]} to {shares[common[0]]} {cost}: {mean[best]:.3f}"
+        + (f" (max_prob: {mean['max_prob']:.3f})." if beside_max_prob else ".")
+    )
+
+
+def _cost_key(content: Content) -> str:
+    first = content["measures"][0]["frontier"][0]
+    return "compute_pct" if first["flops_pct"] is None else "flops_pct"
 
 
 def ppl_at(frontier: list[Record], share: float, by: str) -> float | None:
@@ -183,6 +213,19 @@ def certificate_table(certificate: Content) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def certificate_verdict(certificate: Content) -> str:
+    """What the certificate allows, in one sentence."""
+    if all(str(threshold) == "inf" for threshold in certificate["thresholds"]):
+        return "No token may exit early under this promise: the certificate is for the full model."
+    flops = certificate["expected_flops_pct"]
+    cost = certificate["expected_compute_pct"] if flops is None else flops
+    return (
+        f"Certified: with thresholds {', '.join(map(str, certificate['thresholds']))} on "
+        f"{certificate['confidence']}, a token costs {cost:.1f}% of the full model's "
+        f"{'layers' if flops is None else 'FLOPs (heads and gates counted)'}."
+    )
 
 
 def drift_sentence(check: Content) -> str:

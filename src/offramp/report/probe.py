@@ -5,10 +5,11 @@ from typing import Any
 
 from rich.table import Table
 
+from offramp.report.fit import fit_table
 from offramp.report.text import ppl_text
 
 
-def probe_table(content: Mapping[str, Any]) -> Table:
+def probe_table(content: Mapping[str, Any], *, width: int = 120) -> Table:
     """A row for each exit."""
     table = Table(
         title=f"{content['n_tokens']:,} tokens of {content['corpus']['name']}",
@@ -27,7 +28,7 @@ def probe_table(content: Mapping[str, Any]) -> Table:
             *(_level(row, level) for level in levels),
             "-" if cost is None else f"{cost:.2f} layers",
         )
-    return table
+    return fit_table(table, width, least_important=(">= 0.7", ">= 0.5", ">= 0.8", ">= 0.95"))
 
 
 def _level(row: Mapping[str, Any], level: str) -> str:
