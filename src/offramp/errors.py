@@ -24,7 +24,7 @@ class UnsupportedArchitectureError(OfframpError):
 
 
 class TrainingError(OfframpError):
-    """A training run cannot go on: its loss is not finite, or its process was killed."""
+    """A training run cannot continue: its loss is not finite, or its process was killed."""
 
 
 class GenerationError(OfframpError):

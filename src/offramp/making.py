@@ -132,7 +132,7 @@ def tune(
             str(corpus),
             folder,
             config,
-            on_progress=lambda told: show(told.done, told.total, told.doing),
+            on_progress=lambda state: show(state.done, state.total, state.doing),
         )
     return EarlyExitLM(open_model(folder, device=device), keep=keep)
 

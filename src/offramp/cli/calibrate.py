@@ -104,22 +104,26 @@ def _check_mode(
 
 
 def _check(
-    opened: "OpenedModel", corpus: str, certificate: Certificate, level: Promise, told: OnTokens
+    opened: "OpenedModel",
+    corpus: str,
+    certificate: Certificate,
+    level: Promise,
+    on_tokens: OnTokens,
 ) -> tuple[Callable[[], None], Results]:
     from offramp.commands.calibrate import check
     from offramp.report.confidence import drift_sentence
 
-    content = check(opened, corpus, certificate, level=level.delta, on_tokens=told)
+    content = check(opened, corpus, certificate, level=level.delta, on_tokens=on_tokens)
     return lambda: say_verdict(drift_sentence(content)), (content, content)
 
 
 def _budget(
-    opened: "OpenedModel", corpus: str, budget: float, measure: str, told: OnTokens
+    opened: "OpenedModel", corpus: str, budget: float, measure: str, on_tokens: OnTokens
 ) -> tuple[Callable[[], None], Results]:
     from offramp.commands.calibrate import keep_compute_budget
     from offramp.report.sweep import sweep_table, sweep_verdict
 
-    content = keep_compute_budget(opened, corpus, budget, confidence=measure, on_tokens=told)
+    content = keep_compute_budget(opened, corpus, budget, confidence=measure, on_tokens=on_tokens)
 
     def show() -> None:
         shown = output()
@@ -132,12 +136,12 @@ def _budget(
 
 
 def _certify(
-    opened: "OpenedModel", corpus: str, promise: Promise, measure: str, told: OnTokens
+    opened: "OpenedModel", corpus: str, promise: Promise, measure: str, on_tokens: OnTokens
 ) -> tuple[Callable[[], None], Results]:
     from offramp.commands.calibrate import certify
     from offramp.report.confidence import certificate_table, certificate_verdict
 
-    certificate, text = certify(opened, corpus, promise, confidence=measure, on_tokens=told)
+    certificate, text = certify(opened, corpus, promise, confidence=measure, on_tokens=on_tokens)
     content = certificate.content()
 
     def show() -> None:

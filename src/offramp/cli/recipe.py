@@ -55,15 +55,15 @@ def recipe(
     say_answers(result)
     toml = (out / FILE).read_text(encoding="utf-8")
     output().print(toml, highlight=False, markup=False, soft_wrap=True)
-    anew = f"offramp train --config {quote(str(out / FILE))} --out MODEL"
+    retrain = f"offramp train --config {quote(str(out / FILE))} --out MODEL"
     if run.specialise is not None:
-        anew += (
+        retrain += (
             f", then offramp specialise MODEL --corpus {quote(config.corpus)} --compute-budget "
             f"{config.compute_budget:g} --out SPECIALISED"
         )
     say(
-        f"A model of it, for the other commands: {workers.folder / run.name}; {anew} trains one "
-        f"anew. The report: {out / 'report.html'}"
+        f"A model of this recipe is in {workers.folder / run.name}. Train another one with: "
+        f"{retrain}. The report: {out / 'report.html'}"
     )
 
 

@@ -86,7 +86,7 @@ class ReproductionBars:
         self.drawn.show(name, done=0, total=total, text="runs")
 
     def on_progress(self, progress: "RunProgress") -> None:
-        """A run goes on."""
+        """Move the bar of a run."""
         text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
         name = f"  {progress.name}"
         self.drawn.show(name, done=progress.step, total=progress.total_steps, text=text)

@@ -22,7 +22,7 @@ def specialise(
     """Teach each exit of a trained model the tokens that leave there, the backbone frozen.
 
     Exits that have at most a norm get a residual block and an LM head of their own, too. Gates
-    and temperatures are fitted to them anew.
+    and temperatures are fitted to the new exits.
 
     Parameters
     ----------

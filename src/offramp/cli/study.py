@@ -40,7 +40,7 @@ class Where:
                 raise ConfigError(f"{name}: expected at least 1, got {value}")
 
     def workers(self, out: Path) -> "Workers":
-        """As many processes as there are cores for, unless told; or a cluster."""
+        """The processes that train: one for each core unless chosen otherwise, or a cluster."""
         from offramp.studies.study.workers import Workers
 
         affinity = getattr(os, "sched_getaffinity", None)
@@ -108,7 +108,7 @@ class StudyBars:
         say(f"Timing the static models: {passes} passes over {tokens:,} tokens each")
 
     def on_progress(self, progress: "RunProgress") -> None:
-        """A run goes on."""
+        """Move the bar of a run."""
         text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
         self.drawn.show(
             f"  {progress.name}", done=progress.step, total=progress.total_steps, text=text

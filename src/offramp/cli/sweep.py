@@ -68,9 +68,9 @@ def sweep(
 
     use(device, threads)
     opened = open_for(model, device=device, dtype=dtype, stored=stored)
-    with token_bar("trace") as told:
+    with token_bar("trace") as on_tokens:
         content = run_sweep(
-            opened, corpus, parsed, confidence=measure, stored=stored, on_tokens=told
+            opened, corpus, parsed, confidence=measure, stored=stored, on_tokens=on_tokens
         )
     shown = output()
     shown.print(sweep_table(content, width=shown.width))

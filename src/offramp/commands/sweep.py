@@ -20,7 +20,7 @@ _OTHER_DEFAULTS: dict[str, tuple[float, ...]] = {
 
 
 def default_thresholds(confidence: str) -> tuple[float, ...]:
-    """The thresholds that ``sweep`` takes unless told: in the unit of this measure."""
+    """Return the default thresholds of ``sweep``, in the unit of this measure."""
     return _OTHER_DEFAULTS.get(confidence, DEFAULT_THRESHOLDS)
 
 

@@ -30,7 +30,7 @@ class TrainRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Watcher:
-    """What is told as a run goes on; see ``training.train``."""
+    """Functions that are called during a run; see ``training.loop.train``."""
 
     on_step: Callable[[Progress], None] = lambda progress: None
     on_validation: Callable[[Validation], None] = lambda validation: None
@@ -55,7 +55,7 @@ def resolve(run: TrainRun) -> TrainRun:
 
 
 def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
-    """What a run's folder says of the run that is to go on."""
+    """Read the description of the run that is to continue from its folder."""
     if not out.is_dir():
         raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
     unfinished, finished = out / UNFINISHED, out / FINISHED

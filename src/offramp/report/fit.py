@@ -15,7 +15,7 @@ def fit_table(table: Table, width: int, *, least_important: Sequence[str] = ()) 
 
     Columns are dropped in the order of ``least_important`` (their headers, the first one first)
     until each cell fits on one line. The caption then names them. If all of these are dropped and
-    the table is still too wide, long cells go on in the next line: no character is ever left out.
+    the table is still too wide, long cells continue on the next line: no character is left out.
     """
     dropped: list[str] = []
     fitted = table

@@ -97,7 +97,7 @@ def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """The caller's side of a reproduction: it is told what happens."""
+    """Functions that a reproduction calls, so that the caller can show its progress."""
 
     def on_corpus(self, name: str, total: int) -> None:
         """A corpus begins, with that many runs."""

@@ -229,7 +229,7 @@ def notes(study: Study) -> list[str]:
         )
     else:
         sentences.append(
-            "The document's figures come from the pangram, so no published figure stands beside "
+            "The document's figures come from the pangram, so there is no published figure next to "
             "this text's; its claims are tested here all the same."
         )
     sentences.append(

@@ -1,4 +1,4 @@
-"""Who trains the runs of a study, and who is told of it."""
+"""The processes that train the runs of a study, and the watcher that shows their progress."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from offramp.studies.study.run import StudyRun
 
 
 class Watcher(Protocol):
-    """The caller's side of a study: it is told what happens."""
+    """Functions that a study calls, so that the caller can show its progress."""
 
     def on_plan(self, name: str, total: int, tokens: int) -> None:
         """A study begins, with that many runs and training tokens in all."""
