@@ -25,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
+        obey_umask(aside)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
@@ -33,6 +34,13 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def obey_umask(path: Path) -> None:
+    """Give a file the permissions of a new one: safetensors lets only its owner read it."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -173,6 +175,32 @@ def test_a_finished_run_is_extended_as_if_it_had_been_that_long(offramp, tmp_pat
     assert config["training"]["steps"] == 40
     steps = [int(row["step"]) for row in read_metrics(short / "metrics.csv")]
     assert steps == [10, 20, 30, 40]
+
+
+def test_weights_obey_the_umask(trained):
+    written = [*trained.rglob("*.safetensors"), *trained.rglob("*.json")]
+    assert len(written) > 4
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~current_umask()}
+
+
+def current_umask():
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_an_unfinished_run_is_named_with_the_command_that_continues_it(offramp, trained, tmp_path):
+    folder = tmp_path / "an unfinished run"
+    shutil.copytree(trained, folder)
+    (folder / "run.json").rename(folder / "unfinished.json")
+    for command in (
+        ("sweep", folder, "--corpus", "pangram"),
+        ("generate", folder, "The", "--max-new-tokens", 2),
+    ):
+        result = offramp(*command)
+        assert result.returncode == 0, result.stderr
+        assert f"{folder}: its training run is unfinished" in result.stderr
+        assert f"offramp train --resume '{folder}'" in result.stderr
 
 
 def test_a_sweep_is_written_as_csv_and_ends_in_a_verdict(offramp, trained, tmp_path):

@@ -8,6 +8,10 @@ import torch
 import transformers
 
 import offramp
+from offramp.commands.text import MeasuredText
+from offramp.exits.gate import FittedExits, Gate
+from offramp.models.open import open_model
+from offramp.studies.study.run import StudyText
 
 QUICK = {"layers": 3, "dim": 16, "heads": 2, "exits": [1], "seq_len": 16, "batch_size": 16}
 
@@ -150,6 +154,14 @@ def test_a_mistake_is_one_sentence(lm, call, sentence):
     assert "\n" not in str(raised.value)
 
 
-def test_a_corpus_and_a_trace_are_shown_in_a_line():
+def test_what_holds_texts_or_tensors_is_shown_in_a_line(lm):
     corpus = offramp.load_corpus("pangram")
     assert repr(corpus) == "Corpus('pangram': train 100,000, validation 10,000 characters)"
+    text = StudyText(train="a" * 10**6, held_out="b", test="c", about={})
+    fitted = FittedExits(gates={"gain": {1: Gate(16)}}, draft_vocab=torch.arange(5000))
+    trace = MeasuredText(
+        opened=open_model(lm._opened.name), corpus=corpus, ids=torch.arange(20) % 9, read="whole"
+    )
+    for value in (text, fitted, trace, trace.trace(()), lm.generate("The "), lm):
+        assert len(repr(value)) < 250
+        assert "\n" not in repr(value)

@@ -83,6 +83,11 @@ def open_for(
         stored.require_model(files.sha256)
     opened = open_model(files, device=device, dtype=getattr(torch, dtype) if dtype else None)
     opened.model.silence_untrained()  # the command itself says so
+    if opened.unfinished:
+        say(
+            f"{name}: its training run is unfinished; this is its best model so far. Continue it "
+            f"with: offramp train --resume {quote(str(name))}"
+        )
     return opened
 
 
@@ -128,11 +133,6 @@ def warn(model: Path, corpus: str, about: Mapping[str, object]) -> None:
         say(
             f"{about['unknown_tokens']:,} of the tokens are <unk>: characters or words that the "
             "tokenizer does not have."
-        )
-    if about.get("unfinished"):
-        say(
-            f"{model}: its training run is unfinished; this is its best model so far. Continue "
-            f"it with: offramp train --resume {quote(str(model))}"
         )
 
 

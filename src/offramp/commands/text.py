@@ -35,6 +35,9 @@ class MeasuredText:
     read: str
     "Which part of the corpus was encoded: whole, or test split."
 
+    def __repr__(self) -> str:
+        return f"MeasuredText({len(self.ids):,} tokens of {self.corpus.name!r}, {self.read})"
+
     @property
     def unknown_tokens(self) -> int:
         """Number of tokens that are the tokenizer's unknown token."""

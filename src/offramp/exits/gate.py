@@ -64,7 +64,7 @@ def expected_kl(out: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
     return F.softplus(out)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FittedExits:
     """What was fitted to the exits of a trained model: gates, temperatures, a draft vocabulary.
 
@@ -79,6 +79,14 @@ class FittedExits:
     draft_vocab: Int[Tensor, " W"] | None = None
     """The tokens that a draft may name (the most frequent ones; None: all): its head is then a
     slice of the LM head and costs as much less."""
+
+    def __repr__(self) -> str:
+        gates = {kind: sorted(by_layer) for kind, by_layer in self.gates.items()}
+        drafts = 0 if self.draft_vocab is None else len(self.draft_vocab)
+        return (
+            f"FittedExits(gates at {gates}, temperatures {dict(self.temperatures)}, "
+            f"{drafts:,} tokens to draft)"
+        )
 
     def gate(self, kind: str, exit_layer: int) -> Gate:
         """ConfigError where none was fitted."""

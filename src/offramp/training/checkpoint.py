@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.errors import CheckpointError
+from offramp.files import obey_umask
 from offramp.models.base import TrainableModel
 from offramp.training.distributed import ALONE, Processes, sharded_like, whole
 
@@ -65,6 +66,8 @@ class Checkpoints:
             aside.mkdir()
             save_file(parameters, aside / MODEL)
             save_file(moments, aside / OPTIMIZER)
+            for name in (MODEL, OPTIMIZER):
+                obey_umask(aside / name)
             hashes = {name: _sha256(aside / name) for name in (MODEL, OPTIMIZER)}
             content = {"step": step, "sha256": hashes, **state}
             content["state_sha256"] = _state_sha256(content)

@@ -8,7 +8,7 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import check_tensors, read_json
+from offramp.files import check_tensors, obey_umask, read_json
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source
 
@@ -84,6 +84,7 @@ def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
                 for path in texts.glob(kind):
                     shutil.copyfile(path, aside / path.name)
         for path in sorted(aside.iterdir()):
+            obey_umask(path)
             path.replace(folder / path.name)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None

@@ -37,7 +37,7 @@ HELD_OUT = 0.05
 """Share of the training text, taken from its end, on which thresholds are chosen, not trained."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StudyText:
     """The texts of a study's runs."""
 
@@ -49,6 +49,10 @@ class StudyText:
     "Text to report on."
     about: Mapping[str, Any]
     "Names and hashes of the texts and how they were split, for every report."
+
+    def __repr__(self) -> str:
+        parts = (f"{name} {len(getattr(self, name)):,}" for name in ("train", "held_out", "test"))
+        return f"StudyText({', '.join(parts)} characters)"
 
 
 @dataclass(frozen=True, kw_only=True)
