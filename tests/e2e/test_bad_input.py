@@ -143,5 +143,6 @@ def test_a_stopped_run_is_readable_and_goes_on(offramp, tmp_path, number, code):
 def test_resume_refuses_what_it_cannot_go_on_with(offramp, trained, tmp_path):
     assert refused(offramp("train", "--resume", tmp_path / "none"), "found none")
     assert refused(offramp("train", "--resume", trained), "is finished")
-    assert refused(offramp("train", "--resume", trained, "--steps", 9), "no other flag")
+    assert refused(offramp("train", "--resume", trained, "--lr", 9), "no other flag")
+    assert refused(offramp("train", "--resume", trained, "--steps", 9), "more than the 30 steps")
     assert refused(offramp("train", "--corpus", "pangram"), "--out")

@@ -41,7 +41,7 @@ def test_a_sharded_run_that_is_stopped_goes_on_alone(offramp, tmp_path, argument
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # to torchrun, which hands it on
     _, stderr = process.communicate(timeout=120)
-    assert stderr.count("Stopped after step") == 1, stderr
+    assert stderr.count("Checkpoint saved at step") == 1, stderr
     assert stderr.count("validation PPL by layer") >= 1
     assert (out / "unfinished.json").exists()
 

@@ -14,7 +14,9 @@ from offramp.cli import main
 KILLS, INSIDE_A_WRITE = 20, 8
 STEPS = 120
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["offramp.cli", "offramp.commands.train"])
+PROCESSES.set_forkserver_preload(
+    ["offramp.cli.app", "offramp.cli.train", "offramp.commands.train", "offramp.report.progress"]
+)
 
 
 def start(*arguments):
