@@ -51,8 +51,8 @@ class ObjectiveConfig:
     "Number of steps until the early exits have their full weight."
     curriculum: str = "none"
     """Which early exits have a weight at a step (LayerSkip): none (all exits), rotational:R
-    (every R-th layer, shifted up by one at each step), or gradual (from the last layer down, all after
-    half of the run)."""
+    (every R-th layer, shifted up by one at each step), or gradual (from the last layer down; all
+    exits after half of the run)."""
     layer_dropout: float = 0.0
     "Share of samples that skip the last layer; less for lower layers, 0 for the first (LayerSkip)."
     layer_dropout_schedule: LayerDropoutSchedule = "constant"
