@@ -19,7 +19,7 @@ set of all of them and each single exit are tried."""
 PRICES = np.geomspace(1e-5, 1.0, 16)
 """Prices of one percent of FLOPs, in nats, for a search over several exits."""
 _ROUNDS = 10
-_HAIR = 1e-9
+_TOLERANCE = 1e-9
 
 
 def keep_budget(
@@ -38,7 +38,7 @@ def keep_budget(
         search = _Search.of(trace, scores, cost, confidence, used)
         candidates += search.candidates(flops_pct)
     rows = sweep(trace, candidates, confidence=confidence, cost=cost)
-    affordable = [row for row in rows if _flops(row) <= flops_pct + _HAIR]
+    affordable = [row for row in rows if _flops(row) <= flops_pct + _TOLERANCE]
     if not affordable:
         cheapest = min(_flops(row) for row in rows)
         raise ConfigError(
@@ -159,7 +159,7 @@ class _Search:
         found = self.scores[index][here]
         ends = np.append(True, np.append(found[1:] != found[:-1], True)[: len(found)])
         total = np.where(ends, losses + price * costs, math.inf)
-        affordable = costs <= tokens * (budget + _HAIR)
+        affordable = costs <= tokens * (budget + _TOLERANCE)
         if not (affordable & ends).any():
             total, affordable = np.where(ends, costs, math.inf), ends
         leaving = int(np.argmin(np.where(affordable, total, math.inf)))

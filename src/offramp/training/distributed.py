@@ -89,13 +89,13 @@ class Processes:
         self.on_main(lambda: made.append(make()))
         return made[0] if made else make()
 
-    def any(self, said: bool) -> bool:
+    def any(self, value: bool) -> bool:
         """Return whether the value is True in any process."""
         if self.size == 1:
-            return said
+            return value
         from accelerate.utils import reduce
 
-        return bool(reduce(torch.tensor(float(said), device=self.device), "max"))
+        return bool(reduce(torch.tensor(float(value), device=self.device), "max"))
 
     def mean(self, loss: Tensor, parts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the means over the processes of the loss and of its parts by layer."""

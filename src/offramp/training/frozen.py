@@ -23,7 +23,7 @@ from offramp.models.exit_heads import ExitHead
 from offramp.training.frozen_config import FrozenConfig
 from offramp.training.kept_states import KeptStates, keep_states, portions
 
-OFTEN, SELDOM = 2048, 512
+FREQUENT, SAMPLED = 2048, 512
 """Numbers of tokens that imitation compares; see ``Compared``."""
 RIDGE = 100
 """The penalty of the least squares, as a number of tokens with a mean square state."""
@@ -176,8 +176,8 @@ class Compared:
 
     def __init__(self, model: TrainableModel, kept: KeptStates, generator: torch.Generator):
         self.generator = generator
-        self.often: Tensor | None = None
-        if model.vocab_size <= 2 * (OFTEN + SELDOM):
+        self.frequent: Tensor | None = None
+        if model.vocab_size <= 2 * (FREQUENT + SAMPLED):
             return
         last = max(kept.states)
         mass = torch.zeros(model.vocab_size, device=model.device)
@@ -185,19 +185,19 @@ class Compared:
             for h in kept.states[last][::8].split(1024):
                 mass += F.softmax(model.unembed(h[None], last)[0].float(), dim=-1).sum(0)
         order = mass.argsort(descending=True)
-        self.often, self.others = order[:OFTEN], order[OFTEN:]
+        self.frequent, self.others = order[:FREQUENT], order[FREQUENT:]
 
     def draw(self) -> tuple[Tensor | None, Tensor | float]:
         """Return token ids (None for all), and the log of how many tokens each represents.
 
         The log is added to the logits of the tokens.
         """
-        if self.often is None:
+        if self.frequent is None:
             return None, 0.0
-        drawn = torch.randperm(len(self.others), generator=self.generator)[:SELDOM]
-        weight = self.others.new_zeros(OFTEN + SELDOM, dtype=torch.float32)
-        weight[OFTEN:] = math.log(len(self.others) / SELDOM)
-        return torch.cat((self.often, self.others[drawn.to(self.others.device)])), weight
+        drawn = torch.randperm(len(self.others), generator=self.generator)[:SAMPLED]
+        weight = self.others.new_zeros(FREQUENT + SAMPLED, dtype=torch.float32)
+        weight[FREQUENT:] = math.log(len(self.others) / SAMPLED)
+        return torch.cat((self.frequent, self.others[drawn.to(self.others.device)])), weight
 
 
 def imitation_loss(
