@@ -1,7 +1,8 @@
-"""Time calibration against the model pass that it cannot do without, interleaved in one run.
+"""Time calibration against the model pass that it needs, interleaved in one run.
 
-The pass: every block over the text, and the logits of 3 exits. Calibration: the same with what a
-trace records, then a certificate with 20 thresholds (sequence losses, p-values, expected cost).
+The pass runs every block over the text and computes the logits of 3 exits. Calibration does the
+same, records a trace, and makes a certificate with 20 thresholds (sequence losses, p-values,
+expected cost).
 
     python benchmarks/calibrate_pass.py
 """
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def interleaved(functions: list[Callable[[], None]], repeats: int) -> list[list[float]]:
-    """The seconds that each took; the first round does not count."""
+    """Return the seconds that each function took; the first round does not count."""
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(repeats + 1):
         for index, function in enumerate(functions):

@@ -1,9 +1,9 @@
-"""Does a certificate keep its promise on text that it has not seen? And does a gate pay?
+"""Test whether certificates hold on new text, and compare gates with max_prob at equal FLOPs.
 
-A model is traced once on the text of --test. Then the sequences are halved at random, 20 times:
-thresholds are certified on one half, and the risk is measured on the other. After that, PPL at
-equal FLOPs (heads and gates counted) of leaving by max_prob, gate and gain, the gates being fitted
-on --train. Figures are under missing_kv="recompute".
+The model is traced once on the text of --test. Then the sequences are divided at random into two
+halves, 20 times: thresholds are certified on one half, and the risk is measured on the other.
+After that, the PPL at equal FLOPs (heads and gates counted) is printed for max_prob, gate and
+gain, with gates that are fitted on --train. Figures are under missing_kv="recompute".
 
     python benchmarks/calibration_splits.py MODEL --train valid.txt --test test.txt
 """

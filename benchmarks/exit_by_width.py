@@ -1,11 +1,11 @@
-"""Confident exit against full depth on the clock, by the width of the model.
+"""Time decoding with confident exits against full depth, for several widths of the model.
 
     python benchmarks/exit_by_width.py [WIDTH ...]
 
 Native decoders of 6 layers with an exit after 2 (123 characters, heads of 32, greedy, one row of
 200 new tokens behind 40), at the threshold where 65% of the layers run under ``propagate``. The
-parameters are random: what is timed does not depend on what they say. Prints the medians of 15
-interleaved runs, and what the layers alone would allow: 6 / mean layers.
+parameters are random, because the time does not depend on their values. Prints the medians of 15
+interleaved runs, and the speedup if only layers took time: 6 / mean layers.
 """
 
 import sys
@@ -23,7 +23,7 @@ PROMPT = list(range(40))
 
 
 def run(model: Transformer, threshold: float | None) -> tuple[float, float]:
-    """(seconds, mean layers) of one text."""
+    """Return (seconds, mean layers) of one text."""
     config = GenerateConfig(max_new_tokens=NEW, threshold=threshold)
     start = time.perf_counter()
     generation = generate(model, PROMPT, config)
@@ -33,7 +33,7 @@ def run(model: Transformer, threshold: float | None) -> tuple[float, float]:
 
 
 def threshold_at(model: Transformer, share: float) -> float:
-    """The largest threshold at which no more than this share of the layers runs."""
+    """Return the largest threshold at which at most this share of the layers runs."""
     low, high = 0.0, 1.0
     for _ in range(14):
         middle = (low + high) / 2
@@ -45,7 +45,7 @@ def threshold_at(model: Transformer, share: float) -> float:
 
 
 def main() -> None:
-    """Print a line for each width."""
+    """Print one line for each width."""
     for width in [int(given) for given in sys.argv[1:]] or WIDTHS:
         config = DecoderConfig(
             vocab_size=123,

@@ -1,10 +1,10 @@
-"""Peak memory and time of four exits' losses over a large vocabulary, plain and in chunks.
+"""Measure peak memory and time of four exits' losses over a large vocabulary, plain and chunked.
 
     python benchmarks/exit_loss_memory.py
 
-Four exits with one head, vocabulary 49,152, 2,048 tokens, float32: forward and backward of the
-loss alone. Each side runs in a process of its own, so that its peak is its own; memory is what
-it needs above the states, the head and its gradient's inputs.
+Four exits with one head, vocabulary 49,152, 2,048 tokens, float32: forward and backward of only
+the loss. Each side runs in a separate process, because the peak is that of a process. The memory
+does not include the states, the head and the inputs of its gradient.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Does a gate that asks what the deep layers would gain beat how sure the exit is?
+"""Compare the ``gain`` gate with ``max_prob`` at equal FLOPs.
 
-Characters of WikiText-2: a model of 6 layers with an exit after 2 trains on valid.txt, both exits
-with weight 0.5, and is frozen; the gates are fitted on the same training text. Then tokens of the
-first 131,072 characters of test.txt leave by each measure's threshold, at the same flops_pct, each
-measure's own cost (heads and gates) counted. Figures are PPL under missing_kv="recompute".
+A model of 6 layers with an exit after 2 is trained on the characters of WikiText-2's valid.txt,
+with weight 0.5 for both exits, and then frozen. The gates are fitted on the same text. Then each
+measure decides where tokens of the first 131,072 characters of test.txt leave, at the same
+flops_pct, which includes the cost of heads and gates. Figures are PPL under
+missing_kv="recompute".
 
     python benchmarks/gain_gate.py FOLDER                     # FOLDER holds valid.txt and test.txt
-    python benchmarks/gain_gate.py FOLDER --models runs/gain  # keeps the models, and finds them
+    python benchmarks/gain_gate.py FOLDER --models runs/gain  # keeps and reuses the models
 """
 
 import argparse
@@ -58,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="with WikiText-2's valid.txt and test.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", type=Path, help="keep trained models here, and find them")
+    parser.add_argument(
+        "--models", type=Path, help="keep trained models in this folder, and reuse them"
+    )
     parser.add_argument("--gate-steps", type=int, default=GateConfig().steps)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -87,7 +90,7 @@ def trained(config: DecoderConfig, ids: Tensor, seed: int, models: Path | None) 
         return load_checkpoint(folder)[0]
     start = time.perf_counter()
     model = new_model(config, seed=seed)
-    validation = ids[: 64 * TRAINING.seq_len + 1]  # the last step's model is the one that counts
+    validation = ids[: 64 * TRAINING.seq_len + 1]  # not used: the model of the last step counts
     train(model, ids, validation, replace(TRAINING, seed=seed))
     print(f"seed {seed}: trained in {time.perf_counter() - start:.0f} s")
     if folder:

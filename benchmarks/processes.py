@@ -2,8 +2,9 @@
 
     python benchmarks/processes.py
 
-Models as small as the seed document's lose time to thread hand-over; ``offramp reproduce`` uses
-one thread a process because of what this prints. The two ways take turns.
+With small models, such as those of the seed document, two threads lose time on synchronisation.
+The figures of this script are the reason why ``offramp reproduce`` uses one thread per process.
+The two ways are timed alternately.
 """
 
 import argparse

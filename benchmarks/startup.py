@@ -1,10 +1,10 @@
-"""Processor time of what the command line answers without a model.
+"""Measure the processor time of commands that need no model, such as ``--help``.
 
     python benchmarks/startup.py [--runs 9]
 
-User and system time of the process, the median of runs that take turns, beside that of a Python
-that does nothing and of one that imports PyTorch. Before commands and public names were imported
-on first use, every one of these took 2.8 s, since each imported PyTorch.
+Prints the median user and system time of the process over interleaved runs, and for comparison
+that of a Python that does nothing and of one that imports PyTorch. Before commands and public
+names were imported on first use, each command took 2.8 s, because it imported PyTorch.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CASES = {
 
 
 def processor_seconds(arguments: list[str]) -> float:
-    """User and system time of one process."""
+    """Return the user and system time of one process."""
     before = os.times()
     subprocess.run(
         [sys.executable, *arguments],

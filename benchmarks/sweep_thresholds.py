@@ -1,9 +1,9 @@
-"""Time a sweep of 100 thresholds against a sweep of one, on the same text and model.
+"""Time a sweep of 100 thresholds against a sweep of one, with the same text and model.
 
     python benchmarks/sweep_thresholds.py [--corpus python-docs]
 
-Each figure is one pass of the model over the text and the array work that follows it, timed
-together; the two take turns.
+Each time includes one pass of the model over the text and the array operations after it. The two
+sweeps are timed alternately.
 """
 
 import argparse

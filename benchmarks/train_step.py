@@ -1,9 +1,9 @@
 """Time one training step: offramp against a plain eager implementation, interleaved in one run.
 
-The plain side is what a straightforward reading of the seed document gives: explicit softmax
-attention with a mask, RMSNorm and rotary positions written out, logits at every layer, and
-cross-entropy on those with a weight. Both sides hold the same parameters, see the same batch and
-do the same work: forward, backward, gradient clip, AdamW. Their losses are compared first.
+The plain side is a direct implementation of the seed document: explicit softmax attention with a
+mask, RMSNorm and rotary positions as separate operations, logits at every layer, and cross-entropy
+at the layers with a weight. Both sides have the same parameters and batch and do the same work:
+forward, backward, gradient clip, AdamW. Their losses are compared first.
 
     python benchmarks/train_step.py            # the two models of the project's own targets
     python benchmarks/train_step.py --repeats 15 --threads 2
@@ -203,7 +203,7 @@ def offramp_side(
 
 
 def measure(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds a step of each side; the sides take turns."""
+    """Return the median seconds per step of each side; the sides are timed alternately."""
     for step in sides.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in sides}

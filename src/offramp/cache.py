@@ -1,10 +1,10 @@
-"""Where offramp keeps what it can make again: OFFRAMP_CACHE, or the user's cache folder."""
+"""The cache folder of offramp: OFFRAMP_CACHE, or the user's cache folder."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder for one kind of things: ``tokens`` or ``models``."""
+    """Return the cache folder for ``kind``, which is ``tokens`` or ``models``."""
     usual = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "offramp"
     return Path(os.environ.get("OFFRAMP_CACHE", usual)) / kind

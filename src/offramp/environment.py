@@ -7,7 +7,7 @@ import torch
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a figure may depend on."""
+    """Return versions, platform, device and thread count, on which a figure may depend."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,5 +1,7 @@
-"""What a user can get wrong. Each error is a ValueError whose message is one clear sentence:
-what was expected, and what came. The command line prints it and exits with code 2.
+"""Errors that offramp raises about its input.
+
+Each is a ValueError whose message is one sentence that names what was expected and what was
+found. The command line prints the message and exits with code 2.
 """
 
 
@@ -16,11 +18,11 @@ class CorpusError(OfframpError):
 
 
 class CheckpointError(OfframpError):
-    """A model folder is missing, damaged or of another kind; or an output folder is taken."""
+    """A model folder is missing, damaged or of another kind, or an output folder is in use."""
 
 
 class UnsupportedArchitectureError(OfframpError):
-    """A model is of a kind that offramp cannot run, or not in the way that is asked for."""
+    """A model has an architecture that offramp cannot run, or cannot run in the requested way."""
 
 
 class TrainingError(OfframpError):
@@ -32,4 +34,4 @@ class GenerationError(OfframpError):
 
 
 class CertificateError(OfframpError):
-    """A certificate is none, was edited, or belongs to another model."""
+    """A file is not a certificate, was edited, or belongs to another model."""

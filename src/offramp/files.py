@@ -1,7 +1,7 @@
-"""Files: JSON and safetensors are read with one sentence for what is wrong, and written whole.
+"""Read and write JSON and safetensors files.
 
-Every file is written beside its final name, synced and renamed, so that it appears only when it
-is complete. Weights are safetensors; nothing loads a pickle.
+Each file is written under a temporary name in the same folder, synced to disk and then renamed,
+so a file with its final name is always complete. Weights are safetensors; nothing loads a pickle.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from offramp.errors import CheckpointError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; on success it is synced and takes its name."""
+    """Yield a temporary path to write to; on success, sync it and rename it to ``path``."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
@@ -44,7 +44,7 @@ def obey_umask(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all. JSON has no infinity: it is written as "inf" or "-inf"."""
+    """Write a JSON file completely or not at all. Infinity is written as "inf" or "-inf"."""
     text = json.dumps(_without_infinity(content), indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
@@ -59,7 +59,7 @@ def _without_infinity(content: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; a CheckpointError names what is wrong with it."""
+    """Parse a JSON file. Raises CheckpointError if it is missing or not readable JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def check_free(out: Path) -> None:
 
 
 def claim_folder(out: Path) -> None:
-    """Make a new folder for a run, or take an empty one; a CheckpointError says what is wrong."""
+    """Create a folder for a run, or use an empty one. Raises CheckpointError as ``check_free``."""
     check_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,9 @@ def claim_folder(out: Path) -> None:
 
 
 def claim_marked(marker: Path, content: Any) -> None:
-    """Claim the folder of ``marker`` and write it there.
+    """Claim the folder of ``marker`` with ``claim_folder``, and write ``content`` to ``marker``.
 
-    What a process that was killed at that left of the file is no obstacle.
+    Temporary files of ``marker`` that a killed process left behind are removed first.
     """
     for left in marker.parent.glob(f".{marker.name}.*.tmp"):
         left.unlink(missing_ok=True)
@@ -106,19 +106,19 @@ def claim_marked(marker: Path, content: Any) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Every tensor of a safetensors file; a CheckpointError names what is wrong with it."""
+    """Return all tensors of a safetensors file. Raises CheckpointError if it is not readable."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_tensors(path: Path) -> None:
-    """Raise a CheckpointError unless this is a whole safetensors file; its header says so."""
+    """Raise a CheckpointError unless ``path`` is a complete safetensors file, by its header."""
     with _opened(path):
         pass
 
 
 def count_parameters(path: Path) -> int:
-    """The number of parameters in a safetensors file, from its header."""
+    """Return the number of parameters in a safetensors file, from its header."""
     with _opened(path) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
@@ -135,7 +135,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def file_sha256(*paths: Path) -> str:
-    """Hash of files one after another."""
+    """Return the SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -148,12 +148,12 @@ def file_sha256(*paths: Path) -> str:
 
 
 def stored_fields(config: Any, format_fields: Collection[str]) -> dict[str, Any]:
-    """The fields of a dataclass that a stored format keeps, in the order of the class.
+    """Return the fields of a dataclass that a stored format contains, in the order of the class.
 
-    ``format_fields`` are the names of the fields that the format always holds. A field that was
-    added later is held only where it differs from its default, so that what was stored before
-    the field existed still equals what is stored now. The default of such a field must not
-    change within a format.
+    ``format_fields`` are the names of the fields that the format always contains. A field that
+    was added later is included only if it differs from its default, so records that were stored
+    before the field existed still compare equal. The default of such a field must not change
+    within a format.
     """
     return {
         field.name: getattr(config, field.name)

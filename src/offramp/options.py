@@ -1,4 +1,4 @@
-"""Options of a Python call as a config: unknown names and wrong types are one sentence."""
+"""Turn the keyword arguments of a Python call into a config, and check names and types."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -21,10 +21,11 @@ _WORDS = {
 def config_of(
     config: type[Config], options: Mapping[str, Any], *, also: Iterable[str] = ()
 ) -> Config:
-    """Make a config of keyword arguments.
+    """Make a config from keyword arguments.
 
-    ``also`` are other names that the caller takes, for the hint. Raises ConfigError for a name
-    that is no field, naming the nearest one, and for a value of another type than the field's.
+    ``also`` are other names that the caller accepts; they are used only in the hint. Raises
+    ConfigError for a name that is not a field, with the nearest name as a hint, and for a value
+    whose type is not the field's.
     """
     names = [field.name for field in fields(config)]  # type: ignore[arg-type]
     hints = get_type_hints(config)
@@ -41,7 +42,7 @@ def config_of(
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a config's field."""
+    """Return whether a value has the type of a config's field."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in arguments)
@@ -56,7 +57,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _named(hint: Any) -> str:
-    """A type in words, such as "a number or None"."""
+    """Return a type in words, such as "a number or None"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(_named(part) for part in arguments)

@@ -107,7 +107,7 @@ def test_drafting_has_flags(offramp, trained):
         (("The", "--confidence", "gate", "--threshold", "0.5"), "gate"),
         (("The", "--speculative", "--draft-exit", "3"), "draft_exit: expected one of the exits"),
         (("The", "--speculative", "--threshold", "0.5"), "threshold: expected none with"),
-        (("The", "--decay", "4"), "decay: expected a threshold with it, got decay 4 alone"),
+        (("The", "--decay", "4"), "decay: expected a threshold too, got only decay 4"),
         (("The", "--chat"), "chat: expected a model with a chat template"),
         (("The", "--temperature", "-1"), "temperature: expected at least 0"),
     ],

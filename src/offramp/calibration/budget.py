@@ -1,4 +1,4 @@
-"""Budget mode: the thresholds that keep flops_pct under a budget at the least loss."""
+"""Budget mode: find the thresholds with the lowest loss whose FLOPs% is within a budget."""
 
 import math
 from collections.abc import Iterator
@@ -14,21 +14,22 @@ from offramp.evaluation.sweep import SweepRow, finite_nll, sweep
 from offramp.evaluation.trace import ExitTrace
 
 LARGEST_SUBSETS = 4
-"""Up to so many early exits every subset of them is tried; beyond, all of them and each alone."""
+"""Largest number of early exits of which every subset is tried. With more early exits, only the
+set of all of them and each single exit are tried."""
 PRICES = np.geomspace(1e-5, 1.0, 16)
-"""Nats for one percent of FLOPs, for a search over several exits."""
+"""Prices of one percent of FLOPs, in nats, for a search over several exits."""
 _ROUNDS = 10
-_HAIR = 1e-9
+_TOLERANCE = 1e-9
 
 
 def keep_budget(
     trace: ExitTrace, flops_pct: float, *, cost: ModelCost, confidence: str = "max_prob"
 ) -> SweepRow:
-    """The thresholds under which tokens cost at most ``flops_pct`` and the PPL is least.
+    """Return the thresholds with the lowest PPL at which tokens cost at most ``flops_pct``.
 
-    Exact for one exit before the last. For several it improves one threshold at a time, each
-    exactly, at a ladder of prices for cost, with every subset of the exits in use: an exit that
-    nobody asks costs nothing. Raises ConfigError where no exit is so cheap.
+    The result is exact for one early exit. For several, the search optimises one threshold at a
+    time at each of ``PRICES``, for subsets of the exits, because an exit that is not evaluated
+    costs nothing. Raises ConfigError if the cheapest exit costs more than the budget.
     """
     early = len(trace.exit_layers) - 1
     scores = trace.scores(confidence)[:-1]
@@ -37,12 +38,12 @@ def keep_budget(
         search = _Search.of(trace, scores, cost, confidence, used)
         candidates += search.candidates(flops_pct)
     rows = sweep(trace, candidates, confidence=confidence, cost=cost)
-    affordable = [row for row in rows if _flops(row) <= flops_pct + _HAIR]
+    affordable = [row for row in rows if _flops(row) <= flops_pct + _TOLERANCE]
     if not affordable:
         cheapest = min(_flops(row) for row in rows)
         raise ConfigError(
-            f"compute_budget: expected at least {cheapest:.2f}% of the full model's FLOPs, what "
-            f"the cheapest exit costs, got {flops_pct:g}"
+            f"compute_budget: expected at least {cheapest:.2f}% of the full model's FLOPs, the "
+            f"cost of the cheapest exit, got {flops_pct:g}"
         )
     return min(affordable, key=lambda row: (row.ppl, _flops(row)))
 
@@ -53,12 +54,12 @@ def _flops(row: SweepRow) -> float:
 
 
 def _static(index: int, early: int) -> tuple[float, ...]:
-    """Every token leaves at this exit, and nobody asks."""
+    """Return thresholds at which every token leaves at this exit and no confidence is computed."""
     return (math.inf,) * index + (-math.inf,) * (early - index)
 
 
 def _subsets(early: int) -> Iterator[tuple[int, ...]]:
-    """Indices of the exits in use."""
+    """Yield the subsets of early exits to try, as indices."""
     every = range(early)
     if early <= LARGEST_SUBSETS:
         return chain.from_iterable(combinations(every, size) for size in range(1, early + 1))
@@ -67,18 +68,18 @@ def _subsets(early: int) -> Iterator[tuple[int, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """Thresholds of some of the exits, the others unused."""
+    """A search for the thresholds of some of the exits; the other exits are not used."""
 
     used: tuple[int, ...]
     early: int
     scores: NDArray[np.float32]
-    "(U, N) of the used exits."
+    "(U, N) scores of the used exits."
     orders: NDArray[np.intp]
-    "(U, N) tokens by falling score."
+    "(U, N) indices of the tokens by descending score."
     loss: NDArray[np.float64]
-    "(U + 1, N)"
+    "(U + 1, N) loss of each token at each used exit and at the last exit, in nats."
     cost: NDArray[np.float64]
-    "(U + 1,)"
+    "(U + 1,) FLOPs% of leaving at each used exit and at the last exit."
 
     @classmethod
     def of(
@@ -103,7 +104,7 @@ class _Search:
         )
 
     def candidates(self, budget: float) -> Iterator[tuple[float, ...]]:
-        """Threshold vectors worth a look, for all exits."""
+        """Yield candidate threshold vectors, with a threshold for each early exit."""
         thresholds = [math.inf] * len(self.used)
         prices = PRICES if len(self.used) > 1 else ()
         for price in prices:
@@ -118,14 +119,14 @@ class _Search:
         yield self.whole(self.filled([math.inf] * len(self.used), budget))
 
     def filled(self, thresholds: list[float], budget: float) -> list[float]:
-        """One threshold after the other as good as the budget allows, the last exit's first."""
+        """Optimise each threshold in turn within the budget, beginning with the deepest exit."""
         thresholds = list(thresholds)
         for index in reversed(range(len(self.used))):
             thresholds[index] = self.best(index, thresholds, budget=budget)
         return thresholds
 
     def whole(self, thresholds: list[float]) -> tuple[float, ...]:
-        """With infinity for the exits that are not used."""
+        """Return thresholds for all early exits, with infinity for those that are not used."""
         every = [math.inf] * self.early
         for index, threshold in zip(self.used, thresholds, strict=True):
             every[index] = threshold
@@ -139,16 +140,17 @@ class _Search:
         price: float = 0.0,
         budget: float = math.inf,
     ) -> float:
-        """The threshold of one exit at which loss + price x cost is least, the others as they are.
+        """Return the threshold of one exit with the least loss + price x cost.
 
-        Of all affordable ones; the cheapest where none is.
+        The other thresholds are fixed. Only thresholds within the budget count; if there are
+        none, the cheapest threshold is returned.
         """
         tokens = self.scores.shape[1]
         at_exit = np.full(tokens, len(self.used))
-        for later in reversed(range(len(self.used))):  # where a token goes that stays here
+        for later in reversed(range(len(self.used))):  # the exit of a token that continues here
             if later != index:
                 at_exit[self.scores[later] >= thresholds[later]] = later
-        here = self.orders[index][at_exit[self.orders[index]] > index]  # those that come by
+        here = self.orders[index][at_exit[self.orders[index]] > index]  # tokens that reach it
         kept_loss = self.loss[at_exit, np.arange(tokens)]
         losses = np.cumsum(np.append(kept_loss.sum(), (self.loss[index] - kept_loss)[here]))
         costs = np.cumsum(
@@ -157,7 +159,7 @@ class _Search:
         found = self.scores[index][here]
         ends = np.append(True, np.append(found[1:] != found[:-1], True)[: len(found)])
         total = np.where(ends, losses + price * costs, math.inf)
-        affordable = costs <= tokens * (budget + _HAIR)
+        affordable = costs <= tokens * (budget + _TOLERANCE)
         if not (affordable & ends).any():
             total, affordable = np.where(ends, costs, math.inf), ends
         leaving = int(np.argmin(np.where(affordable, total, math.inf)))

@@ -1,4 +1,4 @@
-"""A certificate: which thresholds keep which promise about which model, and on what ground."""
+"""A certificate: certified thresholds, the model that they belong to, and what they guarantee."""
 
 import hashlib
 import json
@@ -14,29 +14,32 @@ from offramp.files import read_json, write_json
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Certificate:
-    """What ``offramp calibrate`` writes. Made by ``certify``; ``sha256`` is over all the rest."""
+    """Certified thresholds of one model, as ``offramp calibrate`` writes them.
+
+    ``certify`` makes a certificate. ``sha256`` is the hash of all other fields.
+    """
 
     model_sha256: str
     corpus_sha256: str
     risk: str
     epsilon: float
-    "What the risk is at most: a share of tokens, or nats a token."
+    "Upper bound on the risk: a share of the tokens, or nats per token."
     delta: float | None
-    "How often the promise may fail over draws of the text; None for conformal risk control."
+    "Probability that the bound fails, over draws of the text; None for conformal risk control."
     method: str
-    "ltt or crc."
+    "``ltt`` (Learn-then-Test) or ``crc`` (conformal risk control)."
     confidence: str
     missing_kv: str
     n: int
-    "Sequences that it was calibrated on."
+    "Number of sequences of the calibration text."
     thresholds: tuple[float, ...]
-    "One for each exit but the last; inf never lets a token leave."
+    "One threshold for each exit but the last; no token leaves at an exit whose threshold is inf."
     p_values: tuple[float, ...] | None
-    "Of each step of the path; None for conformal risk control."
+    "The p-value of each step of the path; None for conformal risk control."
     expected_compute_pct: float
     expected_flops_pct: float | None
     assumptions: dict[str, Any]
-    "What the promise rests on, and what it does not cover."
+    "What the guarantee assumes, and what it does not cover."
     sha256: str = ""
 
     def __repr__(self) -> str:
@@ -47,17 +50,17 @@ class Certificate:
         )
 
     def signed(self) -> "Certificate":
-        """The same with its sha256."""
+        """Return the certificate with its ``sha256`` filled in."""
         return replace(self, sha256=_digest(self))
 
     @property
     def is_full_model(self) -> bool:
-        """Nothing was certified: no token leaves early."""
+        """Whether no threshold was certified, so that no token leaves early."""
         return all(threshold == float("inf") for threshold in self.thresholds)
 
     @property
     def bound(self) -> float:
-        """What the token's loss is clipped at: nats, or 1 for disagreement."""
+        """Value at which the loss of each token is clipped: nats, or 1 for disagreement."""
         return float(self.assumptions["bound"])
 
     def require_model(self, model_sha256: str) -> None:
@@ -65,16 +68,16 @@ class Certificate:
         check_model(self.model_sha256, model_sha256)
 
     def save(self, path: str | Path) -> None:
-        """Write the certificate as JSON, whole or not at all."""
+        """Write the certificate as JSON, completely or not at all."""
         write_json(Path(path), self.content())
 
     def content(self) -> dict[str, Any]:
-        """As in JSON, where infinity is a word."""
+        """Return the content of the JSON file, in which infinity is the string "inf"."""
         return {**asdict(self), "thresholds": finite_or_word(self.thresholds)}
 
     @classmethod
     def load(cls, path: Path) -> "Certificate":
-        """Read what ``save`` wrote; CertificateError where it is no certificate, or was edited."""
+        """Read a certificate. Raises CertificateError if it is not one, or was edited."""
         stored = read_json(path)
         names = [field.name for field in fields(cls)]
         if not isinstance(stored, dict) or sorted(stored) != sorted(names):
@@ -83,7 +86,7 @@ class Certificate:
         if stored["sha256"] != digest:
             raise CertificateError(
                 f"{path}: expected a certificate as it was written, but it was edited: its sha256 "
-                f"is {digest}, and it says {stored['sha256']}"
+                f"is {digest}, but the file states {stored['sha256']}"
             )
         p_values = stored["p_values"]
         return cls(
@@ -104,7 +107,7 @@ def check_model(of_file: str, of_model: str) -> None:
 
 
 def finite_or_word(numbers: Sequence[float]) -> list[float | str]:
-    """JSON has no infinity."""
+    """Replace infinity by a string, because JSON has no infinity."""
     return [str(number) if math.isinf(number) else number for number in numbers]
 
 
@@ -113,6 +116,6 @@ def _digest(certificate: Certificate) -> str:
 
 
 def _canonical(stored: dict[str, Any]) -> bytes:
-    """Everything but the sha256, as JSON with sorted keys and no spaces, UTF-8."""
+    """Return all fields but ``sha256`` as UTF-8 JSON with sorted keys and no spaces."""
     rest = {name: value for name, value in stored.items() if name != "sha256"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,4 +1,4 @@
-"""Find the boldest thresholds that keep a promise, and check a promise on new text."""
+"""Certify thresholds: find the boldest ones that keep a promise, and check them on new text."""
 
 import math
 from collections.abc import Sequence
@@ -35,10 +35,11 @@ def certify(
     path: Sequence[Sequence[float]] | None = None,
     cost: ModelCost | None = None,
 ) -> Certificate:
-    """The boldest step of the path that keeps the promise; the full model where none does.
+    """Certify the boldest step of the path that keeps the promise.
 
-    The path of thresholds must be fixed without a look at this trace (default:
-    ``threshold_path``). Windows shorter than the others are left out.
+    If no step keeps it, the thresholds are those of the full model. ``path`` must be fixed before
+    the trace is seen (default: ``threshold_path``). Windows that are shorter than the others are
+    ignored.
     """
     trace = whole_sequences(trace)
     num_exits = len(trace.exit_layers)
@@ -107,16 +108,16 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
 
 @dataclass(frozen=True, kw_only=True)
 class DriftCheck:
-    """What new text says about a promise."""
+    """The result of testing a certificate on new text."""
 
     n: int
     risk: float
-    "Measured on the new text, in the certificate's unit."
+    "Risk on the new text, in the unit of the certificate."
     epsilon: float
     p_broken: float
-    "p-value of 'the promise holds': small where it is broken."
+    "p-value of 'risk <= epsilon'; a small value means that the promise is broken."
     p_holds: float
-    "p-value of 'the promise is broken': small where the new text certifies it again."
+    "p-value of 'risk > epsilon'; a small value means that the promise holds on the new text."
     level: float
     verdict: Literal["broken", "holds", "undecided"]
     compute_pct: float
@@ -132,8 +133,8 @@ def check_drift(
 ) -> DriftCheck:
     """Test on new text whether the risk is still at most epsilon; the unit is the sequence.
 
-    ``level`` is how often a promise that holds may be called broken, and one that does not may
-    be said to hold.
+    ``level`` is the probability of each wrong verdict: "broken" for a promise that holds, and
+    "holds" for one that is broken.
     """
     check_levels(level=level)
     trace = whole_sequences(trace)

@@ -1,4 +1,4 @@
-"""Fit gates and temperatures to the exits of a trained model, which stays as it is."""
+"""Fit gates and temperatures to the exits of a trained model. The model does not change."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +18,7 @@ from offramp.exits.temperature import fit_temperature
 from offramp.models.base import EarlyExitModel
 
 TEMPERATURE_LOGITS = 50_000_000
-"""Logits of one exit that a temperature is fitted to at the most; 200 MB in float32."""
+"""Largest number of logits of one exit to which a temperature is fitted; 200 MB in float32."""
 
 _AT_ONCE = 512  # tokens
 
@@ -32,9 +32,10 @@ def fit_exits(
     max_tokens: int = 131_072,
     config: GateConfig | None = None,
 ) -> FittedExits:
-    """Gates of these kinds, and temperatures, for every exit but the last, from one pass.
+    """Fit gates of these kinds, and temperatures, for every exit but the last, from one pass.
 
-    Fit gates on training text, temperatures on held-out text; ``batches`` in a random order.
+    Fit gates on training text and temperatures on held-out text. ``batches`` must be in a random
+    order.
     """
     sample = collect_sample(model, batches, max_tokens=max_tokens)
     gates = {kind: fit_gates(kind, sample, config) for kind in kinds}
@@ -43,7 +44,7 @@ def fit_exits(
 
 
 def fit_gates(kind: str, sample: ExitSample, config: GateConfig | None = None) -> dict[int, Gate]:
-    """A gate of this kind for every exit but the last, by exit layer."""
+    """Fit a gate of this kind for every exit but the last; returns gates by exit layer."""
     trace = sample.trace
     early = trace.exit_layers[:-1]
     agree = torch.from_numpy(trace.argmax == trace.argmax[-1]).float()
@@ -58,7 +59,7 @@ def fit_gates(kind: str, sample: ExitSample, config: GateConfig | None = None) -
 
 @torch.no_grad()
 def fit_temperatures(model: EarlyExitModel, sample: ExitSample) -> dict[int, float]:
-    """The temperature of every exit but the last, by exit layer."""
+    """Fit the temperature of every exit but the last; returns temperatures by exit layer."""
     temperatures = {}
     for layer in sample.trace.exit_layers[:-1]:
         states = sample.states[layer][None]  # (1, N, D)

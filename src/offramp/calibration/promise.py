@@ -1,4 +1,4 @@
-"""What a certificate promises. Imports neither PyTorch nor SciPy."""
+"""The guarantee of a certificate as a value. Imports neither PyTorch nor SciPy."""
 
 import math
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ DEFAULT_DELTA = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What is promised of the risk, and how sure it is to be."""
+    """A bound on a risk, and the probability with which it must hold."""
 
     risk: str = "disagreement"
-    "disagreement (with the last layer's first choice) or nll-gap (nats a token)."
+    "disagreement (with the prediction of the last layer) or nll-gap (nats per token)."
     epsilon: float = 0.02
-    "Risk at most: a share of tokens, or nats."
+    "Upper bound on the risk: a share of the tokens, or nats per token."
     delta: float = DEFAULT_DELTA
-    "How often the promise may fail; conformal risk control promises an average and has none."
+    "Probability that the bound fails; not used by crc, which bounds the average risk."
     method: Method = "ltt"
     "ltt (Learn-then-Test) or crc (conformal risk control)."
     bound: float = DEFAULT_BOUND
-    "Nats at which nll-gap is clipped for each token."
+    "Value at which the nll-gap of each token is clipped, in nats."
 
     def __post_init__(self) -> None:
         check_levels(epsilon=self.epsilon, delta=self.delta)
@@ -48,25 +48,25 @@ class Promise:
 
     @property
     def scale(self) -> float:
-        """What losses in [0, 1] are multiplied by to be shares or nats."""
+        """Factor that converts losses in [0, 1] to shares or nats."""
         return self.bound if self.risk == "nll-gap" else 1.0
 
     @property
     def scaled_epsilon(self) -> float:
-        """Epsilon for losses in [0, 1]."""
+        """Epsilon in the unit of losses in [0, 1]."""
         return self.epsilon / self.scale
 
     @property
     def sequences_needed(self) -> int:
-        """Fewest sequences that can certify anything."""
+        """Smallest number of sequences with which a threshold can be certified."""
         return sequences_needed(self.scaled_epsilon, self.delta if self.method == "ltt" else None)
 
 
 def sequences_needed(epsilon: float, delta: float | None) -> int:
-    """Fewest sequences that can certify anything, where none of them has a loss.
+    """Return the smallest number of sequences, all without loss, that certify a threshold.
 
-    Learn-then-Test: (1 - eps)^n <= delta. Conformal risk control, where delta is None:
-    1 / (n + 1) <= eps.
+    For Learn-then-Test it is the least n with (1 - eps)^n <= delta; for conformal risk control,
+    where delta is None, the least n with 1 / (n + 1) <= eps.
     """
     if delta is None:
         return max(1, math.ceil(1 / epsilon - 1 - 1e-9))
@@ -75,7 +75,7 @@ def sequences_needed(epsilon: float, delta: float | None) -> int:
 
 
 def check_levels(**levels: float) -> None:
-    """ConfigError that names the one that is outside (0, 1)."""
+    """Raise a ConfigError for a level outside (0, 1)."""
     for name, value in levels.items():
         if not 0 < value < 1:
             raise ConfigError(f"{name}: expected a number between 0 and 1, got {value}")

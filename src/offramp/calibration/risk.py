@@ -1,4 +1,4 @@
-"""What a certificate promises about: the loss of each sequence at each step of a path."""
+"""The risk that a certificate bounds: the loss of each sequence at each step of a path."""
 
 import math
 from collections.abc import Sequence
@@ -20,11 +20,12 @@ ThresholdPath = tuple[tuple[float, ...], ...]
 def token_losses(
     trace: ExitTrace, risk: str, *, bound: float = DEFAULT_BOUND
 ) -> NDArray[np.float64]:
-    """(E, N) in [0, 1]: what a token loses at each exit against the last one.
+    """Return (E, N) losses in [0, 1] of each token at each exit, relative to the last layer.
 
-    ``disagreement``: 1 where the first choice differs from the last layer's. ``nll-gap``: by how
-    many nats the target is less likely than to the last layer, from 0 to ``bound``, over bound.
-    Tokens that an exit predicts better lose nothing, so the mean is at least that of the gap.
+    ``disagreement`` is 1 if the most likely token differs from the last layer's, else 0.
+    ``nll-gap`` is the NLL of the target minus that of the last layer, clipped to [0, ``bound``]
+    nats and divided by ``bound``. Negative gaps count as 0, so the mean loss is never less than
+    the mean gap.
     """
     if trace.exit_layers[-1] != trace.num_layers:
         raise ConfigError(
@@ -44,12 +45,12 @@ def token_losses(
 
 
 def whole_sequences(trace: ExitTrace) -> ExitTrace:
-    """Only the tokens of the longest windows: one cut off at the end is not like the others.
+    """Return the trace of the longest windows only; a shorter last window is not comparable.
 
-    Raises CorpusError where those hold fewer than 2 tokens.
+    Raises CorpusError if the longest windows have fewer than 2 tokens.
     """
     if trace.sequence is None:
-        raise ConfigError("trace: expected one that knows its sequences, got one that does not")
+        raise ConfigError("trace: expected one with sequence numbers, got one without")
     if not trace.num_tokens:
         raise CorpusError("corpus: expected at least one sequence, got none")
     _, index, lengths = np.unique(trace.sequence, return_inverse=True, return_counts=True)
@@ -68,7 +69,7 @@ def sequence_losses(
     risk: str,
     bound: float = DEFAULT_BOUND,
 ) -> NDArray[np.float64]:
-    """(n, steps): the mean loss over each sequence's tokens, at each step of the path."""
+    """Return (n, steps): the mean loss over the tokens of each sequence at each step."""
     assert trace.sequence is not None, "a trace of whole_sequences"
     losses = token_losses(trace, risk, bound=bound)
     scores = trace.scores(confidence)[:-1]
@@ -82,11 +83,12 @@ def sequence_losses(
 
 
 def threshold_path(confidence: str, num_exits: int, *, steps: int = 100) -> ThresholdPath:
-    """The path of a measure when nothing is known of its scores: all exits share a threshold.
+    """Return the default path of a measure, on which all exits have the same threshold.
 
-    ``gain``: prices from 0.001 to 3 nats, in equal ratios. ``patience``: from all exits agreeing
-    to 2. ``saturation``: 1 - s from 1e-4 to 1; the others: 1 - s from 0.001 to 0.9, in equal
-    ratios.
+    It does not depend on the scores of a text. For ``gain``, prices go from 0.001 to 3 nats; for
+    ``patience``, the thresholds go from the number of exits down to 2; for ``saturation``, 1 - s
+    goes from 1e-4 to 1; for all others, 1 - s goes from 0.001 to 0.9. All but ``patience`` are
+    spaced geometrically.
     """
     confidence_named(confidence)
     if num_exits < 2:
@@ -107,7 +109,7 @@ def threshold_path(confidence: str, num_exits: int, *, steps: int = 100) -> Thre
 
 
 def check_path(path: Sequence[Sequence[float]], num_exits: int) -> ThresholdPath:
-    """The path as tuples; ConfigError unless no threshold rises on the way."""
+    """Return the path as tuples. Raises ConfigError if a threshold rises along the path."""
     if not path:
         raise ConfigError("path: expected at least one step, got none")
     checked = tuple(ThresholdPolicy.of(list(step), num_exits).thresholds for step in path)

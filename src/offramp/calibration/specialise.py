@@ -2,8 +2,8 @@
 
 An exit that is trained on every token spends much of its capacity on hard tokens, which continue
 to the last layer anyway. Gates choose which tokens exit where at a compute budget; then the last
-layer teaches those tokens to what the exit has of its own (norm, residual block, LM head; Hinton
-et al. 2015). The gates were fitted to the exits as they were before; fit them again afterwards.
+layer teaches those tokens to the exit's own parameters (norm, residual block, LM head; Hinton et
+al. 2015). The gates were fitted to the exits as they were before; fit them again afterwards.
 Full-depth output is unchanged.
 """
 
@@ -53,12 +53,12 @@ def specialise_exits(
     batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
     config: SpecialiseConfig,
 ) -> dict[int, float]:
-    """Train what each exit has of its own on the tokens that exit there; in place.
+    """Train each exit's own parameters, in place, on the tokens that exit there.
 
     ``batches`` are of training text, in a random order. Returns the share of the tokens that
-    exited at each exit at the budget. Raises ConfigError where an exit has nothing of its own,
-    the budget is less than the first exit costs, or the blocks cannot be run one by one (their
-    cost is then unknown); TrainingError where the loss is not finite.
+    exited at each exit at the budget. Raises ConfigError if an exit has no parameters of its own,
+    if the budget is less than the cost of the first exit, or if the blocks cannot be run one by
+    one (their cost is then unknown). Raises TrainingError if the loss is not finite.
     """
     check_heads(model)
     model.silence_untrained()  # the exits are about to be trained
@@ -66,10 +66,10 @@ def specialise_exits(
     assert sample.trace.position is not None
     check_specialise(model, config, context=float(sample.trace.position.mean()) + 1)
     early = model.exit_layers[:-1]
-    leaving = _who_leaves(model, sample, config)
+    leaving = _leaving_tokens(model, sample, config)
     for index, layer in enumerate(early):
         if not leaving[index].any():
-            continue  # nobody to learn from
+            continue  # no token exits here
         weights = torch.from_numpy(np.where(leaving[index], 1.0, config.others)).float()
         _teach(model, cast(ExitHead, model.exits[str(layer)]), layer, sample, weights, config)
     model.exits.trained = True
@@ -77,14 +77,14 @@ def specialise_exits(
 
 
 def check_heads(model: TrainableModel) -> None:
-    """Raise a ConfigError unless exits have something of their own, and a cost."""
+    """Raise a ConfigError unless the exits have parameters of their own and a known cost."""
     require_blocks(model, "specialise")
     early = model.exit_layers[:-1]
     missing = [layer for layer in early if str(layer) not in model.exits]
     if missing or not early:
         raise ConfigError(
-            "exit_head: expected exits with something of their own to learn with, got "
-            f"{'none' if not early else f'nothing at layer {missing[0]}'}"
+            "exit_head: expected early exits with parameters of their own, got "
+            f"{f'none at layer {missing[0]}' if early else 'none'}"
         )
 
 
@@ -96,26 +96,27 @@ def check_specialise(model: TrainableModel, config: SpecialiseConfig, *, context
     least = _costs(model, gates, context)[0]
     if config.compute_budget < least:
         raise ConfigError(
-            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, what leaving at "
-            f"layer {early[0]} costs with a gate and an exit head, got {config.compute_budget:g}"
+            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, the cost of "
+            f"leaving at layer {early[0]} with a gate and an exit head, "
+            f"got {config.compute_budget:g}"
         )
 
 
 def _costs(model: TrainableModel, gates: Mapping[int, Gate], context: float) -> tuple[float, ...]:
-    """FLOPs% of leaving at each exit by ``gain``."""
+    """Return the FLOPs% of leaving at each exit with ``gain`` gates."""
     fitted = FittedExits(gates={"gain": gates})
     return model_cost(model, context=context, fitted=fitted).flops_pct_by_exit("gain")
 
 
-def _who_leaves(
+def _leaving_tokens(
     model: TrainableModel, sample: ExitSample, config: SpecialiseConfig
 ) -> Bool[NDArray[np.bool_], "E N"]:
-    """By ``gain`` gates at the price at which tokens cost the budget on the mean."""
+    """Return which tokens leave at each exit by ``gain`` gates, at a mean cost of the budget."""
     gates = fit_gates("gain", sample, GateConfig(seed=config.seed))
     assert sample.trace.position is not None
     costs = _costs(model, gates, float(sample.trace.position.mean()) + 1)
     expected = [_expected(gates[layer], sample.states[layer]) for layer in model.exit_layers[:-1]]
-    cheap, dear = 1e-9, 10.0  # nats for one percent
+    cheap, dear = 1e-9, 10.0  # prices in nats for one percent of FLOPs
     for _ in range(_ROUNDS):
         price = math.sqrt(cheap * dear)
         leaving = GainPolicy(price=price, costs=costs).leaving(expected)

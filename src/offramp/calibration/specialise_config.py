@@ -1,4 +1,4 @@
-"""How exits are specialised. Imports no PyTorch."""
+"""The options of specialising exits. Imports no PyTorch."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,25 +8,26 @@ from offramp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialiseConfig:
-    """How exits learn from the tokens that leave there."""
+    """Options for training each exit on the tokens that leave there."""
 
     compute_budget: float = 60.0
-    "FLOPs of a token, in percent of the full model's, at which tokens leave where they leave."
+    "Mean FLOPs per token, in percent of the full model's, that decides which tokens leave where."
     tokens: int = 524_288
-    "Of the training text, drawn at random."
+    "Number of tokens of the training text to learn from, drawn at random."
     steps: int = 3000
-    "Steps of AdamW for each exit."
+    "Number of AdamW steps for each exit."
     batch_size: int = 1024
-    "Tokens a step."
+    "Number of tokens per step."
     lr: float = 4e-3
-    "Peak learning rate; cosine to zero."
+    "Peak learning rate, which decays to zero along a cosine."
     weight_decay: float = 0.01
     "AdamW's weight decay."
     others: float = 0.05
     "Weight of a token that does not leave at the exit; 1 for one that does."
     imitate: float = 1.0
-    """Share of KL(p_L || p_e) in the loss; the rest is cross-entropy. (What was trained on for
-    some epochs is known by heart: there the last layer teaches better than the text.)"""
+    """Share of KL(p_L || p_e) in the loss; the rest is cross-entropy. (The model has memorised
+    much of a text that it was trained on for several epochs; the last layer is then a better
+    teacher than the text.)"""
     seed: int = 0
     "Seed of the gates and of the order of the tokens."
 

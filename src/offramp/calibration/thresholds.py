@@ -1,4 +1,4 @@
-"""Thresholds in files: those of a certificate, and those that keep a compute budget."""
+"""Read thresholds from a certificate, or from a file of ``calibrate --compute-budget``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from offramp.files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class StoredThresholds:
-    """What a file of ``offramp calibrate`` tells ``generate`` and ``sweep``."""
+    """The thresholds in a file of ``offramp calibrate``, for ``generate`` and ``sweep``."""
 
     thresholds: tuple[float, ...]
-    "One for each exit but the last; inf never lets a token exit."
+    "One threshold for each exit but the last; no token exits where the threshold is inf."
     confidence: str
     missing_kv: str
     model_sha256: str
     sha256: str | None = None
-    "Of the certificate; None for a budget, which guarantees nothing."
+    "Hash of the certificate; None for a compute budget, which guarantees nothing."
 
     @classmethod
     def of(cls, certificate: Certificate) -> "StoredThresholds":
-        """Those of a certificate."""
+        """Return the thresholds of a certificate."""
         return cls(
             thresholds=certificate.thresholds,
             confidence=certificate.confidence,
@@ -57,11 +57,11 @@ def _of_budget(path: Path, stored: dict[str, Any]) -> StoredThresholds:
         thresholds, words = (), {}
     if not thresholds or not all(isinstance(word, str) for word in words.values()):
         raise CertificateError(
-            f"{path}: expected a certificate, or what offramp calibrate --compute-budget writes"
+            f"{path}: expected a certificate, or a file of offramp calibrate --compute-budget"
         )
     return StoredThresholds(thresholds=thresholds, **words)
 
 
 def thresholds_flag(thresholds: Sequence[float]) -> str:
-    """Thresholds as ``--thresholds`` and ``--threshold`` take them, such as 0.9:0.8."""
+    """Format thresholds for ``--thresholds`` and ``--threshold``, such as 0.9:0.8."""
     return ":".join(str(word) for word in finite_or_word(list(thresholds)))

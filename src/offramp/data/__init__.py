@@ -1,7 +1,7 @@
 """Corpora, their tokens, and the windows that a model reads.
 
-A corpus is text; a tokenizer (Hugging Face ``tokenizers``) makes ids of it; ids are read in
-contiguous windows, each token predicted from those before it in its window.
+A corpus is text. A tokenizer (Hugging Face ``tokenizers``) converts it to ids. The ids are read
+in contiguous windows; each token is predicted from the tokens before it in its window.
 """
 
 from offramp.data.corpus import BUILT_IN, Corpus, StreamedCorpus, load_corpus, stream_corpus

@@ -1,4 +1,4 @@
-"""Corpora: a text to train on, one to validate on, and one to test on where there is one."""
+"""Corpora: a training text, a validation text and, in some corpora, a test text."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,18 @@ _FILES = ("train.txt", "valid.txt", "validation.txt", "test.txt")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Corpus:
-    """A text to train on, a text to validate on, and how the two were parted."""
+    """A corpus in memory: its training, validation and test texts, and how they were split."""
 
     name: str
     train: str
     validation: str
     test: str | None = None
-    "Only a corpus with named splits has one."
+    "The test text; None if the corpus has no test split."
     split: str
-    "One sentence: where the validation text comes from. It belongs beside every figure."
+    "One sentence that says where the validation text comes from; reports print it."
     sha256: str
-    """Hash of the text, UTF-8: of all of it where it was parted by position; between named
-    splits stands a byte 0xFF, which no UTF-8 text holds."""
+    """SHA-256 of the UTF-8 text. Named splits are separated by a byte 0xFF, which UTF-8 text
+    never contains; a text that was split by position is hashed as one."""
 
     def __repr__(self) -> str:
         texts = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -40,13 +40,13 @@ class Corpus:
 
     @property
     def whole(self) -> str:
-        """All the text: train, validation and test."""
+        """The training, validation and test texts, concatenated."""
         return self.train + self.validation + (self.test or "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedCorpus:
-    """A ``Corpus`` that may be larger than memory: its texts are read piece by piece."""
+    """A corpus that may be larger than memory: its texts are read piece by piece."""
 
     name: str
     train: Text
@@ -56,7 +56,7 @@ class StreamedCorpus:
     sha256: str
 
     def read(self) -> Corpus:
-        """The same corpus, in memory."""
+        """Read the whole corpus into memory."""
         return Corpus(
             name=self.name,
             train=self.train.read(),
@@ -68,26 +68,27 @@ class StreamedCorpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """Load a corpus into memory; ``stream_corpus`` says which there are."""
+    """Load a corpus into memory. ``stream_corpus`` lists the names and the errors."""
     return stream_corpus(name).read()
 
 
 def stream_corpus(name: str) -> StreamedCorpus:
-    """Open a corpus without holding its text.
+    """Open a corpus without loading its text into memory.
 
-    ``pangram``, ``python-docs``, the path of a UTF-8 text file or of a folder, or
+    ``name`` is ``pangram``, ``python-docs``, the path of a UTF-8 text file or of a folder, or
     ``hf:PATH[/CONFIG]``: a Hugging Face dataset with a column ``text``, on the hub or on disk.
 
-    A folder with ``train.txt`` has named splits, as a dataset has: ``train.txt``, ``valid.txt``
-    (or ``validation.txt``) and ``test.txt``, of which the last two may be missing; its other
-    files are left out.
-    Without a validation split the training text is parted by position: the first 90% of its
-    characters train, the last 10% validate. So is every other corpus. A folder without such
-    files is read in the order of their names, its subfolders included; files and folders whose
-    names start with a dot are left out, and so are binary files: those with a zero byte near
-    their beginning.
+    A folder with ``train.txt`` has named splits, like a dataset: ``train.txt``, ``valid.txt``
+    (or ``validation.txt``) and ``test.txt``. The last two are optional; other files are ignored.
+    A folder without ``train.txt`` is read recursively in the order of the file names. Files and
+    folders whose names start with a dot are ignored, and so are binary files (files with a zero
+    byte near their beginning).
 
-    Raises CorpusError: no such corpus, not UTF-8, empty, or a split that is missing or empty.
+    If there is no validation split, the training text is split by position: the first 90% of
+    its characters are for training, the last 10% for validation.
+
+    Raises CorpusError if the corpus does not exist, is not UTF-8 or is empty, or if a split is
+    missing or empty.
     """
     if not name.strip():
         raise CorpusError("corpus: expected a name or a path, got an empty one")
@@ -126,7 +127,7 @@ def _pangram() -> StreamedCorpus:
 
 
 def _python_docs() -> Text:
-    """The language reference that every Python carries; it differs a little by version."""
+    """Return the language reference bundled with Python; it differs slightly by version."""
     from pydoc_data import topics
 
     text = "\n".join(text for _, text in sorted(topics.topics.items()))
@@ -134,7 +135,7 @@ def _python_docs() -> Text:
 
 
 def _parted(name: str, text: Text) -> StreamedCorpus:
-    """Part a text by position."""
+    """Split a text by position."""
     if text.is_blank():
         raise CorpusError(f"{name}: expected text, got an empty corpus")
     whole = text.scan()
@@ -149,9 +150,9 @@ def _parted(name: str, text: Text) -> StreamedCorpus:
 
 
 def _named(name: str, splits: Mapping[str, Text], noun: str) -> StreamedCorpus:
-    """A corpus of named splits; one without validation has its training text parted.
+    """Make a corpus of named splits; if there is no validation split, split the training text.
 
-    ``noun``: what a split is, ``split`` or ``file`` (then ``.txt`` ends its name).
+    ``noun`` is ``split`` or ``file``, for messages; the name of a file ends in ``.txt``.
     """
     ending = ".txt" if noun == "file" else ""
     train, validation, test = (
@@ -210,12 +211,12 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _is_binary(path: Path) -> bool:
-    """Whether a zero byte stands near the beginning: how git tells; but UTF-16 is text."""
+    """Return whether there is a zero byte near the beginning (git's rule) and no UTF-16 mark."""
     try:
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
     except OSError:
-        return False  # whoever reads it says why it cannot be read
+        return False  # reading the file raises the error
     return b"\0" in beginning and not beginning.startswith(
         (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     )
@@ -224,5 +225,5 @@ def _is_binary(path: Path) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long for a path, as when the text itself is given
+    except (OSError, ValueError):  # too long for a path, for example the text itself
         return False

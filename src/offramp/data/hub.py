@@ -1,7 +1,7 @@
-"""Hugging Face datasets as texts, and what to do where the hub cannot be reached.
+"""Read Hugging Face datasets as texts, and work offline if the hub cannot be reached.
 
-The hub's clients retry an unreachable host for most of a minute, and log each try. So it is
-asked once, briefly; where it does not answer, only what is on this machine is looked at.
+The hub's clients retry an unreachable host for most of a minute and log each attempt. Therefore
+one short request tests the connection first; if it fails, only local files are used.
 """
 
 import json
@@ -25,11 +25,11 @@ _ROWS = 1000
 
 
 def dataset_splits(name: str) -> dict[str, Text]:
-    """The splits of ``hf:PATH[/CONFIG]``, each the rows of its column ``text``, one a line.
+    """Return the splits of ``hf:PATH[/CONFIG]`` as texts: the rows of the column ``text``.
 
-    A row that does not end in a line break gets one. PATH is a dataset on the hub, a folder
-    that ``datasets`` saved (``save_to_disk``), or one with files that it reads (``train.csv``,
-    ``test.jsonl``, ...). A dataset without splits counts as a split ``train``.
+    A line break is added to a row that does not end in one. PATH is a dataset on the hub, a
+    folder written by ``save_to_disk``, or a folder with files that ``datasets`` reads
+    (``train.csv``, ``test.jsonl``, ...). A dataset without splits becomes one split ``train``.
     """
     try:
         import datasets  # noqa: F401
@@ -44,17 +44,17 @@ def dataset_splits(name: str) -> dict[str, Text]:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers within a few seconds; never asked when HF_HUB_OFFLINE is set."""
+    """Return whether the hub answers within a few seconds; False if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     answers: list[bool] = []
-    asking = threading.Thread(
+    request = threading.Thread(
         target=lambda: answers.append(_answers(constants.ENDPOINT)), daemon=True
     )
-    asking.start()
-    asking.join(_ANSWER_SECONDS)  # a name server may be slower than any timeout of urlopen
+    request.start()
+    request.join(_ANSWER_SECONDS)  # a name server may be slower than any timeout of urlopen
     return answers == [True]
 
 
@@ -63,9 +63,9 @@ def _answers(address: str) -> bool:
         request = urllib.request.Request(address, method="HEAD")
         urllib.request.urlopen(request, timeout=_ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # it answered
+        return True  # an HTTP error is an answer
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the hub's clients may trust more
+        return isinstance(error.reason, ssl.SSLError)  # the clients may have more certificates
     except OSError:
         return False
     return True
@@ -73,7 +73,7 @@ def _answers(address: str) -> bool:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let the hub's clients look at nothing but what is on this machine."""
+    """Make the hub's clients use only local files."""
     from huggingface_hub import constants
 
     modules: list[Any] = [constants]
@@ -90,12 +90,12 @@ def offline() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says in an error, without its line breaks."""
+    """Return the message of a library's error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _load(name: str) -> Any:
-    """A Dataset, or a dict of them by split."""
+    """Load a ``Dataset``, or a dict of them by split."""
     import datasets
 
     path = name.removeprefix(PREFIX)
@@ -103,7 +103,7 @@ def _load(name: str) -> Any:
         try:
             saved = _saved(Path(path))
             return datasets.load_dataset(path) if saved is None else saved
-        except Exception as error:  # every reader of files raises its own
+        except Exception as error:  # each file format raises its own errors
             raise CorpusError(
                 f"{name}: expected a readable dataset, got: {one_line(error)}"
             ) from None
@@ -131,7 +131,7 @@ def _load(name: str) -> Any:
 
 
 def _saved(folder: Path) -> Any:
-    """What ``save_to_disk`` left in a folder; None if it is none of its folders."""
+    """Load a folder written by ``save_to_disk``; None if it is not one."""
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
@@ -146,7 +146,7 @@ def _saved(folder: Path) -> Any:
 
 
 def _readings(path: str) -> list[tuple[str, str | None]]:
-    """``a/b`` is a dataset b of an owner a, or a dataset a with a configuration b."""
+    """Return what ``a/b`` may mean: dataset b of owner a, or dataset a with configuration b."""
     parts = path.split("/")
     owned = [("/".join(parts[:2]), "/".join(parts[2:]) or None)]
     return [*owned, (parts[0], parts[1])] if len(parts) == 2 else owned

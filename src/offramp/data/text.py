@@ -1,4 +1,4 @@
-"""Text in pieces: what is larger than memory is never held whole."""
+"""Text that is read in pieces, so that it may be larger than memory."""
 
 import codecs
 import hashlib
@@ -10,21 +10,21 @@ from pathlib import Path
 from offramp.errors import CorpusError
 
 _READ_BYTES = 1 << 20
-_BETWEEN = b"\xff"  # no UTF-8 text holds it
+_BETWEEN = b"\xff"  # UTF-8 text never contains this byte
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What one pass over a text tells."""
+    """The length and hash of a text, from one pass over it."""
 
     characters: int
     sha256: str
-    "Hash of the text, UTF-8."
+    "SHA-256 of the UTF-8 text."
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is read anew, piece by piece, each time it is iterated."""
+    """A text that is read piece by piece, from the beginning at each iteration."""
 
     pieces: Callable[[], Iterable[str]]
 
@@ -32,7 +32,7 @@ class Text:
         return iter(self.pieces())
 
     def part(self, start: int, stop: int | None = None) -> "Text":
-        """The characters from ``start`` to ``stop``, as a text of its own."""
+        """Return the characters from ``start`` to ``stop`` as another text."""
 
         def pieces() -> Iterator[str]:
             at = 0
@@ -47,7 +47,7 @@ class Text:
         return Text(pieces)
 
     def scan(self) -> Scan:
-        """Read it once, for its length and its hash."""
+        """Read the text once and return its length and hash."""
         hashed, characters = hashlib.sha256(), 0
         for piece in self:
             hashed.update(piece.encode("utf-8"))
@@ -55,16 +55,16 @@ class Text:
         return Scan(characters=characters, sha256=hashed.hexdigest())
 
     def is_blank(self) -> bool:
-        """Whether it holds nothing but white space; reads no further than it must."""
+        """Return whether the text is only white space; stops reading at the first other piece."""
         return not any(piece.strip() for piece in self)
 
     def read(self) -> str:
-        """All of it, in memory."""
+        """Read the whole text into memory."""
         return "".join(self)
 
 
 def sha256(*texts: Iterable[str]) -> str:
-    """Hash of texts, UTF-8; between two of them stands a byte that is in no UTF-8 text."""
+    """Return the SHA-256 of UTF-8 texts, separated by a byte that UTF-8 never contains."""
     hashed = hashlib.sha256()
     for index, text in enumerate(texts):
         hashed.update(_BETWEEN if index else b"")
@@ -74,7 +74,7 @@ def sha256(*texts: Iterable[str]) -> str:
 
 
 def files_text(files: Iterable[Path]) -> Text:
-    """UTF-8 files, one after the other, a line break between two of them."""
+    """Return the text of UTF-8 files, joined by line breaks."""
     paths = tuple(files)
 
     def pieces() -> Iterator[str]:
@@ -100,7 +100,7 @@ def _read_file(path: Path) -> Iterator[str]:
                     yield piece
                 if not read:
                     return
-    except UnicodeDecodeError as error:  # its object: what was left of the last read, and this one
+    except UnicodeDecodeError as error:  # its object: the rest of the last read, and this read
         at = offset + len(read) - len(error.object) + error.start
         raise CorpusError(
             f"{path}: expected UTF-8 text, got a byte that is not UTF-8 at offset {at}"

@@ -1,4 +1,4 @@
-"""Tokenizers, and the ids of a text of any length."""
+"""Make or load tokenizers, and encode texts of any length."""
 
 import json
 import re
@@ -27,16 +27,17 @@ _AT_ONCE = 64  # pieces
 
 
 def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
-    """The tokenizer that ``spec`` names; ``text`` is the training text, or its pieces.
+    """Return the tokenizer that ``spec`` names; ``text`` is the training text, or its pieces.
 
-    - ``characters``: one token a character of the text, and ``<unk>`` for every other.
-    - ``bytes``: one token a byte of UTF-8, whose id is the byte; nothing is unknown.
-    - ``bpe:N``: N byte-level tokens trained on the text (Sennrich et al. 2016; Radford et al.
-      2019); nothing is unknown.
-    - the path of a ``tokenizer.json``, or of a folder with one.
-    - otherwise the name of a model on the Hugging Face hub that has one.
+    - ``characters``: one token per character of the text, and ``<unk>`` for all others.
+    - ``bytes``: one token per UTF-8 byte, with the byte's value as its id.
+    - ``bpe:N``: byte-level BPE with N tokens, trained on the text (Sennrich et al. 2016; Radford
+      et al. 2019).
+    - The path of a ``tokenizer.json``, or of a folder that contains one.
+    - Any other string: the name of a model on the Hugging Face hub that has a tokenizer.
 
-    Raises ConfigError for a wrong N, CorpusError for a tokenizer that cannot be had.
+    Raises ConfigError for an N out of range, and CorpusError for a tokenizer that cannot be
+    loaded.
     """
     if spec == "characters":
         return character_tokenizer(text)
@@ -48,7 +49,7 @@ def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
 
 
 def character_tokenizer(text: str | Iterable[str]) -> Tokenizer:
-    """One token a character of ``text``, and ``<unk>`` for every other character."""
+    """Return a tokenizer with one token per character of ``text``, and ``<unk>`` for others."""
     characters: set[str] = set()
     for piece in _pieces(text):
         characters.update(piece)
@@ -61,7 +62,7 @@ def character_tokenizer(text: str | Iterable[str]) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte of UTF-8; its id is the byte."""
+    """Return a tokenizer with one token per UTF-8 byte, with the byte's value as its id."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -70,7 +71,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(tokens: int, text: str | Iterable[str]) -> Tokenizer:
-    """Byte-level BPE with this many tokens, trained on a text; the same each time."""
+    """Train byte-level BPE with this many tokens on a text. The result is deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,22 +127,22 @@ def _stored_tokenizer(spec: str) -> Tokenizer:
                 "is on this machine"
             )
         raise CorpusError(f"tokenizer {spec}: {message}") from None
-    tokenizer.no_truncation()  # a file may ask for both: a text is whole, and nothing else
+    tokenizer.no_truncation()  # a stored tokenizer may truncate and pad; texts must stay whole
     tokenizer.no_padding()
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Int[Tensor, " N"]:
-    """Token ids of a text, without special tokens before or after it.
+    """Return the token ids of a text, without special tokens before or after it.
 
-    They are those of the text encoded at once (see ``cut_apart``), in linear time.
+    The ids are the same as for the text in one piece (see ``cut_apart``), in linear time.
     """
     ids = list(encode_pieces(tokenizer, text))
     return torch.from_numpy(np.concatenate(ids) if ids else np.empty(0, np.int64))
 
 
 def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[NDArray[np.int64]]:
-    """``encode``, a part of the ids at a time; a text may be larger than memory."""
+    """Yield the ids of ``encode`` part by part, for texts that may be larger than memory."""
     pieces = iter(cut_apart(text))
     while some := list(islice(pieces, _AT_ONCE)):
         for encoded in tokenizer.encode_batch_fast(some, add_special_tokens=False):
@@ -149,16 +150,16 @@ def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[N
 
 
 def cut_apart(text: str | Iterable[str]) -> Iterator[str]:
-    """Cut a text where its tokens part anyway, about every 16,384 characters.
+    """Cut a text at token boundaries, about every 16,384 characters.
 
-    That is after a line break, or before a space, that stands alone between other characters:
-    byte-level BPE, WordPiece and SentencePiece all part words there, and ``characters`` and
-    ``bytes`` part everywhere. (A tokenizer that puts something before every text, as Llama 2's
-    puts a space, puts it after each cut.) A stretch without such a place is cut after 262,144
-    characters all the same. The cuts depend on the text alone, not on its pieces.
+    A cut is after a single line break or before a single space, between other characters. Byte-
+    level BPE, WordPiece and SentencePiece all split words there; ``characters`` and ``bytes``
+    split everywhere. (A tokenizer that adds a prefix to every text, such as Llama 2's space,
+    adds it after each cut.) If there is no such place in 262,144 characters, the text is cut
+    there. The cuts depend only on the text, not on how it was divided into pieces.
     """
     held, size = [], 0
-    enough = _CUT_BEFORE + 2  # the last place to cut, and one character to see behind it
+    enough = _CUT_BEFORE + 2  # the last possible cut, and one character after it
     for piece in _pieces(text):
         held.append(piece)
         size += len(piece)
@@ -183,14 +184,14 @@ def _next_cut(text: str, at: int) -> int:
 
 
 def count_unknown(tokenizer: Tokenizer, ids: Int[Tensor, " N"]) -> int:
-    """How many of these tokens are the tokenizer's unknown token; 0 where it has none."""
+    """Return how many ids are the tokenizer's unknown token; 0 if it has none."""
     unknown = unknown_id(tokenizer)
     return 0 if unknown is None else int(torch.eq(ids, unknown).sum())
 
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the unknown token, if there is one."""
-    if isinstance(tokenizer.model, models.Unigram):  # keeps it to itself
+    """Return the id of the unknown token; None if there is none."""
+    if isinstance(tokenizer.model, models.Unigram):  # has no attribute for it
         stored = json.loads(tokenizer.to_str())["model"]["unk_id"]
         return None if stored is None else int(stored)
     token = tokenizer.model.unk_token
@@ -202,7 +203,7 @@ def _pieces(text: str | Iterable[str]) -> Iterable[str]:
 
 
 def _byte_characters() -> list[str]:
-    """The character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    """Return the character that byte-level tokenizers use for each byte (Radford et al. 2019)."""
     own = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(_BYTES, 2 * _BYTES))
     return [chr(byte if byte in own else next(others)) for byte in range(_BYTES)]

@@ -1,4 +1,4 @@
-"""Tokens on disk: a text is tokenised once and read through memory maps ever after."""
+"""Tokens on disk: a text is tokenised once, and later read through memory maps."""
 
 import hashlib
 import json
@@ -29,9 +29,9 @@ _ABANDONED_SECONDS = 24 * 3600
 
 
 class TokenShards:
-    """The token ids of a text, in memory-mapped files that lie in one folder.
+    """The token ids of a text, in memory-mapped files of one folder.
 
-    Raises CorpusError if the folder is not whole.
+    Raises CorpusError if the folder is incomplete or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class TokenShards:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> Int[Tensor, " N"]:
-        """The tokens from ``start`` to ``stop``, as far as there are any."""
+        """Return the tokens from ``start`` to ``stop``; the range is clipped to the text."""
         start, stop = (min(max(at, 0), len(self)) for at in (start, stop))
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = [np.empty(0, np.int64)]
@@ -73,14 +73,15 @@ def tokenise(
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: Callable[[int], None] | None = None,
 ) -> TokenShards:
-    """The tokens of a text, from ``cache_dir`` if they are there, else made and kept there.
+    """Return the tokens of a text from ``cache_dir``; if they are not there, make and store them.
 
-    They lie in a folder named by the hashes of the text and of the tokenizer; it appears only
-    when it is whole, and a damaged one is made anew. Nothing larger than a shard is held. A
-    text in pieces is read twice, for its hash and for its tokens. ``on_tokens`` is told how
-    many are done, while they are made.
+    The folder's name is a hash of the text and the tokenizer. The folder appears only when it is
+    complete; a damaged one is replaced. At most one shard is in memory. A text in pieces is read
+    twice, for its hash and for its tokens. ``on_tokens`` is called with the number of tokens
+    done so far.
 
-    Raises CorpusError if the text changes in between, or the folder cannot be written.
+    Raises CorpusError if the text changes between the two reads, or if the folder cannot be
+    written.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens: expected at least 1, got {shard_tokens}")
@@ -107,7 +108,7 @@ def tokenise(
         return _publish(aside, folder)
     except OSError as error:
         raise CorpusError(
-            f"{cache_dir}: expected a folder that tokens can be kept in, got: {error.strerror}"
+            f"{cache_dir}: expected a folder where tokens can be stored, got: {error.strerror}"
         ) from None
     finally:
         if aside is not None:
@@ -163,7 +164,7 @@ def _write(
             on_tokens(done)
     if hashed.hexdigest() != hashes["text_sha256"]:
         raise CorpusError(
-            "corpus: expected a text that stays as it is, but it changed while it was read"
+            "corpus: expected a text that does not change, but it changed while it was read"
         )
     about = {
         "format": FORMAT,
@@ -187,7 +188,7 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
 def _whole_shards(
     parts: Iterable[NDArray[np.int64]], dtype: np.dtype[Any], shard_tokens: int
 ) -> Iterator[NDArray[Any]]:
-    """The same ids in arrays of ``shard_tokens``, the last of what is left."""
+    """Yield the ids in arrays of ``shard_tokens``; the last array may be shorter."""
     shard, filled = np.empty(shard_tokens, dtype), 0
     for part in parts:
         at = 0
@@ -203,7 +204,7 @@ def _whole_shards(
 
 
 def _publish(aside: Path, folder: Path) -> TokenShards:
-    """Give the new folder its name, unless another process has made the same meanwhile."""
+    """Rename the new folder, unless another process has made the same folder in the meantime."""
     while True:
         try:
             aside.rename(folder)
@@ -218,8 +219,8 @@ def _publish(aside: Path, folder: Path) -> TokenShards:
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what killed processes left; a day without a new shard is taken for a death."""
+    """Remove temporary folders of killed processes: those without a new shard for a day."""
     for aside in cache_dir.glob(".*.tmp"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # removed in the meantime
             if time.time() - aside.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(aside)

@@ -1,4 +1,4 @@
-"""The windows of a text that a model reads, and who reads which when."""
+"""The windows of a text that a model reads, and their order over steps and ranks."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,12 @@ def batches(
     drop_last: bool = False,
     order: torch.Generator | None = None,
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
-    """Yield (inputs, targets) of contiguous, not overlapping windows.
+    """Yield (inputs, targets) of contiguous windows that do not overlap.
 
-    The windows come as they stand in the text, or in a random order drawn from ``order``.
-
-    Every token but the first is a target once. With ``drop_last`` incomplete windows and
-    incomplete batches are left out, as in the seed document's protocol; otherwise they come
-    last, each of its own shape.
+    The windows are in the order of the text, or in a random order drawn from ``order``. Every
+    token except the first is a target once. With ``drop_last``, incomplete windows and batches
+    are dropped, as in the seed document's protocol; otherwise they come last, with smaller
+    shapes.
     """
     predictions = len(ids) - 1
     whole = max(predictions, 0) // seq_len
@@ -42,10 +41,10 @@ def batches(
 
 
 class TokenWindows:
-    """The whole windows of ``batches``, any of them at any time, in memory or on disk.
+    """The complete windows of a text with random access, in memory or on disk.
 
-    Window i holds tokens i * seq_len to (i + 1) * seq_len - 1; its targets are the tokens one
-    further. An incomplete last window is left out.
+    Window i contains tokens i * seq_len to (i + 1) * seq_len - 1; its targets are shifted by
+    one token. An incomplete last window is dropped.
     """
 
     def __init__(self, tokens: Int[Tensor, " N"] | TokenShards, *, seq_len: int) -> None:
@@ -57,7 +56,7 @@ class TokenWindows:
         return max(len(self.tokens) - 1, 0) // self.seq_len
 
     def __getitem__(self, index: int) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
-        """(inputs, targets) of one window."""
+        """Return (inputs, targets) of one window."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index}: expected one of {len(self)}")
         start = index % len(self) * self.seq_len
@@ -69,14 +68,14 @@ class TokenWindows:
     def batch(
         self, indices: Int[Tensor, " B"] | Sequence[int]
     ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """(inputs, targets) of these windows, at least one."""
+        """Return (inputs, targets) of these windows; ``indices`` must not be empty."""
         windows = [self[int(index)] for index in indices]
         inputs, targets = (torch.stack(part) for part in zip(*windows, strict=True))
         return inputs, targets
 
 
 def num_batches(num_windows: int, *, batch_size: int) -> int:
-    """Steps in an epoch: whole batches only."""
+    """Return the number of complete batches in an epoch."""
     return num_windows // batch_size
 
 
@@ -91,14 +90,15 @@ def batch_indices(
     world_size: int = 1,
     start: int = 0,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """The windows that a rank reads at each step of an epoch, from step ``start`` on.
+    """Return the windows that a rank reads at each step of an epoch, from step ``start`` on.
 
-    The order depends on (seed, epoch) alone, so a run goes on anywhere without replaying what
-    came before. ``batch_size`` is that of all ranks together: their batch is the same whatever
-    ``world_size`` is, and each reads its own contiguous part of it. An incomplete batch is left
-    out.
+    The order depends only on (seed, epoch), so a run can resume at any step without replaying
+    earlier ones. ``batch_size`` is the number of windows over all ranks: the global batch does
+    not depend on ``world_size``, and each rank reads a contiguous part of it. An incomplete
+    batch is dropped.
 
-    Raises ConfigError, at once: a batch that world_size does not divide, a rank out of range.
+    Raises ConfigError immediately if ``world_size`` does not divide ``batch_size`` or if ``rank``
+    is out of range.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),

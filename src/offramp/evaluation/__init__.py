@@ -1,1 +1,1 @@
-"""Evaluation: one pass of the model makes a trace; everything after it is array work."""
+"""Evaluation: one pass of the model records a trace, and all figures are computed from it."""

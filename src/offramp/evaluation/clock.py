@@ -28,9 +28,10 @@ class Part:
     "Measured seconds of a call, by the call's number of tokens."
 
     def of(self, tokens: int) -> float:
-        """Seconds of a call of ``tokens`` tokens.
+        """Return the seconds of a call of ``tokens`` tokens.
 
-        Interpolated between measurements; beyond the largest one, in proportion to the tokens.
+        They are interpolated between measurements, and proportional to the tokens beyond the
+        largest measurement.
         """
         known = sorted(self.seconds)
         if tokens > known[-1]:
@@ -38,11 +39,11 @@ class Part:
         return float(np.interp(tokens, known, [self.seconds[count] for count in known]))
 
     def bytes_per_second(self) -> float:
-        """Bytes a second at which a call of one token reads the weights."""
+        """Bytes per second at which a call of one token reads the weights."""
         return self.bytes / self.seconds[min(self.seconds)]
 
     def faster(self, other: "Part") -> "Part":
-        """The same part with the shorter of the two times of each call."""
+        """Return the part with the shorter of the two times of each call."""
         seconds = {count: min(took, other.seconds[count]) for count, took in self.seconds.items()}
         return replace(self, seconds=seconds)
 
@@ -62,16 +63,16 @@ class Clock:
     drafts: Mapping[int, Part]
     "The max_prob of an exit that drafts, by the head for the draft vocabulary, by exit layer."
     bandwidth: float
-    "Bytes a second at which the machine reads its memory."
+    "Bytes per second at which the machine reads its memory."
     weights: float
     "Bytes of the blocks and the last head."
     token_seconds: float = 0.0
-    "Seconds that a new token takes beside all parts, such as choosing it and decoding its text."
+    "Seconds that a new token takes in addition to all parts, such as to choose and decode it."
     evaluation_seconds: float = 0.0
-    "Seconds that an evaluation takes beside its part, such as splitting the batch."
+    "Seconds that an evaluation takes in addition to its part, such as to split the batch."
 
     def seconds(self, work: Work, tokens: int) -> float:
-        """The predicted seconds of ``work`` that gave this many new tokens."""
+        """Return the predicted seconds of ``work`` that generated ``tokens`` new tokens."""
         parts = [
             *((self.block, of, count) for of, count in work.blocks.items()),
             *((self.keys_values, of, count) for of, count in work.keys_values.items()),
@@ -87,7 +88,10 @@ class Clock:
         return run + tokens * self.token_seconds + evaluated * self.evaluation_seconds
 
     def faster(self, other: "Clock") -> "Clock":
-        """The shorter of the two times of each part: other work on the machine only adds time."""
+        """Return a clock with the shorter of the two times of each part.
+
+        Other work on the machine can only make a part slower.
+        """
 
         def each(mine: Mapping[int, Part], theirs: Mapping[int, Part]) -> dict[int, Part]:
             return {layer: part.faster(theirs[layer]) for layer, part in mine.items()}
@@ -102,10 +106,10 @@ class Clock:
         )
 
     def pinned(self, work: Work, tokens: int, seconds: float) -> "Clock":
-        """The same clock, corrected so that it predicts ``seconds`` for a run at full depth.
+        """Return the clock, corrected so that it predicts ``seconds`` for a run at full depth.
 
-        The seconds that the parts do not explain are shared by the tokens; if every exit was
-        evaluated and no token left, by the evaluations.
+        The seconds that the parts do not explain are divided among the tokens or, if every exit
+        was evaluated and no token left, among the evaluations.
         """
         rest = max(0.0, seconds - self.seconds(work, tokens))
         if evaluated := sum(work.evaluations.values()):
@@ -113,7 +117,7 @@ class Clock:
         return replace(self, token_seconds=self.token_seconds + rest / tokens)
 
     def about(self) -> dict[str, Any]:
-        """The parts as figures for a report: bytes, FLOPs, milliseconds, share of the bandwidth."""
+        """Return figures of each part: bytes, FLOPs, milliseconds, share of the bandwidth."""
         named = {
             "block": self.block,
             "keys and values": self.keys_values,
@@ -130,7 +134,7 @@ class Clock:
             }
             for name, part in named.items()
         }
-        del parts["keys and values"]["share_of_bandwidth"]  # they read no weights of their own
+        del parts["keys and values"]["share_of_bandwidth"]  # they read no weights
         return parts | {
             "token": {"ms": 1000 * self.token_seconds},
             "exit decision": {"ms": 1000 * self.evaluation_seconds},

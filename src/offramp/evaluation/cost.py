@@ -21,8 +21,10 @@ _PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it sees
 
 
 def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: int) -> float:
-    """Compute%: layers run / layers in the model, in percent, if ``counts[i]`` tokens leave at
-    exit i. Exit heads and missing keys and values are not counted.
+    """Return Compute%: layers run / layers in the model, in percent.
+
+    ``counts[i]`` is the number of tokens that leave at exit i. Exit heads and missing keys and
+    values are not counted.
     """
     layers_run = sum(count * layer for count, layer in zip(counts, exit_layers, strict=True))
     return 100.0 * layers_run / (sum(counts) * num_layers)
@@ -50,7 +52,7 @@ class ModelCost:
         return sum(self.layers) + self.heads[self.exit_layers[-1]]
 
     def at(self, exit_layers: Sequence[int]) -> "ModelCost":
-        """The same model with fewer exits."""
+        """Return the cost of the same model with fewer exits."""
         return replace(self, exit_layers=tuple(exit_layers))
 
     def flops_pct_by_exit(
@@ -60,7 +62,7 @@ class ModelCost:
         evaluated: Sequence[bool] | None = None,
         missing_kv: str = "recompute",
     ) -> tuple[float, ...]:
-        """The cost of a token that leaves at each exit, in percent of the full model.
+        """Return the cost of a token that leaves at each exit, in percent of the full model.
 
         Under "recompute" the keys and values above the exit are not counted; "propagate" projects
         them in every block above.
@@ -87,12 +89,12 @@ class ModelCost:
         return tuple(100.0 * cost / self.full for cost in costs)
 
     def gate(self, kind: str, layer: int) -> float:
-        """FLOPs of a gate; ConfigError where it was not counted."""
+        """Return the FLOPs of a gate. Raises ConfigError if they were not counted."""
         try:
             return self.gates[kind][layer]
         except KeyError:
             raise ConfigError(
-                f"cost: expected that of a {kind} at exit layer {layer}, found none"
+                f"cost: expected the cost of a {kind} at exit layer {layer}, got none"
             ) from None
 
 
@@ -128,7 +130,7 @@ def model_cost(
 
 
 def _keys_values(model: EarlyExitModel) -> tuple[float, ...]:
-    """FLOPs of projecting one token's keys and values in each block."""
+    """Return the FLOPs of projecting one token's keys and values in each block."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     step = replace(whole_step(ids), cache=model.make_cache(1, 1))
     h = model.embed(ids, step=step)
@@ -139,7 +141,7 @@ def _keys_values(model: EarlyExitModel) -> tuple[float, ...]:
 
 
 def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
-    """FLOPs of a token in each block, if it attends to ``tokens`` keys."""
+    """Return the FLOPs of a token in each block, if it attends to ``tokens`` keys."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     step = whole_step(ids)
     h: Tensor = model.embed(ids, step=step)
@@ -151,7 +153,7 @@ def _flops_a_token(model: EarlyExitModel, tokens: int) -> list[float]:
 
 
 def _flops(part: Callable[[], T]) -> tuple[float, T]:
-    """The FLOPs that PyTorch counts while a part of a model runs, and the part's result.
+    """Return the FLOPs that PyTorch counts while a part of a model runs, and the part's result.
 
     Gradients are on, because without them a model may use kernels that PyTorch does not count.
     Attention runs as matrix products, which are counted.

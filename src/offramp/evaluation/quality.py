@@ -1,4 +1,4 @@
-"""How well a confidence measure tells which tokens an exit predicts right."""
+"""How well a confidence measure separates right from wrong predictions of an exit."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class RiskCoverage:
 
 
 def risk_coverage(scores: Scores, losses: NDArray[Any]) -> RiskCoverage:
-    """The curve of a score; ``losses`` (N,) are 0 or 1, or any number.
+    """Return the risk-coverage curve of a score; ``losses`` (N,) may be any numbers.
 
     Tokens with equal scores have no order: each counts with the mean loss of all of them.
     """
@@ -49,9 +49,9 @@ def risk_coverage(scores: Scores, losses: NDArray[Any]) -> RiskCoverage:
 
 
 def auroc(scores: Scores, right: NDArray[np.bool_]) -> float:
-    """The probability that a right token scores above a wrong one; equal scores count half.
+    """Return the probability that a right token scores above a wrong one; ties count half.
 
-    NaN if all tokens are right, or none.
+    It is NaN if all tokens are right or all are wrong.
     """
     positive = int(np.count_nonzero(right))
     negative = len(right) - positive
@@ -80,7 +80,10 @@ class Reliability:
 
 
 def reliability(scores: Scores, right: NDArray[np.bool_], *, bins: int = 15) -> Reliability:
-    """Bins over [0, 1]; a score on an edge belongs to the bin above, a score of 1 to the last."""
+    """Compare scores with observed frequencies in equal bins over [0, 1].
+
+    A score on an edge belongs to the bin above it; a score of 1 belongs to the last bin.
+    """
     if not len(scores):
         raise ConfigError("reliability: expected at least one token, got none")
     index = np.clip((scores.astype(np.float64) * bins).astype(np.int64), 0, bins - 1)
@@ -105,13 +108,16 @@ class Quality:
     "AUROC of the score as a predictor of agreement with the last layer."
     curve: RiskCoverage
     reliability: Reliability | None
-    "Reliability against agreement; None if the score is no probability."
+    "Reliability against agreement; None if the score is not a probability."
     reliability_target: Reliability | None
     "Reliability against the target, which temperature scaling improves."
 
 
 def quality(trace: ExitTrace, confidence: str) -> list[Quality]:
-    """One for each exit but the last, which must be the model's last layer."""
+    """Return the quality of a measure at each exit but the last.
+
+    Raises ConfigError if the last exit of the trace is not the model's last layer.
+    """
     if trace.exit_layers[-1] != trace.num_layers:
         raise ConfigError(
             f"exit layers: expected the last layer, {trace.num_layers}, among the trace's, "
@@ -148,9 +154,9 @@ def frontier(
     cost: ModelCost | None = None,
     shares: Sequence[float] = tuple(np.linspace(0.0, 1.0, 21)),
 ) -> list[SweepRow]:
-    """PPL against cost: a row for each share of the tokens at an exit that could leave there.
+    """Return PPL and cost for each share of the tokens whose scores reach the threshold.
 
-    At every exit the threshold is that quantile of its scores. Share 0 is the full model, where
+    The threshold of each exit is that quantile of its scores. Share 0 is the full model, in which
     no exit is evaluated; share 1 is the first exit.
     """
     scores = trace.scores(confidence)[:-1]

@@ -1,4 +1,4 @@
-"""Reads the states of a batch at all exits, a chunk of tokens at a time."""
+"""Read the states of a batch at all exits, one chunk of tokens at a time."""
 
 import math
 from collections import defaultdict
@@ -21,9 +21,9 @@ CHUNK_LOGITS = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkReader:
-    """Reads the states of a batch, a chunk of tokens at a time.
+    """Reads the states of a batch, one chunk of tokens at a time.
 
-    So the logits of all exits over a large vocabulary exist for one chunk only.
+    The logits over a large vocabulary are in memory for one chunk only.
     """
 
     model: EarlyExitModel
@@ -33,7 +33,7 @@ class ChunkReader:
     kl: bool
 
     def batch(self, states: Mapping[int, Tensor], targets: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name of an array, its next tokens); ``states`` are (N, D), ``targets`` (N,)."""
+        """Yield (name of an array, its next tokens) of ``states`` (N, D) and ``targets`` (N,)."""
         size = max(1, CHUNK_LOGITS // self.model.vocab_size)
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
@@ -42,7 +42,7 @@ class ChunkReader:
             )
 
     def chunk(self, states: Mapping[int, Tensor], targets: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """``batch`` for one chunk: states (1, n, D), targets (n,)."""
+        """Yield the arrays of one chunk, as ``batch``: states (1, n, D), targets (n,)."""
         arrays: dict[str, list[Tensor]] = defaultdict(list)
         last: Tensor | None = None
         if self.kl:
@@ -60,7 +60,7 @@ class ChunkReader:
             log_probs = view.log_probs
             if (
                 self.fitted.temperature(layer) != 1
-            ):  # a temperature is for confidence; the loss does without
+            ):  # temperatures are for confidence, not for the loss
                 log_probs = F.log_softmax(view.logits, dim=-1)
             arrays["nll"].append(-log_probs[0].gather(1, targets[:, None])[:, 0])
             arrays["argmax"].append(view.argmax[0])
@@ -76,14 +76,14 @@ class ChunkReader:
             yield name, stacked.float() if stacked.is_floating_point() else stacked
 
     def score(self, name: str, measure: Confidence, view: ExitView) -> Tensor:
-        """(1, n); the last layer of the model has no gate."""
+        """Return the scores (1, n) of a measure; the last layer of the model has no gate."""
         if measure.needs_gate and view.exit_layer == self.model.num_layers:
             certain = 0.0 if name == "gain" else 1.0
             return torch.full(view.state.shape[:2], certain, device=view.state.device)
         return measure.score(view)
 
     def expected_kl(self, view: ExitView) -> Tensor:
-        """(E - 1, n): NaN for the exits before this one."""
+        """Return the ``gain`` predictions (E - 1, n), with NaN for exits before this one."""
         early = [layer for layer in self.layers if layer != self.layers[-1]]
         before = early.index(view.exit_layer)
         expected = view.expected_kl[0].T  # (K, n)
@@ -96,13 +96,13 @@ class ChunkReader:
 
 
 def _logits(model: EarlyExitModel, states: Mapping[int, Tensor], layer: int) -> Tensor:
-    """(1, n, V), at least float32."""
+    """Return the logits (1, n, V) of a layer, in float32 or a wider type."""
     logits = model.unembed(states[layer], layer)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last dimension, of log-probabilities; at least 0."""
+    """Return KL(p || q) in nats, from log-probabilities in the last dimension; at least 0."""
     least = torch.finfo(p.dtype).min  # a token without probability under both adds nothing
     p, q = p.clamp(min=least), q.clamp(min=least)
     return (p.exp() * (p - q)).sum(dim=-1).clamp(min=0)

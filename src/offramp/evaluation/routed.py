@@ -1,7 +1,7 @@
-"""One policy on a text under ``missing_kv="propagate"``: where each token left, and its loss.
+"""Evaluate one policy on a text under ``missing_kv="propagate"``: exits and losses of the tokens.
 
-Later states depend on where earlier tokens left, so every policy needs a pass of its own. Within
-a pass all tokens are computed in parallel (models/propagate.py).
+Later states depend on where earlier tokens left, so every policy needs a separate pass. Within a
+pass all tokens are computed in parallel (models/propagate.py).
 """
 
 import math
@@ -26,7 +26,7 @@ from offramp.models.propagate import run_propagated
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedTrace:
-    """Arrays over tokens, in the order in which they were read."""
+    """The exit and loss of each token, in the order in which the tokens were read."""
 
     exit_layers: tuple[int, ...]
     exits: NDArray[np.intp]
@@ -46,7 +46,7 @@ def collect_routed(
     confidence: str = "max_prob",
     fitted: FittedExits = NOTHING_FITTED,
 ) -> RoutedTrace:
-    """Run the model over (inputs, targets); each token leaves where the policy says."""
+    """Run the model over (inputs, targets); the policy decides where each token leaves."""
     measure = confidence_named(confidence)
     exit_layers = tuple(model.exit_layers)
     exits, nll, sequence, sequences = [], [], [], 0
@@ -99,7 +99,7 @@ def collect_routed(
 def _nll(
     model: EarlyExitModel, h: Float[Tensor, "N D"], layers: Int[Tensor, " N"], targets: Tensor
 ) -> Float[Tensor, " N"]:
-    """The loss of each token at the exit where it left."""
+    """Return the loss of each token at the exit where it left, in nats."""
     nll = torch.empty(len(h), device=h.device)
     size = max(1, CHUNK_LOGITS // model.vocab_size)
     for layer in model.exit_layers:

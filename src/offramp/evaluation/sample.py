@@ -1,4 +1,4 @@
-"""A bounded sample of states and their traces, to fit gates and temperatures to."""
+"""A bounded sample of states and their trace, for fitting gates and temperatures."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ LARGEST_FLOAT16 = 65504.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExitSample:
-    """States at every exit and a trace of the same tokens, with ``kl`` and no confidence."""
+    """States at every exit and a trace of the same tokens, with ``kl``, without confidence."""
 
     states: dict[int, Tensor]
     "(N, D) in float16, by exit layer, the last layer included."
@@ -31,10 +31,10 @@ def collect_sample(
     *,
     max_tokens: int,
 ) -> ExitSample:
-    """Run the model once over whole batches until there are ``max_tokens``, or no more.
+    """Run the model once over batches until there are ``max_tokens``, or no more batches.
 
-    Memory is max_tokens x exits x width x 2 bytes. Draw the batches in a random order, so that
-    the sample is one of the whole text.
+    The states need max_tokens x exits x width x 2 bytes. The batches should be in a random order,
+    so that the sample represents the whole text. Raises ConfigError for ``max_tokens`` below 1.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens: expected at least 1, got {max_tokens}")
@@ -55,7 +55,7 @@ def collect_sample(
 def _first(
     batches: Iterable[tuple[Tensor, Tensor]], max_tokens: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches until they hold ``max_tokens``; the last one is cut to whole windows."""
+    """Yield batches up to ``max_tokens`` tokens; the last batch is cut to complete windows."""
     left = max_tokens
     for inputs, targets in batches:
         windows = -(-left // inputs.shape[1])

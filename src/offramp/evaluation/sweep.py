@@ -38,10 +38,10 @@ def sweep(
     cost: ModelCost | None = None,
     decay: Decay | None = None,
 ) -> list[SweepRow]:
-    """One row for each threshold: a number for all exits, or one number for each but the last.
+    """Return one row per threshold: a number for all exits, or one number for each but the last.
 
-    An exit whose threshold is infinite is not evaluated, and costs nothing. ``decay`` lets the
-    thresholds fall with the position in the window.
+    An exit whose threshold is infinite is not evaluated and costs nothing. With ``decay`` the
+    thresholds decrease with the position in the window.
     """
     scores = trace.scores(confidence)[:-1]
     nll = finite_nll(trace)
@@ -62,7 +62,7 @@ def sweep(
 
 
 def finite_nll(trace: ExitTrace) -> NDArray[np.float64]:
-    """The losses (E, N) in float64 and finite, so that they can be multiplied by 0."""
+    """Return the losses (E, N) in float64; infinite ones become finite, so that 0 x loss is 0."""
     return np.minimum(trace.nll.astype(np.float64), 1e300)
 
 
@@ -73,9 +73,10 @@ def _row(
     threshold: Threshold,
     costs: Sequence[float] | None,
 ) -> SweepRow:
-    """A product with 0 and 1 is several times faster than indexing.
+    """Compute one row from the mask of where tokens leave.
 
-    einsum, because BLAS would start threads, which takes longer than the sum on a busy machine.
+    A product with a mask is several times faster than indexing. It uses einsum, because BLAS
+    would start threads, which takes longer than the sum on a busy machine.
     """
     counts = [int(np.count_nonzero(leaving)) for leaving in here]
     total = sum(

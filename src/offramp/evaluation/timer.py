@@ -1,4 +1,4 @@
-"""Times the parts of a model on the machine: what the cost model (clock.py) is made of."""
+"""Measure the time of each part of a model on this machine, for the cost model (clock.py)."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, Step
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-"""Numbers of tokens of a call for which a part is timed."""
+"""Numbers of tokens per call for which a part is timed."""
 _FEW = 6  # of them, for the parts of an exit if the tokens are not rows of a batch
 BANDWIDTH_BYTES = 1 << 30
 
 
 def measure_bandwidth(device: torch.device | str = "cpu", *, rounds: int = 5) -> float:
-    """Bytes a second at which the machine reads its memory: the median of reading 1 GB."""
+    """Return the bytes per second at which the machine reads 1 GB of memory (median)."""
     x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     return BANDWIDTH_BYTES / seconds_of(lambda: x.sum().item(), rounds)
 
@@ -40,8 +40,8 @@ def measure_clock(
 ) -> Clock:
     """Time every part of a model for a few tokens that follow ``context`` others.
 
-    With ``rows`` each token is in a row of its own, as in a batch. ``bandwidth`` is what
-    ``measure_bandwidth`` gave. Each time is the median of ``rounds``.
+    With ``rows`` each token is in its own row, as in a batch. ``bandwidth`` is the result of
+    ``measure_bandwidth``. Each time is the median of ``rounds``.
     """
     context = max(1, min(context, model.max_length - max(TOKENS)))
     cost = model_cost(model, context=float(context), fitted=fitted)
@@ -71,7 +71,7 @@ class Timer:
     context: int
     fitted: FittedExits
     rows: bool
-    "Whether each token is in a row of its own."
+    "Whether each token is in its own row."
     rounds: int
 
     @property
@@ -86,7 +86,7 @@ class Timer:
         return [count for count in TOKENS if self.rows or self.context + count <= longest]
 
     def block(self) -> Part:
-        """One block: the mean of all."""
+        """Time one block: the mean of all blocks."""
         layers = self.model.num_layers
         seconds = {}
         for tokens in self.sizes:
@@ -96,10 +96,10 @@ class Timer:
         return self._part(sum(self.cost.layers) / layers, seconds)
 
     def keys_values(self, one_block: float) -> Part:
-        """One block's keys and values of pending tokens.
+        """Time the keys and values of pending tokens in one block.
 
-        Where the model computes them beside a token that runs, only what they add is counted:
-        ``one_block`` is the seconds of a block for that token alone.
+        If the model computes them in the same call as a running token, only the additional time
+        counts. ``one_block`` is the seconds of a block for the running token alone.
         """
         layers, sizes = self.model.num_layers, self.sizes
         seconds = {}
@@ -114,7 +114,7 @@ class Timer:
         return self._part(sum(self.cost.keys_values) / layers, seconds)
 
     def head(self, layer: int) -> Part:
-        """The logits at an exit."""
+        """Time the logits at an exit."""
 
         def logits(h: Tensor) -> None:
             self.model.unembed(h, layer)
@@ -122,7 +122,7 @@ class Timer:
         return self._part(self.cost.heads[layer], self._at_exit(layer, logits))
 
     def evaluation(self, layer: int, confidence: str) -> Part:
-        """The confidence at an exit, with the head or gate that it reads."""
+        """Time the confidence at an exit, with the head or gate that it reads."""
         measure = confidence_named(confidence)
         flops = self.cost.heads[layer] if measure.needs_head else 0.0
         if measure.needs_gate:
@@ -130,7 +130,7 @@ class Timer:
         return self._part(flops, self._at_exit(layer, partial(self._score, measure, layer)))
 
     def draft(self, layer: int) -> Part:
-        """The max_prob at an exit that drafts, by the head for the draft vocabulary."""
+        """Time the max_prob at an exit that drafts, with the head for the draft vocabulary."""
         vocab = self.fitted.draft_vocab
         share = 1.0 if vocab is None else len(vocab) / self.model.vocab_size
         score = partial(self._score, CONFIDENCE["max_prob"], layer, vocab=vocab)
@@ -142,7 +142,7 @@ class Timer:
     def _at_exit(
         self, layer: int, part: Callable[[Tensor], object], counts: Sequence[int] | None = None
     ) -> dict[int, float]:
-        """Seconds of a part at an exit, by tokens, each after the blocks below the exit."""
+        """Return the seconds of a part, by tokens, each time after the blocks below the exit."""
         counts = counts or (TOKENS if self.rows else TOKENS[:_FEW])
         one, step = _states(self.model, self.context, (1, 1))
         below = partial(self.model.run_layers, one, 0, layer, step=step)
@@ -169,19 +169,19 @@ class Timer:
 
 
 def _run_last(model: EarlyExitModel, h: Tensor, step: Step) -> None:
-    """All tokens but the last have left and lack keys and values; a new step, as in decoding."""
+    """Run a block for the last token, and compute the missing keys and values of the others."""
     active = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
     active[-1, -1] = True
     model.run_layers(h, 0, model.num_layers, step=replace(step), active=active)
 
 
 def _project(model: EarlyExitModel, h: Tensor, step: Step) -> None:
-    """Keys and values alone; a new step, as in decoding."""
+    """Compute only keys and values, with a new step, as in decoding."""
     model.project_kv(h, 0, model.num_layers, step=replace(step))
 
 
 def _states(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tuple[Tensor, Step]:
-    """States (B, T, D) of tokens that follow ``context`` others, at the first block."""
+    """Return states (B, T, D) before the first block of tokens that follow ``context`` others."""
     positions = torch.arange(context, context + shape[1], device=model.device)
     step = Step(
         positions=positions.expand(shape), cache=model.make_cache(shape[0], context + shape[1])
@@ -193,7 +193,7 @@ def _states(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tupl
 def seconds_of(
     part: Callable[[], object], rounds: int, *, before: Callable[[], object] | None = None
 ) -> float:
-    """The median seconds of so many rounds, after one round that does not count."""
+    """Return the median seconds of ``rounds`` rounds, after one round that does not count."""
     found = []
     for _ in range(rounds + 1):
         if before:
@@ -207,6 +207,6 @@ def seconds_of(
 
 
 def _wait() -> None:
-    """Wait for a GPU, which runs what it was given in the background."""
+    """Wait until the GPU has finished; it runs in the background."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

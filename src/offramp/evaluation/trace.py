@@ -27,7 +27,7 @@ class ExitTrace:
     """Arrays over (exits, tokens) in the order in which the tokens were read.
 
     It describes ``missing_kv="recompute"``: every state was computed with exact keys and values.
-    An array that was not requested, or that a file of an earlier version lacks, is None.
+    An array is None if it was not requested, or if a file of an earlier version does not have it.
     """
 
     num_layers: int
@@ -60,23 +60,23 @@ class ExitTrace:
         return len(self.targets)
 
     def scores(self, confidence: str) -> NDArray[np.float32]:
-        """(E, N) scores of a measure; ConfigError where it was not recorded."""
+        """Return the (E, N) scores of a measure. Raises ConfigError if it was not recorded."""
         if confidence not in self.confidence:
             recorded = ", ".join(self.confidence) or "none"
             raise ConfigError(
-                f"confidence: expected one that the trace has ({recorded}), got {confidence!r}"
+                f"confidence: expected a measure of the trace ({recorded}), got {confidence!r}"
             )
         return self.confidence[confidence]
 
     def ppl(self, exit_layer: int) -> float:
-        """Perplexity if every token left at this exit."""
+        """Return the perplexity if every token left at this exit."""
         return perplexity(float(self.nll[self._row(exit_layer)].mean(dtype=np.float64)))
 
     def at(self, exit_layers: Sequence[int]) -> "ExitTrace":
-        """The same tokens with a subset of the exits."""
+        """Return the trace of the same tokens with a subset of the exits."""
         rows = [self._row(layer) for layer in exit_layers]
         confidence = {name: scores[rows] for name, scores in self.confidence.items()}
-        if "patience" in confidence:  # it counts over the exits that there are
+        if "patience" in confidence:  # it depends on which exits there are
             confidence["patience"] = _patience(self.argmax[rows])
         early = rows[:-1]
         expected = self.expected_kl
@@ -91,7 +91,7 @@ class ExitTrace:
         )
 
     def tokens(self, chosen: NDArray[Any] | slice) -> "ExitTrace":
-        """The chosen tokens only, by a mask, indices or a slice."""
+        """Return the trace of the chosen tokens; ``chosen`` is a mask, indices or a slice."""
         names = (*_PER_EXIT, *_PER_TOKEN, "targets")
         arrays = {name: getattr(self, name) for name in names}
         return replace(
@@ -108,7 +108,7 @@ class ExitTrace:
         return self.exit_layers.index(exit_layer)
 
     def save(self, path: Path) -> None:
-        """Write an uncompressed ``.npz``."""
+        """Write the trace as an uncompressed ``.npz`` file."""
         arrays: dict[str, Any] = {"targets": self.targets}
         for name in (*_PER_EXIT, *_PER_TOKEN):
             if getattr(self, name) is not None:
@@ -119,7 +119,7 @@ class ExitTrace:
 
     @classmethod
     def load(cls, path: Path) -> "ExitTrace":
-        """Read what ``save`` wrote."""
+        """Read a trace that ``save`` wrote."""
         with np.load(path, allow_pickle=False) as stored:
             num_layers, *exit_layers = stored["layers"].tolist()
             arrays = {name: stored[name] for name in stored.files if name != "layers"}
@@ -137,8 +137,8 @@ class ExitTrace:
 
 
 def perplexity(mean_nll: float) -> float:
-    """exp of the mean negative log-likelihood (nats a token)."""
-    with np.errstate(over="ignore"):  # infinite, as for a model that diverged
+    """Return exp of the mean negative log-likelihood (nats per token)."""
+    with np.errstate(over="ignore"):  # a model that diverged has infinite PPL
         return float(np.exp(mean_nll))
 
 
@@ -203,7 +203,7 @@ def collect_trace(
 
 
 def _patience(argmax: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(E, N): for each exit, how many exits in a row up to it predict the same token."""
+    """Return (E, N): for each exit, how many exits in a row up to it predict the same token."""
     counts = np.ones(argmax.shape, dtype=np.float32)
     for index in range(1, len(argmax)):
         same = argmax[index] == argmax[index - 1]

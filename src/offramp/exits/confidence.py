@@ -1,12 +1,12 @@
-"""Confidence: whether a token may leave at an exit, as a score. Higher always means leave.
+"""Confidence measures: scores by which tokens leave at an exit. A higher score favours leaving.
 
-A measure reads an ``ExitView``: what one exit knows of some tokens. The trace makes views of all
-tokens at all exits, a decoder of those that it is at; logits are computed only when a measure
-asks for them, so an exit with a gate needs the LM head only for the tokens that leave.
+A measure reads an ``ExitView`` of some tokens at one exit. A trace makes views of all tokens at
+all exits; a decoder makes views of the tokens that it decodes. Logits are computed only when a
+measure reads them, so an exit with a gate needs the LM head only for the tokens that leave.
 
-Every score depends on its own token alone, never on the batch. It is float32, or float64 where
-its ingredients are (gates compute in float32). New measures register in ``CONFIDENCE`` under the
-field's name.
+The score of a token does not depend on the other tokens of the batch. It is float32, or float64
+if its inputs are (gates compute in float32). New measures are added to ``CONFIDENCE`` under the
+name that the literature uses.
 """
 
 import math
@@ -26,9 +26,9 @@ from offramp.exits.gate import NOTHING_FITTED, FittedExits, agreement_probabilit
 
 
 class Agreement(NamedTuple):
-    """An exit's first choice, and how many exits in a row had it, this one included.
+    """An exit's most likely token, and how many exits in a row, with this one, predict it.
 
-    A decoder whose tokens left in part goes on with ``Agreement(argmax[rows], exits[rows])``.
+    If only some tokens continue, select them with ``Agreement(argmax[rows], exits[rows])``.
     """
 
     argmax: Int[Tensor, "*B"]
@@ -36,13 +36,13 @@ class Agreement(NamedTuple):
 
 
 class ExitView:
-    """What one exit knows of a batch of tokens, each part computed when it is first asked for.
+    """The data of a batch of tokens at one exit; each part is computed on first access.
 
-    ``state`` (*B, D) is the state after ``exit_layer`` blocks and ``previous_state`` the one a
-    block before (for exit layer 1: the embedding), which only ``saturation`` reads. ``logits``
-    are (*B, V), or a function that computes them. ``earlier`` is the ``agreement`` of the exit
-    before for the same tokens (None at the first), which only ``patience`` reads. ``fitted``
-    holds the gates and temperatures.
+    ``state`` (*B, D) is the state after ``exit_layer`` blocks. ``previous_state`` is the state
+    one block earlier (for exit layer 1, the embedding); only ``saturation`` reads it. ``logits``
+    are (*B, V), or a function that computes them. ``earlier`` is the ``agreement`` of the
+    previous exit for the same tokens (None at the first exit); only ``patience`` reads it.
+    ``fitted`` holds the gates and temperatures.
     """
 
     def __init__(
@@ -60,28 +60,28 @@ class ExitView:
 
     @cached_property
     def logits(self) -> Float[Tensor, "*B V"]:
-        """At least float32."""
+        """The logits, in float32 or a wider type."""
         assert self._logits is not None, "a view without logits"
         return _wide(self._logits() if callable(self._logits) else self._logits)
 
     @cached_property
     def log_probs(self) -> Float[Tensor, "*B V"]:
-        """ln p at the exit's temperature."""
+        """The log-probabilities at the exit's temperature."""
         temperature = self.fitted.temperature(self.exit_layer)
         logits = self.logits if temperature == 1.0 else self.logits / temperature
         return F.log_softmax(logits, dim=-1)
 
     @cached_property
     def argmax(self) -> Int[Tensor, "*B"]:
-        """The exit's first choice; of equals, the first."""
+        """The exit's most likely token; the lowest id if several are equally likely."""
         if self.logits.device.type != "cpu":
             return self.logits.argmax(dim=-1)
-        # NumPy's is ten times as fast as PyTorch's on a CPU, and says the same
+        # NumPy's argmax is ten times as fast as PyTorch's on a CPU, with the same result
         return torch.from_numpy(np.asarray(self.logits.detach().numpy().argmax(axis=-1)))
 
     @cached_property
     def agreement(self) -> Agreement:
-        """What the next exit's view gets as ``earlier``."""
+        """The agreement up to this exit; the view of the next exit takes it as ``earlier``."""
         alone = torch.ones_like(self.argmax)
         if self.earlier is None:
             return Agreement(self.argmax, alone)
@@ -96,23 +96,23 @@ class ExitView:
 
     @property
     def previous_state(self) -> Float[Tensor, "*B D"]:
-        """The state a block before."""
+        """The state one block earlier."""
         assert self._previous_state is not None, "a view without the state before"
         return self._previous_state
 
     @cached_property
     def expected_kl(self) -> Float[Tensor, "*B K"]:
-        """What the ``gain`` gate expects of KL(p_L || p), nats, here and at each later exit."""
+        """KL(p_L || p) in nats as the ``gain`` gate predicts it, at this and each later exit."""
         return expected_kl(self.fitted.gate("gain", self.exit_layer)(self.state))
 
 
 def max_prob(view: ExitView) -> Float[Tensor, "*B"]:
-    """The largest probability, max_v p(v); in (0, 1]."""
+    """Return the largest probability, max_v p(v); in (0, 1]."""
     return view.log_probs.amax(dim=-1).exp()
 
 
 def margin(view: ExitView) -> Float[Tensor, "*B"]:
-    """The largest probability minus the second, p(1) - p(2); in [0, 1], and 1 if V is 1."""
+    """Return the largest probability minus the second largest; in [0, 1], and 1 if V is 1."""
     if view.logits.shape[-1] == 1:
         return torch.ones_like(view.logits[..., 0])
     first, second = view.log_probs.topk(2, dim=-1).values.exp().unbind(dim=-1)
@@ -120,7 +120,7 @@ def margin(view: ExitView) -> Float[Tensor, "*B"]:
 
 
 def entropy(view: ExitView) -> Float[Tensor, "*B"]:
-    """1 - H / ln V, H = -sum p ln p: 0 where all tokens are as likely, 1 where one is certain."""
+    """Return 1 - H / ln V, H = -sum p ln p: 0 for a uniform distribution, 1 for a certain token."""
     vocab_size = view.logits.shape[-1]
     if vocab_size == 1:
         return torch.ones_like(view.logits[..., 0])
@@ -130,40 +130,40 @@ def entropy(view: ExitView) -> Float[Tensor, "*B"]:
 
 
 def saturation(view: ExitView) -> Float[Tensor, "*B"]:
-    """Cosine of the state with the one a block before (CALM, section 3.3); in [-1, 1]."""
+    """Return the cosine of the state and the one a block earlier (CALM, section 3.3); [-1, 1]."""
     return F.cosine_similarity(_wide(view.state), _wide(view.previous_state), dim=-1).clamp(-1, 1)
 
 
 def patience(view: ExitView) -> Float[Tensor, "*B"]:
-    """How many exits in a row, this one included, have the same first choice (PABEE); 1, 2, ..."""
+    """Return how many exits in a row, with this one, predict the same token (PABEE); 1, 2, ..."""
     return view.agreement.exits.to(view.logits.dtype)
 
 
 def gate(view: ExitView) -> Float[Tensor, "*B"]:
-    """The gate's probability that the last layer agrees; in [0, 1]."""
+    """Return the gate's probability that the last layer predicts the same token; in [0, 1]."""
     return agreement_probability(view.fitted.gate("gate", view.exit_layer)(view.state))
 
 
 def gain(view: ExitView) -> Float[Tensor, "*B"]:
-    """Minus the expected KL(p_L || p_e) in nats: at most 0.
+    """Return minus the predicted KL(p_L || p_e) in nats: at most 0.
 
-    Its threshold is minus a price: -0.05 lets a token leave where leaving is expected to lose
-    at most 0.05 nats.
+    With a threshold of -0.05 a token leaves if the predicted loss of leaving is at most 0.05
+    nats.
     """
     return -view.expected_kl[..., 0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence:
-    """A measure, and what it costs and means."""
+    """A confidence measure, with what it needs and what its score means."""
 
     score: Callable[[ExitView], Float[Tensor, "*B"]]
     needs_head: bool = True
-    "Reads logits, so every exit that is passed costs its head."
+    "Whether it reads logits, so that every evaluated exit costs its head."
     needs_previous_state: bool = False
     needs_gate: bool = False
     is_probability: bool = False
-    "The score claims to be a probability of being right."
+    "Whether the score is an estimated probability that the prediction is right."
 
 
 CONFIDENCE: dict[str, Confidence] = {
@@ -175,11 +175,11 @@ CONFIDENCE: dict[str, Confidence] = {
     "gate": Confidence(score=gate, needs_head=False, needs_gate=True, is_probability=True),
     "gain": Confidence(score=gain, needs_head=False, needs_gate=True),
 }
-"""Every measure by its name."""
+"""The confidence measures by name."""
 
 
 def confidence_named(name: str) -> Confidence:
-    """The measure of that name; ConfigError where there is none."""
+    """Return the measure with this name. Raises ConfigError if there is none."""
     if name not in CONFIDENCE:
         raise ConfigError(f"confidence: expected one of {', '.join(CONFIDENCE)}, got {name!r}")
     return CONFIDENCE[name]

@@ -1,10 +1,11 @@
-"""Gates: small networks on an exit's state that say, without the LM head, whether to leave.
+"""Gates: small networks that decide from an exit's state, without the LM head, who may leave.
 
-- ``gate`` asks "will the last layer agree?": a logistic regression of argmax_e == argmax_L,
-  class-balanced (CALM, Schuster et al. 2022, section 3.3; FREE, Bae et al. 2023).
-- ``gain`` asks "how much would the deep layers change the prediction?": a regression of
-  KL(p_L || p_e) in nats. Confidence asks whether a token is easy; but an uncertain token that
-  more layers don't make less uncertain should leave too.
+- ``gate`` predicts whether the last layer predicts the same token: a class-balanced logistic
+  regression of argmax_e == argmax_L (CALM, Schuster et al. 2022, section 3.3; FREE, Bae et al.
+  2023).
+- ``gain`` predicts how much deeper layers would change the prediction: a regression of
+  KL(p_L || p_e) in nats. With it a token may also leave if it is uncertain but deeper layers
+  would not change its prediction.
 
 A gate costs less than D x D multiplications, and an exit with one needs the LM head only for the
 tokens that leave there.
@@ -26,11 +27,11 @@ GateKind = Literal["gate", "gain"]
 GATE_KINDS: tuple[str, ...] = get_args(GateKind)
 
 LARGEST_HIDDEN = 128
-"""Hidden units of a gate at the most, however wide the model is."""
+"""Largest number of hidden units of a gate, for models of any width."""
 
 
 class Gate(nn.Module):
-    """RMSNorm -> Linear(D, hidden) -> SiLU -> Linear(hidden, outputs), on the state at an exit."""
+    """A gate: RMSNorm -> Linear(D, hidden) -> SiLU -> Linear(hidden, outputs), on exit states."""
 
     def __init__(self, hidden_size: int, *, outputs: int = 1, hidden: int | None = None) -> None:
         super().__init__()
@@ -40,14 +41,14 @@ class Gate(nn.Module):
         self.out_proj = nn.Linear(hidden, outputs)
 
     def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
-        """The outputs before their link; computed in the gate's own precision, float32."""
+        """Return the outputs before a sigmoid or softplus, in the gate's precision, float32."""
         h = self.norm(h.to(self.up_proj.weight.dtype))
         out: Tensor = self.out_proj(F.silu(self.up_proj(h)))
         return out
 
 
 def gate_of(state: Mapping[str, Tensor]) -> Gate:
-    """The gate with these parameters, which say its shape; an error if they are not whole."""
+    """Make a gate from its parameters. Raises an error if parameters are missing."""
     hidden, hidden_size = state["up_proj.weight"].shape
     gate = Gate(hidden_size, outputs=len(state["out_proj.bias"]), hidden=hidden)
     gate.load_state_dict(dict(state))
@@ -55,30 +56,30 @@ def gate_of(state: Mapping[str, Tensor]) -> Gate:
 
 
 def agreement_probability(out: Float[Tensor, "*B 1"]) -> Float[Tensor, "*B"]:
-    """Of a ``gate``: the chance that the last layer has the same first choice."""
+    """Convert the output of a ``gate`` to the probability that the last layer agrees."""
     return torch.sigmoid(out[..., 0])
 
 
 def expected_kl(out: Float[Tensor, "*B K"]) -> Float[Tensor, "*B K"]:
-    """Of a ``gain`` gate: the expected KL(p_L || p) in nats at this exit and each later one."""
+    """Convert the outputs of a ``gain`` gate to KL(p_L || p) in nats at this and later exits."""
     return F.softplus(out)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FittedExits:
-    """What was fitted to the exits of a trained model: gates, temperatures, a draft vocabulary.
+    """The gates, temperatures and draft vocabulary that were fitted to a trained model's exits.
 
-    The gate at exit e of kind ``gain`` has an output for e and one for each exit between e and
-    the last, in their order; that of kind ``gate`` has one.
+    A ``gain`` gate at exit e has one output for e and one for each exit between e and the last,
+    in this order. A ``gate`` has one output.
     """
 
     gates: Mapping[str, Mapping[int, Gate]] = field(default_factory=dict)
-    "By kind, then by exit layer."
+    "Gates by kind and exit layer."
     temperatures: Mapping[int, float] = field(default_factory=dict)
-    "By exit layer; a layer without one has 1."
+    "Temperatures by exit layer; a layer that is missing has temperature 1."
     draft_vocab: Int[Tensor, " W"] | None = None
-    """The tokens that a draft may name (the most frequent ones; None: all): its head is then a
-    slice of the LM head and costs as much less."""
+    """Ids of the tokens that a draft may contain, the most frequent ones; None for all tokens. The
+    head of the draft is then a slice of the LM head, and costs proportionally less."""
 
     def __repr__(self) -> str:
         gates = {kind: sorted(by_layer) for kind, by_layer in self.gates.items()}
@@ -89,7 +90,7 @@ class FittedExits:
         )
 
     def gate(self, kind: str, exit_layer: int) -> Gate:
-        """ConfigError where none was fitted."""
+        """Return the gate of an exit. Raises ConfigError if none was fitted."""
         try:
             return self.gates[kind][exit_layer]
         except KeyError:
@@ -98,7 +99,7 @@ class FittedExits:
             ) from None
 
     def temperature(self, exit_layer: int) -> float:
-        """What the exit's logits are divided by before they are read as probabilities."""
+        """Return the number by which the exit's logits are divided before the softmax."""
         return self.temperatures.get(exit_layer, 1.0)
 
 
@@ -107,20 +108,20 @@ NOTHING_FITTED = FittedExits()
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How to fit a gate."""
+    """Options for fitting a gate."""
 
     steps: int = 1000
-    "Steps of AdamW."
+    "Number of AdamW steps."
     batch_size: int = 1024
-    "Tokens a step."
+    "Number of tokens per step."
     lr: float = 3e-3
-    "Peak learning rate; cosine to zero."
+    "Peak learning rate, which decays to zero along a cosine."
     weight_decay: float = 0.01
     "AdamW's weight decay."
     hidden: int | None = None
-    "Hidden units (default: the model's width, at most LARGEST_HIDDEN)."
+    "Number of hidden units (default: the model's width, at most LARGEST_HIDDEN)."
     seed: int = 0
-    "Seed of the parameters and of the order."
+    "Seed of the parameters and of the order of the tokens."
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "hidden"):
@@ -141,16 +142,17 @@ def fit_gate(
     targets: Float[Tensor, "N K"],
     config: GateConfig | None = None,
 ) -> Gate:
-    """A gate of this kind, fitted to states of any precision; the same for the same seed.
+    """Fit a gate to states of any precision. The result is deterministic for a seed.
 
-    ``targets`` of ``gate`` are 1 where the last layer agrees, else 0; of ``gain`` the divergence
-    in nats at this exit and each later one but the last.
+    For ``gate``, ``targets`` are 1 if the last layer predicts the same token, else 0. For
+    ``gain``, they are KL(p_L || p) in nats at this exit and at each later one but the last.
+    Raises ConfigError if there are no states or a target is not finite.
     """
     config = config or GateConfig()
     if kind not in GATE_KINDS:
         raise ConfigError(f"gate: expected one of {', '.join(GATE_KINDS)}, got {kind!r}")
     if not (len(states) and torch.isfinite(targets).all()):
-        raise ConfigError("gate: expected states with finite targets to fit it to, got others")
+        raise ConfigError("gate: expected states with finite targets, got none or other targets")
     size, outputs = states.shape[1], targets.shape[1]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(config.seed)
@@ -171,7 +173,7 @@ def fit_gate(
 
 
 def _balanced_logistic(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy in which both classes weigh the same in all."""
+    """Return a cross-entropy in which both classes have the same total weight."""
     agree = targets.mean().clamp(1e-6, 1 - 1e-6)
 
     def loss(out: Tensor, target: Tensor) -> Tensor:
@@ -182,8 +184,10 @@ def _balanced_logistic(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _mean_loss(out: Tensor, target: Tensor) -> Tensor:
-    """m - y ln m: least at the mean of y, whatever its distribution, and a few large y do not
-    rule it as they would a squared error (a quasi-likelihood whose variance is the mean).
+    """Return the mean of m - y ln m, a quasi-likelihood whose variance is the mean.
+
+    Its minimum is at the mean of y for any distribution of y, and a few large y have less
+    influence than in a squared error.
     """
     mean = expected_kl(out).clamp(min=1e-6)
     return (mean - target * mean.log()).mean()

@@ -1,9 +1,8 @@
-"""What an exit's loss may do to the trunk: gradients where the state branches to an exit.
+"""The gradients that an exit's loss sends to the trunk, where the state branches to an exit.
 
-A branch takes the state at branch i of k and gives the state that the exit sees and the one that
-the trunk goes on with; both hold the same numbers, only their gradients differ. Branches are
-counted from 1 over the layers that have a weight at this step and the last layer, which is
-branch k whether it has a weight or not.
+A branch takes the state at branch i of k and returns the state for the exit and the state for
+the trunk. Both have the same values; only their gradients differ. Branches are counted from 1
+over the layers that have a weight at this step and the last layer, which is always branch k.
 """
 
 from collections.abc import Callable
@@ -21,28 +20,28 @@ Branch = Callable[[State, int, int], tuple[State, State]]
 
 
 def branch_of(config: ObjectiveConfig) -> Branch:
-    """The branch that the config names."""
+    """Return the branch function for a config."""
     if config.gradient_equilibrium:
         return equilibrium
     return detached if config.detach_exits else plain
 
 
 def plain(h: State, i: int, k: int) -> tuple[State, State]:
-    """Every loss sends its whole gradient down."""
+    """Branch without a change: every loss sends its whole gradient to the trunk."""
     return h, h
 
 
 def detached(h: State, i: int, k: int) -> tuple[State, State]:
-    """Early exits train what they have of their own; only the last layer's loss goes down."""
+    """Detach early exits: they train only their own parameters; the last loss trains the trunk."""
     return (h if i == k else h.detach()), h
 
 
 def equilibrium(h: State, i: int, k: int) -> tuple[State, State]:
-    """Gradient equilibrium (Li et al. 2019, "Improved Techniques for Training Adaptive Deep
-    Networks", section 3.1): the trunk below branch i gets the mean of the k - i + 1 losses above.
+    """Scale gradients so that the trunk below branch i gets the mean of the k - i + 1 losses above.
 
-    The exit sends 1 / (k - i + 1) of its gradient, what comes from deeper branches counts
-    (k - i) / (k - i + 1). Heads keep their gradient whole.
+    This is gradient equilibrium (Li et al. 2019, "Improved Techniques for Training Adaptive Deep
+    Networks", section 3.1). The exit's gradient is multiplied by 1 / (k - i + 1), and the gradient
+    from deeper branches by (k - i) / (k - i + 1). The gradients of the heads do not change.
     """
     losses = k - i + 1
     return _scale_gradient(h, 1 / losses), _scale_gradient(h, (k - i) / losses)
@@ -56,7 +55,7 @@ def _scale_gradient(h: State, factor: float) -> State:
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The same numbers; factor times the gradient."""
+    """The identity, whose backward pass multiplies the gradient by a factor."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, factor: float) -> Tensor:

@@ -1,11 +1,11 @@
 """The training loss: a weighted sum of the exits' cross-entropies, in chunks of tokens.
 
-Logits of several exits over a large vocabulary never exist at once. Each chunk of tokens at each
-exit is unembedded, its loss and its gradients are taken at once, and its logits are dropped; the
-backward pass only scales what is already there. The gradients are those of the plain loss, no
-matrix product is done twice, and memory is one chunk of logits and one gradient of the head.
-(Liger's fused linear cross-entropy does the same for one linear head on a GPU; this one takes
-any head as a callable, several exits, and self-distillation.)
+The logits of several exits over a large vocabulary are never in memory together. For each chunk
+of tokens at each exit, the forward pass computes the logits, the loss and the gradients, and then
+frees the logits; the backward pass only scales the gradients. The gradients equal those of the
+plain loss, no matrix product is computed twice, and the memory is that of one chunk of logits and
+one gradient of the head. (Liger's fused linear cross-entropy does the same for one linear head on
+a GPU; this one supports any callable head, several exits, and self-distillation.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 Unembed = Callable[[Tensor, int], Tensor]
 
 CHUNK_LOGITS = 4_000_000
-"""Logits of one chunk; 16 MB in float32, about what a processor's cache holds."""
+"""Largest number of logits of a chunk; 16 MB in float32, about the size of a processor's cache."""
 MIN_CHUNK = 512
-"""Tokens of a chunk at the least: fewer would leave the matrix units idle."""
+"""Smallest number of tokens of a chunk; with fewer, matrix products are inefficient."""
 
 
 def weighted_exit_loss(
@@ -37,12 +37,12 @@ def weighted_exit_loss(
     distill: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[int, Float[Tensor, ""]]]:
-    """Sum of weight x CE over the layers, in nats a token, and each layer's CE by itself.
+    """Return the sum of weight x CE over the layers, in nats per token, and the CE of each layer.
 
-    ``parameters`` are those of the heads that need a gradient (``head_parameters`` finds them);
-    the CEs by layer are detached. With ``distill``, every layer below the deepest of ``states``
-    adds distill x weight x temperature^2 x KL(p_deepest || p_layer) at that temperature, the
-    teacher detached (Hinton et al. 2015; Zhang et al. 2019, "Be Your Own Teacher").
+    ``parameters`` are those of the heads that need a gradient (``head_parameters`` finds them).
+    The CEs by layer are detached. With ``distill``, every layer below the deepest of ``states``
+    adds distill x weight x temperature^2 x KL(p_deepest || p_layer) at that temperature; the
+    teacher is detached (Hinton et al. 2015; Zhang et al. 2019, "Be Your Own Teacher").
     """
     layers = sorted(weights)
     plan = _Plan(
@@ -64,7 +64,7 @@ def weighted_exit_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class _ChunkLoss:
-    """One layer's part on a chunk; ``grad`` is the gradient of ``loss`` by ``logits``."""
+    """One layer's loss on a chunk; ``grad`` is the gradient of ``loss`` by ``logits``."""
 
     index: int
     logits: Tensor
@@ -75,7 +75,7 @@ class _ChunkLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What does not take part in differentiation."""
+    """The arguments of the loss that are not differentiated."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
@@ -88,10 +88,10 @@ class _Plan:
     def chunk(
         self, states: Sequence[Tensor], targets: Tensor, tokens: int, room: Tensor
     ) -> Iterator[_ChunkLoss]:
-        """One layer after the other on a chunk of a batch of so many ``tokens``.
+        """Yield the loss of each layer on a chunk of a batch of ``tokens`` tokens.
 
-        ``room`` holds the gradient by the logits of one of them at a time: memory that is taken
-        anew for each costs as much as the softmax.
+        ``room`` is a buffer for the gradient by the logits of one layer at a time. Allocating
+        this memory for each layer would take as long as the softmax.
         """
         teacher: Tensor | None = None
         if self.distill and len(states) > 1:
@@ -104,7 +104,7 @@ class _Plan:
             yield self.loss(index, weight, logits, targets, taught, tokens, room)
 
     def logits(self, h: Tensor, index: int) -> Tensor:
-        """(n, D) -> (n, V), at least float32."""
+        """Return the logits (n, V) of states (n, D), in float32 or a wider type."""
         logits = self.unembed(h[None], self.layers[index]).squeeze(0)  # [0] would copy its gradient
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -119,10 +119,11 @@ class _Plan:
         tokens: int,
         room: Tensor,
     ) -> _ChunkLoss:
-        """The loss and its gradient written out: p - 1 at the target, T (q_T - p_T) to a teacher.
+        """Return the loss and its gradient by explicit formulas.
 
-        The automatic gradient of a cross-entropy passes over the logits five times more. The log
-        of the normaliser is read at the largest logit, whose probability is at least 1 / V.
+        The gradient is p, minus 1 at the target, and T (q_T - p_T) for a teacher p_T. Autograd
+        would pass over the logits five more times. The log of the normaliser is computed at the
+        largest logit, whose probability is at least 1 / V.
         """
         grad = torch.softmax(logits, dim=-1, out=room[: len(logits)])
         normaliser = logits.amax(dim=-1, keepdim=True) - grad.amax(dim=-1, keepdim=True).log()
@@ -144,7 +145,7 @@ class _Plan:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradients of the states and the heads in the forward pass, chunk by chunk."""
+    """Computes the gradients of the states and heads in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -194,15 +195,15 @@ def _accumulate(
 ) -> None:
     """Add one chunk's gradients to the state's rows and to the heads' parameters."""
     first = len(grads) - len(parameters)
-    asked = [place for place in range(first, len(grads)) if grads[place] is not None]
-    inputs = [piece, *(parameters[place - first] for place in asked)]
+    needed = [place for place in range(first, len(grads)) if grads[place] is not None]
+    inputs = [piece, *(parameters[place - first] for place in needed)]
     of_piece, *of_parameters = torch.autograd.grad(
         part.logits, inputs, part.grad, allow_unused=True
     )
     held = grads[part.index]
     if held is not None:
         held[rows] = of_piece
-    for place, found in zip(asked, of_parameters, strict=True):
+    for place, found in zip(needed, of_parameters, strict=True):
         held = grads[place]
         if held is not None and found is not None:
             held += found
@@ -215,7 +216,7 @@ def head_parameters(
     *,
     hidden_size: int,
 ) -> tuple[str, ...]:
-    """Names of the parameters that unembedding these layers uses and that need a gradient."""
+    """Return the names of the parameters that ``unembed`` uses and that need a gradient."""
     trained = {name: value for name, value in parameters.items() if value.requires_grad}
     if not trained:
         return ()

@@ -1,6 +1,6 @@
-"""The training objective as a value: what to minimise, and what its fields mean together.
+"""The training objective as a config, and the checks of its fields.
 
-How the loss weights follow from it at each step is in ``schedules``.
+``schedules`` computes the loss weights of each step from it.
 """
 
 import math
@@ -30,45 +30,46 @@ NEED_EARLY_EXITS = (
     "distill",
     "backbone_steps",
 )
-"""The fields that mean nothing where only the last layer has a weight."""
+"""The fields that have no effect if only the last layer has a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What to minimise. Schedules of the loss weights count steps after --backbone-steps."""
+    """The training objective. Schedules of the loss weights start after --backbone-steps."""
 
     loss_weights: str = field(default="asymmetric:0.7", metadata={"help": HELP})
     alpha_end: float | None = None
-    "Where the ALPHA of the loss weights goes."
+    "Final value of the ALPHA of the loss weights."
     alpha_schedule: AlphaSchedule = "constant"
-    "How alpha goes there: linear, cosine, or step (in equal parts after each of --alpha-steps)."
+    "How alpha changes: linear, cosine, or step (by equal parts after each of --alpha-steps)."
     alpha_steps: tuple[int, ...] = ()
-    """Linear and cosine: the step at which alpha arrives (default: the last). Step: the steps
-    after which it moves, ascending."""
+    """For linear and cosine, the step at which alpha reaches its final value (default: the last).
+    For step, the steps after which alpha changes, ascending."""
     weight_warmup: WeightWarmup = "none"
-    "Let the early exits' weights grow from 0: linear or cosine (EE-LLM)."
+    "Increase the early exits' weights from 0: linear or cosine (EE-LLM)."
     weight_warmup_steps: int = 0
-    "Steps until the early exits have their whole weight."
+    "Number of steps until the early exits have their full weight."
     curriculum: str = "none"
-    """Which early exits count at a step (LayerSkip): none, rotational:R (every R-th layer, moving
-    up by one each step), or gradual (from the last layer down, all by half of the run)."""
+    """Which early exits have a weight at a step (LayerSkip): none (all exits), rotational:R
+    (every R-th layer, shifted up by one at each step), or gradual (from the last layer down; all
+    exits after half of the run)."""
     layer_dropout: float = 0.0
-    "Share of samples that skip the last layer; lower layers less, the first never (LayerSkip)."
+    "Share of samples that skip the last layer; less for lower layers, 0 for the first (LayerSkip)."
     layer_dropout_schedule: LayerDropoutSchedule = "constant"
-    "Layer dropout over the run: constant, or exponential from 0."
+    "Layer dropout over the run: constant, or growing exponentially from 0."
     gradient_equilibrium: bool = False
-    "Give each part of the trunk the mean of the losses above it, not the sum (Li et al. 2019)."
+    "Train each part of the trunk on the mean of the losses above it, not the sum (Li et al. 2019)."
     detach_exits: bool = False
-    "Keep the early exits' gradient out of the trunk; only the last layer's loss trains it."
+    "Send no gradient of the early exits to the trunk; only the last layer's loss trains it."
     distill: float = 0.0
-    "Weight of KL(last layer || exit) beside each early exit's cross-entropy."
+    "Weight of KL(last layer || exit), added to each early exit's cross-entropy."
     distill_temperature: float = 1.0
-    "Temperature of that KL."
+    "Temperature of both distributions in that KL."
     backbone_steps: int = 0
-    "Steps of the standard loss alone before the joint objective."
+    "Number of steps with only the standard loss, before the joint objective."
     layer_lr: str = ""
-    """Factors of the learning rate: LAYER=FACTOR,... (0 is the embedding), or decay:F, which is F
-    to the power of the number of layers above."""
+    """Factors of the learning rate by layer: LAYER=FACTOR,... (0 is the embedding), or decay:F,
+    which is F to the power of the number of layers above."""
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -91,30 +92,30 @@ class ObjectiveConfig:
         if self.detach_exits and self.gradient_equilibrium:
             raise ConfigError(
                 "detach_exits: expected gradient_equilibrium to be off, got both on; "
-                "a detached exit sends the trunk no gradient to balance"
+                "a detached exit sends no gradient to the trunk"
             )
 
 
 def refuse_without_early_exits(config: ObjectiveConfig) -> None:
-    """ConfigError where a field asks for early exits, called when the loss weights have none."""
+    """Raise a ConfigError if a field needs early exits; call it if the weights have none."""
     for name in NEED_EARLY_EXITS:
         if is_set(config, name):
             raise ConfigError(
                 f"{name}: expected loss_weights with an early exit, got loss_weights "
-                f"{config.loss_weights!r}, where only the last layer counts"
+                f"{config.loss_weights!r}, in which only the last layer has a weight"
             )
 
 
 def is_set(config: ObjectiveConfig, name: str) -> bool:
-    """Whether a field differs from its default."""
+    """Return whether a field differs from its default."""
     return bool(getattr(config, name) != getattr(type(config), name))
 
 
 def layer_lr_factors(config: ObjectiveConfig, num_layers: int) -> dict[int, float]:
-    """Factor of the learning rate of the embedding (0) and each layer; what is above them has 1.
+    """Return the learning rate factors of the embedding (0) and each layer; all others have 1.
 
     ``decay:F`` is discriminative fine-tuning (Howard & Ruder 2018, section 3.2): F^(L - l) at
-    layer l; they use F = 1 / 2.6.
+    layer l; the paper uses F = 1 / 2.6.
     """
     written = _parse_layer_lr(config.layer_lr)
     if isinstance(written, float):
@@ -126,7 +127,7 @@ def layer_lr_factors(config: ObjectiveConfig, num_layers: int) -> dict[int, floa
 
 
 def _parse_layer_lr(text: str) -> float | dict[int, float]:
-    """The F of decay:F, or {layer: factor}."""
+    """Return the F of decay:F, or {layer: factor}."""
     name, _, factor = text.partition(":")
     if name == "decay":
         decay = number(factor, "layer_lr: expected decay:F")
@@ -143,7 +144,7 @@ def _parse_layer_lr(text: str) -> float | dict[int, float]:
 
 
 def _check_values(config: ObjectiveConfig) -> None:
-    """Each field by itself."""
+    """Check each field on its own."""
     for name, choices in (
         ("alpha_schedule", get_args(AlphaSchedule)),
         ("weight_warmup", get_args(WeightWarmup)),
@@ -177,7 +178,7 @@ def _check_values(config: ObjectiveConfig) -> None:
 
 
 def _check_pairs(config: ObjectiveConfig) -> None:
-    """Fields of which one means nothing without the other."""
+    """Check fields that need each other."""
     schedule, steps = config.alpha_schedule, config.alpha_steps
     if (config.alpha_end is None) != (schedule == "constant"):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Policies: where each token leaves, given its confidence at every exit.
+"""Policies decide at which exit each token leaves, from its confidence at the exits.
 
 Each policy has ``leaving``, for arrays over all exits and tokens (a trace), and ``leaves``, for
 tensors at one exit (a decoder). Both compare in the precision of the scores.
@@ -39,7 +39,7 @@ class Decay:
             raise ConfigError(f"length: expected at least 1, got {self.length}")
 
     def threshold(self, threshold: float, positions: NDArray[Any]) -> NDArray[np.float64]:
-        """The threshold at each position."""
+        """Return the threshold at each position."""
         if not 0 <= threshold <= 1:
             return np.full(positions.shape, threshold, dtype=np.float64)
         added = 0.1 * np.exp(-self.tau * np.asarray(positions, dtype=np.float64) / self.length)
@@ -66,7 +66,7 @@ class ThresholdPolicy:
     def of(
         cls, threshold: float | Sequence[float], num_exits: int, *, decay: Decay | None = None
     ) -> "ThresholdPolicy":
-        """One threshold for all ``num_exits`` exits, or one for each but the last."""
+        """Make a policy from one threshold for all exits, or one for each of them but the last."""
         early = num_exits - 1
         if isinstance(threshold, Sequence):
             if len(threshold) != early:
@@ -80,10 +80,10 @@ class ThresholdPolicy:
     def leaving(
         self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
     ) -> NDArray[np.bool_]:
-        """(exits, tokens), True where a token leaves.
+        """Return (exits, tokens), True at the exit where a token leaves.
 
-        ``confidence`` is (exits - 1, tokens); ``positions`` (tokens,), from 0 in each sequence,
-        are needed where the threshold decays.
+        ``confidence`` is (exits - 1, tokens). ``positions`` (tokens,), from 0 in each sequence,
+        are needed if the threshold decays.
         """
         scores = list(confidence[: len(self.thresholds)])
         bounds = [self.bound(index, confidence.dtype, positions) for index in range(len(scores))]
@@ -92,9 +92,9 @@ class ThresholdPolicy:
     def leaves(
         self, index: int, scores: Float[Tensor, "*B"], positions: Int[Tensor, "*B"] | None = None
     ) -> Bool[Tensor, "*B"]:
-        """Which tokens leave at the ``index``-th exit (from 0), of those that reached it.
+        """Return which of the tokens that reached the ``index``-th exit (from 0) leave there.
 
-        Without a decay the bound is a plain number, so nothing waits for the device.
+        Without a decay the bound is a plain number, which needs no synchronisation with a GPU.
         """
         dtype = np.dtype(str(scores.dtype).removeprefix("torch."))
         at = None if positions is None else positions.cpu().numpy()
@@ -104,9 +104,10 @@ class ThresholdPolicy:
         return scores >= float(bound)
 
     def bound(self, index: int, dtype: np.dtype[Any], positions: NDArray[Any] | None = None) -> Any:
-        """The bound that a score of this precision must reach at the ``index``-th exit, from 0.
+        """Return the bound that a score of this precision must reach at the ``index``-th exit.
 
-        One number, or one for each of ``positions`` if the threshold decays.
+        Exits are counted from 0. The bound is one number, or one for each of ``positions`` if
+        the threshold decays.
         """
         threshold = self.thresholds[index]
         if self.decay is None:
@@ -139,10 +140,11 @@ class GainPolicy:
             raise ConfigError(f"price: expected a number of at least 0, got {self.price}")
 
     def advantage(self, index: int, expected_kl: Any) -> Any:
-        """The most loss that running on from the ``index``-th exit saves, minus its cost; in nats.
+        """Return the largest loss, in nats, that continuing saves, minus price x its cost.
 
-        ``expected_kl`` (K, tokens), NumPy or torch, is the prediction of this exit's gate for this
-        exit and each later one but the last. A token leaves if the advantage is at most 0.
+        ``index`` is the exit, from 0. ``expected_kl`` (K, tokens), NumPy or torch, is the
+        prediction of its gate for this exit and each later one but the last. A token leaves if
+        the advantage is at most 0.
         """
         here, *later = expected_kl
         extra = [self.price * (cost - self.costs[index]) for cost in self.costs[index + 1 :]]
@@ -153,21 +155,21 @@ class GainPolicy:
         return best
 
     def leaving(self, expected_kl: Sequence[NDArray[np.float32]]) -> NDArray[np.bool_]:
-        """(exits, tokens), True where a token leaves.
+        """Return (exits, tokens), True at the exit where a token leaves.
 
-        ``expected_kl`` holds for each exit but the last what ``advantage`` takes.
+        ``expected_kl`` holds an array, as for ``advantage``, for each exit but the last.
         """
         savings = [-self.advantage(index, losses) for index, losses in enumerate(expected_kl)]
         return _first(savings, [0.0] * len(savings), tokens=expected_kl[0].shape[1])
 
     def leaves(self, index: int, expected_kl: Float[Tensor, "*B K"]) -> Bool[Tensor, "*B"]:
-        """Which tokens leave at the ``index``-th exit (from 0), of those that reached it."""
+        """Return which of the tokens that reached the ``index``-th exit (from 0) leave there."""
         leaving: Tensor = self.advantage(index, expected_kl.unbind(dim=-1)) <= 0
         return leaving
 
 
 def _first(scores: Sequence[Any], bounds: Sequence[Any], *, tokens: int) -> NDArray[np.bool_]:
-    """(exits, tokens): the first exit whose score reaches its bound, or the last."""
+    """Return (exits, tokens), True at the first exit whose score reaches its bound, or the last."""
     here = np.empty((len(bounds) + 1, tokens), dtype=np.bool_)
     staying = np.ones(tokens, dtype=np.bool_)
     for index, bound in enumerate(bounds):
@@ -184,12 +186,12 @@ def _rounded(threshold: float, dtype: np.dtype[Any]) -> Any:
 
 
 def _in_precision(threshold: Any, dtype: np.dtype[Any]) -> Any:
-    """The threshold in the precision of the scores.
+    """Round the threshold to the precision of the scores.
 
-    So a token whose score equals the threshold as written leaves, here and in a decoder that
-    compares tensors. A threshold above 1 stays above 1, so no probability reaches it.
+    A token whose score equals the rounded threshold leaves, in a trace and in a decoder. A
+    threshold above 1 stays above 1, so no probability reaches it.
     """
-    with np.errstate(over="ignore"):  # beyond the largest float32: infinite
+    with np.errstate(over="ignore"):  # above the largest float32 it becomes infinite
         rounded = np.asarray(threshold, dtype=np.float64).astype(dtype)
     above = np.nextafter(dtype.type(1), dtype.type(np.inf))
     rounded = np.where((np.asarray(threshold) > 1) & (rounded <= 1), above, rounded)

@@ -1,7 +1,7 @@
-"""Loss weights over a run: a value that is made once and then gives the weights of each step.
+"""Loss weights over a run: a schedule is made once and then returns the weights of each step.
 
-The weights of a step depend on the config and the step's number alone, so a resumed run continues
-exactly where it stopped.
+The weights of a step depend only on the config and the number of the step, so a resumed run
+continues exactly where it stopped.
 """
 
 import math
@@ -18,8 +18,8 @@ from offramp.exits.weightings import ParsedWeights, read_loss_weights
 from offramp.exits.weights import LossWeights, check_loss_weights, normalized, standard
 
 _NEED_LAST_LAYER = {
-    "weight_warmup": "nothing else has one at first",
-    "curriculum": "no mask leaves it out",
+    "weight_warmup": "no other layer has a weight at first",
+    "curriculum": "no mask removes it",
     "distill": "it is the teacher",
 }
 
@@ -31,16 +31,17 @@ class LossSchedule:
     config: ObjectiveConfig
     written: ParsedWeights
     rotation: int
-    "The R of the curriculum rotational:R, else 0."
+    "The R of the curriculum rotational:R; 0 for other curricula."
     total_steps: int
     num_layers: int
     exit_layers: tuple[int, ...]
 
     def at(self, step: int) -> LossWeights:
-        """The loss weights of a step, counted from 1; only those above zero.
+        """Return the loss weights above zero of a step, counted from 1.
 
-        In this order: alpha's schedule, the early exits' warm-up, the curriculum's mask, and, for
-        LayerSkip's scale and under a curriculum, the normalisation to a sum of 1.
+        They are computed in this order: alpha's schedule, the warm-up of the early exits, the
+        curriculum's mask and, for LayerSkip's scale and with a curriculum, the normalisation to
+        a sum of 1.
         """
         assert step >= 1
         config, last = self.config, self.num_layers
@@ -58,19 +59,19 @@ class LossSchedule:
 
     @property
     def target(self) -> LossWeights:
-        """The weights that the schedules lead to: alpha arrived, warm-up done, nothing masked."""
+        """The weights with alpha at its final value, after the warm-up and without a mask."""
         return self._normalized(self.unmasked(1.0))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Every layer that has a weight at some step of a run long enough, ascending."""
+        """All layers that have a weight at some step of a sufficiently long run, ascending."""
         layers = {self.num_layers} if self.config.backbone_steps else set()
         for moved in (0.0, 1.0):
             layers |= set(self.unmasked(moved))
         return tuple(sorted(layers))
 
     def unmasked(self, moved: float) -> LossWeights:
-        """The weights as written, once alpha has moved a share (0 to 1) of its way."""
+        """Return the weights without a mask; alpha has made ``moved`` (0 to 1) of its change."""
         written = self.written
         if self.config.alpha_end is not None:
             alpha = (1.0 - moved) * written.alpha + moved * self.config.alpha_end
@@ -83,10 +84,11 @@ class LossSchedule:
         return normalized(weights) if always or self.config.curriculum != "none" else weights
 
     def _enabled(self, layer: int, step: int, total_steps: int) -> bool:
-        """Whether the curriculum lets an early exit count at a step (LayerSkip, section 4.1.2).
+        """Return whether an early exit has a weight at a step (LayerSkip, section 4.1.2).
 
-        Rotational: layers 1, 1 + R, ... at step 1, then 2, 2 + R, ...: each layer once in R steps.
-        Gradual: one layer more every T / 2L steps, from the last one down.
+        The rotational curriculum enables layers 1, 1 + R, ... at step 1, then 2, 2 + R, ..., so
+        each layer has a weight once in R steps. The gradual curriculum enables one more layer
+        every T / 2L steps, from the last one down.
         """
         if self.rotation:
             return (layer - step) % self.rotation == 0
@@ -99,10 +101,10 @@ class LossSchedule:
 def loss_schedule(
     config: ObjectiveConfig, *, total_steps: int, num_layers: int, exit_layers: tuple[int, ...]
 ) -> LossSchedule:
-    """Parse the objective of a run of so many steps, for a model of this shape.
+    """Make the schedule of a run of ``total_steps`` steps, for a model of this shape.
 
-    Raises ConfigError where the objective does not fit the model or the run. Every step of what
-    it returns has weights.
+    Every step of the schedule has at least one weight. Raises ConfigError if the objective does
+    not fit the model or the run.
     """
     kind, _, rotation = config.curriculum.partition(":")
     schedule = LossSchedule(
@@ -119,8 +121,8 @@ def loss_schedule(
     for name, reason in _NEED_LAST_LAYER.items():
         if is_set(config, name) and any(num_layers not in weights for weights in tables):
             raise ConfigError(
-                f"{name}: expected loss_weights (and alpha_end) that leave the last layer a "
-                f"weight, as {reason}, got loss_weights {config.loss_weights!r}"
+                f"{name}: expected loss_weights (and alpha_end) with a weight for the last layer, "
+                f"because {reason}, got loss_weights {config.loss_weights!r}"
             )
     linear_curriculum = config.curriculum != "none" and config.loss_weights == "linear"
     if linear_curriculum and len(exit_layers) < num_layers:
@@ -138,7 +140,7 @@ def loss_schedule(
 
 
 def _alpha_moved(config: ObjectiveConfig, step: int, total_steps: int) -> float:
-    """Share of its way that alpha has gone: 0 at the first step, 1 once it arrived."""
+    """Return the share of alpha's change at a step: 0 at the first step, 1 at its final value."""
     if config.alpha_schedule == "constant":
         return 0.0
     if config.alpha_schedule == "step":
@@ -149,13 +151,13 @@ def _alpha_moved(config: ObjectiveConfig, step: int, total_steps: int) -> float:
 
 
 def _weight_grown(config: ObjectiveConfig, step: int) -> float:
-    """Share of their weight that the early exits have: 0 at the first step, as in EE-LLM."""
+    """Return the share of their weight that the early exits have: 0 at step 1, as in EE-LLM."""
     if config.weight_warmup == "none":
         return 1.0
     return _ramp(config.weight_warmup, (step - 1) / config.weight_warmup_steps)
 
 
 def _ramp(shape: str, done: float) -> float:
-    """From 0 to 1 in a straight line, or as half a cosine."""
+    """Return a value from 0 to 1 on a straight line or half a cosine."""
     done = min(1.0, done)
     return done if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))

@@ -1,5 +1,7 @@
-"""Temperature scaling (Guo et al. 2017): one number by which an exit's logits are divided so that
-its probabilities mean what they say. It changes no argmax and no likelihood that is reported.
+"""Temperature scaling (Guo et al. 2017).
+
+The logits of an exit are divided by one number so that its probabilities are calibrated. It does
+not change which token is most likely, nor any reported likelihood.
 """
 
 import math
@@ -15,7 +17,7 @@ LEAST, MOST = 0.05, 20.0
 
 @torch.no_grad()
 def fit_temperature(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> float:
-    """The temperature from LEAST to MOST at which held-out targets have the least NLL."""
+    """Return the temperature, from LEAST to MOST, with the least NLL of the held-out targets."""
 
     def nll(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / math.exp(log_temperature), targets))

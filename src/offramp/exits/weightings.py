@@ -1,4 +1,4 @@
-"""The named weightings, and how loss weights are written.
+"""The named weightings, and the parser of loss weights.
 
 ``WEIGHTINGS`` is the only list of the names. Help texts and error messages are made from it.
 """
@@ -13,34 +13,34 @@ from offramp.exits.weights import RECOMMENDED, LossWeights, check_loss_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """A formula for loss weights under a name."""
+    """A named formula for loss weights."""
 
     name: str
     argument: str = ""
-    """What follows the name and a colon: nothing, one number (``ALPHA``, ``E_SCALE``), or several
-    with colons between them (``WEIGHT:WEIGHT:...``)."""
+    """The argument after the name and a colon: empty, one number (``ALPHA``, ``E_SCALE``), or
+    several separated by colons (``WEIGHT:WEIGHT:...``)."""
     formula: str
-    "The loss. L is the last layer, e the first exit."
+    "The loss as a formula. L is the last layer, e the first exit."
     source: str
     weights: Callable[..., LossWeights]
     "Called with the numbers of the argument and the keywords num_layers and exit_layers."
     over_all_layers: bool = False
-    "Layers that are no exits have weights too, so a curriculum may mask some."
+    "Whether layers without an exit have weights too, so that a curriculum may mask some layers."
     normalized: bool = False
-    "The weights of a step are divided by their sum."
+    "Whether the weights of a step are divided by their sum."
 
     @property
     def takes_alpha(self) -> bool:
-        """Whether its argument is an alpha, which may change during the run."""
+        """Whether the argument is an alpha, which may change during the run."""
         return self.argument == "ALPHA"
 
     @property
     def written(self) -> str:
-        """Its written form, such as ``asymmetric:ALPHA``."""
+        """The written form of the weighting, such as ``asymmetric:ALPHA``."""
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
     def numbers(self, argument: str) -> tuple[float, ...]:
-        """The numbers of a written argument; ConfigError where one is no number."""
+        """Parse the numbers of an argument. Raises ConfigError if one is not a number."""
         parts = argument.split(":") if self.argument.endswith("...") else [argument]
         expected = f"{self.name}: expected {self.written}"
         return tuple(number(part, expected) for part in parts)
@@ -115,7 +115,7 @@ _ALL = (
     Weighting(
         name="layerskip",
         argument="E_SCALE",
-        formula="the mean CE of all layers, weights growing with depth as E_SCALE says",
+        formula="the mean CE of all layers, with weights that grow with depth by E_SCALE",
         source="LayerSkip, Elhoushi et al. 2024, section 4.1.2",
         weights=lambda e_scale, num_layers, exit_layers: weights.layerskip(num_layers, e_scale),
         over_all_layers=True,
@@ -132,50 +132,50 @@ _ALL = (
 )
 
 WEIGHTINGS = {weighting.name: weighting for weighting in _ALL}
-"""Every named weighting, by its name."""
+"""The named weightings by name."""
 
 BY_LAYER = "LAYER=WEIGHT,LAYER=WEIGHT,..."
-"""The written form that needs no name."""
+"""The written form of weights by layer."""
 
 FORMS = f"{', '.join(weighting.written for weighting in _ALL)}, or {BY_LAYER}"
-"""Every written form, for messages."""
+"""All written forms, for messages."""
 
 HELP = (
-    "How much each layer's cross-entropy (CE) counts; e is the first exit layer and L the last "
+    "Weight of each layer's cross-entropy (CE); e is the first exit layer and L the last "
     f"layer: {'; '.join(f'{each.written} ({each.formula})' for each in _ALL)}; or "
     "LAYER=WEIGHT,LAYER=WEIGHT and so on."
 )
-"""Every written form with its meaning, for the help of a flag."""
+"""All written forms with their formulas, for the help of a flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedWeights:
-    """Loss weights as a user wrote them, parsed; they become weights for a model's shape."""
+    """Parsed loss weights, which ``weights`` applies to the shape of a model."""
 
     weighting: Weighting | None = None
-    "None: weights by layer."
+    "The named weighting; None for weights by layer."
     numbers: tuple[float, ...] = ()
-    "The argument of the weighting."
+    "The numbers of the weighting's argument."
     pairs: tuple[tuple[int, float], ...] = ()
-    "(layer, weight), where there is no weighting."
+    "(layer, weight) pairs, if there is no named weighting."
 
     @property
     def alpha(self) -> float:
-        """The alpha of a weighting that takes one."""
+        """The alpha of the weighting, which must take one."""
         assert self.weighting is not None
         assert self.weighting.takes_alpha
         return self.numbers[0]
 
     def with_alpha(self, alpha: float) -> "ParsedWeights":
-        """The same weighting with another alpha."""
+        """Return the same weighting with another alpha."""
         return replace(self, numbers=(alpha,))
 
     def weights(self, *, num_layers: int, exit_layers: tuple[int, ...]) -> LossWeights:
-        """The weights for a model of this shape; ConfigError where they do not fit it.
+        """Return the weights for a model of this shape. Raises ConfigError if they do not fit.
 
-        The early exit of ``asymmetric``, ``asymmetric_deep_supervision`` and ``free`` is the
-        first of ``exit_layers``; ``ee_llm``, ``linear`` and ``asymmetric_exits`` weight all of
-        ``exit_layers``; that of ``recommended`` is ``RECOMMENDED.exit_layer``.
+        ``asymmetric``, ``asymmetric_deep_supervision`` and ``free`` use the first of
+        ``exit_layers`` as their early exit, ``recommended`` uses ``RECOMMENDED.exit_layer``.
+        ``ee_llm``, ``linear`` and ``asymmetric_exits`` weight all of ``exit_layers``.
         """
         if self.weighting is None:
             return check_loss_weights(dict(self.pairs), num_layers)
@@ -183,12 +183,12 @@ class ParsedWeights:
 
 
 def weighting_named_in(written: str) -> Weighting | None:
-    """The weighting that written loss weights name; None for weights by layer, or no such name."""
+    """Return the named weighting in written loss weights; None if there is none of this name."""
     return WEIGHTINGS.get(written.partition(":")[0])
 
 
 def read_loss_weights(written: str) -> ParsedWeights:
-    """Parse loss weights in one of the written ``FORMS``; ConfigError where it is none."""
+    """Parse loss weights in one of the written ``FORMS``. Raises ConfigError for other forms."""
     if "=" in written:
         pairs = parse_layer_pairs(written, field="loss weights", value="WEIGHT")
         return ParsedWeights(pairs=tuple(pairs.items()))
@@ -204,12 +204,12 @@ def read_loss_weights(written: str) -> ParsedWeights:
 def parse_loss_weights(
     written: str, *, num_layers: int, exit_layers: tuple[int, ...]
 ) -> LossWeights:
-    """Parse written loss weights for a model of this shape; ConfigError where they do not fit."""
+    """Parse loss weights for a model of this shape. Raises ConfigError if they do not fit."""
     return read_loss_weights(written).weights(num_layers=num_layers, exit_layers=exit_layers)
 
 
 def parse_layer_pairs(text: str, *, field: str, value: str) -> dict[int, float]:
-    """Parse LAYER=NUMBER,LAYER=NUMBER,...; ``field`` and ``value`` are words for the message."""
+    """Parse LAYER=NUMBER,LAYER=NUMBER,...; ``field`` and ``value`` are names for messages."""
     pairs: dict[int, float] = {}
     for pair in text.split(","):
         layer, _, factor = pair.partition("=")
@@ -222,7 +222,7 @@ def parse_layer_pairs(text: str, *, field: str, value: str) -> dict[int, float]:
 
 
 def number(text: str, expected: str) -> float:
-    """Parse a number; the ConfigError begins with what was ``expected``."""
+    """Parse a number. Raises a ConfigError that begins with ``expected``."""
     try:
         return float(text)
     except ValueError:

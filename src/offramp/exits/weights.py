@@ -1,6 +1,6 @@
-"""Loss weights: how much each layer's cross-entropy (CE) counts in training.
+"""Loss weights: the weight of each layer's cross-entropy (CE) in training.
 
-The functions here are the formulas. How a user names them is in ``weightings``.
+The functions here are the formulas; ``weightings`` gives them names.
 """
 
 import math
@@ -12,7 +12,7 @@ from offramp.errors import ConfigError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LossWeights(Mapping[int, float]):
-    """A read-only mapping {layer: weight}, layers counted from 1.
+    """A read-only mapping {layer: weight}, with layers counted from 1.
 
     A layer that is not in it has weight 0 and costs nothing: its logits are never computed.
     """
@@ -21,7 +21,7 @@ class LossWeights(Mapping[int, float]):
 
     @classmethod
     def of(cls, weights: Mapping[int, float]) -> "LossWeights":
-        """The same weights, in the same order."""
+        """Make loss weights from a mapping, in the same order."""
         return cls(tuple(weights.items()))
 
     def __getitem__(self, layer: int) -> float:
@@ -38,21 +38,21 @@ class LossWeights(Mapping[int, float]):
 
 
 def standard(num_layers: int) -> LossWeights:
-    """CE_L: the last layer only."""
+    """Return the weights of CE_L: only the last layer has a weight."""
     return LossWeights(((num_layers, 1.0),))
 
 
 def asymmetric(alpha: float, *, num_layers: int, exit_layer: int = 1) -> LossWeights:
-    """alpha CE_e + (1 - alpha) CE_L, nothing in between (the seed document, Experiment 5).
+    """Return the weights of alpha CE_e + (1 - alpha) CE_L (the seed document, Experiment 5).
 
-    alpha 0.5 is the auxiliary loss of Elbayad et al. 2020.
+    With alpha 0.5 it is the auxiliary loss of Elbayad et al. 2020.
     """
     _check_alpha(alpha)
     return check_loss_weights(_ends(alpha, exit_layer, num_layers), num_layers)
 
 
 def asymmetric_exits(alpha: float, *, exit_layers: Sequence[int], num_layers: int) -> LossWeights:
-    """alpha x the mean of the early exits' CE + (1 - alpha) CE_L: ``asymmetric`` for several."""
+    """Return the weights of alpha x the mean CE of the early exits + (1 - alpha) CE_L."""
     _check_alpha(alpha)
     early = [layer for layer in exit_layers if layer != num_layers]
     if not early:
@@ -62,16 +62,16 @@ def asymmetric_exits(alpha: float, *, exit_layers: Sequence[int], num_layers: in
 
 
 def deep_supervision(num_layers: int) -> LossWeights:
-    """The mean of all layers' CE (Lee et al. 2015)."""
+    """Return the weights of the mean CE of all layers (Lee et al. 2015)."""
     return LossWeights.of(dict.fromkeys(range(1, num_layers + 1), 1.0 / num_layers))
 
 
 def asymmetric_deep_supervision(
     alpha: float, *, num_layers: int, exit_layer: int = 1, middle: float = 1.0
 ) -> LossWeights:
-    """alpha CE_e + middle x CE of every layer in between + (1 - alpha) CE_L.
+    """Return the weights of alpha CE_e + middle x the CE of each layer between + (1 - alpha) CE_L.
 
-    With exit layer 1 and middle 1 it is the seed document's Experiment 6.
+    With exit layer 1 and middle 1 it is Experiment 6 of the seed document.
     """
     between = dict.fromkeys(range(exit_layer + 1, num_layers), middle)
     _check_alpha(alpha)
@@ -79,16 +79,16 @@ def asymmetric_deep_supervision(
 
 
 def linear(exit_layers: Sequence[int]) -> LossWeights:
-    """Sum over the exits of i CE_i / sum of all i (CALM, Schuster et al. 2022; PABEE, Zhou 2020).
+    """Return the weights of sum(i CE_i) / sum(i) over the exits i, by layer number.
 
-    i is the layer's number, as in both papers, whose exits are at every layer.
+    Source: CALM (Schuster et al. 2022) and PABEE (Zhou et al. 2020), with an exit at every layer.
     """
     weights = {layer: float(layer) for layer in exit_layers}
     return normalized(check_loss_weights(weights, max(exit_layers)))
 
 
 def free(exit_layer: int, num_layers: int) -> LossWeights:
-    """(s CE_s + L CE_L) / (s + L) for a shallow exit s (FREE, Bae et al. 2023)."""
+    """Return the weights of (s CE_s + L CE_L) / (s + L) for a shallow exit s (FREE, Bae 2023)."""
     check_loss_weights({exit_layer: 1.0}, num_layers)
     return linear((exit_layer, num_layers))
 
@@ -96,10 +96,10 @@ def free(exit_layer: int, num_layers: int) -> LossWeights:
 def ee_llm(
     early_weights: Sequence[float], *, exit_layers: Sequence[int], num_layers: int
 ) -> LossWeights:
-    """CE_L + sum of w_i CE_i over the early exits (EE-LLM, Chen et al. 2024).
+    """Return the weights of CE_L + the sum of w_i CE_i over the early exits (EE-LLM, Chen 2024).
 
-    One weight for each of ``exit_layers`` but the last layer. EE-LLM's scripts use 0.25 and 0.5
-    at a quarter and half of the depth (1.3B), 0.1 and 0.2 (7B to 30B).
+    ``early_weights`` holds one weight for each of ``exit_layers`` but the last layer. EE-LLM's
+    scripts use 0.25 and 0.5 at a quarter and half of the depth (1.3B), 0.1 and 0.2 (7B to 30B).
     """
     early = [layer for layer in exit_layers if layer != num_layers]
     if len(early_weights) != len(early):
@@ -112,7 +112,7 @@ def ee_llm(
 
 
 def layerskip(num_layers: int, e_scale: float) -> LossWeights:
-    """LayerSkip's scale e (Elhoushi et al. 2024, section 4.1.2), before mask and normalisation.
+    """Return LayerSkip's scale e (Elhoushi et al. 2024, section 4.1.2), not masked or normalised.
 
     With l from 0: e(l) = e_scale x (0 + 1 + ... + l) below the last layer, and
     e(L - 1) = L - 1 + e_scale x (0 + 1 + ... + L - 2). So e(0) = 0: an exit after the first
@@ -129,14 +129,14 @@ def layerskip(num_layers: int, e_scale: float) -> LossWeights:
 
 
 def normalized(weights: Mapping[int, float]) -> LossWeights:
-    """The weights over their sum."""
+    """Divide the weights by their sum."""
     total = sum(weights.values())
     return LossWeights.of({layer: weight / total for layer, weight in weights.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """An alpha, its exit layer and a threshold that go together."""
+    """A recommended combination of alpha, exit layer and threshold."""
 
     alpha: float
     exit_layer: int
@@ -148,10 +148,10 @@ RECOMMENDED = Recommendation(alpha=0.7, exit_layer=1, threshold=0.95)
 
 
 def check_loss_weights(weights: Mapping[int, float], num_layers: int) -> LossWeights:
-    """The weights above 0, in ascending order of layers.
+    """Return the weights above 0, in ascending order of layers.
 
-    Raises ConfigError for a layer that the model does not have, a weight that is negative or not
-    finite, and where no weight is above 0.
+    Raises ConfigError for a layer that the model does not have, for a weight that is negative or
+    not finite, and if no weight is above 0.
     """
     for layer, weight in weights.items():
         if not 1 <= layer <= num_layers:

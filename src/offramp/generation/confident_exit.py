@@ -1,7 +1,7 @@
 """Confident exit: each token leaves at the first exit whose confidence reaches the threshold.
 
-What the layers above that exit lack of the token is computed when a later token needs it: see
-deferred.py.
+The token's keys and values in the layers above that exit are computed when a later token needs
+them: see deferred.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,15 +39,15 @@ class ExitRule:
 
     @property
     def measure(self) -> Confidence:
-        """The confidence measure itself."""
+        """The confidence measure of this name."""
         return confidence_named(self.confidence)
 
     def evaluate(
         self, index: int, view: ExitView, positions: list[int]
     ) -> tuple[list[float], list[bool]]:
-        """The confidence of each token at the ``index``-th exit, and whether the token leaves.
+        """Return the confidence of each token at the ``index``-th exit, and whether it leaves.
 
-        ``positions`` are read by a threshold that decays: see ``Decay``.
+        ``positions`` are used only if the threshold decays: see ``Decay``.
         """
         scores = self.measure.score(view)
         confidence: list[float] = scores.tolist()
@@ -70,10 +70,10 @@ class Exits:
 
 
 class ExitDecoder:
-    """Decodes one token of each row at a time; each row leaves at the first exit that lets it.
+    """Decodes one token of each row at a time; each row leaves at the first exit that allows it.
 
-    ``rule`` None is full depth. ``work`` counts what new tokens took, the deferred keys and values
-    included.
+    With ``rule`` None all layers run. ``work`` counts the work of new tokens, including deferred
+    keys and values.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ExitDecoder:
     def _route(
         self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule, step: Step
     ) -> Exits:
-        """Run from exit to exit, each time with the rows that did not leave yet."""
+        """Run from exit to exit, each time with the rows that have not left yet."""
         left: dict[int, tuple[Tensor, int, float]] = {}  # by row: logits, exit layer, confidence
         running, done, agreement = list(rows), 0, None
         for index, layer in enumerate(self.exits[:-1]):
@@ -192,7 +192,7 @@ class ExitDecoder:
     def _logits_of(
         self, out: list[int], view: ExitView, h: Float[Tensor, "B 1 D"], rule: ExitRule
     ) -> Iterable[Tensor]:
-        """The logits of the tokens ``out``, which leave here: those of the view if it has them."""
+        """Return the logits of the tokens ``out``, which leave here, from the view if possible."""
         if not out:
             return ()
         every = len(out) == len(h)
@@ -210,7 +210,7 @@ class ExitDecoder:
         return _at_last_layer(self._logits(h, layer), layer)
 
     def _step(self, rows: Sequence[int]) -> Step:
-        """The step of the next token of each row."""
+        """Return the step of the next token of each row."""
         device = self.model.device
         positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
         chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
@@ -230,10 +230,10 @@ def forced_exits(
     *,
     missing_kv: MissingKV = "propagate",
 ) -> tuple[Float[Tensor, "B T V"], Int[Tensor, "B T"]]:
-    """Run the router along a given text, token by token, whatever the model would have chosen.
+    """Route the tokens of a given text, one by one, instead of tokens that the model chooses.
 
     Returns the logits at the exit where each token left, and its exit layer. An evaluation of the
-    same text must give the same.
+    same text must give the same results.
     """
     batch, length = input_ids.shape
     cache = model.make_cache(batch, length)

@@ -1,4 +1,4 @@
-"""What a user can set for generation. Imports no PyTorch."""
+"""The options of generation. Imports no PyTorch."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ computes each token as if it were alone."""
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a token is chosen."""
+    """Options for choosing a token."""
 
     temperature: float = 0.0
     "Divides the logits; 0 always takes the likeliest token (greedy)."
@@ -52,10 +52,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """How a text is generated: at full depth, with confident exits, or speculatively.
+    """Options for generating a text: at full depth, with confident exits, or speculatively.
 
     ``threshold`` turns confident exits on. ``speculative`` turns drafts on, which the whole model
-    verifies: the output is that of full depth, and usually faster.
+    verifies: the output is the same as at full depth, and usually faster.
     """
 
     max_new_tokens: int = 128
@@ -67,9 +67,9 @@ class GenerateConfig(SamplingConfig):
     threshold: float | tuple[float, ...] | None = None
     "Confidence at which a token leaves: one number for all exits, or one for each but the last."
     decay: float | None = None
-    """Let the threshold fall along the text (CALM): at new token t, counted from 0, of
+    """Decrease the threshold along the text (CALM): at new token t, counted from 0, of
     max_new_tokens N it is 0.9 threshold + 0.1 exp(-decay t / N). Early tokens, on which all later
-    ones depend, then need more confidence to leave. Default: the threshold stays the same."""
+    ones depend, then need more confidence to leave. Default: the threshold is constant."""
     confidence: str = "max_prob"
     "The confidence measure, for exits and drafts."
     missing_kv: MissingKV = "propagate"
@@ -119,7 +119,7 @@ class GenerateConfig(SamplingConfig):
         if not (math.isfinite(tau) and tau >= 0):
             raise ConfigError(f"decay: expected a number of at least 0, got {tau}")
         if self.threshold is None:
-            raise ConfigError(f"decay: expected a threshold with it, got decay {tau:g} alone")
+            raise ConfigError(f"decay: expected a threshold too, got only decay {tau:g}")
         thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         for threshold in thresholds:
             if not 0 <= threshold <= 1:

@@ -3,8 +3,8 @@
 A token that left at layer e has no keys and values above e. They are pending until a later token
 of its row runs deeper. Before that token runs the layers to the next exit,
 
-- ``propagate`` computes them from the state at the exit (Elbayad et al. 2020; CALM), in the same
-  products as the later token's own where the model can do so;
+- ``propagate`` computes them from the state at the exit (Elbayad et al. 2020; CALM), if possible in
+  the same matrix products as those of the later token;
 - ``recompute`` runs those layers for all pending tokens of the row, together with the later token.
 
 Either way one call serves every pending token, and keys and values that no token reads are never
@@ -26,7 +26,7 @@ from offramp.models.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Some tokens at the same layer: in order of their rows, and of their positions in a row."""
+    """Some tokens at the same layer, ordered by row and by position in the row."""
 
     states: list[Tensor]
     "The state (D,) of each."
@@ -47,7 +47,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One token of each of some rows, on its way from an exit (or the embedding) to the next."""
+    """One token of each of some rows, between an exit (or the embedding) and the next exit."""
 
     h: Float[Tensor, "B 1 D"]
     "States at ``start``."
@@ -65,11 +65,11 @@ class Segment:
 
 
 class DeferredKV:
-    """The queue of pending tokens at each exit, and the two ways to compute what they lack.
+    """The queue of pending tokens at each exit, and the two ways to compute their missing KV.
 
     ``run`` runs a segment; ``defer`` puts a token that leaves at an exit into the queue. ``work``
     counts what ran. With ``previous_state`` the blocks to an exit run in two calls, so that the
-    state one block before the exit is known.
+    state one block before the exit is available.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class DeferredKV:
         }
 
     def defer(self, layer: int, row: int, state: Float[Tensor, " D"], position: int) -> None:
-        """Remember a token whose keys and values above ``layer`` are not computed yet.
+        """Queue a token whose keys and values above ``layer`` are not computed yet.
 
-        At the last layer nothing is missing, and nothing is remembered.
+        At the last layer nothing is missing, so the token is not queued.
         """
         if layer in self._queues:
             self._queues[layer].setdefault(row, []).append((state, position))
@@ -139,7 +139,7 @@ class DeferredKV:
         return previous[count:], h[count:]
 
     def _take(self, layer: int, rows: Sequence[int]) -> Tokens:
-        """The tokens of ``rows`` that are pending at ``layer``, which leave its queue."""
+        """Remove the pending tokens of ``rows`` from the queue of ``layer`` and return them."""
         queue = self._queues.get(layer)
         found = [(row, queue.pop(row)) for row in rows if row in queue] if queue else []
         return Tokens(
@@ -149,14 +149,14 @@ class DeferredKV:
         )
 
     def _defer(self, layer: int, pending: Tokens, states: Sequence[Tensor]) -> None:
-        """What was pending below ``layer`` is pending there now, with these states."""
+        """Queue tokens that were pending below ``layer`` at ``layer``, with new states."""
         for row, state, position in zip(pending.rows, states, pending.positions, strict=True):
             self.defer(layer, row, state, position)
 
     def _call(self, tokens: Tokens) -> tuple[Float[Tensor, "B T D"], Step]:
-        """States and step of a call for these tokens.
+        """Return the states and the step of a call for these tokens.
 
-        In a batch each token is a row of its own, (N, 1, D); else all are one row, (1, N, D).
+        In a batch each token is its own row, (N, 1, D); otherwise all are one row, (1, N, D).
         """
         device = self.model.device
         states = torch.stack(tokens.states)
@@ -175,7 +175,10 @@ class DeferredKV:
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The states one block before ``stop`` (with ``previous_state``), and those at ``stop``."""
+        """Run blocks; return the states one block before ``stop`` and those at ``stop``.
+
+        Without ``previous_state`` the former are the states at ``start``.
+        """
         cut = stop - 1 if self.previous_state else start
         running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
         self.work.blocks[running] += stop - start
@@ -190,10 +193,10 @@ def _each_a_row(h: Float[Tensor, "B T D"]) -> Float[Tensor, "N 1 D"]:
 
 
 def _portions(h: Float[Tensor, "B T D"], step: Step) -> Iterator[tuple[Tensor, Step]]:
-    """Parts of a batch of at most FEW_TOKENS tokens, in order.
+    """Yield parts of a batch of at most FEW_TOKENS tokens, in order.
 
-    A row of the cache may be copied for each token that reads it, so a large part would take much
-    memory. A token reads earlier tokens of its row, which are in its own part or an earlier one.
+    A row of the cache may be copied for each token that reads it, so a large part would need much
+    memory. A token reads earlier tokens of its row, which are in the same part or an earlier one.
     """
     if step.rows is None or len(h) <= FEW_TOKENS:
         yield h, step

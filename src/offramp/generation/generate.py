@@ -1,4 +1,4 @@
-"""generate: prefill, then decode one token after another, or several at once speculatively."""
+"""Generate text: prefill, then decode one token after another, or several at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,9 +19,9 @@ from offramp.models.work import Work
 
 
 class Generation(Iterator[Token]):
-    """Yields new tokens as they are generated, and says what they cost so far.
+    """An iterator over new tokens as they are generated, with their cost so far.
 
-    It may be left before it is exhausted.
+    The iteration may stop before the text is complete.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Generation(Iterator[Token]):
 
     @property
     def text(self) -> str:
-        """The whole new text; tokens that have not come yet are generated first."""
+        """The whole new text; the remaining tokens are generated first."""
         for _ in self:
             pass
         return self.completion.text
@@ -84,7 +84,7 @@ def generate(
     policy: ThresholdPolicy | GainPolicy | None = None,
     fitted: FittedExits = NOTHING_FITTED,
 ) -> Generation:
-    """Generate one text, token by token, as the result is iterated.
+    """Generate one text, token by token, while the result is iterated.
 
     ``tokenizer`` turns tokens into text. ``policy`` is used instead of a threshold. ``fitted``
     holds the gates and temperatures that the confidence reads, and the draft vocabulary.
@@ -126,10 +126,10 @@ def generate_batch(
 ) -> tuple[list[Completion], Work]:
     """Generate a text for each prompt in one batch; each row leaves at its own exits.
 
-    Row i is what ``generate`` gives for its prompt alone with seed + i. ``on_token`` is called
-    with the row and each new token. Returns the completions and their work without the prefill.
-    Raises what ``generate`` raises, and ConfigError for speculative decoding, which takes one
-    prompt.
+    Row i is the text that ``generate`` returns for its prompt with seed + i. ``on_token`` is
+    called with the row and each new token. Returns the completions and their work without the
+    prefill. Raises the errors of ``generate``, and ConfigError for speculative decoding, which
+    takes one prompt.
     """
     config = config or GenerateConfig()
     if config.speculative:
@@ -168,7 +168,7 @@ def _check(
         check_tokens("prompt", prompt, model.vocab_size)
     check_tokens("stop_tokens", config.stop_tokens, model.vocab_size)
     if config.stop_strings and tokenizer is None:
-        raise ConfigError("stop_strings: expected a tokenizer with them, got none")
+        raise ConfigError("stop_strings: expected a tokenizer too, got none")
 
 
 def _decode(

@@ -1,6 +1,7 @@
-"""Drafts from the text itself: if the last tokens occurred earlier, what followed them there.
+"""Prompt lookup decoding (Saxena 2023): drafts from the earlier text.
 
-Prompt lookup decoding (Saxena 2023). Making such a draft runs no layer of the model.
+If the last tokens occurred earlier, the tokens that followed them there are the draft. Such a
+draft runs no layer of the model.
 """
 
 
@@ -19,10 +20,10 @@ class Lookup:
         self._text.append(token)
 
     def drafts(self, at_most: int) -> list[int]:
-        """The tokens that followed the last occurrence of the last ``size`` tokens.
+        """Return the tokens that followed the last occurrence of the last ``size`` tokens.
 
-        Empty if they did not occur before. If fewer than ``at_most`` tokens followed, these are
-        repeated.
+        The list is empty if they did not occur before. If fewer than ``at_most`` tokens followed,
+        these are repeated.
         """
         place = self._after.get(tuple(self._text[-self.size :])) if self.size else None
         if place is None:

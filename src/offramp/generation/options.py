@@ -1,4 +1,4 @@
-"""Checks the options of generation against the model."""
+"""Check the options of generation against the model."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from offramp.models.base import EarlyExitModel
 
 
 def check_prompt(prompt: Sequence[int], model: EarlyExitModel) -> None:
-    """ConfigError unless the prompt has tokens and leaves room for a new one."""
+    """Raise a ConfigError unless the prompt has tokens and leaves space for a new one."""
     if not prompt:
         raise ConfigError("prompt: expected at least 1 token, got none")
     if len(prompt) > model.max_length:
@@ -23,7 +23,7 @@ def check_prompt(prompt: Sequence[int], model: EarlyExitModel) -> None:
 
 
 def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """ConfigError unless these are tokens of the model."""
+    """Raise a ConfigError unless these are tokens of the model."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {token}")
@@ -36,7 +36,7 @@ def exit_rule(
     policy: ThresholdPolicy | GainPolicy | None,
     fitted: FittedExits,
 ) -> ExitRule | None:
-    """The rule of the exits; None for full depth. A ``policy`` is used instead of a threshold."""
+    """Return the rule of the exits; None for full depth. ``policy`` replaces the threshold."""
     if policy is None and config.threshold is None:
         return None
     if len(model.exit_layers) == 1:
@@ -53,16 +53,16 @@ def exit_rule(
     elif config.speculative:
         raise ConfigError("policy: expected none with speculative decoding, which has no exits")
     for layer in model.exit_layers[:-1] if confidence_named(config.confidence).needs_gate else ():
-        fitted.gate(config.confidence, layer)  # ConfigError where there is none
+        fitted.gate(config.confidence, layer)  # raises ConfigError if there is none
     return ExitRule(policy=policy, confidence=config.confidence, fitted=fitted)
 
 
 def draft_exit(model: EarlyExitModel, config: GenerateConfig, fitted: FittedExits) -> int:
-    """The exit layer that drafts; ConfigError where the options name no exit that can."""
+    """Return the exit layer that drafts. Raises ConfigError if no exit fits the options."""
     measure = confidence_named(config.confidence)
     if config.confidence == "patience" or measure.needs_previous_state:
         raise ConfigError(
-            "confidence: expected a measure that reads one exit alone for drafts, "
+            "confidence: expected a measure that reads only one exit for drafts, "
             f"got {config.confidence!r}"
         )
     early = model.exit_layers[:-1]

@@ -1,4 +1,4 @@
-"""Whether drafting saves time on this text, from the accepted tokens and the seconds it took."""
+"""Decide from the accepted tokens and the seconds whether drafting saves time on this text."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from typing import Literal
 Kind = Literal["none", "exit", "lookup"]
 """The source of the drafts: an exit, the earlier text, or none."""
 
-_LOST_AT_MOST = 0.75  # in seconds of a plain token; then drafting pauses
-_GAIN_KEPT_AT_MOST = 3.0  # a cap, so that a change of the text is noticed soon
+_LARGEST_LOSS = 0.75  # in seconds of a plain token; then drafting pauses
+_LARGEST_GAIN = 3.0  # a cap, so that a change of the text is noticed soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 48, 768  # rounds
 _FIRST_PLAIN = 2
 
@@ -30,7 +30,7 @@ class _Seconds:
 
 @dataclass
 class _Book:
-    """The account of one source of drafts."""
+    """The balance of one source of drafts."""
 
     rounds: dict[int, _Seconds] = field(default_factory=lambda: defaultdict(_Seconds))
     "The duration of a round, by its number of drafts."
@@ -41,11 +41,11 @@ class _Book:
 
 
 class Payoff:
-    """Compares the time that drafts save with the time they take; pauses a source that loses.
+    """Compares the time that drafts save with the time they take; pauses a source that loses time.
 
     Each round adds (tokens gained) x (time of a plain token) - (time it took) to the balance of
-    its source, in estimated times. After a loss of _LOST_AT_MOST plain tokens the source pauses,
-    each time in a row for twice as long, and is then tried again.
+    its source, in estimated times. After a loss of _LARGEST_LOSS plain tokens the source pauses
+    and is then tried again. Each further pause in a row is twice as long.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Payoff:
         self._books: dict[Kind, _Book] = {"exit": _Book(), "lookup": _Book()}
 
     def pays(self, kind: Kind) -> bool:
-        """Whether to draft from this source in this round.
+        """Return whether to draft from this source in this round.
 
         The first rounds draft nothing: they show how long a plain token takes.
         """
@@ -74,9 +74,9 @@ class Payoff:
         if self._plain.value is None or usual.value is None:
             return
         book.balance += tokens - usual.value / self._plain.value
-        book.balance = min(book.balance, _GAIN_KEPT_AT_MOST)
-        if book.balance >= _GAIN_KEPT_AT_MOST / 2:
+        book.balance = min(book.balance, _LARGEST_GAIN)
+        if book.balance >= _LARGEST_GAIN / 2:
             book.pause = _FIRST_PAUSE
-        if book.balance < -_LOST_AT_MOST:
+        if book.balance < -_LARGEST_LOSS:
             book.left, book.balance = book.pause, 0.0
             book.pause = min(2 * book.pause, _LONGEST_PAUSE)

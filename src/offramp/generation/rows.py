@@ -20,9 +20,9 @@ class Token:
 
     id: int
     text: str
-    "The text that it adds. It may come with a later token: see ``TextStream``."
+    "The text that the token adds. It may come with a later token: see ``TextStream``."
     exit_layer: int
-    "The layer where it left, or that drafted it if the verification accepted it."
+    "The layer where the token left, or that drafted it if the verification accepted it."
     confidence: float
 
 
@@ -62,7 +62,7 @@ class Row:
         self.stream = TextStream(tokenizer, config.stop_strings)
 
     def take(self, id: int, exit_layer: int, confidence: float) -> Token:
-        """Add a token that was chosen; it may finish the row."""
+        """Add a chosen token; it may finish the row."""
         self.sampler.keep(id)
         count = len(self.completion.tokens) + 1
         text = ""
@@ -82,7 +82,7 @@ class Row:
         return token
 
     def finished(self) -> bool:
-        """Whether no token follows."""
+        """Whether the row is complete."""
         return self.completion.finish_reason is not None
 
     @property

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, repetition penalty, seeds.
+"""Choose a token from logits: greedy, temperature, top-k, top-p, repetition penalty, seeds.
 
 A token is drawn by an exponential race: with E_v ~ Exp(1), argmax_v p(v) / E_v has distribution
 p. The E of the n-th new token of a row depend only on the row's seed and n, so that a draft and the
@@ -24,7 +24,7 @@ def penalise(logits: Float[Tensor, " V"], seen: Tensor, penalty: float) -> Float
 
 
 def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[Tensor, " V"]:
-    """The probabilities (V,) from which a token is drawn: temperature, then top-k, then top-p."""
+    """Return the probabilities (V,) of a draw: temperature, then top-k, then top-p."""
     logits = logits / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         least = logits.topk(config.top_k).values[-1]
@@ -34,7 +34,7 @@ def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[T
         ordered, order = probs.sort(descending=True, stable=True)
         before = (
             ordered.cumsum(dim=-1) - ordered
-        )  # the sum of the likelier ones: the first token always stays
+        )  # the sum of more likely tokens, so the first token is always kept
         probs = probs.index_fill(0, order[before >= config.top_p], 0.0)
         probs = probs / probs.sum()
     return probs
@@ -76,7 +76,7 @@ class Sampler:
         if not math.isfinite(best):
             raise GenerationError(
                 f"logits: expected finite numbers for new token {index + 1}, got {float(best)}: "
-                "the weights of the model or its precision are at fault"
+                "check the weights of the model and its precision"
             )
         if not config.greedy:
             race = self._race(index).to(logits.device)
@@ -85,7 +85,7 @@ class Sampler:
         return int(place if vocab is None else vocab[place])
 
     def keep(self, token: int) -> None:
-        """Keep a token that was chosen: the next draw is for the token after it."""
+        """Keep a chosen token; the next draw is for the token after it."""
         self._seen.add(token)
         self._kept += 1
         if self._races:

@@ -1,14 +1,14 @@
-"""Turns tokens into text as they are generated, and ends the text at a stop string."""
+"""Convert tokens to text as they are generated, and end the text at a stop string."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_PART = "\ufffd"  # what a tokenizer returns for bytes that are not yet a whole character
+_PART = "\ufffd"  # a tokenizer returns it for an incomplete character
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; the pieces joined are the text.
+    """Converts tokens to text piece by piece; the joined pieces are the text.
 
     A piece may come with a later token: bytes wait for the rest of their character, and text that
     may be the beginning of a stop string waits until this is decided.
@@ -35,7 +35,7 @@ class TextStream:
         return self._release(text[len(before) :])
 
     def flush(self) -> str:
-        """The text that was held back; call it at the end."""
+        """Return the text that was held back; call it at the end."""
         if self.tokenizer is None or self.stopped:
             return ""
         before = self.tokenizer.decode(self._ids[self._start : self._read])
@@ -58,6 +58,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""Models: the waist that every feature talks through, and what implements it."""
+"""Models: the ``EarlyExitModel`` protocol that all features use, and its implementations."""

@@ -1,8 +1,8 @@
-"""The narrow waist: the only way in which offramp talks to a model.
+"""The model interface: all features use models only through the protocols of this file.
 
-Two protocols say what an adapter for a kind of model must provide. ``EarlyExitModel`` is enough
-for evaluation, calibration and decoding; ``TrainableModel`` is what training, tuning and
-specialising need besides. No feature names a model class.
+``EarlyExitModel`` is what evaluation, calibration and decoding need. ``TrainableModel`` adds what
+training, tuning and specialising need. An adapter for a new kind of model implements them; no
+feature depends on a model class.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,19 +19,18 @@ from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
 
 FEW_TOKENS = 16
-"""Tokens of a call up to which its fixed costs matter, reading the weights above all."""
+"""Largest number of tokens of a call whose time is mostly fixed cost, such as reading weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where the tokens of one call stand.
+    """The positions of the tokens of one call, and the cache that they use.
 
-    ``positions`` (B or 1, T) are the tokens' positions in their own row, from 0, padding not
-    counted. ``real`` (B, T) is False on padding, or None where there is none. ``cache`` holds
-    the keys and values of earlier tokens (None in training), and ``rows`` (B,) says which of
-    its rows these are, so that a batch whose rows left at different exits can go on with
-    those that stay (None: all of them, in order). A row may stand there more than once, with
-    tokens at different positions.
+    ``positions`` (B or 1, T) are the positions of the tokens in their rows, from 0, without
+    padding. ``real`` (B, T) is False on padding; None if there is none. ``cache`` holds the keys
+    and values of earlier tokens; None in training. ``rows`` (B,) are the rows of the cache that
+    the tokens belong to, so that a batch can continue without the rows that left; None for all
+    rows in order. A row may occur several times, with tokens at different positions.
     """
 
     positions: Int[Tensor, "#B T"]
@@ -39,7 +38,7 @@ class Step:
     cache: KVCache | None = None
     rows: Int[Tensor, " B"] | None = None
     memo: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
-    "What a model made of these places, for its next call with the same step; by model."
+    "Values that a model derived from this step, for its next call with the step, by model."
 
 
 @runtime_checkable
@@ -60,7 +59,7 @@ class EarlyExitModel(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Number of positions that the model knows: the longest sequence."""
+        """Number of positions of the model: its longest sequence."""
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -68,7 +67,7 @@ class EarlyExitModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters, on which inputs belong."""
+        """Device of the parameters; inputs must be on it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,8 +75,7 @@ class EarlyExitModel(Protocol):
 
     @property
     def why_no_blocks(self) -> str:
-        """Why the blocks cannot be run one by one, in words that follow "since"; empty where they
-        can.
+        """Why the blocks cannot be run one by one, as a clause after "since"; empty if they can.
 
         A model that runs only whole still has ``states_at`` and ``unembed``, so it can be traced,
         swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache`` raise
@@ -88,7 +86,7 @@ class EarlyExitModel(Protocol):
     def exits_trained(self) -> bool:
         """Whether the exits below the last layer were trained.
 
-        Where they were not, the first use of one in eval mode gives an ``UntrainedExitsWarning``.
+        If not, the first use of such an exit in eval mode gives an ``UntrainedExitsWarning``.
         """
 
     def silence_untrained(self) -> None:
@@ -111,8 +109,8 @@ class EarlyExitModel(Protocol):
     ) -> Float[Tensor, "B T D"]:
         """Run blocks start+1 .. stop.
 
-        Tokens that are not ``active`` keep their state, and the keys and values that later tokens
-        see are projected from it.
+        Tokens that are not ``active`` keep their state, from which their keys and values are
+        projected.
         """
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
@@ -121,8 +119,8 @@ class EarlyExitModel(Protocol):
     def fills_beside(self, tokens: int) -> bool:
         """Return whether ``run_layers`` projects keys and values of inactive tokens at no cost.
 
-        ``tokens`` is the number of tokens of the call, active or not. A model that does not know
-        returns False; ``project_kv`` is then called first.
+        ``tokens`` is the number of tokens of the call, active or not. If it returns False,
+        ``project_kv`` is called first.
         """
 
     def states_at(
@@ -130,8 +128,8 @@ class EarlyExitModel(Protocol):
     ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
         """Yield (layer, state) at each of ``layers`` (0 is the embedding), ascending.
 
-        ``walk`` does it for a model whose blocks run one by one; blocks above the last of
-        ``layers`` are then never run.
+        ``walk`` implements it for a model whose blocks run one by one; blocks above the last of
+        ``layers`` are then not run.
         """
 
     def unembed(
@@ -141,8 +139,7 @@ class EarlyExitModel(Protocol):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Return the logits at an exit, through its own norm and head or, where it has none, the
-        final ones.
+        """Return the logits at an exit, by its own norm and head or else by the final ones.
 
         With ``vocab`` only the logits of these tokens are computed, (B, T, W).
         """
@@ -150,19 +147,19 @@ class EarlyExitModel(Protocol):
     def to_transformers(self) -> Any:
         """Return the causal language model of ``transformers`` with the same parameters.
 
-        Raises UnsupportedArchitectureError where ``transformers`` has no such architecture.
+        Raises UnsupportedArchitectureError if ``transformers`` has no such architecture.
         """
 
 
 class TrainableModel(EarlyExitModel, Protocol):
     """An early-exit model that is a ``torch.nn.Module`` and can be trained, tuned and specialised.
 
-    Beside the members here it has those of ``nn.Module``, of which the last group is used.
+    It also has the members of ``nn.Module``; those that are used are listed at the end.
     """
 
     @property
     def exits(self) -> ExitHeads:
-        """What the exits have of their own, by layer; a submodule of that name."""
+        """The exits' own heads by layer, a submodule with the name ``exits``."""
 
     @property
     def exit_head(self) -> ExitHeadKind:
@@ -171,29 +168,27 @@ class TrainableModel(EarlyExitModel, Protocol):
     def with_exit_heads(self, kind: ExitHeadKind) -> "TrainableModel":
         """Return a model of the same backbone whose exits have new heads of this kind.
 
-        They begin with the norm that the exit has now and with the final LM head. Raises
-        ConfigError where the exits share a final norm that the model does not have.
+        The new heads begin with the exit's current norm and with the final LM head. Raises
+        ConfigError if the exits share a final norm that the model does not have.
         """
 
     def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Return last-layer states after the final norm; unchanged in a model without one."""
 
     def freeze_backbone(self) -> None:
-        """Let nothing but the exits' own heads require a gradient."""
+        """Make only the exits' own heads require a gradient."""
 
     def layers_of_parameters(self) -> Mapping[str, int]:
         """Return the layer of each parameter, by its name in ``named_parameters``.
 
-        It is 0 for what comes before the first block (the embedding), n for block n, and L + 1
-        for everything else: the final norm, the LM head, the exits' heads. A tied embedding
-        belongs to layer 0. Raises UnsupportedArchitectureError where the model cannot tell.
+        It is 0 before the first block (the embedding), n in block n, and L + 1 for all others: the
+        final norm, the LM head, the exits' heads. A tied embedding belongs to layer 0. Raises
+        UnsupportedArchitectureError if the layer of a parameter is unknown.
         """
 
     @property
     def block_modules(self) -> tuple[nn.Module, ...]:
-        """The blocks as modules that may be compiled and sharded one by one; empty where they may
-        not.
-        """
+        """The blocks as modules, if they can be compiled and sharded one by one; else empty."""
 
     # Members of nn.Module.
 
@@ -208,10 +203,10 @@ class TrainableModel(EarlyExitModel, Protocol):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Copy the parameters of ``state_dict``, or take them as they are."""
+        """Copy the parameters of ``state_dict``, or use its tensors if ``assign``."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Let all parameters require a gradient, or none."""
+        """Make all parameters require a gradient, or none."""
 
     def train(self, mode: bool = True) -> Any:
         """Set training mode."""
@@ -246,8 +241,8 @@ def layers_by_name(
 ) -> dict[str, int]:
     """Implement ``layers_of_parameters`` for a model whose parts are modules.
 
-    ``below`` are the modules before the first of ``blocks``. A parameter of several parts belongs
-    to the lowest.
+    ``below`` are the modules before the first of ``blocks``. A parameter that several parts share
+    belongs to the lowest of them.
     """
     blocks = list(blocks)
     layers: dict[int, int] = {}
@@ -262,9 +257,9 @@ def layers_by_name(
 
 
 def require_blocks(model: EarlyExitModel, field: str) -> None:
-    """Raise a ConfigError that names the field where the blocks cannot be run one by one."""
+    """Raise a ConfigError for ``field`` if the blocks cannot be run one by one."""
     if model.why_no_blocks:
         raise ConfigError(
-            f"{field}: expected a model whose blocks can be run one by one, got one that runs only "
-            f"whole, since {model.why_no_blocks}"
+            f"{field}: expected a model whose blocks can be run one by one, got one that can only "
+            f"run as a whole, since {model.why_no_blocks}"
         )

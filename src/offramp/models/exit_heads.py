@@ -1,14 +1,13 @@
-"""What stands between a layer's state and its logits.
+"""Exit heads: the layers between the state at an exit and its logits.
 
-- ``shared``: the final norm and the LM head (no parameters of its own);
-- ``norm``: a norm of its own, the shared LM head;
-- ``adapter``: a norm and a small residual block of its own, the shared LM head;
-- ``full``: a norm and an LM head of its own;
-- ``specialist``: a norm, a residual block half as wide inside as the model, and an LM head of
-  its own.
+- ``shared``: the final norm and the LM head; the exit has no parameters of its own.
+- ``norm``: its own norm, and the shared LM head.
+- ``adapter``: its own norm and small residual block, and the shared LM head.
+- ``full``: its own norm and LM head.
+- ``specialist``: its own norm, residual block (hidden units: half the model's width) and LM head.
 
-A new head of any kind but ``shared`` in a pretrained model says what ``shared`` would: its norm
-and its LM head are copies of the final ones, its residual block adds nothing.
+New heads of all kinds start out equal to ``shared`` in a pretrained model: the norm and the LM
+head are copies of the final ones, and the residual block adds zero.
 """
 
 import warnings
@@ -22,15 +21,15 @@ from offramp.models.head_kinds import ExitHeadKind
 
 
 class UntrainedExitsWarning(UserWarning):
-    """The model is asked to leave at exits that nobody has trained."""
+    """An exit is used that was not trained."""
 
 
 class ExitAdapter(nn.Module):
-    """x + A x + SwiGLU(x) on a normalised state; begins as x.
+    """Residual block x + A x + SwiGLU(x) on a normalised state; initially the identity.
 
-    A is the translator of the tuned lens (Belrose et al. 2023, arXiv 2303.08112), which can be
-    had by least squares; the SwiGLU, with so many ``units``, learns what a linear map cannot.
-    Without ``direct`` there is no A.
+    A is the translator of the tuned lens (Belrose et al. 2023, arXiv 2303.08112), which has a
+    least-squares solution; the SwiGLU with ``units`` hidden units adds nonlinear terms. Without
+    ``direct`` there is no A.
     """
 
     def __init__(self, hidden_size: int, units: int, *, direct: bool) -> None:
@@ -42,26 +41,26 @@ class ExitAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw what is read, and add nothing yet."""
+        """Draw the input weights, and set the output weights to zero."""
         for projection in (self.gate_proj, self.up_proj):
             nn.init.trunc_normal_(projection.weight, std=projection.in_features**-0.5)
         self.add_nothing()
 
     def add_nothing(self) -> None:
-        """Let the block be the identity."""
+        """Make the block the identity."""
         if self.direct_proj is not None:
             nn.init.zeros_(self.direct_proj.weight)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """What the LM head reads, in the final layer's stead."""
+        """Return the state for the LM head, in place of the final layer's state."""
         out: Tensor = x if self.direct_proj is None else x + self.direct_proj(x)
         out = out + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 def adapter_of(kind: ExitHeadKind, hidden_size: int) -> ExitAdapter | None:
-    """The residual block of a head of this kind, if it has one."""
+    """Make the residual block of a head of this kind; None if it has none."""
     if kind == "adapter":
         return ExitAdapter(hidden_size, hidden_size, direct=True)
     if kind == "specialist":
@@ -70,7 +69,7 @@ def adapter_of(kind: ExitHeadKind, hidden_size: int) -> ExitAdapter | None:
 
 
 def has_lm_head(kind: ExitHeadKind) -> bool:
-    """Whether a head of this kind has an LM head of its own."""
+    """Return whether an exit head of this kind has its own LM head."""
     return kind in ("full", "specialist")
 
 
@@ -90,7 +89,7 @@ class ExitHead(nn.Module):
         self.lm_head = lm_head
 
     def start_from(self, norm: nn.Module, lm_head: nn.Linear) -> None:
-        """Say what the final norm and LM head say, by copies of their parameters."""
+        """Copy the final norm and LM head, so that the exit gives the same logits."""
         self.norm.load_state_dict(norm.state_dict())
         if self.adapter is not None:
             self.adapter.reset_parameters()
@@ -98,25 +97,26 @@ class ExitHead(nn.Module):
             self.lm_head.load_state_dict(lm_head.state_dict())
 
     def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """The state that the LM head reads."""
+        """Return the state for the LM head."""
         x: Tensor = self.norm(h)
         return x if self.adapter is None else cast(Tensor, self.adapter(x))
 
 
 class ExitHeads(nn.ModuleDict):
-    """The exits' own heads, by layer, and whether any exit (``shared`` ones too) was trained."""
+    """The exits' own heads by layer, and whether the exits (of any kind) were trained."""
 
     def __init__(self, *, num_layers: int) -> None:
         super().__init__()
         self.num_layers = num_layers
         self.warned = False
-        "True: no (further) warning of untrained exits is given."
+        "Whether the warning about untrained exits was given, or is not wanted."
         self.trained = True
-        "False: the first use of an exit below the last layer in eval mode gives a warning."
+        "Whether the exits were trained; if not, the first use of one in eval mode warns."
 
     def start_from(self, old: "ExitHeads", norm: nn.Module | None, lm_head: nn.Linear) -> None:
-        """Let each head begin with the norm that the exit had in ``old``, or else with ``norm``,
-        and with ``lm_head``; the exits count as trained where the old ones did.
+        """Initialise each head with the exit's norm in ``old``, or else ``norm``, and ``lm_head``.
+
+        The exits count as trained if the old ones did.
         """
         for layer, head in self.items():
             before = cast(ExitHead, old[layer]).norm if layer in old else norm
@@ -125,12 +125,12 @@ class ExitHeads(nn.ModuleDict):
         self.trained = old.trained
 
     def at(self, layer: int) -> ExitHead | None:
-        """The head of a layer, or None where it has none of its own."""
+        """Return the exit's own head at a layer; None if it has none."""
         silent = self.trained or self.warned or self.training or layer == self.num_layers
         if not silent:
             self.warned = True
             warnings.warn(
-                f"the exit at layer {layer} was never trained: what it says is not what it could",
+                f"the exit at layer {layer} was never trained, so its predictions are poor",
                 UntrainedExitsWarning,
                 stacklevel=3,
             )

@@ -19,8 +19,8 @@ _TEMPERATURE, _DRAFT_VOCAB = "temperature", "draft_vocab"
 def save_fitted(fitted: FittedExits, folder: Path) -> None:
     """Write gates, temperatures and draft vocabulary into the folder's ``exits.safetensors``.
 
-    What was fitted earlier is replaced; what else the file holds (exit heads) is kept. If the
-    folder has an ``offramp.json``, the file's new hash is written there.
+    Earlier gates, temperatures and draft vocabulary are replaced; exit heads in the file are
+    kept. If the folder has an ``offramp.json``, the new hash of the file is written there.
     """
     path = folder / EXITS_FILE
     kept = read_tensors(path) if path.exists() else {}
@@ -46,7 +46,7 @@ def save_fitted(fitted: FittedExits, folder: Path) -> None:
 
 
 def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedExits:
-    """Read what ``save_fitted`` wrote into a model folder; nothing if it wrote nothing.
+    """Read the gates, temperatures and draft vocabulary of a model folder, if it has any.
 
     Raises CheckpointError if the file is damaged.
     """

@@ -16,7 +16,7 @@ class KVCache:
     """Per-layer keys and values, (B, H, capacity, D) each, with per-layer, per-row lengths.
 
     ``lengths`` (L, B) counts the positions written in each layer and row. ``value_dim`` is the
-    width of a value where it is not a key's (``head_dim``).
+    width of a value, if it is not that of a key (``head_dim``).
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class KVCache:
         self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.capacity = capacity
-        self.memo: dict[Any, Any] = {}  # what a model derived from it, for the next call; by kind
+        self.memo: dict[Any, Any] = {}  # values that a model derived from the cache, by kind
 
     def require(self, end: int) -> None:
-        """Raise ValueError unless positions 0 .. end - 1 fit."""
+        """Raise ValueError unless positions 0 .. end - 1 fit into the cache."""
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, got {end}")
 
@@ -72,10 +72,10 @@ class KVCache:
     def read(
         self, layer: int, *, end: int, rows: Int[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B H S Dh"], Float[Tensor, "B H S Dv"]]:
-        """Keys and values of a layer at positions 0 .. end - 1."""
+        """Return the keys and values of a layer at positions 0 .. end - 1."""
         k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
         return (k, v) if rows is None else (k[rows], v[rows])
 
     def crop(self, length: int) -> None:
-        """Forget every position from ``length`` on, in every layer and row."""
+        """Discard every position from ``length`` on, in every layer and row."""
         self.lengths.clamp_(max=length)

@@ -1,4 +1,4 @@
-"""Where a model's files are, and what they say beside its weights."""
+"""Find the files of a model, and read its config, training record and hash."""
 
 import hashlib
 import json
@@ -21,21 +21,21 @@ from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON, base_o
 from offramp.models.sources import Source, find_checkpoint
 
 UNFINISHED = "unfinished.json"
-"""The file that a training run keeps in its folder until it has ended."""
+"""The file that is in a run's folder until the run has ended."""
 FINISHED = "run.json"
-"""The same file once the run has ended; with it the run can be extended."""
+"""The name of this file after the run has ended; with it the run can be extended."""
 _TOKENIZERS = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt")
 ModelKind = Literal["native", "exits", "checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What the files say of a model's training, and of its exits'."""
+    """What a model and its exits were trained on, from the model's files."""
 
     corpora: frozenset[str] = frozenset()
-    "sha256 of the corpora that the model or its exits were trained on."
+    "SHA-256 of each corpus that the model or its exits were trained on."
     window: int | None = None
-    "Tokens of a training window; None where nothing says so."
+    "Number of tokens per training window; None if unknown."
 
 
 UNKNOWN_TRAINING = TrainingRecord()
@@ -43,22 +43,22 @@ UNKNOWN_TRAINING = TrainingRecord()
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The files of a model, found once. ``find_model`` makes it; nothing is loaded yet."""
+    """The files of a model. ``find_model`` makes it; no weights are loaded yet."""
 
     name: str
-    "The folder or name that the model was asked for by."
+    "The folder or name that the user gave."
     kind: ModelKind
-    "A folder of offramp train, exits beside a checkpoint, or a plain checkpoint."
+    "A folder of offramp train, a folder with exits for a checkpoint, or a plain checkpoint."
     backbone: Source
     "The checkpoint with the weights."
     own: Path | None
-    "The folder that was named, which may hold exits.safetensors; None for a name on the hub."
+    "The folder of ``name``, which may contain exits.safetensors; None for a name on the hub."
     about: Mapping[str, Any]
     "Content of the file that describes the model: offramp.json if it has one, or config.json."
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """Content of the backbone's ``config.json``."""
+        """The content of the backbone's ``config.json``."""
         stored = read_json(self.backbone.folder / "config.json")
         return stored if isinstance(stored, dict) else {}
 
@@ -69,16 +69,16 @@ class ModelFiles:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder that the tokenizer is in: the model's own, or else the backbone's."""
+        """The folder with the tokenizer: the model's own folder, or else the backbone's."""
         if self.own is not None and (self.own / TOKENIZER_FILE).is_file():
             return self.own
         return self.backbone.folder
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, config and tokenizer of the backbone, and of the exits.
+        """The hash of the backbone's weights, config and tokenizer, and of the exits.
 
-        It depends on the files' content, never on where they are.
+        It depends on the content of the files, not on their location.
         """
         folder = self.tokenizer_folder
         lines = [
@@ -95,7 +95,7 @@ class ModelFiles:
 
     @cached_property
     def record(self) -> TrainingRecord:
-        """What the model and its exits were trained on; a CheckpointError for a wrong window."""
+        """Return the training record. Raises CheckpointError if its window is invalid."""
         found: set[str] = set()
         tuned = self.about.get("trained")
         for stored, key in (
@@ -113,7 +113,7 @@ class ModelFiles:
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """Ids that ``generation_config.json``, or else ``config.json``, calls the end of a text."""
+        """Return the end-of-text ids in ``generation_config.json``, or else in ``config.json``."""
         path = self.backbone.folder / "generation_config.json"
         for stored in (read_json(path) if path.is_file() else {}, self.config):
             end = stored.get("eos_token_id") if isinstance(stored, dict) else None
@@ -137,8 +137,8 @@ class ModelFiles:
 def find_model(name: str | Path) -> ModelFiles:
     """Find a model's files by a folder, a name on the hub, or ``smollm2-135m``.
 
-    Raises CheckpointError if there is no model, if the run there has not validated yet, or if
-    exits were trained on another backbone than the one that is found.
+    Raises CheckpointError if there is no model, if its training run has not validated yet, or if
+    the exits were trained on another backbone than the one that is found.
     """
     folder = Path(name).expanduser()
     own = folder if folder.is_dir() else None
@@ -165,7 +165,7 @@ def find_model(name: str | Path) -> ModelFiles:
 
 @torch.no_grad()
 def state_sha256(model: EarlyExitModel, tokenizer: Tokenizer, fitted: FittedExits) -> str:
-    """Hash of a model in memory: parameters and buffers by name, exits, tokenizer, gates."""
+    """Return the hash of a model in memory: parameters, buffers, exits, tokenizer and gates."""
     about = f"{model.exit_layers} {tokenizer.to_str()} {sorted(fitted.temperatures.items())}"
     digest = hashlib.sha256(about.encode())
     gates = {

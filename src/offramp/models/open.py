@@ -1,6 +1,6 @@
-"""A model is opened once: ``find_model`` finds its files, ``open_model`` loads what is in them.
+"""Open a model once: ``find_model`` finds its files, and ``open_model`` loads them.
 
-Every command and ``offramp.load`` hold one ``OpenedModel`` and look nothing up again.
+Each command, and ``offramp.load``, uses one ``OpenedModel`` and does not search for files again.
 """
 
 from collections.abc import Iterable
@@ -44,30 +44,33 @@ from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
 
 DEFAULT_WINDOW = 256
-"""Tokens of a window where nothing says what the model was trained on."""
+"""Number of tokens per window if the training window of the model is unknown."""
 Runner = Literal["native", "transformers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OpenedModel:
-    """A model with all that belongs to it. ``open_model`` and ``open_in_memory`` make it."""
+    """A model with its tokenizer, fitted gates and other data.
+
+    ``open_model`` and ``open_in_memory`` make it.
+    """
 
     name: str
-    "The folder or name that it was opened by; for messages."
+    "The folder or name of the model, for messages."
     model: TrainableModel
     "The model with its exits, in eval mode."
     tokenizer: Tokenizer
-    "Its tokenizer, as the tokenizers library has it."
+    "The model's tokenizer, of the tokenizers library."
     fitted: FittedExits = NOTHING_FITTED
     "Gates, temperatures and draft vocabulary that were fitted to its exits."
     runner: Runner
-    "What runs it: the native decoder, or transformers."
+    "The code that runs the model: the native decoder, or transformers."
     record: TrainingRecord = UNKNOWN_TRAINING
-    "What it was trained on."
+    "What the model and its exits were trained on."
     end_tokens: tuple[int, ...] = ()
     "Ids of the tokens that end every text of this model."
     files: ModelFiles | None = None
-    "Where its files are; None for a model in memory."
+    "The model's files; None for a model in memory."
     changed: bool = False
     "Whether something was fitted since the files were read."
     chat_tokenizer: Any = None
@@ -83,7 +86,7 @@ class OpenedModel:
 
     @property
     def exits_trained(self) -> bool:
-        """Whether the model's exits were ever trained."""
+        """Whether the model's exits were trained."""
         return self.model.exits_trained
 
     @property
@@ -93,17 +96,17 @@ class OpenedModel:
 
     @property
     def unfinished(self) -> bool:
-        """Whether this is the best model so far of a training run that has not ended."""
+        """Whether the training run of this model has not ended; it is the best model so far."""
         return self.files is not None and self.files.unfinished
 
     @property
     def window(self) -> int:
-        """Tokens of a window of text: what the model was trained on, or 256 if unknown."""
+        """Number of tokens per window of text: that of the training, or 256 if unknown."""
         return self.record.window or min(DEFAULT_WINDOW, self.model.max_length)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, config, tokenizer and exits; a certificate belongs to it."""
+        """Hash of weights, config, tokenizer and exits, by which certificates name a model."""
         if self.files is not None and not self.changed:
             return self.files.sha256
         return state_sha256(self.model, self.tokenizer, self.fitted)
@@ -112,7 +115,7 @@ class OpenedModel:
         """Raise a ConfigError if the model has no exit before its last layer."""
         if len(self.model.exit_layers) < 2:
             raise ConfigError(
-                f"exit layers: expected at least one before the last, and {self.name} has none"
+                f"exit layers: expected at least one before the last layer, got none in {self.name}"
             )
 
 
@@ -125,18 +128,18 @@ def open_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> OpenedModel:
-    """Open a model, in eval mode, with its tokenizer and what was fitted to its exits.
+    """Open a model, in eval mode, with its tokenizer and its fitted gates and temperatures.
 
     ``name`` is a folder that ``offramp train``, ``offramp tune`` or ``save_exits`` wrote, the
-    folder of a Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``. ``runner`` None
-    runs Llama-family checkpoints in the native decoder, which decodes faster, and others by
-    transformers. ``exit_layers`` and ``exit_head`` are for plain checkpoints only; None puts
+    folder of a Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``. With ``runner``
+    None, Llama-family checkpoints run in the native decoder, which decodes faster, and others in
+    transformers. ``exit_layers`` and ``exit_head`` are only for plain checkpoints; None puts
     exits at each quarter of the depth. ``dtype`` None keeps the precision of the files, or that
     in which the exits were trained.
 
-    Raises CheckpointError for what is missing, damaged, changed or a pickle, and for a tokenizer
-    with more tokens than the model; UnsupportedArchitectureError for a model that is no
-    decoder-only language model; ConfigError for exits out of range.
+    Raises CheckpointError for files that are missing, damaged, changed or pickles, and for a
+    tokenizer with more tokens than the model; UnsupportedArchitectureError for a model that is
+    not a decoder-only language model; ConfigError for exits out of range.
     """
     files = name if isinstance(name, ModelFiles) else find_model(name)
     model = load_weights(
@@ -150,8 +153,8 @@ def open_model(
     tokenizer = load_tokenizer(files)
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise CheckpointError(
-            f"{files.name}: expected a tokenizer of at most {model.vocab_size} tokens, as the "
-            f"model has, got {tokenizer.get_vocab_size()}"
+            f"{files.name}: expected a tokenizer of at most {model.vocab_size} tokens, the size of "
+            f"the model's vocabulary, got {tokenizer.get_vocab_size()}"
         )
     return OpenedModel(
         name=files.name,
@@ -174,8 +177,8 @@ def open_in_memory(
 ) -> OpenedModel:
     """Open a causal language model of ``transformers``, or a model of offramp, in memory.
 
-    ``tokenizer`` is one of the tokenizers library or a fast one of ``transformers``. The model's
-    parameters are shared, not copied.
+    ``tokenizer`` is a tokenizer of the tokenizers library, or a fast tokenizer of
+    ``transformers``. The model's parameters are shared, not copied.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, Tokenizer):
@@ -223,7 +226,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
         raise CheckpointError(str(error)) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the model's tokenizer, found none") from None
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds of errors
         raise CheckpointError(
             f"{path}: expected the model's tokenizer, found none that can be read: "
             f"{one_line(error)}"
@@ -240,7 +243,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer | HuggingFaceModel:
-    """Load the model of some files, in eval mode, without its tokenizer; see ``open_model``."""
+    """Load a model in eval mode, without its tokenizer; see ``open_model``."""
     if files.kind == "native":
         return load_checkpoint(files.backbone.folder, device=device, dtype=dtype)[0]
     model = _pretrained(files, runner, exit_layers, exit_head, dtype)
@@ -254,7 +257,7 @@ def _pretrained(
     exit_head: ExitHeadKind | None,
     dtype: torch.dtype | None,
 ) -> Transformer | HuggingFaceModel:
-    """A Hugging Face checkpoint, or one with exits beside it, in the decoder that fits."""
+    """Load a Hugging Face checkpoint, with its exits if it has any, for the chosen runner."""
     layers = None if exit_layers is None else tuple(exit_layers)
     if runner != "transformers":
         try:

@@ -1,4 +1,4 @@
-"""Whole sequences under ``missing_kv="propagate"``: tokens stay parallel within a threshold.
+"""Run whole sequences under ``missing_kv="propagate"``, with all tokens in parallel.
 
 A token that left keeps its state, and in the layers above later tokens attend to keys and values
 computed from it. Evaluation and generation both use this definition.
@@ -24,7 +24,7 @@ def run_propagated(
     step: Step,
     needs_previous_state: bool = False,
 ) -> tuple[Float[Tensor, "B T D"], Int[Tensor, "B T"]]:
-    """Each token's state at the exit where it left, and that exit's layer.
+    """Return each token's state at the exit where it left, and the layer of that exit.
 
     ``leaves`` is called at every exit but the last, for all tokens; its result counts for those
     that have not left yet. It gets the state one block before the exit if

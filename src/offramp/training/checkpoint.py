@@ -1,8 +1,8 @@
-"""Checkpoints to resume from: written aside, synced and renamed; the last few are kept.
+"""Checkpoints from which a run resumes; the latest few are kept.
 
 A checkpoint is a folder ``step-00000100`` with the parameters, the optimizer's state and
-``state.json``, which holds the hashes of the other two and its own: a damaged one is found,
-named, and the one before it used.
+``state.json``, which contains the hashes of all three. It is written under a temporary name,
+synced and renamed. A damaged checkpoint is reported, and the one before it is used.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own."""
+    """The folder with the checkpoints of one run."""
 
     folder: Path
     keep: int = 2
@@ -41,10 +41,10 @@ class Checkpoints:
         state: dict[str, Any],
         processes: Processes = ALONE,
     ) -> None:
-        """Write the checkpoint of a step, whole or not at all, and drop the oldest.
+        """Write the checkpoint of a step, completely or not at all, and delete the oldest ones.
 
-        Every process must call it; rank 0 writes what a run in one process would write.
-        Raises CheckpointError where it cannot be written; those already there stay.
+        Every process must call it; rank 0 writes the same files as a run in one process. Raises
+        CheckpointError if it cannot be written; earlier checkpoints are then kept.
         """
         state = {"model_sha256": shapes_sha256(model), **state}
         parameters = whole(_parameters(model), processes)
@@ -88,7 +88,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def paths(self) -> list[Path]:
-        """The checkpoints' folders, oldest first."""
+        """Return the folders of the checkpoints, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
 
@@ -98,10 +98,12 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         processes: Processes = ALONE,
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint: (its state or None, what is wrong with newer ones).
+        """Load the newest complete checkpoint.
 
-        Every process reads it for itself, and keeps its shard where the model is sharded.
-        Raises CheckpointError where they do not see the same one, or it is of another model.
+        Returns its state (None if there is none) and a sentence for each newer, damaged one.
+        Every process reads the checkpoint; if the model is sharded, it keeps only its shard.
+        Raises CheckpointError if the processes see different checkpoints, or if the checkpoint
+        is of another model.
         """
         state, damaged = self._newest(model, optimizer)
         step = state["step"] if state else 0
@@ -131,7 +133,7 @@ class Checkpoints:
 def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["state_sha256"] != _state_sha256(state):
-        raise ValueError(f"{STATE} is not what was written")
+        raise ValueError(f"{STATE} does not match its hash")
     mine = shapes_sha256(model)
     if state["model_sha256"] != mine:
         raise CheckpointError(
@@ -140,7 +142,7 @@ def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -
         )
     for name, expected in state["sha256"].items():
         if _sha256(path / name) != expected:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} does not match its hash")
     held = dict(model.named_parameters())
     parameters = {
         name: sharded_like(tensor, held[name]) for name, tensor in load_file(path / MODEL).items()
@@ -159,13 +161,13 @@ def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -
 
 
 def shapes_sha256(model: TrainableModel) -> str:
-    """Hash of the parameters' names and shapes: what a checkpoint must fit."""
+    """Return the hash of the parameters' names and shapes, which a checkpoint must match."""
     shapes = {name: list(value.shape) for name, value in model.named_parameters()}
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 
 def _parameters(model: TrainableModel) -> dict[str, Tensor]:
-    """Parameters by name, each once."""
+    """Return the parameters by name, each once."""
     return {name: value.detach().contiguous() for name, value in model.named_parameters()}
 
 
@@ -178,7 +180,7 @@ def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _state_sha256(state: dict[str, Any]) -> str:
-    """Over all the rest of the state."""
+    """Return the hash of all other entries of the state."""
     rest = {name: value for name, value in state.items() if name != "state_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""How to train: the whole configuration of a run, but for the model and the corpus."""
+"""The options of a training run, except for the model and the corpus."""
 
 import math
 from dataclasses import dataclass
@@ -15,50 +15,50 @@ TrackerName = Literal["tensorboard", "wandb", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ObjectiveConfig):
-    """How to train. Lengths are in steps (optimizer updates) or epochs (passes over the text)."""
+    """Options of a training run. Steps are optimizer updates; epochs are passes over the text."""
 
     steps: int | None = None
     "Number of steps, instead of --epochs."
     epochs: int | None = None
-    "Passes over the training text (default: 1, where --steps is not given)."
+    "Number of passes over the training text (default: 1, if --steps is not given)."
     seq_len: int = 128
-    "Tokens a window."
+    "Number of tokens per window."
     batch_size: int = 32
-    "Windows a step."
+    "Number of windows per step."
     lr: float = 1e-3
     "Peak learning rate of AdamW."
     weight_decay: float = 0.01
     "AdamW's weight decay."
     warmup_steps: int = 0
-    "Steps of linear warm-up."
+    "Number of steps of linear warm-up."
     schedule: Schedule = "constant"
     "Learning rate after the warm-up: constant, or cosine to zero."
     grad_clip: float = 1.0
-    "Largest norm of the gradient."
+    "Largest norm of the gradient; a larger gradient is scaled down."
     eval_every: int | None = None
-    "Validate every so many steps (default: after each epoch and at the end)."
+    "Number of steps between validations (default: validate after each epoch and at the end)."
     patience: int | None = None
     "Stop after more than this many validations in a row without a new best (default: never)."
     select_at: float | None = None
-    "Validate by the PPL routed at this threshold; without it by the weighted loss."
+    "Validate by the PPL routed at this threshold (default: by the weighted loss)."
     shuffle: bool = True
     "Read the windows in a new random order each epoch."
     seed: int = 0
-    "Seed of the parameters, of the order and of layer dropout."
+    "Seed of the parameters, the order of the windows and layer dropout."
     precision: Precision = "float32"
     "float32, or bfloat16 for autocast (parameters stay float32)."
     accumulate: int = 1
-    "Parts in which a batch is computed, one after the other; must divide --batch-size."
+    "Number of parts in which a batch is computed, one after another; must divide --batch-size."
     recompute_activations: bool = False
-    "Compute each layer's activations again in the backward pass instead of keeping them."
+    "Compute each layer's activations again in the backward pass, to save memory."
     compile: bool = False
-    "Compile the blocks with torch.compile: pays on long runs of larger models."
+    "Compile the blocks with torch.compile; this saves time in long runs of larger models."
     sharding: Sharding = "ddp"
-    "Of several processes, each holds the whole model (ddp) or a part of it (fsdp)."
+    "With several processes, each holds the whole model (ddp) or a part of it (fsdp)."
     checkpoint_every: int | None = None
-    "Keep a checkpoint to resume from every so many steps (default: at each validation)."
+    "Number of steps between checkpoints to resume from (default: one at each validation)."
     keep_checkpoints: int = 2
-    "How many of the latest checkpoints to keep."
+    "Number of the latest checkpoints to keep."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,12 +96,12 @@ class TrainConfig(ObjectiveConfig):
             raise ConfigError("select_at: expected a number, got nan")
 
     def total_steps(self, steps_an_epoch: int) -> int:
-        """Number of steps of the run, where a pass over the training text has so many."""
+        """Return the number of steps of the run; a pass over the text has ``steps_an_epoch``."""
         return self.steps or (self.epochs or 1) * steps_an_epoch
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step (from 1): linear warm-up, then the schedule."""
+    """Return the share of the peak learning rate at a step (from 1): warm-up, then schedule."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     if config.schedule == "constant":

@@ -4,7 +4,7 @@
 connects them (gloo on the CPU, NCCL on GPUs). PyTorch's ``DistributedDataParallel`` averages
 their gradients, or its ``fully_shard`` (FSDP2) also splits the parameters, gradients and
 optimizer states among them. accelerate's own FSDP falls back to DDP on the CPU, so it is not
-used. A program that was started alone imports none of this.
+used. A run in one process imports none of these libraries.
 """
 
 import atexit
@@ -29,7 +29,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=TrainableModel)
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for each other: rank 0 may have a large corpus to tokenise."""
+"""Longest time for which processes wait for each other, for example while rank 0 tokenises."""
 _SYNC_BUFFERS = next(  # its name changed in PyTorch 2.13
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -39,27 +39,31 @@ _SYNC_BUFFERS = next(  # its name changed in PyTorch 2.13
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes that train together, as one of them sees them. Every one of them must call
-    the same methods in the same order.
+    """The group of processes that train together, seen from one of them.
+
+    All processes must call the same methods in the same order.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    "Where this process computes."
+    "The device of this process."
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes files."""
+        """Whether this is rank 0, the only process that prints and writes files."""
         return self.rank == 0
 
     def rows(self, batch_size: int) -> slice:
-        """The rows of the whole batch that this process computes."""
+        """Return the rows of the global batch that this process computes."""
         share = batch_size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def on_main(self, do: Callable[[], T]) -> T:
-        """Let rank 0 do it; its result (pickled), or its OfframpError, is everybody's."""
+        """Call a function on rank 0; all processes return its result, or raise its OfframpError.
+
+        The result is sent as a pickle.
+        """
         if self.size == 1:
             return do()
         from accelerate.utils import broadcast_object_list
@@ -76,25 +80,25 @@ class Processes:
         return result  # type: ignore[no-any-return]
 
     def from_main(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value in all processes."""
         return self.on_main(lambda: value)
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """Let everyone make it, rank 0 before the others, who find what it put into a cache."""
+        """Call a function on rank 0, then on the others, which find rank 0's result in a cache."""
         made: list[T] = []
         self.on_main(lambda: made.append(make()))
         return made[0] if made else make()
 
-    def any(self, said: bool) -> bool:
-        """Whether any process says so."""
+    def any(self, value: bool) -> bool:
+        """Return whether the value is True in any process."""
         if self.size == 1:
-            return said
+            return value
         from accelerate.utils import reduce
 
-        return bool(reduce(torch.tensor(float(said), device=self.device), "max"))
+        return bool(reduce(torch.tensor(float(value), device=self.device), "max"))
 
     def mean(self, loss: Tensor, parts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-        """A batch's loss and its parts by layer from those of the processes' equal shares."""
+        """Return the means over the processes of the loss and of its parts by layer."""
         if self.size == 1:
             return loss, parts
         from accelerate.utils import reduce
@@ -107,9 +111,9 @@ ALONE = Processes()
 
 
 def join(device: torch.device | str) -> Processes:
-    """The processes that this one was started with, connected; it alone where it was so started.
+    """Connect this process with those that were started with it, if there are others.
 
-    Raises ConfigError where the device is not one that several processes can train on.
+    Raises ConfigError if several processes cannot train on the device.
     """
     device = torch.device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -129,9 +133,9 @@ def join(device: torch.device | str) -> Processes:
 
 
 def local_device(device: str) -> str:
-    """The device of this process: of several on GPUs, each has the one of its local rank.
+    """Return the device of this process; with several GPUs it is the one of the local rank.
 
-    Raises ConfigError, in every process alike, where there are fewer GPUs than processes.
+    Raises ConfigError, in all processes, if there are fewer GPUs than processes.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes == 1 or not device.startswith("cuda"):
@@ -145,7 +149,7 @@ def local_device(device: str) -> str:
 
 
 def check_processes(config: TrainConfig, processes: Processes) -> None:
-    """ConfigError where the batch cannot be split evenly."""
+    """Raise a ConfigError if the batch cannot be split evenly."""
     parts = config.accumulate * processes.size
     if config.batch_size % parts:
         raise ConfigError(
@@ -155,11 +159,11 @@ def check_processes(config: TrainConfig, processes: Processes) -> None:
 
 
 def distribute(exit_loss: ExitLoss, config: TrainConfig, processes: Processes) -> nn.Module:
-    """The module whose backward pass averages the gradients over the processes.
+    """Return a module whose backward pass averages the gradients over the processes.
 
-    ``ddp`` moves the model to its device and wraps it; ``fsdp`` shards it in place, block by
-    block, so that a model on the CPU never has to fit a GPU whole. The processes' models must
-    hold the same parameters. Make the optimizer afterwards.
+    ``ddp`` moves the model to its device and wraps it. ``fsdp`` shards it in place, block by
+    block, so that a model on the CPU may be larger than the memory of one GPU. The models of all
+    processes must have the same parameters. Make the optimizer afterwards.
     """
     if processes.size == 1:
         return exit_loss
@@ -169,7 +173,7 @@ def distribute(exit_loss: ExitLoss, config: TrainConfig, processes: Processes) -
         return DistributedDataParallel(
             exit_loss.to(device),
             device_ids=None if device.type == "cpu" else [device],
-            find_unused_parameters=True,  # blocks and heads without a weight at a step
+            find_unused_parameters=True,  # some blocks and heads have no weight at a step
             **constant_tables,
         )
     from torch.distributed.device_mesh import init_device_mesh
@@ -187,8 +191,9 @@ def distribute(exit_loss: ExitLoss, config: TrainConfig, processes: Processes) -
 
 @contextmanager
 def averaging(module: Any, *, last: bool) -> Iterator[None]:
-    """Around the forward and backward pass of a part of a batch: gradients are averaged over
-    the processes in the last one only.
+    """Average gradients over the processes only in the ``last`` part of a batch.
+
+    Use it as a context around the forward and backward pass of each part.
     """
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
@@ -201,8 +206,9 @@ def averaging(module: Any, *, last: bool) -> Iterator[None]:
 
 @contextmanager
 def callable_in_parts(module: Any) -> Iterator[None]:
-    """Within it the model can be called by its parts (embed, run_layers, unembed), as a
-    validation does: under FSDP2 the parameters outside of the blocks are gathered.
+    """Allow calls of parts of the model (embed, run_layers, unembed), as in a validation.
+
+    Under FSDP2 the parameters outside the blocks are gathered within this context.
     """
     if not hasattr(module, "unshard"):
         yield
@@ -215,8 +221,9 @@ def callable_in_parts(module: Any) -> Iterator[None]:
 
 
 def whole(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """The whole tensors on rank 0, nothing elsewhere; sharded ones are gathered to the CPU, one
-    at a time. Every process must ask.
+    """Return the whole tensors on rank 0, and an empty dict elsewhere.
+
+    Sharded tensors are gathered to the CPU, one at a time. Every process must call this.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -228,7 +235,7 @@ def whole(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tens
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter is held: this process's shard of it, or all of it."""
+    """Return this process's shard of a whole tensor, or all of it if ``parameter`` is whole."""
     if not _is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -243,10 +250,10 @@ def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_model(model: M, processes: Processes, *, make: Callable[[], M]) -> M:
-    """Return the model with its whole parameters on rank 0; itself where it is not sharded.
+    """Return the model with whole parameters on rank 0; if it is not sharded, the model itself.
 
-    ``make`` makes a model of the same shape. Every process must call this; of a sharded model
-    the other ranks get one that holds no parameters.
+    ``make`` makes a model of the same shape. Every process must call this. If the model is
+    sharded, the other ranks get a model without parameters.
     """
     parameters = dict(model.named_parameters())
     if not any(_is_sharded(parameter) for parameter in parameters.values()):
@@ -258,5 +265,5 @@ def whole_model(model: M, processes: Processes, *, make: Callable[[], M]) -> M:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Whether this is FSDP2's DTensor (by its method: importing the class takes a second)."""
+    """Return whether this is FSDP2's DTensor; importing the class would take a second."""
     return hasattr(tensor, "full_tensor")

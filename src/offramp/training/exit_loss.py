@@ -1,4 +1,4 @@
-"""The loss of a batch as one module, so that whatever wraps a module wraps the whole of it."""
+"""The loss of a batch as one module, which can be wrapped by DDP and similar wrappers."""
 
 from collections.abc import Mapping
 
@@ -17,12 +17,12 @@ from offramp.training.config import TrainConfig
 
 
 class ExitLoss(nn.Module):
-    """(inputs, targets) -> (loss, its parts by layer), under a config's objective.
+    """Computes the loss of a batch, and its parts by layer, for the objective of a config.
 
     Only the layers that have a weight at this step are unembedded, and no block above the last
-    of them runs. With ``in_step`` a block runs in every process or in none, as FSDP2 needs it.
-    A model whose blocks cannot be run one by one is run whole; ``check_model`` refuses what it
-    then cannot do.
+    of them runs. With ``in_step`` a block runs in all processes or in none, as FSDP2 requires.
+    A model whose blocks cannot be run one by one is run whole; ``check_model`` rejects the
+    options that it then does not support.
     """
 
     def __init__(self, model: TrainableModel, config: TrainConfig, *, total_steps: int) -> None:
@@ -53,9 +53,9 @@ class ExitLoss(nn.Module):
         step: int,
         rows: slice | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The loss, nats a token, and the CE of each weighted layer, detached.
+        """Return the loss in nats per token, and the detached CE of each weighted layer.
 
-        ``rows`` says which rows of the whole batch these are (default: all of it).
+        ``rows`` are the rows of the global batch that these inputs are (default: all).
         """
         weights = self.schedule.at(step)
         rows = rows or slice(0, len(inputs))
@@ -111,7 +111,7 @@ class ExitLoss(nn.Module):
         step: int,
         rows: slice,
     ) -> Tensor:
-        """Blocks start+1 .. stop, with layer dropout and recomputation where asked for."""
+        """Run blocks start+1 .. stop, with layer dropout and recomputation if configured."""
         recompute = self.config.recompute_activations and torch.is_grad_enabled()
         if not any(rates) and not recompute:
             return self.model.run_layers(h, start, stop, step=where)
@@ -131,7 +131,7 @@ class ExitLoss(nn.Module):
                     continue
                 if not keep.all():
                     chosen = keep.nonzero().flatten().to(h.device)
-            idle = chosen is not None and not len(chosen)  # here; other processes have rows
+            idle = chosen is not None and not len(chosen)  # only here; other processes have rows
             part = h if chosen is None else h[:1] if idle else h[chosen]
             if recompute:
                 part = checkpoint(
@@ -139,6 +139,6 @@ class ExitLoss(nn.Module):
                 )
             else:
                 part = self.model.run_layers(part, layer - 1, layer, step=where)
-            part = part[:0] if idle else part  # a row for the collectives, without effect
+            part = part[:0] if idle else part  # one row without effect, for the collectives
             h = part if chosen is None else h.index_copy(0, chosen, part.to(h.dtype))
         return h

@@ -1,4 +1,4 @@
-"""Training exits on a frozen backbone, whose states are computed once and kept.
+"""Train exits on a frozen backbone, whose states are computed once and kept in memory.
 
 The exits learn to imitate the final layer (Hinton et al. 2015), to predict the text, or both.
 Adapters begin with a least-squares map of each exit's states to the final ones, the closed form
@@ -23,22 +23,22 @@ from offramp.models.exit_heads import ExitHead
 from offramp.training.frozen_config import FrozenConfig
 from offramp.training.kept_states import KeptStates, keep_states, portions
 
-OFTEN, SELDOM = 2048, 512
-"""Tokens that imitation compares: see ``Compared``."""
+FREQUENT, SAMPLED = 2048, 512
+"""Numbers of tokens that imitation compares; see ``Compared``."""
 RIDGE = 100
-"""The least squares' penalty, in tokens: it counts like so many of a mean square state."""
+"""The penalty of the least squares, as a number of tokens with a mean square state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneProgress:
-    """Where a run stands: reading the states, or after a step."""
+    """The progress of a run, while it reads the states or after a step."""
 
     doing: Literal["states", "tune"]
     done: int
     total: int
-    "Of tokens (states) or steps (tune)."
+    "Total number of tokens (states) or steps (tune)."
     loss: Tensor | None = None
-    "Of the last step, nats a token, summed over the exits."
+    "Loss of the last step in nats per token, summed over the exits."
 
 
 OnProgress = Callable[[TuneProgress], None]
@@ -51,11 +51,11 @@ def tune_exits(
     *,
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
-    """Train the exits' own heads in place; the backbone runs once over the text, frozen.
+    """Train the exits' own heads in place; the frozen backbone runs once over the text.
 
-    Afterwards the backbone is frozen and the model in eval mode. Raises ConfigError where the
-    exits have nothing of their own to train, CorpusError for fewer than 2 tokens, TrainingError
-    where the loss is not finite.
+    Afterwards the backbone is frozen and the model is in eval mode. Raises ConfigError if the
+    exits have no parameters of their own, CorpusError for fewer than 2 tokens, and TrainingError
+    if the loss is not finite.
     """
     check_exits(model)
     model.freeze_backbone()
@@ -75,7 +75,7 @@ def tune_exits(
     autocast = partial(
         torch.autocast, model.device.type, torch.bfloat16, enabled=half, cache_enabled=False
     )
-    model.exits.train()  # no warning of exits that are being trained
+    model.exits.train()  # in training mode, exits do not warn that they are untrained
     step = read = 0
     for index, span in enumerate(spans):
         kept = None
@@ -111,7 +111,7 @@ def _loss(
     parameters: Sequence[Tensor],
     config: FrozenConfig,
 ) -> Tensor:
-    """Return the config's objective on a batch, nats a token, summed over the exits."""
+    """Return the loss of a batch in nats per token, summed over the exits."""
     if config.objective == "distill":
         temperature = config.distill_temperature
         return imitation_loss(model, batch, compared, distill_temperature=temperature)
@@ -119,30 +119,30 @@ def _loss(
 
 
 def check_exits(model: TrainableModel) -> None:
-    """Raise a ConfigError unless there are exits with something of their own to train."""
+    """Raise a ConfigError unless there are early exits with parameters of their own."""
     if len(model.exit_layers) < 2:
         raise ConfigError("exit_layers: expected at least one below the last layer, got none")
     if not len(model.exits):
         raise ConfigError(
-            "exit_head: expected norm, adapter, full or specialist, which learn while the "
-            f"backbone is frozen, got {model.exit_head}"
+            "exit_head: expected norm, adapter, full or specialist, which have parameters to "
+            f"train, got {model.exit_head}"
         )
 
 
 def _has_bfloat16(model: TrainableModel) -> bool:
-    """Whether products in bfloat16 are faster here, and the model is not in it already."""
+    """Return whether bfloat16 products are faster here and the model is in another precision."""
     if model.dtype != torch.float32:
         return False
     if model.device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ask = getattr(torch.cpu, "get_capabilities", None)  # of newer versions
-    found = ask() if ask is not None and model.device.type == "cpu" else {}
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # only in newer versions
+    found = capabilities() if capabilities is not None and model.device.type == "cpu" else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 @torch.no_grad()
 def _begin(model: TrainableModel, kept: KeptStates, config: FrozenConfig) -> None:
-    """Draw the adapters by the seed, and map each exit's states to the final ones."""
+    """Draw the adapters with the seed, and fit the linear maps to the final states."""
     *early, last = kept.states
     wanted = model.normalised(kept.states[last]).float()
     with torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ def _begin(model: TrainableModel, kept: KeptStates, config: FrozenConfig) -> Non
 
 
 def least_squares(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "D D"]:
-    """A that makes x A nearest to y, with a penalty on its size."""
+    """Return the A that minimises |x A - y|^2 plus a penalty on the size of A."""
     gram = (x.T @ x).double()
     ridge = RIDGE * gram.diagonal().mean() / len(x)
     gram.diagonal().add_(ridge)
@@ -168,14 +168,16 @@ def least_squares(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Ten
 
 
 class Compared:
-    """Which tokens of the vocabulary imitation compares: those that the final layer gives most
-    of its probability, and of the others a few, drawn anew at each step in all others' stead.
+    """Chooses the tokens of the vocabulary that imitation compares.
+
+    These are the tokens with the largest probabilities of the final layer, and a random sample of
+    all others, which is drawn at each step.
     """
 
     def __init__(self, model: TrainableModel, kept: KeptStates, generator: torch.Generator):
         self.generator = generator
-        self.often: Tensor | None = None
-        if model.vocab_size <= 2 * (OFTEN + SELDOM):
+        self.frequent: Tensor | None = None
+        if model.vocab_size <= 2 * (FREQUENT + SAMPLED):
             return
         last = max(kept.states)
         mass = torch.zeros(model.vocab_size, device=model.device)
@@ -183,22 +185,25 @@ class Compared:
             for h in kept.states[last][::8].split(1024):
                 mass += F.softmax(model.unembed(h[None], last)[0].float(), dim=-1).sum(0)
         order = mass.argsort(descending=True)
-        self.often, self.others = order[:OFTEN], order[OFTEN:]
+        self.frequent, self.others = order[:FREQUENT], order[FREQUENT:]
 
     def draw(self) -> tuple[Tensor | None, Tensor | float]:
-        """Token ids (None: all), and what to add to their logits: how many each stands for."""
-        if self.often is None:
+        """Return token ids (None for all), and the log of how many tokens each represents.
+
+        The log is added to the logits of the tokens.
+        """
+        if self.frequent is None:
             return None, 0.0
-        drawn = torch.randperm(len(self.others), generator=self.generator)[:SELDOM]
-        weight = self.others.new_zeros(OFTEN + SELDOM, dtype=torch.float32)
-        weight[OFTEN:] = math.log(len(self.others) / SELDOM)
-        return torch.cat((self.often, self.others[drawn.to(self.others.device)])), weight
+        drawn = torch.randperm(len(self.others), generator=self.generator)[:SAMPLED]
+        weight = self.others.new_zeros(FREQUENT + SAMPLED, dtype=torch.float32)
+        weight[FREQUENT:] = math.log(len(self.others) / SAMPLED)
+        return torch.cat((self.frequent, self.others[drawn.to(self.others.device)])), weight
 
 
 def imitation_loss(
     model: TrainableModel, batch: KeptStates, compared: Compared, *, distill_temperature: float
 ) -> Tensor:
-    """Sum over the exits of KL(p_L || p_e), both at that temperature, in nats a token."""
+    """Return the sum over the exits of KL(p_L || p_e) at a temperature, in nats per token."""
     *early, last = batch.states
     vocab, weight = compared.draw()
 
@@ -215,7 +220,7 @@ def imitation_loss(
 def text_loss(
     model: TrainableModel, batch: KeptStates, parameters: Sequence[Tensor], *, imitate: bool
 ) -> Tensor:
-    """Sum over the exits of the cross-entropy and, to ``imitate``, of KL(p_L || p_e)."""
+    """Return the sum over the exits of cross-entropy and, with ``imitate``, KL(p_L || p_e)."""
     *early, last = batch.states
     weights = dict.fromkeys(early, 1.0) | ({last: 0.0} if imitate else {})
     loss, _ = weighted_exit_loss(
@@ -231,11 +236,11 @@ def text_loss(
 
 
 def _orders(tokens: int, config: FrozenConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """The tokens of each step."""
+    """Yield the indices of the tokens of each step."""
     for _ in range(config.epochs):
         yield from torch.randperm(tokens, generator=generator).split(config.batch_size)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at a step (from 1)."""
+    """Return the share of the peak learning rate at a step, counted from 1."""
     return min(1.0, step / max(1, warmup)) * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))

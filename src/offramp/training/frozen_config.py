@@ -1,4 +1,4 @@
-"""How to train exits on a frozen backbone. Imports no PyTorch."""
+"""The options of training exits on a frozen backbone. Imports no PyTorch."""
 
 import math
 from dataclasses import dataclass
@@ -12,31 +12,31 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConfig:
-    """How to train exits on a frozen backbone."""
+    """Options for training exits on a frozen backbone."""
 
     objective: Objective = "distill"
     "Imitate the final layer (distill), predict the text (text), or both."
     distill_temperature: float = 0.7
-    """Of both distributions when exits imitate alone (distill; Hinton et al. 2015): below 1 the
-    final layer's first choices count for more, and exits agree with them more often."""
+    """Temperature of both distributions with the objective distill (Hinton et al. 2015). Below 1,
+    likely tokens count more, and exits agree more often with the final layer's prediction."""
     epochs: int = 4
-    "Passes over the kept states."
+    "Number of passes over the kept states."
     seq_len: int = 256
-    "Tokens a window of the backbone."
+    "Number of tokens per window of the backbone."
     batch_size: int = 256
-    "Tokens a step."
+    "Number of tokens per step."
     lr: float = 1e-3
-    "Peak learning rate of AdamW; cosine to zero."
+    "Peak learning rate of AdamW, which decays to zero along a cosine."
     weight_decay: float = 0.01
     "AdamW's weight decay."
     warmup_steps: int = 30
-    "Steps of linear warm-up."
+    "Number of steps of linear warm-up."
     seed: int = 0
     "Seed of the exits' parameters and of the order of the tokens."
     precision: Precision = "auto"
-    """Of the exits' products: bfloat16 for autocast (parameters stay float32), float32, or
-    bfloat16 where the processor has it and the model is float32 (auto). The backbone's are its
-    own."""
+    """Precision of the exits' matrix products: bfloat16 for autocast (parameters stay float32),
+    float32, or auto, which is bfloat16 if the processor supports it and the model is float32. The
+    backbone keeps its own precision."""
 
     def __post_init__(self) -> None:
         for name, choices in (("objective", Objective), ("precision", Precision)):

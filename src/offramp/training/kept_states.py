@@ -1,4 +1,4 @@
-"""The states of a frozen backbone, computed once and kept."""
+"""The states of a frozen backbone, which are computed once and kept in memory."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from torch import Tensor
 from offramp.models.base import TrainableModel, whole_step
 
 KEPT_BYTES = 1 << 30
-"""Memory of the kept states; a longer text is read in portions of that size."""
+"""Largest memory of the kept states, in bytes; a longer text is read in several portions."""
 WINDOWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptStates:
-    """States of a text's tokens, and the tokens that follow them."""
+    """The states of some tokens of a text, and the token that follows each."""
 
     states: Mapping[int, Float[Tensor, "N D"]]
-    "By layer; the last is the model's last."
+    "States by layer; the last one is the model's last layer."
     targets: Int[Tensor, " N"]
 
     def tokens(self, rows: Int[Tensor, " M"]) -> "KeptStates":
@@ -30,7 +30,7 @@ class KeptStates:
 
 
 def portions(model: TrainableModel, tokens: int, seq_len: int, *, layers: int) -> list[range]:
-    """Spans of predicted tokens, each of whole windows, whose states fit into ``KEPT_BYTES``."""
+    """Return spans of complete windows of predicted tokens, with states within ``KEPT_BYTES``."""
     size = torch.empty((), dtype=model.dtype).element_size() * model.hidden_size * layers
     length = max(1, KEPT_BYTES // (size * seq_len)) * seq_len
     return [range(first, min(first + length, tokens)) for first in range(0, tokens, length)]
@@ -40,7 +40,7 @@ def portions(model: TrainableModel, tokens: int, seq_len: int, *, layers: int) -
 def keep_states(
     model: TrainableModel, ids: Tensor, span: range, seq_len: int
 ) -> Iterator[tuple[int, KeptStates | None]]:
-    """(tokens done, and at the end the states); windows as ``data.batches`` cuts them."""
+    """Yield (tokens done, None), and at the end the states; windows are those of ``batches``."""
     layers = model.exit_layers
     kept: dict[int, Tensor] = {}
     done = 0

@@ -37,32 +37,32 @@ class Progress:
     step: int
     total_steps: int
     epoch: int
-    "Counted from 1."
+    "The epoch, counted from 1."
     loss: Tensor
-    "The weighted loss of this step, nats a token."
+    "The weighted loss of this step, in nats per token."
     losses: dict[int, Tensor]
-    "Its parts: the cross-entropy at each weighted layer."
+    "The cross-entropy at each weighted layer, in nats per token."
     lr: float
     "The learning rate before the factors of --layer-lr."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a run ended. The model that was passed in holds the last step's parameters."""
+    """The result of a run. The model that was passed in has the parameters of the last step."""
 
     step: int
     validations: tuple[Validation, ...]
     finished: bool
-    "False where should_stop ended the run before its time."
+    "False if ``should_stop`` ended the run early."
 
     @property
     def best(self) -> Validation:
-        """The best validation (the first of equals)."""
+        """The best validation; the first one if several are equal."""
         return min(self.validations, key=lambda validation: validation.score)
 
 
 def new_model(config: DecoderConfig, *, seed: int) -> Transformer:
-    """A decoder whose parameters depend on the seed and on nothing drawn before."""
+    """Make a decoder whose random parameters depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Transformer(config)
@@ -82,19 +82,20 @@ def train(
 ) -> TrainResult:
     """Train the model in place, on the device it is on.
 
-    Windows are contiguous; incomplete windows and batches of the training text are left out,
-    the validation text is read whole. With ``checkpoints`` the run continues from the newest
-    whole one, if there is any (``on_damaged`` is told of those that are not), to the same
-    parameters that it would have reached in one go. ``should_stop`` is called after each step;
-    when it returns True, a checkpoint is written and the run ends unfinished.
+    Windows are contiguous. Incomplete windows and batches of the training text are dropped; the
+    validation text is read completely. With ``checkpoints`` the run continues from the newest
+    complete checkpoint, if there is one, and reaches the same parameters as a run without a
+    break; ``on_damaged`` is called with a sentence for each damaged checkpoint. ``should_stop``
+    is called after each step; if it returns True, a checkpoint is written and the run ends
+    unfinished.
 
-    Started by torchrun or ``accelerate launch``, each process computes its share of every batch
-    on the device that is its own, and makes all these calls; only rank 0 writes checkpoints. One
-    process that wants to stop stops all. Sharded, the model is left in shards: see
+    If the program was started by torchrun or ``accelerate launch``, each process computes its
+    share of every batch on its own device and makes all these calls; only rank 0 writes
+    checkpoints. If one process stops, all stop. A sharded model stays sharded: see
     ``whole_model``.
 
-    Raises ConfigError where the config does not fit the model or the processes, CorpusError for
-    too little text, and TrainingError where a loss or a validation is not finite.
+    Raises ConfigError if the config does not fit the model or the processes, CorpusError for
+    too little text, and TrainingError if a loss or a validation score is not finite.
     """
     run = TrainingRun(model, train_tokens, validation_ids, config, checkpoints=checkpoints)
     run.resume(on_damaged)
@@ -115,10 +116,10 @@ def train(
 
 
 class TrainingRun:
-    """A run as it stands after ``done`` steps.
+    """A training run after ``done`` steps.
 
-    ``train`` is how its parts are called: ``resume`` once, then ``step``, ``validate`` where
-    ``validates`` says so and ``save`` where ``saves`` does, until it is ``finished``.
+    ``train`` calls its methods: ``resume`` once, and then ``step``, ``validate`` if ``validates``
+    and ``save`` if ``saves``, until it is ``finished``.
     """
 
     def __init__(
@@ -157,17 +158,17 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or patience has run out."""
+        """Whether all steps are done, or there was no new best validation within ``patience``."""
         return self.done >= self.total_steps or stale(self.validations, self.config)
 
     @property
     def validates(self) -> bool:
-        """Whether the last step is followed by a validation."""
+        """Whether there is a validation after the last step."""
         return self.done == self.total_steps or self.done % self.eval_every == 0
 
     @property
     def saves(self) -> bool:
-        """Whether the last step, and its validation, are followed by a checkpoint."""
+        """Whether there is a checkpoint after the last step and its validation."""
         return self.done % self.checkpoint_every == 0 or self.finished
 
     @property
@@ -176,7 +177,7 @@ class TrainingRun:
         return (self.done - 1) // self.steps_an_epoch + 1
 
     def resume(self, on_damaged: Callable[[str], None] = lambda sentence: None) -> None:
-        """Load the newest whole checkpoint, if there is one, and start reading after its step."""
+        """Load the newest complete checkpoint, if there is one, and continue after its step."""
         if self.checkpoints:
             state, damaged = self.checkpoints.load_latest(
                 self.model, self.optimizer, self.processes
@@ -189,7 +190,7 @@ class TrainingRun:
         self._batches = batches_from(self.windows, self.config, step=self.done + 1)
 
     def save(self) -> None:
-        """Write a checkpoint of the last step, where the run has checkpoints."""
+        """Write a checkpoint of the last step, if the run has checkpoints."""
         if self.checkpoints:
             about = {"validations": [asdict(validation) for validation in self.validations]}
             self.checkpoints.save(self.done, self.model, self.optimizer, about, self.processes)
@@ -197,7 +198,7 @@ class TrainingRun:
     def step(self) -> Progress:
         """Take one step of the optimizer on the next batch.
 
-        Raises TrainingError where the loss is not finite, once a checkpoint of the step before is
+        Raises TrainingError if the loss is not finite, after a checkpoint of the previous step is
         written.
         """
         step, indices = self.done + 1, next(self._batches)
@@ -209,7 +210,7 @@ class TrainingRun:
             raise TrainingError(
                 f"step {step}: expected a finite loss, got {float(loss)} (layer {', '.join(bad)}; "
                 f"windows {int(indices[0])} to {int(indices[-1])} of the training text); "
-                "the parameters before this step are kept"
+                "the parameters before this step were saved"
             )
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
@@ -227,7 +228,7 @@ class TrainingRun:
     def _backward(self, step: int, indices: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Run forward and backward on this process's rows of a batch, in ``accumulate`` parts.
 
-        Returns the (loss, CE by layer) of the whole batch.
+        Returns (loss, CE by layer) of the global batch.
         """
         mine = self.processes.rows(len(indices))
         part_size = (mine.stop - mine.start) // self.config.accumulate
@@ -248,9 +249,9 @@ class TrainingRun:
         return self.processes.mean(total, losses)
 
     def validate(self) -> Validation:
-        """Read the validation text after the last step; rank 0's score is everybody's.
+        """Evaluate the model on the validation text; all processes use the score of rank 0.
 
-        Raises TrainingError where the score is not finite, once a checkpoint is written.
+        Raises TrainingError if the score is not finite, after a checkpoint is written.
         """
         with callable_in_parts(self.module):
             found = validate(self.model, self.validation_ids, self.target, self.config)
@@ -273,7 +274,7 @@ class TrainingRun:
 
 
 def batches_from(windows: TokenWindows, config: TrainConfig, *, step: int) -> Iterator[Tensor]:
-    """Yield the windows that each step reads, from ``step`` (counted from 1) on, without end."""
+    """Yield the windows of each step from ``step`` (counted from 1) on, over endless epochs."""
     steps_an_epoch = len(windows) // config.batch_size
     for epoch in count((step - 1) // steps_an_epoch):
         chosen = batch_indices(

@@ -1,4 +1,4 @@
-"""A run's figures against the step, in a CSV file that any program reads."""
+"""The figures of a run by step, in a CSV file."""
 
 import csv
 from pathlib import Path
@@ -9,10 +9,10 @@ from offramp.files import replacing
 
 
 class MetricsFile:
-    """Rows of one step each, written as they come.
+    """A CSV file with one row per step, which is written during the run.
 
-    A resumed run continues the file: rows of steps that it takes again are replaced. A column
-    appears with its first value; where a step has no value, the cell is empty.
+    A resumed run continues the file and replaces the rows of steps that it repeats. A column is
+    added with its first value; a cell without a value is empty.
     """
 
     def __init__(self, path: Path, *, first_step: int) -> None:
@@ -23,13 +23,13 @@ class MetricsFile:
         self._rewrite(rows)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add values to a step's row."""
+        """Add values to the row of a step."""
         if self._row and self._row["step"] != step:
             self.flush()
         self._row |= {"step": step, **values}
 
     def flush(self) -> None:
-        """Write the latest step's row."""
+        """Write the row of the latest step."""
         if not self._row:
             return
         new = [name for name in self._row if name not in self._names]
@@ -48,9 +48,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, whole ones only; none where there is no file.
+    """Return the complete rows of a metrics file; an empty list if there is no file.
 
-    Raises CheckpointError for a file that is none.
+    Raises CheckpointError if the file is not a metrics file.
     """
     if not path.exists():
         return []

@@ -30,7 +30,7 @@ def make_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.Ad
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig
 ) -> float:
-    """Give every group its rate at a step, counted from 1; return the rate before the factors."""
+    """Set the rate of every group at a step, counted from 1; return the rate without factors."""
     rate = config.lr * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

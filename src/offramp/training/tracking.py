@@ -1,4 +1,4 @@
-"""A run's figures against the step, for TensorBoard or Weights & Biases (accelerate's trackers)."""
+"""Log the figures of a run to TensorBoard or Weights & Biases, with accelerate's trackers."""
 
 import time
 import uuid
@@ -16,12 +16,12 @@ from offramp.training.metrics_file import MetricsFile
 from offramp.training.validation import Validation
 
 LOG_EVERY = 10
-"""Steps between two entries; an entry holds the means since the one before."""
+"""Number of steps between two entries; an entry holds the means since the previous one."""
 _INSTALL = {"tensorboard": "tensorboard", "wandb": "'offramp[wandb]'"}
 
 
 def check_tracker(name: TrackerName) -> None:
-    """ConfigError where the tracker's package is missing."""
+    """Raise a ConfigError if the tracker's package is not installed."""
     if name == "none":
         return
     try:
@@ -35,9 +35,9 @@ def check_tracker(name: TrackerName) -> None:
 class RunLog:
     """Writes a run's loss, CE by layer, learning rate, tokens/s and validations into a folder.
 
-    A resumed run goes on in the same log: entries of steps that it takes again are replaced.
-    ``metrics`` is a CSV file for the same figures; with tracker ``none`` and without it nothing
-    is written.
+    A resumed run continues the same log and replaces the entries of steps that it repeats.
+    ``metrics`` is a CSV file for the same figures. With tracker ``none`` and without ``metrics``
+    nothing is written.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class RunLog:
         self._tracker: Any = None
         self._first: int | None = None
         self._recent: list[Progress] = []
-        self._last = 0.0  # when the last step ended; 0 where other things were done since
+        self._last = 0.0  # when the last step ended; 0 after other work, such as a validation
         self._timed, self._seconds = 0, 0.0
 
     def on_step(self, progress: Progress) -> None:
-        """Take note of a step."""
+        """Record a step."""
         if self._silent:
             return
         now = time.perf_counter()
@@ -71,7 +71,7 @@ class RunLog:
             self._write_steps()
 
     def on_validation(self, validation: Validation) -> None:
-        """Write a validation."""
+        """Write the figures of a validation."""
         if self._silent:
             return
         ppl = {f"validation/ppl_{layer}": ppl for layer, ppl in validation.exit_ppl.items()}
@@ -79,7 +79,7 @@ class RunLog:
         self._last = 0.0
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining figures and close the log."""
         if self._recent:
             self._write_steps()
         if self._tracker is not None:
@@ -135,7 +135,7 @@ class RunLog:
 
 
 def _column(name: str) -> str:
-    """A column for a tracker's tag: train/loss is loss, validation/ppl_2 is validation_ppl_2."""
+    """Return the column of a tag: train/loss is loss, validation/ppl_2 is validation_ppl_2."""
     return name.removeprefix("train/").replace("/", "_")
 
 

@@ -1,4 +1,4 @@
-"""Validations of a training run."""
+"""The validations of a training run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ class Validation:
     step: int
     epoch: int
     score: float
-    "What the run minimises: the routed PPL at select_at, or the weighted loss in nats."
+    "The score that the run minimises: the routed PPL at select_at, or the weighted loss in nats."
     exit_ppl: dict[int, float]
     is_best: bool
 
 
 def stale(validations: Sequence[Validation], config: TrainConfig) -> bool:
-    """Return whether patience has run out: too many validations in a row without a new best."""
+    """Return whether more than ``patience`` validations in a row brought no new best."""
     if config.patience is None or not validations:
         return False
     since_best = 0
@@ -38,7 +38,7 @@ def stale(validations: Sequence[Validation], config: TrainConfig) -> bool:
 
 
 def stored_validation(stored: dict[str, Any]) -> Validation:
-    """Return a validation from what ``asdict`` and JSON made of it."""
+    """Make a validation from its JSON form."""
     exit_ppl = {int(layer): ppl for layer, ppl in stored["exit_ppl"].items()}
     return Validation(**{**stored, "exit_ppl": exit_ppl})
 

@@ -171,7 +171,7 @@ def test_no_sequences_are_a_corpus_error(make_trace):
 
 
 def test_a_trace_without_sequences_or_without_the_last_layer_is_refused(make_trace):
-    with pytest.raises(ConfigError, match="knows its sequences"):
+    with pytest.raises(ConfigError, match="with sequence numbers"):
         sealed(replace(make_trace(), sequence=None), Promise())
     with pytest.raises(ConfigError, match="expected the last layer, 4, among"):
         sealed(make_trace(exit_layers=(1, 2, 4)).at((1, 2)), Promise())

@@ -131,7 +131,7 @@ def test_an_exit_learns_from_those_who_leave_and_not_from_the_others(make_model,
             here = sample.trace.targets % 2 == half
             return np.stack((here, ~here))
 
-        monkeypatch.setattr(specialise, "_who_leaves", leaves)
+        monkeypatch.setattr(specialise, "_leaving_tokens", leaves)
         config = SpecialiseConfig(compute_budget=75, others=0.0, imitate=0.0, **QUICK)
         left = specialise_exits(model, windows(text), config)
         assert 0.3 < left[1] < 0.7
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_exits(make_model, text):
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
-        ({"exit_head": "shared"}, {}, "something of their own"),
+        ({"exit_head": "shared"}, {}, "parameters of their own"),
         ({"exit_layers": (3,)}, {}, "got none"),
         ({}, {"compute_budget": 5}, "compute_budget: expected at least 3"),
         ({}, {"steps": 0}, "steps: expected at least 1"),

@@ -180,8 +180,8 @@ def test_imitation_of_a_sample_is_on_average_that_of_the_whole(fresh, ids, monke
         for layer in (1, 2)
     )
     torch.testing.assert_close(exact, by_hand)
-    monkeypatch.setattr(frozen, "OFTEN", 10)
-    monkeypatch.setattr(frozen, "SELDOM", 6)
+    monkeypatch.setattr(frozen, "FREQUENT", 10)
+    monkeypatch.setattr(frozen, "SAMPLED", 6)
     compared = Compared(model, few, generator)
     sampled = torch.stack([loss(compared) for _ in range(100)])
     assert sampled.std() > 0

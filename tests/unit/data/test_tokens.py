@@ -205,7 +205,7 @@ def test_pieces_that_can_be_read_once_only_are_refused(tmp_path):
 def test_a_place_that_cannot_be_written_is_a_corpus_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CorpusError, match="expected a folder that tokens can be kept in, got"):
+        with pytest.raises(CorpusError, match="expected a folder where tokens can be stored, got"):
             tokenise(TEXT, TOKENIZER, folder)
 
     def full(*_, **__):

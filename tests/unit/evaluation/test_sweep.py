@@ -187,5 +187,5 @@ def test_a_decay_reads_the_positions_of_the_trace(three_tokens):
 
 
 def test_a_measure_that_was_not_recorded_is_a_config_error(three_tokens):
-    with pytest.raises(ConfigError, match=r"one that the trace has \(max_prob\), got 'gain'"):
+    with pytest.raises(ConfigError, match=r"a measure of the trace \(max_prob\), got 'gain'"):
         sweep(three_tokens, [0.5], confidence="gain")

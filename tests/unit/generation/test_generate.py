@@ -112,7 +112,7 @@ def test_without_decay_over_time_a_row_of_a_batch_has_the_same_threshold(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 4.0}, "^decay: expected a threshold with it"),
+        ({"decay": 4.0}, "^decay: expected a threshold too"),
         ({"decay": -1.0, "threshold": 0.5}, "^decay: expected a number of at least 0, got -1"),
         ({"decay": math.nan, "threshold": 0.5}, "^decay: .* got nan"),
         ({"decay": 4.0, "threshold": 1.5}, "^decay: expected thresholds from 0 to 1.* got 1.5"),
@@ -252,7 +252,7 @@ def test_temperatures_of_exits_change_confidence_but_no_choice(model):
         (
             PROMPT,
             {"speculative": True, "confidence": "patience"},
-            "^confidence: expected a measure that reads one exit alone for drafts, got 'patience'$",
+            "^confidence: expected a measure that reads only one exit for drafts, got 'patience'$",
         ),
     ],
 )

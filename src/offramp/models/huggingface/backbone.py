@@ -1,4 +1,4 @@
-"""Causal language models of ``transformers`` as plain checkpoints on disk."""
+"""Load and save causal language models of ``transformers`` as plain checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ _TEXT_FILES = (
 
 
 def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
-    """The causal language model of a checkpoint, every weight of which was in it."""
+    """Load the causal language model of a checkpoint, which must contain every weight."""
     library = transformers()
     path = source.folder / "config.json"
     if not isinstance(read_json(path), dict) or "model_type" not in read_json(path):
@@ -38,13 +38,13 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
     with quiet():
         try:
             config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        except Exception as error:  # the library has many kinds
+        except Exception as error:  # the library raises many kinds of errors
             raise CheckpointError(f"{path}: expected a config, got: {one_line(error)}") from None
         encodes = getattr(config, "is_encoder_decoder", False)
         if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedArchitectureError(
                 f"{source.id}: expected a decoder-only (causal) language model, got "
-                f"{config.model_type}, {'an encoder and a decoder' if encodes else 'which is none'}"
+                f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
             )
         for file in source.weights:
             check_tensors(file)
@@ -71,8 +71,10 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
 
 
 def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
-    """Write a model of ``transformers`` as a plain checkpoint into an existing folder, and the
-    tokenizer that lies in ``texts``. The folder may be the one that the model came from.
+    """Write a model of ``transformers`` as a plain checkpoint into an existing folder.
+
+    The tokenizer is copied from the folder ``texts``. The folder may be the one from which the
+    model was loaded.
     """
     aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
     shutil.rmtree(aside, ignore_errors=True)

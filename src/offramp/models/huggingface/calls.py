@@ -1,4 +1,4 @@
-"""One watched forward pass of a Hugging Face causal language model: every call of a module."""
+"""Record every call of a module in a forward pass of a Hugging Face causal language model."""
 
 import inspect
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Call:
 def watched_pass(
     lm: Any, ids: Tensor, positions: Tensor, kind: str
 ) -> tuple[list[Call], Tensor, Any]:
-    """Every call of a module, in the order in which they ended; the logits; the cache."""
+    """Return all calls of modules, in the order in which they ended, the logits and the cache."""
     from transformers import DynamicCache
 
     calls: list[Call] = []
@@ -61,23 +61,23 @@ def watched_pass(
             try:
                 logits = lm(**accepted(lm, input_ids=ids, position_ids=positions, **where)).logits
                 break
-            except Exception as error:  # any architecture's own
+            except Exception as error:  # depends on the architecture
                 failed = error
     else:
         raise UnsupportedArchitectureError(
-            f"{kind}: expected a language model that reads token ids alone, got one that fails: "
+            f"{kind}: expected a language model that needs only token ids, got one that fails: "
             f"{one_line(failed or ValueError())}"
         )
     if _sees_later_tokens(lm, ids, logits, embedded):
         raise UnsupportedArchitectureError(
             f"{kind}: expected a decoder-only (causal) language model, got one whose first token "
-            "sees later ones"
+            "attends to later ones"
         )
     return calls, logits.detach(), cache
 
 
 def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tensor]) -> bool:
-    """Whether the first token's logits depend on the others."""
+    """Return whether the first token's logits depend on later tokens."""
     try:
         [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
     except RuntimeError:  # the pass overwrites what a gradient needs
@@ -89,13 +89,13 @@ def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tens
 
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that a module's forward names."""
+    """Return the arguments that the module's ``forward`` has by name."""
     known = inspect.signature(module.forward).parameters
     return {name: value for name, value in arguments.items() if name in known}
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their names, in the order of the signature."""
+    """Return the arguments by name, in the order of the signature."""
     signature = inspect.signature(module.forward)
     named = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():

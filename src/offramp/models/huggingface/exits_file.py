@@ -1,8 +1,8 @@
-"""Pretrained models and their exits on disk.
+"""Load and save the exits of pretrained models.
 
-The backbone stays a plain Hugging Face checkpoint. Beside it, or in a folder of their own that
-names the backbone and its hash, stand ``offramp.json`` (exit layers, kind of head, how they
-were trained, policy) and ``exits.safetensors`` (``exits.<layer>.norm.weight`` and so on).
+The backbone stays a plain Hugging Face checkpoint. The exits are two files, in the same folder or
+in another folder that names the backbone and its hash: ``offramp.json`` (exit layers, kind of
+head, training, policy) and ``exits.safetensors`` (``exits.<layer>.norm.weight`` and so on).
 """
 
 from collections.abc import Iterable, Mapping
@@ -49,11 +49,13 @@ def from_pretrained(
     ``id_or_dir`` is a checkpoint's folder, a name on the Hugging Face hub, ``smollm2-135m``
     (extra ``demo``), a folder that ``save_exits`` wrote, or a model in memory.
     ``exit_layers`` None puts exits at each quarter of the depth; ``exit_head`` None is
-    ``shared``; a folder with exits knows both. ``base`` says where the backbone of such a
-    folder is by now. ``dtype`` None keeps the checkpoint's. Returns the model in eval mode.
+    ``shared``; a folder with exits defines both. ``base`` is the current place of the backbone of
+    such a folder, if it was moved. ``dtype`` None keeps the checkpoint's precision. Returns the
+    model in eval mode.
 
-    Raises CheckpointError for what is missing, damaged, changed or a pickle; ConfigError for
-    exits out of range; UnsupportedArchitectureError for what is no decoder-only language model.
+    Raises CheckpointError for files that are missing, damaged, changed or pickles; ConfigError
+    for exits out of range; UnsupportedArchitectureError for a model that is not a decoder-only
+    language model.
     """
     if isinstance(id_or_dir, nn.Module):
         model = _with_exits(id_or_dir, exit_layers, exit_head)
@@ -61,14 +63,14 @@ def from_pretrained(
     folder = None if isinstance(id_or_dir, Source) else Path(id_or_dir).expanduser()
     if folder is None or not (folder / EXITS_JSON).is_file():
         if base is not None:
-            raise ConfigError(f"base: expected with a folder of exits only, got {id_or_dir}")
+            raise ConfigError(f"base: expected none without a folder of exits, got {id_or_dir}")
         source = find_checkpoint(id_or_dir)
         model = _with_exits(load_backbone(source, dtype), exit_layers, exit_head)
         model.source = source
         return model.to(device).eval()
     if exit_layers is not None or exit_head is not None:
         raise ConfigError(
-            f"exit_layers and exit_head: expected none, since {folder / EXITS_JSON} has them"
+            f"exit_layers and exit_head: expected none, since {folder / EXITS_JSON} defines them"
         )
     return _load_exits(folder, base, dtype).to(device).eval()
 
@@ -81,12 +83,12 @@ def save_exits(
     policy: Mapping[str, Any] | None = None,
     backbone: bool | None = None,
 ) -> None:
-    """Write ``exits.safetensors`` and ``offramp.json`` into a folder, which is made.
+    """Create a folder and write ``exits.safetensors`` and ``offramp.json`` into it.
 
-    ``trained`` says how the exits were trained (None: they were not), ``policy`` how to use
-    them. ``backbone`` True also writes the backbone and its tokenizer there, as a plain
-    checkpoint; None does so unless the backbone is frozen. Otherwise ``offramp.json`` names the
-    checkpoint that the backbone came from, and its hash.
+    ``trained`` describes the training of the exits (None if they were not trained), and
+    ``policy`` how to use them. With ``backbone`` True the backbone and its tokenizer are written
+    too, as a plain checkpoint; with None they are written unless the backbone is frozen. If they
+    are not written, ``offramp.json`` names the checkpoint of the backbone and its hash.
     """
     folder = Path(folder)
     if backbone is None:
@@ -149,7 +151,7 @@ def write_exits(
 
 
 def read_exits(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's ``offramp.json``."""
+    """Return the content of a folder's ``offramp.json``."""
     path = Path(folder) / EXITS_JSON
     about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -162,7 +164,7 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
 
 
 def tuned_dtype(folder: str | Path, about: Mapping[str, Any]) -> torch.dtype:
-    """The precision in which a folder's exits were trained, from its ``offramp.json``."""
+    """Return the precision in which a folder's exits were trained, from its ``offramp.json``."""
     dtype = getattr(torch, str(about.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
@@ -172,7 +174,7 @@ def tuned_dtype(folder: str | Path, about: Mapping[str, Any]) -> torch.dtype:
 
 
 def base_of(folder: str | Path, base: str | Path | Source | None = None) -> Source:
-    """The checkpoint below a folder's exits; a CheckpointError if it is another by now."""
+    """Return the checkpoint of a folder's exits. Raises CheckpointError if it has changed."""
     folder = Path(folder)
     stored = read_exits(folder)["base"]
     name = base if base is not None else stored.get("id")
@@ -181,11 +183,11 @@ def base_of(folder: str | Path, base: str | Path | Source | None = None) -> Sour
     try:
         source = find_checkpoint(name if isinstance(name, Source) else str(name))
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: its exits stand on another model: {error}") from None
+        raise CheckpointError(f"{folder}: its exits need another model: {error}") from None
     if source.sha256 != stored.get("sha256"):
         raise CheckpointError(
             f"{folder}: its exits were trained on {name} with sha256 {stored.get('sha256')}, "
-            f"but its sha256 is {source.sha256} by now"
+            f"but its sha256 is now {source.sha256}"
         )
     return source
 
@@ -203,7 +205,7 @@ def _load_exits(
 
 
 def load_exits(exits: ExitHeads, folder: str | Path) -> None:
-    """Give a model's exits the parameters in a folder's ``exits.safetensors``."""
+    """Load the parameters of a model's exits from a folder's ``exits.safetensors``."""
     folder = Path(folder)
     about = read_exits(folder)
     path = folder / EXITS_FILE
@@ -233,7 +235,7 @@ def _with_exits(
 
 
 def _name(source: Source, folder: Path) -> str:
-    """How a folder's ``offramp.json`` names its backbone: ``.`` for the folder itself."""
+    """Return the name of the backbone in ``offramp.json``; ``.`` is the folder itself."""
     if source.packaged is not None or not Path(source.id).expanduser().is_dir():
         return source.id
     path = source.folder.resolve()

@@ -1,10 +1,10 @@
-"""What one watched forward pass tells about a Hugging Face causal language model.
+"""Find the blocks, norm and head of a Hugging Face causal language model in a recorded pass.
 
-No model class is known by name. A handful of tokens goes through the model while every module's
-inputs and outputs are noted (``calls``): which list of modules is the blocks, what each block is
-given beside the state (mask, positions, rotary tables, cache), and which modules stand between
-the last block and the LM head. ``runner`` then checks that these ways lead to the model's own
-figures; where they do not, the blocks count as unknown.
+The code does not depend on model classes. It runs a few tokens through the model and records the
+inputs and outputs of every module (``calls``). From them it finds the list of blocks, the
+arguments of each block besides the state (mask, positions, rotary tables, cache), and the modules
+between the last block and the LM head. ``runner`` then checks that running the blocks one by one
+gives the model's own states; if not, the blocks count as unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,40 +19,40 @@ from offramp.models.huggingface.calls import Call, watched_pass
 
 TOKENS = 6
 STATE, POSITIONS, MASK, CACHE = "<state>", "<positions>", "<mask>", "<cache>"
-"What a module is given anew in each call, as it stands among its arguments."
+"Placeholder for an argument of a module that differs in each call."
 _MASKS = ("attention_mask", "causal_mask", "causal_attention_mask")
-_UNUSED = ("cache_position",)  # for caches of the library's own kinds
+_UNUSED = ("cache_position",)  # used only by the library's own caches
 _CONSTANT = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rotary:
-    """The call of a module that makes tables from a state's type and the positions."""
+    """The call of a module that computes rotary tables from the positions and a state's type."""
 
     module: nn.Module
     arguments: Mapping[str, Any]
-    "STATE, POSITIONS or constants."
+    "Arguments by name: STATE, POSITIONS or constants."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block, and what it is given beside the state."""
+    """One block, and its arguments besides the state."""
 
     module: nn.Module
     arguments: Mapping[str, Any]
-    "POSITIONS, MASK, CACHE, a Rotary or constants."
+    "Arguments by name: POSITIONS, MASK, CACHE, a Rotary or constants."
     window: int | None
-    "How many positions back a token sees, its own among them; None: all."
+    "Number of positions that a token attends to, including its own; None for all."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The ways through a model."""
+    """The parts of a model, and the arguments of its blocks."""
 
     blocks: tuple[Block, ...]
-    "Empty where what the blocks are given is not understood."
+    "The blocks; empty if their arguments are unknown."
     block_modules: tuple[nn.Module, ...]
-    "The blocks' modules, which may be known where ``blocks`` are not."
+    "The modules of the blocks, which may be known if ``blocks`` is empty."
     below: tuple[nn.Module, ...]
     "The modules that are called before the first block."
     above: tuple[nn.Module, ...]
@@ -61,25 +61,25 @@ class Layout:
     norm: nn.Module | None
     "The final norm."
     after_norm: tuple[nn.Module, ...]
-    "What else stands between the last block and the LM head."
+    "The modules between the final norm (or the last block, if there is none) and the LM head."
     head: nn.Linear
     embedding: nn.Module | None
-    "What makes the first block's state, if it is the input embedding and nothing else."
+    "The input embedding, if its output is the input of the first block without a change."
     ids: Tensor
-    "(1, TOKENS): the tokens of the watched pass."
+    "(1, TOKENS) The tokens of the recorded pass."
     logits: Tensor
-    "(1, TOKENS, V): what the model itself said about them."
+    "(1, TOKENS, V) The model's own logits."
     head_output: Tensor
-    "The same before any scaling or soft cap."
+    "(1, TOKENS, V) The output of the head, before any scaling or soft cap."
     last_state: Tensor
-    "(1, TOKENS, D): what the last block handed on."
+    "(1, TOKENS, D) The output of the last block."
 
 
 def watch(lm: Any, config: Any) -> Layout:
-    """Watch a ``transformers`` causal language model run; ``config`` is that of its decoder.
+    """Record a pass of a ``transformers`` causal language model and return its layout.
 
-    Raises UnsupportedArchitectureError where it is no decoder-only language model, or where the
-    way from its last state to its logits is not understood.
+    ``config`` is that of its decoder. Raises UnsupportedArchitectureError if it is not a
+    decoder-only language model, or if the path from its last state to its logits is unknown.
     """
     kind = config.model_type
     head = lm.get_output_embeddings()
@@ -92,12 +92,12 @@ def watch(lm: Any, config: Any) -> Layout:
     is_norm = bool(way) and "norm" in type(way[0]).__name__.lower()
     if last_state is None or not (blocks or is_norm):
         raise UnsupportedArchitectureError(
-            f"{kind}: the way from its last state to its logits is not understood, "
-            "so exits cannot be read"
+            f"{kind}: unknown computation between the last state and the logits, so logits at "
+            "exits cannot be computed"
         )
     given: list[Block] = []
     tables: dict[int, Rotary] = {}
-    why = "" if blocks else "no list of blocks hands its last state on"
+    why = "" if blocks else "no list of modules was recognised as its blocks"
     for index, call in enumerate(blocks):
         try:
             arguments = _block_arguments(call, positions, cache, outside, tables)
@@ -131,7 +131,7 @@ def watch(lm: Any, config: Any) -> Layout:
 def _ways(
     lm: nn.Module, layers: int, calls: Sequence[Call], head: nn.Linear
 ) -> tuple[list[Call], list[Call], list[nn.Module], Tensor | None]:
-    """The blocks' calls, the calls outside of blocks, what leads to the head, and from where."""
+    """Return the blocks' calls, the other calls, the modules to the head, and their input."""
     lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     for each in (*lists, nn.ModuleList()):
         blocks = [call for call in calls if call.module in set(each)]
@@ -147,10 +147,10 @@ def _ways(
 
 
 def _way_to(head: nn.Linear, outside: Sequence[Call]) -> tuple[list[nn.Module], Tensor | None]:
-    """The modules that lead to the head, one after another, and what the first is given."""
+    """Return the chain of modules that ends at the head, and the input of the first one."""
     way: list[nn.Module] = []
     state = next((call.state for call in outside if call.module is head), None)
-    for call in reversed(outside):  # what contains a module ends after it
+    for call in reversed(outside):  # a module's call ends before that of its parent
         if _same(call.result, state) and not _same(call.state, state):
             way.insert(0, call.module)
             state = call.state
@@ -214,7 +214,7 @@ def _is_positions(value: Any, positions: Tensor) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two tensors are the same numbers in memory."""
+    """Return whether two tensors are the same memory."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()

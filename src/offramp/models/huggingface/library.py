@@ -1,4 +1,4 @@
-"""The library transformers, imported when it is first needed, and kept quiet."""
+"""Import the library transformers on first use, without its log messages."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from offramp.errors import CheckpointError
 
 
 def transformers() -> Any:
-    """The library, imported when it is first needed."""
+    """Return the library, which is imported on first use."""
     try:
         return importlib.import_module("transformers")
     except ImportError:
@@ -20,7 +20,7 @@ def transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers neither log nor draw progress bars."""
+    """Turn off the log messages and progress bars of transformers."""
     logging = transformers().utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Hugging Face causal language models behind the waist.
+"""Hugging Face causal language models with the interface of ``TrainableModel``.
 
-``HuggingFaceModel`` wraps any causal language model of ``transformers`` and copies none of its
-weights. ``layout`` finds its blocks, norm and head, and ``runner`` runs its blocks. Nothing else
-knows the library's insides.
+``HuggingFaceModel`` wraps any causal language model of ``transformers`` without copying its
+weights. ``layout`` finds its blocks, norm and head, and ``runner`` runs its blocks. No other code
+depends on the internals of the library.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,8 +28,8 @@ from offramp.models.sources import Source
 class HuggingFaceModel(nn.Module):
     """A causal language model of ``transformers`` with exits; a ``TrainableModel`` (base.py).
 
-    ``backbone`` is the model itself. ``exit_layers`` None puts exits at a quarter, a half and
-    three quarters of the depth. New exits give the logits that the final norm and head would.
+    ``backbone`` is the wrapped model. ``exit_layers`` None puts exits at a quarter, a half and
+    three quarters of the depth. New exits give the same logits as the final norm and head.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class HuggingFaceModel(nn.Module):
                 self.exits[str(layer)] = self._new_head()
         self.train(training)
 
-    # The waist.
+    # EarlyExitModel.
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._layout.head.weight.device
 
     @property
@@ -80,7 +80,7 @@ class HuggingFaceModel(nn.Module):
         return self._layout.head.weight.dtype
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
-        """Return the state before the first block: embeddings, with all that is done to them."""
+        """Return the state before the first block: embeddings, after any scaling and the like."""
         return self._blocks().embed(input_ids, step)
 
     def run_layers(
@@ -107,7 +107,7 @@ class HuggingFaceModel(nn.Module):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Return logits at any layer 1..L, by the final norm and head where it has none."""
+        """Return logits at any layer 1..L, by its own norm and head or else by the final ones."""
         own = self.exits.at(exit_layer)
         head = self._layout.head if own is None or own.lm_head is None else own.lm_head
         norm = self._layout.norm if own is None else own
@@ -123,7 +123,7 @@ class HuggingFaceModel(nn.Module):
         return _scaled(logits, self._scale, self._softcap)
 
     def fills_beside(self, tokens: int) -> bool:
-        """Return False: the blocks of ``transformers`` do not."""
+        """Return False: blocks of ``transformers`` do not project keys and values of others."""
         return False
 
     def states_at(
@@ -145,8 +145,8 @@ class HuggingFaceModel(nn.Module):
             return self._blocks().make_cache(batch_size, capacity)
         except UnsupportedArchitectureError as error:
             raise UnsupportedArchitectureError(
-                f"{self.model_type}: no KVCache for this model, since {error}; without one, "
-                "training, traces and sweeps work"
+                f"{self.model_type}: this model cannot use a KVCache, since {error}; training, "
+                "traces and sweeps work without one"
             ) from None
 
     @property
@@ -155,25 +155,24 @@ class HuggingFaceModel(nn.Module):
         return self.exits.trained
 
     def silence_untrained(self) -> None:
-        """Do not warn of untrained exits."""
+        """Do not warn about untrained exits."""
         self.exits.warned = True
 
     def to_transformers(self) -> Any:
         """Return the backbone."""
         return self.backbone
 
-    # What training needs.
+    # TrainableModel.
 
     block_modules: tuple[nn.Module, ...] = ()
-    "Empty: the blocks are called with what one watched pass of the whole backbone saw."
+    "Empty: the blocks run with arguments that were recorded in a pass of the whole backbone."
 
     def with_exit_heads(self, kind: ExitHeadKind) -> "HuggingFaceModel":
         """Return a model of the same backbone, which is not copied, with new exit heads."""
         if self.exit_head == "shared" and self._layout.norm is None:
             raise ConfigError(
                 f"exit_head: expected norm, adapter, full or specialist in a model of "
-                f"{self.model_type}, which has no final norm for new heads to begin with, got "
-                "shared"
+                f"{self.model_type}, which has no final norm that exits could share, got shared"
             )
         model = HuggingFaceModel(self.backbone, exit_layers=self.exit_layers, exit_head=kind)
         model.exits.start_from(self.exits, self._layout.norm, self._layout.head)
@@ -186,15 +185,15 @@ class HuggingFaceModel(nn.Module):
         return out
 
     def freeze_backbone(self) -> None:
-        """Let nothing but the exits' own heads require a gradient."""
+        """Make only the exits' own heads require a gradient."""
         self.backbone.requires_grad_(False)
 
     def layers_of_parameters(self) -> dict[str, int]:
-        """Return the layer of each parameter, as one watched pass of the backbone showed it."""
+        """Return the layer of each parameter, from a recorded pass of the backbone."""
         layout = self._layout
         if not layout.block_modules:
             raise UnsupportedArchitectureError(
-                f"{self.model_type}: it is not known which parameters belong to which layer, since "
+                f"{self.model_type}: the layers of its parameters are unknown, since "
                 f"{self.why_no_blocks}"
             )
         called = (*layout.below, *layout.block_modules, *layout.above, self.exits)
@@ -202,12 +201,12 @@ class HuggingFaceModel(nn.Module):
         for name, parameter in self.named_parameters():
             if id(parameter) not in placed:
                 raise UnsupportedArchitectureError(
-                    f"{self.model_type}: it is not known which layer the parameter {name} belongs "
-                    "to, since no module that holds it was called"
+                    f"{self.model_type}: the layer of the parameter {name} is unknown, since no "
+                    "module that contains it was called"
                 )
         return layers_by_name(self, below=layout.below, blocks=layout.block_modules)
 
-    # Beyond the protocols.
+    # Not part of the protocols.
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Return the logits of the full model."""
@@ -223,7 +222,7 @@ class HuggingFaceModel(nn.Module):
         if self._runner is None:
             raise UnsupportedArchitectureError(
                 f"{self.model_type}: the blocks of this model cannot be run one by one, since "
-                f"{self.why_no_blocks}; training exits, traces and sweeps work, by whole passes"
+                f"{self.why_no_blocks}; training exits, traces and sweeps work with whole passes"
             )
         return self._runner
 
@@ -241,7 +240,7 @@ class HuggingFaceModel(nn.Module):
 
 
 def as_huggingface(model: TrainableModel) -> HuggingFaceModel:
-    """Return the same model and exits as ``transformers`` runs them; see ``to_transformers``."""
+    """Return the same model and exits, run by ``transformers``; see ``to_transformers``."""
     if isinstance(model, HuggingFaceModel):
         return model
     own = HuggingFaceModel(
@@ -253,7 +252,7 @@ def as_huggingface(model: TrainableModel) -> HuggingFaceModel:
 
 
 def resolve_exit_layers(layers: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Ascending, each once, and the last layer among them; None: at each quarter of the depth."""
+    """Return sorted unique layers with the last layer; for None, each quarter of the depth."""
     chosen = [num_layers * i // 4 for i in (1, 2, 3)] if layers is None else list(layers)
     for layer in chosen if layers is not None else ():
         if not 1 <= layer <= num_layers:
@@ -262,7 +261,7 @@ def resolve_exit_layers(layers: Iterable[int] | None, num_layers: int) -> tuple[
 
 
 def _known(backbone: Any, config: Any, longest: int) -> tuple[Layout, BlockRunner | None, str]:
-    """The ways through the model, what runs its blocks, and why nothing can."""
+    """Return the layout of the model, its block runner, and the reason if there is none."""
     if backbone.config._attn_implementation not in ("eager", "sdpa"):
         backbone.set_attn_implementation("eager")
     layout = watch(backbone, config)
@@ -280,14 +279,14 @@ def _scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _after_head(model_type: str, config: Any, layout: Layout) -> tuple[float, float | None]:
-    """What the model does to its head's output: a factor and a soft cap."""
+    """Return the factor and the soft cap that the model applies to the output of its head."""
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     said = layout.logits
-    for ways in ((scale, softcap), (1.0, softcap), (1.0, None)):  # what the config says, first
+    for ways in ((scale, softcap), (1.0, softcap), (1.0, None)):  # the config's values first
         if close(_scaled(layout.head_output.float(), *ways).to(said.dtype), said):
             return ways
     raise UnsupportedArchitectureError(
-        f"{model_type}: what it does to its logits after the LM head is not understood, "
-        "so exits cannot be read"
+        f"{model_type}: unknown computation between the LM head and the logits, so logits at exits "
+        "cannot be computed"
     )

@@ -1,9 +1,9 @@
-"""Runs the blocks of a Hugging Face model one by one, with or without a ``KVCache``.
+"""Run the blocks of a Hugging Face model one by one, with or without a ``KVCache``.
 
-Attention layers of ``transformers`` hand their new keys and values to a cache object and go on
-with all that it gives back. ``_StepCache`` is such an object for one call: it writes to our
-``KVCache`` at the step's positions and reads from it, and stops a block right after the write
-where only keys and values are wanted.
+Attention layers of ``transformers`` pass their new keys and values to a cache object and attend
+to the keys and values that it returns. ``_StepCache`` is such an object for one call: it writes
+to our ``KVCache`` at the step's positions and reads from it. If only keys and values are needed,
+it stops the block right after the write.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ from offramp.models.kv_cache import KVCache
 
 
 class BlockRunner:
-    """The blocks of a watched model. It holds references, never copies.
+    """The blocks of a model with a known layout; it holds references, not copies.
 
-    ``why_no_cache`` says why keys and values cannot be cached; empty where they can.
+    ``why_no_cache`` is the reason why keys and values cannot be cached; empty if they can.
     """
 
     def __init__(self, lm: Any, layout: Layout, *, longest: int) -> None:
@@ -44,7 +44,7 @@ class BlockRunner:
         self.why_no_cache = ""
 
     def embed(self, input_ids: Tensor, step: Step) -> Tensor:
-        """(B, T) -> (B, T, D): what the model itself gives its first block."""
+        """Return the input (B, T, D) that the model passes to its first block, for ids (B, T)."""
         self._end(step)
         if self.layout.embedding is not None:
             embedded: Tensor = self.layout.embedding(input_ids)
@@ -67,7 +67,7 @@ class BlockRunner:
     def run(
         self, h: Tensor, start: int, stop: int, step: Step, active: Tensor | None = None
     ) -> Tensor:
-        """Blocks start+1 .. stop, (B, T, D) -> (B, T, D)."""
+        """Run blocks start+1 .. stop on states (B, T, D)."""
         given = self._given(h, step, _StepCache(step, self._end(step)))
         for block in self.layout.blocks[start:stop]:
             out = block.module(h, **given(block))
@@ -76,7 +76,7 @@ class BlockRunner:
         return h
 
     def project_kv(self, h: Tensor, start: int, stop: int, step: Step) -> None:
-        """Write the keys and values of blocks start+1 .. stop; nothing after them is run."""
+        """Write the keys and values of blocks start+1 .. stop, without the rest of the blocks."""
         given = self._given(h, step, _StepCache(step, self._end(step), leave=True))
         for block in self.layout.blocks[start:stop]:
             try:
@@ -85,7 +85,7 @@ class BlockRunner:
                 continue
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for these blocks."""
+        """Return an empty cache for these blocks."""
         if self.why_no_cache:
             raise UnsupportedArchitectureError(self.why_no_cache)
         [(heads, key_dim, value_dim)] = self.shapes
@@ -102,7 +102,7 @@ class BlockRunner:
         )
 
     def _end(self, step: Step) -> int:
-        """Keys stand at positions 0 .. end - 1."""
+        """Return the end of the positions 0 .. end - 1 at which there are keys."""
         end = step.positions.shape[1] if step.cache is None else int(step.positions.max()) + 1
         if end > self.longest:
             raise ConfigError(
@@ -116,13 +116,13 @@ class BlockRunner:
     def _given(self, h: Tensor, step: Step, cache: "_StepCache") -> "_Given":
         return _Given(h, step, cache, eager=self.eager)
 
-    # Is all this so? Asked once, on a few tokens.
+    # The check against the whole model, once, on a few tokens.
 
     @torch.no_grad()
     def disagreement(self) -> str:
-        """Why the blocks, run one by one, are not the model; empty where they are.
+        """Return why blocks that run one by one do not give the model's states; empty if they do.
 
-        Then finds out whether they can be run with a cache.
+        In that case it also tests whether they run with a cache, and sets ``why_no_cache``.
         """
         ids, last = self.layout.ids, len(self.layout.blocks)
         step = Step(positions=torch.arange(TOKENS, device=ids.device)[None])
@@ -132,7 +132,7 @@ class BlockRunner:
             for block in self.layout.blocks:
                 out = block.module(h, **given(block))
                 h = out[0] if isinstance(out, tuple) else out
-        except Exception as error:  # any architecture's own
+        except Exception as error:  # depends on the architecture
             return f"its blocks fail when they are run one by one: {error}"
         if not close(h, self.layout.last_state):
             return "its blocks give other states when they are run one by one"
@@ -150,7 +150,7 @@ class BlockRunner:
         return ""
 
     def _cached_states(self) -> list[tuple[Tensor, list[int]]]:
-        """States of two rows, one two tokens shorter, and the positions where they stand."""
+        """Return states of two rows, the second two tokens shorter, and their positions."""
         ids, last, n = self.layout.ids, len(self.layout.blocks), TOKENS
         cache = self.make_cache(2, n)
         both = torch.cat((ids[:, : n - 1], ids[:, : n - 1].roll(2, dims=1)))  # the second padded
@@ -171,13 +171,13 @@ class BlockRunner:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two ways of computing something agree, to their type's rounding."""
+    """Return whether two tensors are equal up to the rounding of their type."""
     worst = (a.float() - b.float()).abs().max()
     return bool(worst <= (1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1) * b.std())
 
 
 class _Given:
-    """What the blocks of one call are given; masks and tables are made once each."""
+    """The arguments of the blocks in one call; each mask and table is computed once."""
 
     def __init__(self, h: Tensor, step: Step, cache: "_StepCache", *, eager: bool) -> None:
         self.h, self.step, self.cache, self.eager = h, step, cache, eager
@@ -220,14 +220,14 @@ class _Given:
 
 
 def _mask(step: Step, end: int, window: int | None, *, may_leave_out: bool) -> Tensor | None:
-    """(B or 1, 1, T, S), True where a query may look; None where plain causal attention does."""
+    """Return (B or 1, 1, T, S), True where a query attends; None if causal attention suffices."""
     positions, real = step.positions, step.real
     length = positions.shape[1]
     same_for_all = step.cache is None or length == end or positions.shape == (1, 1)
     if may_leave_out and real is None and same_for_all and (window is None or end <= window):
         return None
     device = positions.device
-    if step.cache is not None:  # a key stands in the slot of its position: see kv_cache.py
+    if step.cache is not None:  # a key is in the slot of its position: see kv_cache.py
         back = positions[..., None] - torch.arange(end, device=device)  # (B or 1, T, S)
         seen = back >= 0
     else:
@@ -236,24 +236,24 @@ def _mask(step: Step, end: int, window: int | None, *, may_leave_out: bool) -> T
     if window is not None:
         seen = seen & (back < window)
     if real is not None and step.cache is None:
-        own = torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself
+        own = torch.eye(length, dtype=torch.bool, device=device)  # padding attends to itself
         seen = seen & real[:, None] | own
     return seen[:, None]
 
 
 class _StepCache:
-    """What attention layers take for their cache during one call."""
+    """The cache object that attention layers use during one call."""
 
     def __init__(self, step: Step, end: int, *, leave: bool = False) -> None:
         self.step, self.end, self.leave = step, end, leave
 
     @property
     def used(self) -> bool:
-        """Whether there is a cache in this call."""
+        """Whether this call has a cache."""
         return self.step.cache is not None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Write a block's new keys and values, (B, H, T, Dh) each; all of them up to the end."""
+        """Write a block's new keys and values (B, H, T, Dh); return all of them up to the end."""
         cache, step = self.step.cache, self.step
         assert cache is not None
         cache.write(layer_idx, k, v, positions=step.positions, real=step.real, rows=step.rows)
@@ -262,12 +262,12 @@ class _StepCache:
         return cache.read(layer_idx, end=self.end, rows=step.rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens stand before the step's."""
+        """Return the number of tokens before those of the step."""
         return self.end - self.step.positions.shape[1]
 
 
 class _Shapes(_StepCache):
-    """Notes the shapes of keys and values, and keeps none."""
+    """Records the shapes of keys and values without storing them."""
 
     def __init__(self, step: Step, end: int) -> None:
         super().__init__(step, end)
@@ -275,21 +275,21 @@ class _Shapes(_StepCache):
 
     @property
     def used(self) -> bool:
-        """It is to be told of every block's keys and values."""
+        """True, so that every block passes its keys and values."""
         return True
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Keys and values as they came."""
+        """Return the keys and values unchanged."""
         self.seen[layer_idx] = (k.shape[1], k.shape[-1], v.shape[-1])
         return k, v
 
 
 class _WrittenError(Exception):
-    """A block's keys and values are written: the rest of it is not wanted."""
+    """Raised after a block's keys and values are written, to skip the rest of the block."""
 
 
 class _AtFirstBlockError(Exception):
-    """A forward pass has come to the first block with this state."""
+    """Raised when a forward pass reaches the first block; it carries the state."""
 
     def __init__(self, state: Tensor) -> None:
         self.state = state

@@ -1,4 +1,7 @@
-"""The states of a Hugging Face model whose blocks cannot be run one by one, from a whole pass."""
+"""Read the states of a Hugging Face model in a pass of the whole model.
+
+It is for models whose blocks cannot be run one by one.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext

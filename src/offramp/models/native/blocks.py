@@ -1,4 +1,4 @@
-"""The native decoder's blocks, for whole sequences; ``decoder`` puts them together."""
+"""The native decoder's blocks, for whole sequences; ``decoder`` combines them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from offramp.models.native.config import DecoderConfig
 def rotate(
     x: Float[Tensor, "B H T Dh"], cos: Float[Tensor, "#B 1 T Dh"], sin: Float[Tensor, "#B 1 T Dh"]
 ) -> Float[Tensor, "B H T Dh"]:
-    """Rotary positions (Su 2021), halves rotated; ``sin`` has its first half negated."""
+    """Apply rotary positions (Su 2021) to rotated halves; ``sin`` has its first half negated."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 @dataclass(kw_only=True)
 class BlockContext:
-    """What all blocks share for the tokens of one step. It does not hold the step itself."""
+    """The data that all blocks share for the tokens of one step; it does not contain the step."""
 
     positions: Tensor
     real: Tensor | None
@@ -35,7 +35,7 @@ class BlockContext:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """(B or 1, 1, T, S), True where a query attends to a key; None: plain causal attention."""
+        """The mask (B or 1, 1, T, S), True where a query attends; None for causal attention."""
         device = self.positions.device
         if self.cached:  # a key is in the slot of its position: see kv_cache.py
             return (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
@@ -66,12 +66,12 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def keys_values(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
-        """Rotated keys and plain values, (B, H_kv, T, Dh) each."""
+        """Return rotated keys and values, (B, H_kv, T, Dh) each."""
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         return rotate(k, context.cos, context.sin), v
 
     def forward(self, x: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
-        """(B, T, D) -> (B, T, H * Dh), what ``o_proj`` reads; ``layer`` is counted from 0."""
+        """Return the input of ``o_proj``, (B, T, H * Dh), for x (B, T, D); ``layer`` is from 0."""
         q = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
         k, v = self.keys_values(x, context)
         if step.cache is not None:
@@ -95,23 +95,23 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Apply the SwiGLU to x (..., D)."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 class DecoderBlock(nn.Module, ABC):
-    """A block: attention, then the part that is computed for each token alone."""
+    """A block: attention, then the part that is computed for each token separately."""
 
     self_attn: Attention
 
     @abstractmethod
     def attention_input(self, h: Tensor) -> Tensor:
-        """The states from which queries, keys and values are projected."""
+        """Return the states from which queries, keys and values are projected."""
 
     @abstractmethod
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block, for each token alone: (..., D), (..., H * Dh) -> (..., D)."""
+        """Run the rest of the block on states (..., D) and attended values (..., H * Dh)."""
 
     def forward(
         self,
@@ -121,7 +121,10 @@ class DecoderBlock(nn.Module, ABC):
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The next states; tokens not ``active`` keep theirs, and the others attend to it."""
+        """Return the next states. Tokens that are not ``active`` keep their state.
+
+        Their keys and values are projected from it, and the other tokens attend to them.
+        """
         attended = self.self_attn(self.attention_input(h), layer, context, step)
         if active is None:
             return self.after_attention(h, attended)
@@ -141,7 +144,7 @@ class PreNormBlock(DecoderBlock):
         self.mlp = MLP(config)
 
     def attention_input(self, h: Tensor) -> Tensor:
-        """The normalised state."""
+        """Return the normalised state."""
         normalised: Tensor = self.input_layernorm(h)
         return normalised
 
@@ -163,7 +166,7 @@ class PostNormBlock(DecoderBlock):
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def attention_input(self, h: Tensor) -> Tensor:
-        """The state itself."""
+        """Return the state itself."""
         return h
 
     def after_attention(self, h: Tensor, attended: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model folder: ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+"""Load and save a model folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -23,8 +23,8 @@ def save_checkpoint(
 ) -> None:
     """Write ``model.safetensors``, then ``config.json``, into an existing folder.
 
-    ``about`` is stored in config.json beside the model's own config and must not change during
-    a run; ``weights_about`` (step, validation figure) travels inside the weights' header.
+    ``about`` is stored in config.json next to the model's config and must not change during a
+    run. ``weights_about`` (step, validation figure) is stored in the header of the weights.
     """
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -38,7 +38,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Load a model folder: the model in eval mode, and the content of its config.json."""
+    """Load a model folder; returns the model in eval mode and the content of its config.json."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none")
@@ -67,7 +67,7 @@ def load_checkpoint(
 
 
 def weights_about(folder: Path) -> dict[str, str]:
-    """What ``save_checkpoint`` stored in the weights' header."""
+    """Return the ``weights_about`` of ``save_checkpoint`` from the header of the weights."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return dict(file.metadata())
 

@@ -1,6 +1,4 @@
-"""The shape of a native decoder. Imports no PyTorch, so that the command line can read its flags
-without it.
-"""
+"""The shape of a native decoder. Imports no PyTorch, for a fast start of the command line."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +14,9 @@ NormOrder = Literal["pre", "post"]
 class DecoderConfig:
     """Shape of a native decoder; the field names are Hugging Face's.
 
-    ``exit_layers`` is where a policy may stop; the last layer always belongs to it and is added
-    where it is missing. ``intermediate_size`` None means 8/3 of the width, in steps of 16;
-    ``num_key_value_heads`` None means one for each attention head.
+    A policy may stop at each of ``exit_layers``; the last layer is added if it is missing.
+    ``intermediate_size`` None means 8/3 of the width, rounded to a multiple of 16.
+    ``num_key_value_heads`` None means one per attention head.
     """
 
     vocab_size: int = 256
@@ -28,24 +26,24 @@ class DecoderConfig:
     num_hidden_layers: int = 6
     "Number of blocks."
     num_attention_heads: int = 4
-    "Attention heads; must divide the width."
+    "Number of attention heads; must divide the width."
     num_key_value_heads: int | None = None
-    "Key and value heads; must divide the attention heads."
+    "Number of key and value heads; must divide the number of attention heads."
     head_dim: int | None = None
     "Width of one attention head; by default the width divided by the attention heads."
     intermediate_size: int | None = None
-    "Hidden units of the SwiGLU."
+    "Number of hidden units of the SwiGLU."
     exit_layers: tuple[int, ...] = (1,)
     "Layers where a token may leave, counted from 1."
     exit_head: ExitHeadKind = "shared"
-    """What an exit has of its own: shared (nothing), norm, adapter, full (norm and LM head) or
-    specialist (norm, small adapter and LM head)."""
+    """The exit's own layers: shared (none), norm, adapter, full (norm and LM head) or specialist
+    (norm, small adapter and LM head)."""
     norm: NormOrder = "pre"
     "RMSNorm before each sublayer (pre) or after each residual sum (post)."
     tie_word_embeddings: bool = False
     "Use the embedding as the LM head."
     max_position_embeddings: int = 4096
-    "Longest sequence."
+    "Length of the longest sequence, in tokens."
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
 

@@ -1,10 +1,10 @@
 """The native decoder.
 
-Architecture: rotary positions (halves rotated, as Hugging Face does), RMSNorm, SwiGLU,
-grouped-query attention, no biases, no dropout. ``norm="pre"`` is Llama's order (and its
-parameter names); ``norm="post"`` normalises *after* each residual sum, with no final norm, as
-the seed document's models do. The LM head may be tied to the embedding, and exits may have
-norms and heads of their own (exit_heads.py).
+Architecture: rotary positions (rotated halves, as in Hugging Face), RMSNorm, SwiGLU,
+grouped-query attention, no biases, no dropout. ``norm="pre"`` is Llama's order, with Llama's
+parameter names. ``norm="post"`` normalises *after* each residual sum and has no final norm, like
+the models of the seed document. The LM head may be tied to the embedding, and exits may have
+their own norms and heads (exit_heads.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
             for layer in config.exit_layers[:-1]:
                 self.exits[str(layer)] = exit_head_of(config)
         assert config.head_dim is not None
-        with torch.device("cpu"):  # real numbers, even where the parameters are on "meta"
+        with torch.device("cpu"):  # real numbers, even if the parameters are on "meta"
             places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
             exponents = (torch.arange(0, config.head_dim, 2) / config.head_dim).double()
         angles = torch.outer(places, config.rope_theta**-exponents)  # (P, Dh / 2)
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw all parameters at random."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=self.config.hidden_size**-0.5)
@@ -78,12 +78,12 @@ class Transformer(nn.Module):
                 adapter.add_nothing()
 
     def start_exits(self) -> None:
-        """Let the exits give the logits that the final norm and head would."""
+        """Initialise the exits so that they give the same logits as the final norm and head."""
         for head in self.exits.values():
             head.to_empty(device=self.device)
             cast(ExitHead, head).start_from(self.model.norm, self.lm_head)
 
-    # The waist.
+    # EarlyExitModel.
 
     why_no_blocks = ""
     "Empty: the blocks run one by one."
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         return self.exits.trained
 
     def silence_untrained(self) -> None:
-        """Do not warn of untrained exits."""
+        """Do not warn about untrained exits."""
         self.exits.warned = True
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
     def fills_beside(self, tokens: int) -> bool:
         """Return whether ``run_layers`` projects keys and values of inactive tokens at no cost.
 
-        It holds for calls with a cache and without gradients.
+        This is true for calls with a cache and without gradients.
         """
         return self.device.type == "cpu" and self._fast.fills_beside(tokens)
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         *,
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Return logits at any layer 1..L, by the final norm and head where it has none."""
+        """Return logits at any layer 1..L, by its own norm and head or else by the final ones."""
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         norm = self.model.norm if own is None else own
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         return cast(DecoderBlock, self.model.layers[layer])
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for this model, in its precision and on its device."""
+        """Return an empty cache for this model, in its precision and on its device."""
         weight = self.lm_head.weight
         assert self.config.num_key_value_heads is not None
         assert self.config.head_dim is not None
@@ -190,12 +190,12 @@ class Transformer(nn.Module):
         return walk(self, input_ids, layers, step=step)
 
     def to_transformers(self) -> Any:
-        """Return the ``LlamaForCausalLM`` of the same parameters, if the model is pre-norm."""
+        """Return a ``LlamaForCausalLM`` with the same parameters, if the model is pre-norm."""
         from offramp.models.native.llama import to_transformers
 
         return to_transformers(self)
 
-    # What training needs.
+    # TrainableModel.
 
     @property
     def block_modules(self) -> tuple[nn.Module, ...]:
@@ -206,8 +206,8 @@ class Transformer(nn.Module):
         """Return a copy whose exits have new heads of this kind."""
         if self.exit_head == "shared" and self.config.norm == "post":
             raise ConfigError(
-                "exit_head: expected norm, adapter, full or specialist in a post-norm model, whose "
-                "final norm an exit cannot begin with, got shared"
+                "exit_head: expected norm, adapter, full or specialist in a post-norm model, which "
+                "has no final norm that exits could share, got shared"
             )
         own = Transformer(replace(self.config, exit_head=kind)).to(self.device, self.dtype)
         own.load_state_dict(self.state_dict(), strict=False)
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         return out
 
     def freeze_backbone(self) -> None:
-        """Let nothing but the exits' own heads require a gradient."""
+        """Make only the exits' own heads require a gradient."""
         self.model.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
@@ -228,16 +228,16 @@ class Transformer(nn.Module):
         """Return the layer of each parameter by name."""
         return layers_by_name(self, below=[self.model.embed_tokens], blocks=self.model.layers)
 
-    # The seed document's names, as thin conveniences.
+    # Methods with the names of the seed document.
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the full model."""
+        """Return the logits of the full model."""
         step = whole_step(input_ids)
         h = self.run_layers(self.embed(input_ids, step=step), 0, self.num_layers, step=step)
         return self.unembed(h, self.num_layers)
 
     def forward_all_layers(self, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T V"]]:
-        """Logits of every layer, first to last."""
+        """Return the logits of every layer, from the first to the last."""
         layers = range(1, self.num_layers + 1)
         states = self.states_at(input_ids, layers, step=whole_step(input_ids))
         return [self.unembed(h, layer) for layer, h in states]
@@ -245,7 +245,7 @@ class Transformer(nn.Module):
     def forward_train(
         self, input_ids: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T V"]]:
-        """Shallow and deep logits: those of the first exit and those of the last layer."""
+        """Return the logits of the first exit (shallow) and of the last layer (deep)."""
         layers = {self.exit_layers[0], self.num_layers}
         states = self.states_at(input_ids, layers, step=whole_step(input_ids))
         logits = [self.unembed(h, layer) for layer, h in states]
@@ -258,14 +258,14 @@ class Transformer(nn.Module):
         return context
 
     def _end(self, step: Step) -> int:
-        """One more than the largest position of a key."""
+        """Return the largest position of a key, plus 1."""
         end: int | None = step.memo.get(self)
         if end is None:
             end = step.memo[self] = self._checked_end(step)
         return end
 
     def _places(self, step: Step) -> dict[str, Any]:
-        """What the fast steps need to know of the positions."""
+        """Return the arguments of the fast steps that depend on the positions."""
         return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
 
     def _checked_end(self, step: Step) -> int:

@@ -1,4 +1,7 @@
-"""Llama-family checkpoints in the native decoder and back; parameters have the same names."""
+"""Load Llama-family checkpoints into the native decoder, and convert native models back.
+
+The parameters have the same names in both.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +18,7 @@ from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
 
 FAMILIES = ("llama", "mistral")
-_MISTRAL_WINDOW = 4096  # of files that do not say
+_MISTRAL_WINDOW = 4096  # default of Mistral's config
 
 
 def load_native(
@@ -28,11 +31,11 @@ def load_native(
 ) -> Transformer:
     """Load a Llama-family checkpoint (Llama, SmolLM2, Mistral, ...) into the native decoder.
 
-    ``dtype`` None keeps the file's. The exits begin as the final norm and head. Returns the
-    model in eval mode.
+    ``dtype`` None keeps the precision of the file. The exits start out equal to the final norm
+    and head. Returns the model in eval mode.
 
-    Raises UnsupportedArchitectureError naming the field that the native decoder cannot have,
-    CheckpointError for missing or damaged files, ConfigError for exits out of range.
+    Raises UnsupportedArchitectureError for a config field that the native decoder does not
+    support, CheckpointError for missing or damaged files, ConfigError for exits out of range.
     """
     source = find_checkpoint(id_or_dir)
     path = source.folder / "config.json"
@@ -43,7 +46,7 @@ def load_native(
     state: dict[str, torch.Tensor] = {}
     for file in source.weights:
         state |= read_tensors(file)
-    with torch.device("meta"):  # nothing is drawn at random
+    with torch.device("meta"):  # draws no random numbers
         model = Transformer(config)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -55,7 +58,7 @@ def load_native(
             f"{source.id}: the weights do not fit config.json: {' '.join(str(error).split())}"
         ) from None
     missing = [name for name in fits.missing_keys if not name.startswith("exits.")]
-    for names, what in ((missing, "lack"), (fits.unexpected_keys, "have a strange")):
+    for names, what in ((missing, "lack"), (fits.unexpected_keys, "have an unknown")):
         if names:
             raise CheckpointError(
                 f"{source.id}: the weights do not fit config.json: they {what} {names[0]}"
@@ -71,7 +74,7 @@ def load_native(
 def decoder_config(
     stored: Mapping[str, Any], *, exit_layers: Iterable[int], exit_head: ExitHeadKind
 ) -> DecoderConfig:
-    """The native decoder's config for the content of a Llama-family ``config.json``."""
+    """Convert the content of a Llama-family ``config.json`` to a native decoder's config."""
     family = stored.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedArchitectureError(
@@ -91,7 +94,7 @@ def decoder_config(
     for name, (got, expected) in plain.items():
         if got != expected:
             raise UnsupportedArchitectureError(
-                f"{name}: the native decoder has {expected!r} only, got {got!r}; "
+                f"{name}: the native decoder supports only {expected!r}, got {got!r}; "
                 "offramp.from_pretrained takes any causal language model"
             )
     try:
@@ -115,7 +118,7 @@ def decoder_config(
 
 
 def to_transformers(model: Transformer) -> Any:
-    """The ``LlamaForCausalLM`` that says what a native model's last layer says.
+    """Return a ``LlamaForCausalLM`` that gives the same logits as the last layer of the model.
 
     It shares the parameters. Raises UnsupportedArchitectureError for a post-norm model, which
     ``transformers`` does not have.
@@ -123,8 +126,8 @@ def to_transformers(model: Transformer) -> Any:
     config = model.config
     if config.norm != "pre":
         raise UnsupportedArchitectureError(
-            "norm: expected a pre-norm model, as Llama is, got a post-norm one, which no plain "
-            "Hugging Face checkpoint can hold"
+            "norm: expected a pre-norm model, like Llama, got a post-norm model, for which "
+            "transformers has no architecture"
         )
     library = transformers()
     llama = library.LlamaConfig(

@@ -124,7 +124,7 @@ def test_what_is_no_budget_is_refused(corpus):
     with pytest.raises(ConfigError, match=r"compute_budget: expected .* in \(0, 100\], got 101"):
         RecipeConfig(corpus=str(corpus), compute_budget=101)
     config = RecipeConfig(corpus=str(corpus), compute_budget=5)
-    with pytest.raises(ConfigError, match=r"at least 2\d\.\d, what leaving at layer 1 costs"):
+    with pytest.raises(ConfigError, match=r"at least 2\d\.\d, the cost of leaving at layer 1"):
         check_budget(recipe_study(config), 5, vocab_size=123)
     with pytest.raises(ConfigError, match="layers: expected at least 2"):
         RecipeConfig(corpus=str(corpus), layers=1)

@@ -1,1 +1,1 @@
-"""Fast steps of the native decoder: compiled kernels, or PyTorch's products without them."""
+"""Fast steps of the native decoder, with compiled kernels or with PyTorch."""

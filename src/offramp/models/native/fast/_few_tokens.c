@@ -1,9 +1,9 @@
-/* Matrix products and attention for a few tokens, as fast as the memory gives the weights.
+/* Matrix products and attention for a few tokens, close to the speed of the memory.
 
-   Decoding reads every weight once for a handful of tokens. The usual libraries read a matrix at
-   half the memory's speed for one column, and at less for several. Here each row of a weight is
-   read once and meets all tokens while it is in registers, so a few tokens take no longer than
-   one; and what a token gets does not depend, bit for bit, on how many there are.
+   Decoding reads every weight once for a few tokens. The usual libraries read a matrix at half the
+   memory bandwidth for one column, and more slowly for several. Here each row of a weight is read
+   once and multiplied with all tokens while it is in registers, so a few tokens take no longer than
+   one. The result of a token does not depend on the number of tokens, bit for bit.
 
    States are float32 (rows of x are tokens), weights and the cache float32 or bfloat16. Weights
    are (outputs, inputs), contiguous. Addresses and sizes are checked in Python: kernels.py.
@@ -27,10 +27,10 @@
 
 #define LANES 8
 #define AHEAD 1024     /* bytes */
-#define TOKENS 6       /* whose sums fit the registers */
-#define TILE 4         /* rows of a weight that wait in the cache for the next tokens */
-#define SERIAL 65536   /* multiplications that are not worth a second thread */
-#define SERIAL_BLOCK 262144 /* the same of a block, where threads wait for each other six times */
+#define TOKENS 6       /* so many sums fit into the registers */
+#define TILE 4         /* rows of a weight that stay in the cache for the next tokens */
+#define SERIAL 65536   /* up to so many multiplications one thread is faster */
+#define SERIAL_BLOCK 262144 /* the same for a block, in which threads synchronise six times */
 #define LARGEST_HEAD 256
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -103,7 +103,7 @@ INLINE void products(const float *x, const void *w, int bfloat16, float *y, long
     long i = 0;
     for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
       vec a = load(w, row + i, bfloat16), b = load(w, row + i + LANES, bfloat16);
-      if (n > 1 || bfloat16) /* alone in float32 the processor's own foresight is better */
+      if (n > 1 || bfloat16) /* for one float32 token the processor's own prefetching is better */
         __builtin_prefetch((const char *)w + (bfloat16 ? 2 : 4) * (row + i) + AHEAD);
       for (int t = 0; t < n; t++) {
         even[t] += a * load(x, t * inputs + i, 0);
@@ -171,7 +171,7 @@ static void swiglu(const float *x, float *out, long size, long first, long last)
 
 enum { AS_IT_IS, NORMALISED, GATED };
 
-/* What follows in parts is called by all threads of a parallel region, each with its number. */
+/* All threads of a parallel region call the functions below, each with its number. */
 typedef struct {
   long me, all;
 } Team;
@@ -239,10 +239,10 @@ INLINE void store(void *to, long i, float x, int bfloat16) {
     ((float *)to)[i] = x;
 }
 
-/* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size); heads 0
-   stores only, and so do the first ``kept`` tokens. The cache is (rows, kv_heads, capacity,
-   size); a token stands at slots[t] of rows[t], and cosines and sines are (positions, size).
-   scores has room for capacity + LANES numbers a thread, out for the tokens that attend.
+/* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size). With heads 0,
+   and for the first ``kept`` tokens, keys and values are only stored. The cache is (rows, kv_heads,
+   capacity, size); token t is in slots[t] of rows[t]. cosines and sines are (positions, size).
+   scores has space for capacity + LANES numbers per thread, out for the tokens that attend.
    lengths (rows) counts the positions that are written. */
 static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
                             void *keys, void *values, int64_t *lengths, int bfloat16,
@@ -299,15 +299,15 @@ static void normalise_in_parts(Team team, float *x, const void *norm, int bfloat
 
 #define AT(address) ((void *)(uintptr_t)(address))
 
-/* One block's weights, by address; norms stand before the sublayers or after them. */
+/* The addresses of a block's weights; the norms are before or after the sublayers. */
 typedef struct {
   uint64_t qkv, out, gate_up, down, first_norm, second_norm;
 } Weights;
 
-/* Blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
-   only their keys and values are made. keys, values and lengths are those of the first of the
-   blocks, and the next one's stand ``layer`` bytes and ``cached`` rows on. room has tokens x (qkv
-   + attended + hidden + 2 units + the larger of hidden and units) numbers. */
+/* Run blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
+   only their keys and values are computed. keys, values and lengths are those of the first block;
+   those of the next block are ``layer`` bytes and ``cached`` rows further. room is a buffer of
+   tokens x (qkv + attended + hidden + 2 units + the larger of hidden and units) numbers. */
 static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
                    const float *cosines, const float *sines, char *keys, char *values, long layer,
                    int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,

@@ -1,4 +1,4 @@
-"""Products and attention of a few tokens by the compiled kernels, where they were built.
+"""Matrix products and attention of a few tokens by the compiled kernels, if they were built.
 
 ``_few_tokens.c`` is compiled when offramp is installed, if there is a C compiler with OpenMP.
 Without it, ``steps.py`` computes the same with PyTorch alone, more slowly.
@@ -24,7 +24,7 @@ _AS_IT_IS, _NORMALISED, _GATED = range(3)
 
 
 def kernels_fit(weight: Tensor, head_dim: int) -> bool:
-    """Whether there are kernels for these weights, on a CPU."""
+    """Return whether there are kernels for these weights, on a CPU."""
     return (
         _compiled is not None
         and weight.device.type == "cpu"
@@ -44,10 +44,10 @@ def linear(
     gated: bool = False,
     residual: Float[Tensor, "N O"] | None = None,
 ) -> Float[Tensor, "N O"]:
-    """f(x) weight^T + residual, float32; the result for a token does not depend on the others.
+    """Return f(x) weight^T + residual in float32; a token's result is independent of the others.
 
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
-    half times the second.
+    half times the second half.
     """
     x = x.contiguous()
     outputs, inputs = weight.shape
@@ -85,7 +85,7 @@ def linear(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """The sizes that all blocks of a model share."""
+    """The sizes of the blocks of a model."""
 
     hidden: int
     heads: int
@@ -97,7 +97,7 @@ class BlockShape:
 
 
 class KernelCache:
-    """A cache and its rotations as the kernels read them: checked once, used for every token.
+    """A cache and its rotations in the form of the kernels, checked once and used for all tokens.
 
     ``keys`` and ``values`` are the caches of all blocks, and ``lengths`` counts the positions that
     are written, for each block and row. ``cos`` and ``sin`` (whose first half is negated) are the
@@ -131,11 +131,11 @@ class KernelCache:
         self._threads, self._scores = 0, torch.empty(0)
 
     def holds(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether it was made from these tensors."""
+        """Return whether it was made from these tensors."""
         return all(mine is theirs for mine, theirs in zip(self._held, tensors, strict=True))
 
     def scores(self, threads: int) -> int:
-        """The address of a buffer for the attention scores of this many threads."""
+        """Return the address of a buffer for the attention scores of this many threads."""
         if self._threads < threads:
             self._threads, self._scores = threads, torch.empty(threads, self.capacity + _LANES)
         return self._scores.data_ptr()
@@ -166,7 +166,7 @@ class CachedTokens:
         *,
         kept: int = 0,
     ) -> Float[Tensor, "N D"]:
-        """Blocks start+1 .. stop; float32, rounded to the weights' precision after each.
+        """Run blocks start+1 .. stop in float32, rounded to the weights' precision after each.
 
         ``weights`` are the addresses of each block's fused queries, keys and values, its output,
         fused gate and up, down and two norms, all in the cache's precision. The first ``kept``

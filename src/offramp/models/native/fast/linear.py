@@ -1,10 +1,10 @@
 """Linear maps of a few rows, in the form that reads the weights fastest.
 
-Decoding reads every weight once for a few tokens, so memory bandwidth is its limit. On a CPU the
-usual form, a product of a vector and a matrix, stays far below it: MKL reads a matrix that is not
-in the cache at half the bandwidth, and the bfloat16 kernels of oneDNN are slower still. In the
-other order, weight (O, I) times columns (I, N), the float32 product of MKL for few columns comes
-near the bandwidth, but it needs at least two columns.
+Decoding reads every weight once for a few tokens, so memory bandwidth limits its speed. On a CPU
+the usual form, vector times matrix, is far from this limit: MKL reads a matrix that is not in the
+cache at half the bandwidth, and the bfloat16 kernels of oneDNN are even slower. In the other
+order, weight (O, I) times columns (I, N), MKL's float32 product for few columns is close to the
+limit, but it needs at least two columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 FEW = 4
 "Largest number of columns for which this order is faster."
 _LARGE = 1 << 25
-"Bytes of weights that are too many for the processor's cache."
+"Size of weights, in bytes, that is too large for the processor's cache."
 
 
 def few_columns_pay(weights: Tensor, total_bytes: int) -> bool:
-    """Whether ``weight @ columns`` is the faster form for these weights: large, float32, MKL."""
+    """Return whether ``weight @ columns`` is faster for these weights: large, float32, MKL."""
     return (
         weights.dtype == torch.float32
         and weights.device.type == "cpu"
@@ -34,10 +34,10 @@ def few_columns_pay(weights: Tensor, total_bytes: int) -> bool:
 def fast_linear(
     x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"], *, few_columns: bool
 ) -> Float[Tensor, "N O"]:
-    """x weight^T. ``few_columns`` is what ``few_columns_pay`` said; the strides are not specified.
+    """Return x weight^T; its strides are not specified.
 
-    Two and three columns give the same bits, so a token's state does not depend on how many
-    tokens are decoded at once.
+    ``few_columns`` is the result of ``few_columns_pay``. Two and three columns give the same
+    bits, so a token's state does not depend on how many tokens are decoded at once.
     """
     rows = len(x)
     if not few_columns or rows > FEW:
@@ -48,7 +48,7 @@ def fast_linear(
 
 @contextmanager
 def native_bfloat16(x: Tensor, rows: int) -> Iterator[None]:
-    """Within it, bfloat16 products of one or two rows run on PyTorch's own CPU kernels.
+    """Run bfloat16 products of one or two rows on PyTorch's own CPU kernels in this context.
 
     For so few rows they are two to three times as fast as those of oneDNN, except with Intel AMX.
     """
@@ -70,9 +70,9 @@ def native_bfloat16(x: Tensor, rows: int) -> Iterator[None]:
 
 
 def fuse(linears: Sequence[nn.Linear]) -> Float[Tensor, "O I"]:
-    """One weight for several linear maps of the same input, whose own weights become its parts.
+    """Fuse the weights of several linear maps of the same input; their weights become views of it.
 
-    Nothing is stored twice, and a change in place of one is a change of the other.
+    Nothing is stored twice, and an in-place change of one changes the other.
     """
     with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
         whole = torch.cat([linear.weight.data for linear in linears])

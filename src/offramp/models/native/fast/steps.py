@@ -1,8 +1,9 @@
 """The native decoder's blocks for steps of a few tokens with a cache, without gradients.
 
-The arithmetic is that of blocks.py; only the speed differs. Queries, keys and values are one
-product, and so are gate and up. The products use compiled kernels (kernels.py), or the fastest
-form that PyTorch has (linear.py). What all blocks of a step share is computed once (tokens.py).
+The arithmetic is the same as in blocks.py; only the speed differs. Queries, keys and values are
+one matrix product, and so are gate and up. The products use compiled kernels (kernels.py) or the
+fastest form in PyTorch (linear.py). Data that all blocks of a step share is computed once
+(tokens.py).
 """
 
 from functools import cached_property
@@ -22,7 +23,7 @@ from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
 
 
 class FastSteps:
-    """Runs blocks for a few tokens, with the blocks' own parameters: it copies none."""
+    """Runs blocks for a few tokens with the blocks' own parameters, without copies."""
 
     def __init__(
         self,
@@ -41,12 +42,12 @@ class FastSteps:
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy does not share what was computed from the parameters."""
+        """Drop all values that were computed from the parameters; a copy computes its own."""
         return {**vars(self), "_vocabs": {}, "_tables": None}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
-        """Whether ``h`` (B, T, D) holds few tokens, on a CPU and without gradients."""
+        """Return whether ``h`` (B, T, D) has few tokens, on a CPU and without gradients."""
         return (
             h.shape[0] * h.shape[1] <= FEW_TOKENS
             and h.device.type == "cpu"
@@ -67,7 +68,7 @@ class FastSteps:
         """Run blocks start+1 .. stop. Keys are at positions 0 .. end - 1, which ``tables`` cover.
 
         Tokens that are not ``active`` keep their state; their keys and values are computed in the
-        same product as those of the others, so they read no weights of their own.
+        same product as those of the others, so the weights are read only once.
         """
         x = h.reshape(-1, h.shape[-1])
         if active is not None:
@@ -77,7 +78,7 @@ class FastSteps:
             return whole.view(h.shape)
         blocks = self._weights.of(call.cache).blocks
         with native_bfloat16(x, x.shape[0]):
-            for layer in range(start, stop):  # rounded after each: a caller may stop at any
+            for layer in range(start, stop):  # rounded after each, because a call may stop at any
                 x = self._block(x.to(call.dtype), layer, blocks[layer], call).to(h.dtype)
         call.note_lengths(start, stop)
         return x.view(h.shape)
@@ -85,7 +86,7 @@ class FastSteps:
     def _run_whole(
         self, call: Call, x: Float[Tensor, "N D"], start: int, stop: int, *, kept: int = 0
     ) -> Float[Tensor, "N D"] | None:
-        """All blocks in one call of the kernels, or None where the kernels cannot run them.
+        """Run all blocks in one call of the kernels; None if the kernels cannot run them.
 
         See ``CachedTokens.blocks``.
         """
@@ -95,7 +96,7 @@ class FastSteps:
         return call.blocks(x, weights.addresses, self.shape, start, stop, kept=kept).to(x.dtype)
 
     def fills_beside(self, tokens: int) -> bool:
-        """Whether ``run`` computes keys and values of inactive tokens in the same product.
+        """Return whether ``run`` computes keys and values of inactive tokens in the same product.
 
         ``tokens`` is the number of all tokens of the call.
         """
@@ -111,7 +112,7 @@ class FastSteps:
         tables: Tables,
         active: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "N D"]:
-        """``run`` for the ``active`` tokens; for the others only keys and values are written."""
+        """Run blocks for ``active`` tokens; for the others write only keys and values."""
         running = active.flatten().tolist()
         kept = running.count(False)
         h = x.view(*active.shape, -1)
@@ -164,9 +165,9 @@ class FastSteps:
         weight: Float[Tensor, "V D"],
         vocab: Int[Tensor, " W"] | None,
     ) -> Float[Tensor, "B T _"]:
-        """Logits of a few tokens by a norm or an exit head, and the weight of an LM head.
+        """Return the logits of a few tokens, by a norm or exit head and an LM head's weight.
 
-        ``vocab`` names the tokens to compute logits for (None: all).
+        Only the logits of the tokens in ``vocab`` are computed; None for all.
         """
         x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
@@ -201,7 +202,7 @@ class FastSteps:
         gated: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """f(x) weight^T + residual, (N, I) -> (N, O); see ``kernels.linear``."""
+        """Return f(x) weight^T + residual, (N, O), for x (N, I); see ``kernels.linear``."""
         if self._compiled(weight):
             return kernels.linear(
                 x, weight, norm=norm, eps=self.eps, gated=gated, residual=residual
@@ -219,7 +220,7 @@ class FastSteps:
         return kernels.kernels_fit(weight, self.head_dim)
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        """The precision in which states are computed."""
+        """Return the precision in which states are computed."""
         return torch.float32 if self._compiled(weight) else weight.dtype
 
     def _call(
@@ -241,7 +242,7 @@ class FastSteps:
         return call
 
     def _wide(self, tables: Tables) -> Tables:
-        """The tables in float32; they are kept for the next token."""
+        """Return the tables in float32; they are kept for the next token."""
         if tables[0].dtype == torch.float32:
             return tables
         kept = self._tables
@@ -251,7 +252,7 @@ class FastSteps:
         return kept[2], kept[3]
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
-        """``weight[vocab]``; it is kept for the next token."""
+        """Return ``weight[vocab]``, which is kept for the next token."""
         current = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         kept = self._vocabs.get(id(weight))
         if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
@@ -272,7 +273,7 @@ class FastSteps:
         return self._linear(gate_up, of.down, gated=True, residual=x)
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """The states after a final norm (in post-norm models, an identity)."""
+        """Return the states after a final norm, which is the identity in post-norm models."""
         if not isinstance(norm, nn.RMSNorm):
             return cast(Tensor, norm(x))
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
@@ -282,7 +283,7 @@ class FastSteps:
 
     @cached_property
     def shape(self) -> kernels.BlockShape:
-        """The sizes that all blocks share."""
+        """The sizes of the blocks."""
         first: Any = self.blocks[0]
         return kernels.BlockShape(
             hidden=first.self_attn.q_proj.in_features,

@@ -1,4 +1,4 @@
-"""What the blocks of one call for a few tokens share: see steps.py."""
+"""The data that all blocks share in one call for a few tokens; see steps.py."""
 
 from functools import cached_property
 
@@ -16,13 +16,13 @@ Tables = tuple[Tensor, Tensor]
 
 
 def _span(rows: Int[Tensor, " B"]) -> tuple[int, int]:
-    """The smallest row, and one more than the largest."""
+    """Return the smallest row, and the largest row plus 1."""
     numbers = rows.tolist()
     return min(numbers), max(numbers) + 1
 
 
 class Call:
-    """What the blocks of one call share."""
+    """The data that all blocks share in one call."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Call:
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def note_lengths(self, start: int, stop: int) -> None:
-        """Set the lengths of the cache: it holds these positions now."""
+        """Set the lengths of the cache after the keys and values are written."""
         lengths = self.cache.lengths[start:stop]
         if self.one:
             lengths.clamp_(min=self.end)
@@ -122,7 +122,7 @@ class Call:
 
 
 class KernelCall(Call):
-    """``Call`` by the compiled kernels, which can also run whole blocks."""
+    """A ``Call`` that uses the compiled kernels, which can also run whole blocks."""
 
     @cached_property
     def _at(self) -> kernels.CachedTokens:
@@ -135,7 +135,7 @@ class KernelCall(Call):
 
     @property
     def _cache(self) -> kernels.KernelCache:
-        """The cache as the kernels read it, kept while its tensors stay the same."""
+        """Return the cache in the form of the kernels, reused while its tensors are the same."""
         tensors = (self.cache.keys, self.cache.values, self.cache.lengths, *self.tables)
         kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
         if kept is None or not kept.holds(tensors):
@@ -152,7 +152,7 @@ class KernelCall(Call):
         *,
         kept: int,
     ) -> Float[Tensor, "N D"]:
-        """Blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
+        """Run blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
         return self._at.blocks(x, weights, shape, start, stop, kept=kept)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
@@ -164,4 +164,4 @@ class KernelCall(Call):
         self.attend(kv, layer)
 
     def note_lengths(self, start: int, stop: int) -> None:
-        """Nothing: the kernels set them."""
+        """Do nothing, because the kernels set the lengths."""

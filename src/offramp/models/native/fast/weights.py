@@ -1,9 +1,9 @@
-"""The weights of the native decoder's blocks, as steps of a few tokens read them.
+"""The weights of the native decoder's blocks in the form for steps of a few tokens.
 
 Queries, keys and values are one matrix here, and so are gate and up. The blocks' own parameters
-become parts of those matrices, so nothing is stored twice and a change in place (an optimizer's
-step, ``load_state_dict``) is a change of both. The parameters keep their names and shapes: fused
-ones would change the order of sums in training, and so its figures.
+become views of these matrices, so nothing is stored twice, and an in-place change (an optimizer's
+step, ``load_state_dict``) changes both. The parameters keep their names and shapes, because fused
+parameters would change the order of sums in training, and so its figures.
 """
 
 import weakref
@@ -34,13 +34,13 @@ class WeightsOfBlock:
 
     @property
     def every(self) -> tuple[Tensor, ...]:
-        """The weights in the order in which ``kernels.blocks`` reads them."""
+        """Return the weights in the order in which ``kernels.blocks`` reads them."""
         return (self.qkv, self.out, self.gate_up, self.down, *self.norms)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights of all blocks, and where the parameters were from which they were made."""
+    """The weights of all blocks, and the addresses of the parameters that they were made from."""
 
     blocks: tuple[WeightsOfBlock, ...]
     dtype: torch.dtype | None
@@ -52,7 +52,7 @@ class Weights:
 
     @cached_property
     def addresses(self) -> Int[Tensor, "L 6"]:
-        """The addresses that ``kernels.blocks`` reads, a row a block."""
+        """Return the addresses that ``kernels.blocks`` reads, one row per block."""
         return torch.tensor([[each.data_ptr() for each in of.every] for of in self.blocks])
 
     @cached_property
@@ -60,12 +60,12 @@ class Weights:
         return [parameter.data_ptr() for parameter in self.parameters]
 
     def current(self) -> bool:
-        """Whether no parameter was replaced or moved since."""
+        """Return whether no parameter was replaced or moved since."""
         return [register["weight"].data_ptr() for register in self.registers] == self._places
 
 
 class BlockWeights:
-    """Finds the blocks' weights: once for each cache that is decoded with.
+    """Finds the blocks' weights, once for each cache that is used for decoding.
 
     A parameter that is replaced or moved (``model.to``, ``module.weight = ...``) is noticed when
     a step comes with another cache than the step before: the keys and values in a cache belong
@@ -78,11 +78,11 @@ class BlockWeights:
         self._cache: weakref.ref[KVCache] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy finds its own blocks' weights."""
+        """Drop the weights that were found; a copy finds those of its own blocks."""
         return {**vars(self), "_found": None, "_cache": None}
 
     def of(self, cache: KVCache) -> Weights:
-        """The weights for steps with this cache."""
+        """Return the weights for steps with this cache."""
         found = self._found
         if found is None or self._cache is None or self._cache() is not cache:
             if found is None or not found.current():
@@ -92,7 +92,7 @@ class BlockWeights:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the compiled kernels read all weights as, when they were last looked up."""
+        """The precision of the weights for the compiled kernels, when they were last read."""
         if self._found is None:
             self._found = self._read()
         return self._found.dtype
@@ -117,7 +117,7 @@ class BlockWeights:
 
 
 def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Module]]:
-    """A block's weights, and the modules whose parameters they are."""
+    """Return a block's weights, and the modules that hold their parameters."""
     attention, mlp = block.self_attn, block.mlp
     queries = [attention.q_proj, attention.k_proj, attention.v_proj]
     gates = [mlp.gate_proj, mlp.up_proj]
