@@ -106,8 +106,9 @@ class EarlyExitLM:
         missing_kv = options.get("missing_kv")
         config = config_of(GenerateConfig, {**options, "threshold": threshold})
         if certificate is not None:
-            if threshold is not None:
-                raise ConfigError("threshold: expected none with a certificate, which has its own")
+            _refuse("with a certificate, which has its own", threshold=threshold)
+            _refuse("with a certificate, which names it", confidence=options.get("confidence"))
+            _refuse("with a certificate, whose thresholds hold", decay=options.get("decay"))
             stored = self._stored(certificate)
             config = generate.with_thresholds(config, stored, missing_kv=missing_kv)
         return generate.generate(self._opened, prompt, config, chat=chat)
@@ -115,20 +116,25 @@ class EarlyExitLM:
     def sweep(
         self,
         text: Corpus,
-        thresholds: Sequence[Threshold] | None = None,
+        thresholds: Sequence[Threshold] | float | None = None,
         *,
-        confidence: str = "max_prob",
+        confidence: str | None = None,
         certificate: Certificate | str | Path | None = None,
         progress: bool = False,
     ) -> ResultTable[SweepRow]:
         """Measure PPL and cost of any number of thresholds, from one pass over a text."""
+        if certificate is not None:
+            _refuse("with a certificate, which has its own", thresholds=thresholds)
+            _refuse("with a certificate, which names it", confidence=confidence)
+        if thresholds is not None and not isinstance(thresholds, Sequence):
+            thresholds = [thresholds]
         stored = None if certificate is None else self._stored(certificate)
         with call_bar("sweep", shown=progress) as on_tokens:
             content = sweep.sweep(
                 self._opened,
                 str(text),
                 thresholds,
-                confidence=confidence,
+                confidence=confidence or "max_prob",
                 stored=stored,
                 on_tokens=on_tokens,
             )
@@ -140,7 +146,7 @@ class EarlyExitLM:
         The model stays as it is. Returns the model with the gates; ``save`` keeps them.
         """
         fitted = confidence.fit_to(self._opened, str(text))
-        return EarlyExitLM(replace(self._opened, fitted=fitted, changed=True), keep=self._keep)
+        return EarlyExitLM(replace(self._opened, fitted=fitted), keep=self._keep)
 
     def certify(
         self,
@@ -183,9 +189,7 @@ class EarlyExitLM:
     def save(self, folder: str | Path) -> None:
         """Write the model into a new folder that ``load`` and every command read."""
         save_model(self._opened, folder)
-        self._opened = replace(
-            self._opened, name=str(folder), files=find_model(folder), changed=False
-        )
+        self._opened = replace(self._opened, name=str(folder), files=find_model(folder))
 
     def _stored(self, certificate: Certificate | str | Path) -> StoredThresholds:
         stored = (
@@ -201,9 +205,9 @@ def load(
     model: Any,
     *,
     tokenizer: Any = None,
-    exits: Iterable[int] | None = None,
+    exits: Iterable[int] | int | None = None,
     exit_head: ExitHeadKind | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EarlyExitLM:
     """Open a model with its exits.
@@ -215,23 +219,41 @@ def load(
         tokenizer: The tokenizer of a model in memory.
         exits: Exit layers of a model that has none yet; by default each quarter of the depth.
         exit_head: What a new exit has of its own; by default nothing ("shared").
-        device: Where to compute.
-        dtype: Precision; by default that of the files.
+        device: Where to compute; by default the CPU, or where a model in memory is.
+        dtype: Precision; by default that of the files, or of a model in memory.
 
     Raises:
         CheckpointError: Files are missing, damaged or changed.
         UnsupportedArchitectureError: The model is no decoder-only language model.
         ConfigError: An argument is out of range or does not fit the others.
     """
-    layers = None if exits is None else tuple(exits)
+    layers = exit_layers_of(exits)
     if not isinstance(model, str | Path):
-        return EarlyExitLM(
-            open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
-        )
-    if tokenizer is not None:
-        raise ConfigError("tokenizer: expected none with a name or folder, which has its own")
+        _refuse("with a model in memory, which has them", device=device, dtype=dtype)
+        opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
+        return EarlyExitLM(opened)
+    _refuse("with a name or folder, which has its own", tokenizer=tokenizer)
     files = find_model(model)
-    if (layers, exit_head) != (None, None) and files.kind != "checkpoint":
-        raise ConfigError(f"exits: expected none, since {model} has exits, got {layers}")
-    opened = open_model(files, exit_layers=layers, exit_head=exit_head, device=device, dtype=dtype)
+    if files.kind != "checkpoint":
+        _refuse(f"since {model} has exits", exits=layers, exit_head=exit_head)
+    opened = open_model(
+        files, exit_layers=layers, exit_head=exit_head, device=device or "cpu", dtype=dtype
+    )
     return EarlyExitLM(opened)
+
+
+def exit_layers_of(exits: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    """Exit layers as a tuple; a single layer may be given as a number."""
+    if exits is None:
+        return None
+    layers = (exits,) if isinstance(exits, int) else tuple(exits)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ConfigError(f"exits: expected a list of whole numbers, got {exits!r}")
+    return layers
+
+
+def _refuse(why: str, **given: Any) -> None:
+    """Raise a ConfigError for an argument that would be ignored."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}: expected none {why}, got {value!r}"[:300])

@@ -6,7 +6,7 @@ Each does what the command of the same name does, by the same functions.
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,7 +21,7 @@ from offramp.commands.tune import open_for_tuning
 from offramp.commands.tune import tune as tune_exits
 from offramp.commands.tune_config import TuneConfig
 from offramp.errors import ConfigError
-from offramp.lm import Corpus, EarlyExitLM
+from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
 from offramp.options import config_of
@@ -50,7 +50,7 @@ _SHAPE = {
 def train(
     corpus: Corpus,
     *,
-    exits: Sequence[int] = (),
+    exits: Iterable[int] | int = (),
     tokenizer: str = "characters",
     out: str | Path | None = None,
     device: str = "cpu",
@@ -70,8 +70,10 @@ def train(
         **options: Flags of ``offramp train`` with underscores: the shape (``layers``, ``dim``,
             ``heads``, ...) and the training (``loss_weights``, ``steps``, ``lr``, ...).
     """
-    options["exits"] = tuple(exits)
+    options["exits"] = exit_layers_of(exits)
     named = {_SHAPE.get(name, name): value for name, value in options.items()}
+    if len(named) < len(options):
+        raise ConfigError(f"options: expected each once, got two names of one: {sorted(options)}")
     shape = {field.name for field in fields(DecoderConfig)} - {"vocab_size"}
     training = {name: value for name, value in named.items() if name not in shape}
     run = TrainRun(
@@ -85,7 +87,11 @@ def train(
     folder, keep = _new_folder(out)
     with call_bar("train", shown=progress) as show:
         watcher = Watcher(
-            on_step=lambda step: show(step.step, step.total_steps, f"loss {float(step.loss):.3f}")
+            on_step=lambda step: (
+                show(step.step, step.total_steps, f"loss {float(step.loss):.3f}")
+                if progress and step.step % 10 == 0
+                else None
+            )
         )
         start_run(run, folder, device=device, watcher=watcher)
     return EarlyExitLM(open_model(folder, device=device), keep=keep)
@@ -95,11 +101,11 @@ def tune(
     model: Any,
     corpus: Corpus,
     *,
-    exits: Iterable[int] | None = None,
+    exits: Iterable[int] | int | None = None,
     tokenizer: Any = None,
     out: str | Path | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
     **options: Any,
 ) -> EarlyExitLM:
@@ -113,17 +119,23 @@ def tune(
         tokenizer: The tokenizer of a model in memory.
         out: Folder for the exits, which must be new or empty. None uses a temporary folder;
             ``save`` keeps the model.
-        device: Where to compute.
-        dtype: Precision of the model.
+        device: Where to compute; by default the CPU, or where a model in memory is.
+        dtype: Precision; by default float32, or that of a model in memory.
         progress: Show a progress bar.
         **options: Fields of ``TuneConfig``, such as ``tokens``, ``epochs``, ``exit_head`` or
             ``unfreeze``.
     """
-    layers = None if exits is None else tuple(exits)
+    layers = exit_layers_of(exits)
     config = config_of(TuneConfig, {**options, "exit_layers": layers})
     if isinstance(model, str | Path):
-        opened = open_for_tuning(model, config, device=device, dtype=dtype)
+        if tokenizer is not None:
+            raise ConfigError("tokenizer: expected none with a name or folder, which has its own")
+        opened = open_for_tuning(
+            model, config, device=device or "cpu", dtype=dtype or torch.float32
+        )
     else:
+        if device is not None or dtype is not None:
+            raise ConfigError("device, dtype: expected none with a model in memory, which has them")
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=config.exit_head)
     folder, keep = _new_folder(out)
     with call_bar("tune", shown=progress) as show:
@@ -134,7 +146,7 @@ def tune(
             config,
             on_progress=lambda state: show(state.done, state.total, state.doing),
         )
-    return EarlyExitLM(open_model(folder, device=device), keep=keep)
+    return EarlyExitLM(open_model(folder, device=opened.model.device), keep=keep)
 
 
 def study(

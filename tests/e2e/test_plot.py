@@ -24,13 +24,20 @@ def results(offramp, trained, tmp_path_factory):
     for name, command in commands.items():
         done = offramp(*command, "--out", folder / f"{name}.json")
         assert done.returncode == 0, done.stderr
+    done = offramp(
+        *("calibrate", trained, *text, "--check", folder / "certificate.json"),
+        *("--out", folder / "check.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    done = offramp("sweep", trained, *text, "--out", folder / "table.csv")
+    assert done.returncode == 0, done.stderr
     (folder / "metrics.csv").write_bytes((trained / "metrics.csv").read_bytes())
     return folder
 
 
 @pytest.mark.parametrize(
     "name",
-    ["sweep", "probe", "confidence", "certificate", "budget", "bench", "metrics"],
+    ["sweep", "probe", "confidence", "certificate", "budget", "bench", "metrics", "check", "table"],
 )
 def test_a_result_is_drawn(offramp, results, tmp_path, name):
     [file] = results.glob(f"{name}.[jc]s*")
@@ -59,10 +66,17 @@ def test_the_ending_names_the_format(offramp, results, tmp_path, ending, beginni
         ('{"study": "alpha"}', "cannot be drawn"),
         ('{"corpora": 7}', "cannot be drawn"),
         ("no json", "expected readable JSON"),
+        ('{"exits": [], "oracle_layers": 1}', "expected a"),
+        ("step\n", "expected a CSV file with rows"),
+        ("a,b\n1,2\n", "a column step"),
+        ("threshold,ppl\nx,y\n", "expected a"),
+        ("step,loss\n1,\n", "expected a"),
+        ("step,loss\n1,x\n", "expected a"),
     ],
 )
 def test_another_file_is_refused_in_one_sentence(offramp, tmp_path, content, said):
-    file = tmp_path / "file.json"
+    csv = "," in content.splitlines()[0] or content.startswith("step")
+    file = tmp_path / ("file.csv" if csv and content[0] not in "[{" else "file.json")
     file.write_text(content)
     done = offramp("plot", file)
     assert done.returncode == 2, done.stderr

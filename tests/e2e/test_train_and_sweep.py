@@ -177,6 +177,21 @@ def test_a_finished_run_is_extended_as_if_it_had_been_that_long(offramp, tmp_pat
     assert steps == [10, 20, 30, 40]
 
 
+def test_a_run_that_patience_stopped_is_not_extended(offramp, tmp_path):
+    out = tmp_path / "model"
+    shape = ("--corpus", "pangram", "--layers", 1, "--dim", 16, "--heads", 2, "--exits", 1)
+    training = ("--seq-len", 16, "--batch-size", 8, "--eval-every", 5, "--tracker", "none")
+    stop = ("--patience", 0, "--lr", "0.5", "--steps", 400)
+    result = offramp("train", *shape, *training, *stop, "--out", out)
+    assert result.returncode == 0, result.stderr
+    before = (out / "config.json").read_bytes()
+    refused = offramp("train", "--resume", out, "--steps", 500)
+    assert refused.returncode == 2
+    assert "stopped by --patience" in refused.stderr
+    assert (out / "config.json").read_bytes() == before
+    assert (out / "run.json").exists()
+
+
 def test_weights_obey_the_umask(trained):
     written = [*trained.rglob("*.safetensors"), *trained.rglob("*.json")]
     assert len(written) > 4

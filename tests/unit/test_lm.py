@@ -1,6 +1,7 @@
 """The Python front door, by public names."""
 
 import csv
+import gc
 import json
 
 import pytest
@@ -33,11 +34,41 @@ def test_a_trained_model_says_what_it_is_in_a_line(lm):
 
 def test_without_a_folder_a_model_lives_until_it_is_saved(lm, tmp_path):
     other = offramp.train("pangram", **QUICK, steps=2, loss_weights="asymmetric:0.5")
+    rows, before = other.sweep("pangram", [0.5]).rows, other.sha256
+    certificate = other.certify("pangram", epsilon=0.5)
     other.save(tmp_path / "kept")
+    del other
+    gc.collect()  # the temporary folder goes
     again = offramp.load(tmp_path / "kept")
-    assert again.sha256 == other.sha256 != lm.sha256
-    rows = [model.sweep("pangram", [0.5]).rows for model in (other, again)]
-    assert rows[0] == rows[1]
+    assert again.sha256 == before != lm.sha256
+    assert again.sweep("pangram", [0.5]).rows == rows
+    assert again.sweep("pangram", certificate=certificate).rows
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+@pytest.mark.parametrize("source", ["folder", "memory"])
+def test_a_tuned_model_is_saved_whole_where_its_backbone_would_go(
+    checkpoint, tmp_path, unfreeze, source
+):
+    text = str(checkpoint / "text.txt")
+    quick = {"exits": [1], "seq_len": 32, "epochs": 1, "tokens": 800, "unfreeze": unfreeze}
+    model, tokenizer = checkpoint, None
+    if source == "memory":
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=offramp.load(checkpoint).tokenizer
+        )
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    lm = offramp.tune(model, text, tokenizer=tokenizer, **quick, exit_head="norm")
+    rows, before = lm.sweep(text, [0.5]).rows, lm.sha256
+    lm.save(tmp_path / "kept")
+    del lm, model
+    gc.collect()
+    again = offramp.load(tmp_path / "kept")
+    assert again.sha256 == before
+    assert again.sweep(text, [0.5]).rows == rows
+    if source == "memory":
+        assert again.generate("7 quick", chat=True, max_new_tokens=2).text
 
 
 def test_tokens_come_one_by_one_and_as_text(lm):
@@ -78,8 +109,13 @@ def test_a_certificate_is_used_and_refused_for_another_model(lm, tmp_path):
     other = lm.fit("pangram")
     with pytest.raises(offramp.CertificateError, match="expected one for this model"):
         other.generate("The ", certificate=certificate)
-    with pytest.raises(offramp.ConfigError, match="threshold: expected none with a certificate"):
-        lm.generate("The ", threshold=0.5, certificate=certificate)
+    for given in ({"threshold": 0.5}, {"confidence": "margin"}):
+        with pytest.raises(offramp.ConfigError, match="expected none with a certificate"):
+            lm.generate("The ", **given, certificate=certificate)
+    for given in ({"thresholds": 0.5}, {"confidence": "margin"}):
+        with pytest.raises(offramp.ConfigError, match="expected none with a certificate"):
+            lm.sweep("pangram", **given, certificate=certificate)
+    assert lm.sweep("pangram", 0.5).rows == lm.sweep("pangram", [0.5]).rows
 
 
 def test_gates_are_fitted_in_memory_and_saved(lm, tmp_path):
@@ -135,11 +171,16 @@ def test_a_checkpoint_is_tuned_into_a_folder_that_names_it(checkpoint, tmp_path)
         (lambda lm: lm.generate("The ", threshold="high"), "threshold: expected a number"),
         (lambda lm: lm.generate("The ", max_new_tokens="5"), "max_new_tokens: .* whole number"),
         (lambda lm: lm.generate("The ", speculative=1), "speculative: expected True or False"),
-        (lambda lm: offramp.train("pangram", exits=["2"]), "exit_layers: .* list of whole num"),
+        (lambda lm: offramp.train("pangram", exits=["2"]), "exits: .* list of whole num"),
         (lambda lm: offramp.train("pangram", schedule="cos"), "schedule: expected 'constant' or"),
         (lambda lm: lm.certify("pangram", epsilon=2), "epsilon: expected"),
         (lambda lm: lm.bench("pangram", prompt=1), "prompt: .* perhaps prompts"),
         (lambda lm: lm.sweep("nowhere.txt"), "nowhere.txt: expected"),
+        (lambda lm: offramp.load(lm.model, tokenizer=lm.tokenizer, exits=[1]), "exits: expected n"),
+        (lambda lm: offramp.load(lm.model, tokenizer=lm.tokenizer, device="cpu"), "device: exp"),
+        (lambda lm: offramp.load(torch.nn.Linear(2, 2), tokenizer=lm.tokenizer), "a causal lang"),
+        (lambda lm: offramp.load("pangram", exits="12"), "exits: expected a list of whole"),
+        (lambda lm: offramp.train("pangram", layers=2, num_hidden_layers=3), "two names of one"),
         (lambda lm: offramp.train("pangram", layer=3), "layer: .* perhaps layers"),
         (lambda lm: offramp.train("pangram", steps=0), "steps: expected at least 1"),
         (lambda lm: offramp.load("no/such/folder"), "no/such/folder: expected"),

@@ -79,9 +79,9 @@ def open_for(
     from offramp.models.open import open_model
 
     files = find_model(name)
-    if stored is not None:
-        stored.require_model(files.sha256)
     opened = open_model(files, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    if stored is not None:
+        stored.require_model(opened.sha256)
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:
         say(

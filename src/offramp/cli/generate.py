@@ -98,7 +98,7 @@ def generate(
         missing_kv=keys_values or config.missing_kv,
         stop_strings=tuple(stop or ()),
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     use(device, threads)
     opened = open_for(model, device=device, dtype=dtype, stored=stored)
     _run(
@@ -171,6 +171,14 @@ def _timed(generation: "Generation", *, show: Any) -> tuple[float, float | None]
     count, seconds = len(generation.completion.tokens), ended - (first or began)
     rate = (count - 1) / seconds if count > 1 and seconds > 0 else None
     return (first or ended) - began, rate
+
+
+def _standard_input() -> str:
+    """The prompt on standard input, without the line break at its end."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt: expected UTF-8 on standard input, got {error.reason}") from None
 
 
 def _threshold(written: str) -> float | tuple[float, ...]:

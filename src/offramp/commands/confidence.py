@@ -95,8 +95,7 @@ def fit(
         raise ConfigError(f"{opened.name}: expected the folder of a model, to keep its gates in")
     fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config)
     save_fitted(fitted, folder)
-    assert opened.files is not None
-    return replace(opened, fitted=fitted, files=replace(opened.files))  # with a new hash
+    return replace(opened, fitted=fitted)
 
 
 def fit_to(

@@ -14,7 +14,7 @@ from offramp.models.native.config import DecoderConfig
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress, TrainResult
-from offramp.training.validation import Validation
+from offramp.training.validation import Validation, stale, stored_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,17 @@ def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
     stored = read_json(unfinished if unfinished.exists() else finished)
     if not isinstance(stored, dict) or not {"run", "corpus_sha256"} <= set(stored):
         raise CheckpointError(f"{out}: expected the description of a run in {UNFINISHED}")
+    if steps is not None and _ran_out_of_patience(kept[-1], stored_run(stored["run"]).training):
+        raise CheckpointError(
+            f"{out}: expected a run that ended at its last step, but this one was stopped by "
+            f"--patience at step {done}; it would take no further step"
+        )
     return stored
+
+
+def _ran_out_of_patience(checkpoint: Path, training: TrainConfig) -> bool:
+    state = read_json(checkpoint / "state.json")
+    return stale([stored_validation(each) for each in state["validations"]], training)
 
 
 def stored_run(stored: dict[str, Any]) -> TrainRun:

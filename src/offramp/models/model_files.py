@@ -1,7 +1,5 @@
-"""Find the files of a model, and read its config, training record and hash."""
+"""Find the files of a model, and read its config, tokenizer and training record."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,22 +7,21 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
-import torch
 from tokenizers import Tokenizer
 
-from offramp.data.tokenizer import TOKENIZER_FILE
-from offramp.errors import CheckpointError
-from offramp.exits.gate import FittedExits
-from offramp.files import file_sha256, read_json
+from offramp.data.hub import one_line
+from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
+from offramp.errors import CheckpointError, CorpusError
+from offramp.files import read_json
 from offramp.models.base import EarlyExitModel
-from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON, base_of, read_exits
+from offramp.models.huggingface.exits_file import EXITS_JSON, base_of, read_exits
+from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source, find_checkpoint
 
 UNFINISHED = "unfinished.json"
 """The file that is in a run's folder until the run has ended."""
 FINISHED = "run.json"
 """The name of this file after the run has ended; with it the run can be extended."""
-_TOKENIZERS = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt")
 ModelKind = Literal["native", "exits", "checkpoint"]
 
 
@@ -68,30 +65,16 @@ class ModelFiles:
         return self.own is not None and (self.own / UNFINISHED).exists()
 
     @property
+    def holds_backbone(self) -> bool:
+        """Whether this is a folder of exits that holds their backbone, too."""
+        return self.kind == "exits" and self.own == self.backbone.folder
+
+    @property
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer: the model's own folder, or else the backbone's."""
         if self.own is not None and (self.own / TOKENIZER_FILE).is_file():
             return self.own
         return self.backbone.folder
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the backbone's weights, config and tokenizer, and of the exits.
-
-        It depends on the content of the files, not on their location.
-        """
-        folder = self.tokenizer_folder
-        lines = [
-            f"config {file_sha256(self.backbone.folder / 'config.json')}",
-            f"weights {self.backbone.sha256}",
-            *(f"{n} {file_sha256(folder / n)}" for n in _TOKENIZERS if (folder / n).is_file()),
-        ]
-        if self.kind == "exits":
-            said = {key: self.about.get(key) for key in ("exit_layers", "exit_head", "dtype")}
-            lines.append(f"exits {json.dumps(said, sort_keys=True)}")
-        if self.own is not None and (self.own / EXITS_FILE).is_file():
-            lines.append(f"{EXITS_FILE} {file_sha256(self.own / EXITS_FILE)}")
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
     def record(self) -> TrainingRecord:
@@ -163,19 +146,35 @@ def find_model(name: str | Path) -> ModelFiles:
     )
 
 
-@torch.no_grad()
-def state_sha256(model: EarlyExitModel, tokenizer: Tokenizer, fitted: FittedExits) -> str:
-    """Return the hash of a model in memory: parameters, buffers, exits, tokenizer and gates."""
-    about = f"{model.exit_layers} {tokenizer.to_str()} {sorted(fitted.temperatures.items())}"
-    digest = hashlib.sha256(about.encode())
-    gates = {
-        f"{kind}.{layer}.{name}": tensor
-        for kind, by_layer in fitted.gates.items()
-        for layer, gate in by_layer.items()
-        for name, tensor in gate.state_dict().items()
-    }
-    state = model.state_dict()  # type: ignore[attr-defined]
-    for name, tensor in sorted({**state, **gates}.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def check_vocabulary(name: str, tokenizer: Tokenizer, model: EarlyExitModel) -> None:
+    """Raise a CheckpointError for a tokenizer with more tokens than the model."""
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise CheckpointError(
+            f"{name}: expected a tokenizer of at most {model.vocab_size} tokens, the size of the "
+            f"model's vocabulary, got {tokenizer.get_vocab_size()}"
+        )
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """Read the tokenizer of a model's files."""
+    path = files.tokenizer_folder / TOKENIZER_FILE
+    try:
+        if path.is_file():
+            return make_tokenizer(str(path), "")
+        if files.kind == "native":
+            raise FileNotFoundError
+        with quiet():  # an older form: vocab.json and merges.txt, or tokenizer.model
+            found = transformers().AutoTokenizer.from_pretrained(
+                files.tokenizer_folder, local_files_only=True
+            )
+        backend: Tokenizer = found.backend_tokenizer
+    except CorpusError as error:
+        raise CheckpointError(str(error)) from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected the model's tokenizer, found none") from None
+    except Exception as error:  # transformers raises many kinds of errors
+        raise CheckpointError(
+            f"{path}: expected the model's tokenizer, found none that can be read: "
+            f"{one_line(error)}"
+        ) from None
+    return backend

@@ -13,12 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from offramp.data.hub import one_line
-from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
 from offramp.errors import (
     CheckpointError,
     ConfigError,
-    CorpusError,
     UnsupportedArchitectureError,
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
@@ -30,14 +27,15 @@ from offramp.models.huggingface.exits_file import (
     load_exits,
     tuned_dtype,
 )
-from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, resolve_exit_layers
+from offramp.models.identity import model_sha256
 from offramp.models.model_files import (
     UNKNOWN_TRAINING,
     ModelFiles,
     TrainingRecord,
+    check_vocabulary,
     find_model,
-    state_sha256,
+    load_tokenizer,
 )
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
@@ -71,8 +69,6 @@ class OpenedModel:
     "Ids of the tokens that end every text of this model."
     files: ModelFiles | None = None
     "The model's files; None for a model in memory."
-    changed: bool = False
-    "Whether something was fitted since the files were read."
     chat_tokenizer: Any = None
     "The tokenizer of transformers with a chat template, if the model came with one in memory."
 
@@ -106,10 +102,8 @@ class OpenedModel:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, config, tokenizer and exits, by which certificates name a model."""
-        if self.files is not None and not self.changed:
-            return self.files.sha256
-        return state_sha256(self.model, self.tokenizer, self.fitted)
+        """The hash of weights, config, tokenizer, exits and gates, which certificates name."""
+        return model_sha256(self.model, self.tokenizer.to_str(), self.fitted, self.files)
 
     def require_exits(self) -> None:
         """Raise a ConfigError if the model has no exit before its last layer."""
@@ -151,11 +145,7 @@ def open_model(
         dtype=dtype,
     )
     tokenizer = load_tokenizer(files)
-    if tokenizer.get_vocab_size() > model.vocab_size:
-        raise CheckpointError(
-            f"{files.name}: expected a tokenizer of at most {model.vocab_size} tokens, the size of "
-            f"the model's vocabulary, got {tokenizer.get_vocab_size()}"
-        )
+    check_vocabulary(files.name, tokenizer, model)
     return OpenedModel(
         name=files.name,
         model=model,
@@ -191,6 +181,12 @@ def open_in_memory(
         raise ConfigError(
             f"model: expected a name, a folder or a language model, got {type(model).__name__}"
         )
+    if own and (exit_layers is not None or exit_head is not None):
+        raise ConfigError("exits: expected none with a model of offramp, which has its own")
+    if not own and not hasattr(model, "generation_config"):
+        raise UnsupportedArchitectureError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}"
+        )
     opened: Transformer | HuggingFaceModel = (
         model.eval()
         if own
@@ -198,6 +194,7 @@ def open_in_memory(
             model, exit_layers=exit_layers, exit_head=exit_head, device=model.device
         )
     )
+    check_vocabulary(f"{type(model).__name__} in memory", backend, opened)
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return OpenedModel(
         name=f"{type(model).__name__} in memory",
@@ -207,31 +204,6 @@ def open_in_memory(
         end_tokens=() if end is None else tuple(end) if isinstance(end, list) else (int(end),),
         chat_tokenizer=tokenizer if backend is not tokenizer else None,
     )
-
-
-def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """Read the tokenizer of a model's files."""
-    path = files.tokenizer_folder / TOKENIZER_FILE
-    try:
-        if path.is_file():
-            return make_tokenizer(str(path), "")
-        if files.kind == "native":
-            raise FileNotFoundError
-        with quiet():  # an older form: vocab.json and merges.txt, or tokenizer.model
-            found = transformers().AutoTokenizer.from_pretrained(
-                files.tokenizer_folder, local_files_only=True
-            )
-        backend: Tokenizer = found.backend_tokenizer
-    except CorpusError as error:
-        raise CheckpointError(str(error)) from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected the model's tokenizer, found none") from None
-    except Exception as error:  # transformers raises many kinds of errors
-        raise CheckpointError(
-            f"{path}: expected the model's tokenizer, found none that can be read: "
-            f"{one_line(error)}"
-        ) from None
-    return backend
 
 
 def load_weights(

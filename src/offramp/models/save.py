@@ -4,15 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offramp.data.tokenizer import TOKENIZER_FILE
 from offramp.exits.gate import NOTHING_FITTED
-from offramp.files import claim_folder
+from offramp.files import claim_folder, read_tensors
+from offramp.models.base import TrainableModel
 from offramp.models.fitted import save_fitted
-from offramp.models.huggingface.exits_file import save_exits, write_exits
-from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.huggingface.backbone import save_backbone
+from offramp.models.huggingface.exits_file import write_exits
+from offramp.models.identity import backbone_state
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.models.open import OpenedModel
+from offramp.models.sources import Source
 
 
 def save_model(
@@ -20,44 +25,64 @@ def save_model(
 ) -> None:
     """Write a model, its tokenizer and its fitted gates and temperatures into a new folder.
 
-    If the backbone of a pretrained model is unchanged, only the exits are saved, with the name of
-    their checkpoint; otherwise the whole model is saved. ``about`` is added to the training
-    record in ``config.json`` or ``offramp.json``. Raises CheckpointError if the folder is not
-    empty or cannot be written.
+    If the backbone of a pretrained model is that of a checkpoint elsewhere, only the exits are
+    saved, with the name of their checkpoint; otherwise the whole model is saved. ``about`` is
+    added to the training record in ``config.json`` or ``offramp.json``. Raises CheckpointError if
+    the folder is not empty or cannot be written.
     """
     out = Path(out)
     claim_folder(out)
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
+    if isinstance(model, Transformer) and (files is None or files.kind == "native"):
+        kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
+        save_checkpoint(model, out, about=kept, weights_about={})
+        opened.tokenizer.save(str(out / TOKENIZER_FILE))
+    else:
+        _save_pretrained(opened, out, stored)
+    if opened.fitted is not NOTHING_FITTED:
+        save_fitted(opened.fitted, out)
+
+
+def _save_tokenizer(opened: OpenedModel, out: Path) -> None:
+    """Write the tokenizer of a model in memory, with its chat template if it has one."""
+    if opened.chat_tokenizer is not None:
+        opened.chat_tokenizer.save_pretrained(out)
+    opened.tokenizer.save(str(out / TOKENIZER_FILE))
+
+
+def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) -> None:
+    model, files = opened.model, opened.files
     trained = stored.get("trained")
     if "specialised" in stored:  # offramp.json has it beside how the exits were first trained
         trained = {**(trained or {}), "specialised": stored["specialised"]}
-    if isinstance(model, HuggingFaceModel):
-        save_exits(
-            model,
-            out,
-            trained=trained,
-            policy=stored.get("policy"),
-            backbone=True if model.source is None else None,
-        )
-    elif files is not None and files.kind != "native":
-        assert isinstance(model, Transformer)
-        write_exits(
-            out,
-            model.exits,
-            source=files.backbone,
-            exit_layers=model.exit_layers,
-            exit_head=model.config.exit_head,
-            model_type=str(files.config.get("model_type")),
-            dtype=model.lm_head.weight.dtype,
-            trained=trained,
-            policy=stored.get("policy"),
-        )
-    else:
-        assert isinstance(model, Transformer)
-        kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
-        save_checkpoint(model, out, about=kept, weights_about={})
-    if files is None or files.kind == "native":
-        opened.tokenizer.save(str(out / TOKENIZER_FILE))
-    if opened.fitted is not NOTHING_FITTED:
-        save_fitted(opened.fitted, out)
+    lm: Any = model.to_transformers()
+    source = None if files is None or files.holds_backbone else files.backbone
+    if source is None or not _unchanged(model, source):
+        save_backbone(lm, out, texts=files.tokenizer_folder if files else None)
+        source = Source(id=str(out), folder=out)
+    if files is None:
+        _save_tokenizer(opened, out)
+    write_exits(
+        out,
+        model.exits,
+        source=source,
+        exit_layers=model.exit_layers,
+        exit_head=model.exit_head,
+        model_type=str(lm.config.model_type),
+        dtype=model.dtype,
+        trained=trained,
+        policy=stored.get("policy"),
+    )
+
+
+def _unchanged(model: TrainableModel, source: Source) -> bool:
+    """Whether the backbone's parameters are those of its checkpoint, in the model's precision."""
+    mine = backbone_state(model)
+    theirs = {name: value for path in source.weights for name, value in read_tensors(path).items()}
+    own = {name for name in mine if name.startswith("exits.")}
+    return all(
+        name in theirs and torch.equal(value.cpu(), theirs[name].to(value.dtype))
+        for name, value in mine.items()
+        if name not in own
+    )

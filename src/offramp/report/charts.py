@@ -13,18 +13,34 @@ from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, vegalite_version
 from offramp.report.study_json import study_of
 from offramp.report.study_plots import recipes
-from offramp.training.metrics_file import read_metrics
+from offramp.training.metrics_file import read_metrics, read_rows
 
 Content = Mapping[str, Any]
 WIDTH, HEIGHT = 480, 320
+_DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 def read_result(path: Path) -> Content:
     """The content of a result file: JSON, or the ``metrics.csv`` of a training run."""
     if path.suffix.lower() == ".csv":
-        return {"metrics": read_metrics(path)}
+        return _csv(path)
     content = read_json(path)
     return content if isinstance(content, Mapping) else {}
+
+
+def _csv(path: Path) -> Content:
+    """The metrics.csv of a training run, or the table of a sweep."""
+    rows = read_rows(path)
+    if not rows:
+        raise ConfigError(f"{path}: expected a CSV file with rows, got none")
+    if "threshold" not in rows[0]:
+        return {"metrics": read_metrics(path)}
+    costs = ("ppl", "compute_pct", "flops_pct")
+    try:
+        numbers = [{key: float(row[key]) for key in costs if row.get(key)} for row in rows]
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected numbers under {', '.join(costs)}: {error}") from None
+    return {"rows": [{**row, **found} for row, found in zip(rows, numbers, strict=True)]}
 
 
 def chart_of(content: Content) -> Any:
@@ -36,25 +52,36 @@ def chart_of(content: Content) -> Any:
             "(metrics.csv), study, recipe or reproduce, got something else"
         )
     try:
-        return draw(content)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        chart = draw(content)
+        chart.to_dict()
+    except _DAMAGED as error:
         raise ConfigError(
             f"file: expected a whole result file, got one that cannot be drawn: {error!r}"
         ) from None
+    return chart
 
 
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as PNG, SVG or PDF, by the name's ending; whole or not at all."""
     spec, version = chart.to_dict(), vegalite_version()
     ending = path.suffix.lower()
-    if ending == ".svg":
-        data = vl_convert.vegalite_to_svg(spec, vl_version=version).encode()
-    elif ending == ".pdf":
-        data = vl_convert.vegalite_to_pdf(spec, vl_version=version)
-    else:
-        data = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
+    try:
+        data = _drawn(spec, version, ending)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"file: expected a result with something to draw: {reason}") from None
     with replacing(path) as aside:
         aside.write_bytes(data)
+
+
+def _drawn(spec: dict[str, Any], version: str, ending: str) -> bytes:
+    if ending == ".svg":
+        return vl_convert.vegalite_to_svg(spec, vl_version=version).encode()
+    if ending == ".pdf":
+        pdf: bytes = vl_convert.vegalite_to_pdf(spec, vl_version=version)
+        return pdf
+    png: bytes = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
+    return png
 
 
 def _sweep(content: Content) -> Any:
@@ -75,9 +102,30 @@ def _sweep(content: Content) -> Any:
         height=HEIGHT,
         title=alt.Title(
             f"Thresholds on {content.get('confidence', 'max_prob')}",
-            subtitle=f"{content['n_tokens']:,} tokens of {content['corpus']['name']}; "
-            f'missing_kv="{content["missing_kv"]}"',
+            subtitle=_text_of(content),
         ),
+    )
+
+
+def _text_of(content: Content) -> str:
+    """The text and the meaning of a result; a CSV file does not say."""
+    if "corpus" not in content:
+        return ""
+    return (
+        f"{content['n_tokens']:,} tokens of {content['corpus']['name']}; "
+        f'missing_kv="{content["missing_kv"]}"'
+    )
+
+
+def _check(content: Content) -> Any:
+    """The risk on new text beside what was promised."""
+    points = [
+        {"of": "measured on new text", "risk": content["risk"]},
+        {"of": "promised at most", "risk": content["epsilon"]},
+    ]
+    chart = data_chart(points).mark_bar(color=PALETTE[0])
+    return chart.encode(x=alt.X("risk:Q"), y=alt.Y("of:N", title=None, sort=None)).properties(
+        width=WIDTH, title=f"Drift check: {content['verdict']}"
     )
 
 
@@ -176,6 +224,7 @@ _KINDS: dict[str, Callable[[Content], Any]] = {
     "bandwidth_gb_s": _bench,
     "oracle_layers": _probe,
     "p_values": _certificate,
+    "p_broken": _check,
     "metrics": _metrics,
     "study": _study,
     "corpora": _reproduction,

@@ -85,8 +85,6 @@ class RunLog:
         if self._tracker is not None:
             self._tracker.finish()
             self._tracker = None
-        if self._file is not None:
-            self._file.flush()
 
     @property
     def _silent(self) -> bool:

@@ -12,7 +12,6 @@ def test_values_of_a_step_share_a_row_and_new_columns_appear(tmp_path):
     file.write(10, {"loss": 2.0})
     file.write(20, {"loss": 1.5})
     file.write(20, {"validation_ppl_2": 4.0})
-    file.flush()
     assert path.read_text().splitlines() == ["step,loss,validation_ppl_2", "10,2.0,", "20,1.5,4.0"]
 
 
@@ -21,17 +20,26 @@ def test_a_resumed_run_replaces_the_steps_that_it_takes_again(tmp_path):
     file = MetricsFile(path, first_step=1)
     for step in (10, 20, 30):
         file.write(step, {"loss": float(step)})
-    file.flush()
     with path.open("a") as torn:
         torn.write("40")  # killed in the middle of a row
     again = MetricsFile(path, first_step=21)
     again.write(30, {"loss": 0.0})
-    again.flush()
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
         ("10", "10.0"),
         ("20", "20.0"),
         ("30", "0.0"),
     ]
+
+
+def test_a_row_is_on_disk_when_it_is_written(tmp_path):
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path, first_step=1)
+    for number, values in enumerate(({"loss": 2.0}, {"validation_ppl_2": 4.0}, {"lr": 0.1})):
+        file.write(20, values)
+        [row] = read_metrics(path)
+        assert len(row) == number + 2
+    file.write(30, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(path)] == ["20", "30"]
 
 
 def test_another_file_is_refused(tmp_path):
