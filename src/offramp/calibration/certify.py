@@ -93,11 +93,11 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
         "promise": f"{sure}{what}, against the full model.",
         "text": (
             "It holds for sequences drawn as the calibration sequences were, independently of "
-            "each other; contiguous windows of one document are so only in part."
+            "each other; contiguous windows of one document are only partly independent."
         ),
         "not_covered": (
-            "Free-running generation: the promise is about text that is given, token by token, "
-            "not about text that the model writes and goes on from."
+            "Free-running generation: the promise is about the tokens of a given text, "
+            "not about text that the model generates."
         ),
         "unit": "sequence",
         "sequence_tokens": sequence_tokens,

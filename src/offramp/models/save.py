@@ -30,7 +30,7 @@ def save_model(
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
     trained = stored.get("trained")
-    if "specialised" in stored:  # offramp.json has it beside how the exits were first trained
+    if "specialised" in stored:  # in addition to the first training of the exits
         trained = {**(trained or {}), "specialised": stored["specialised"]}
     if isinstance(model, HuggingFaceModel):
         save_exits(
