@@ -82,7 +82,7 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
         what = f"the share of tokens whose first choice differs is at most {promise.epsilon}"
     else:
         what = (
-            f"the mean NLL gap, from 0 to {promise.bound} nats a token, is at most "
+            f"the mean NLL gap, from 0 to {promise.bound} nats per token, is at most "
             f"{promise.epsilon} nats"
         )
     if promise.method == "ltt":
@@ -92,8 +92,8 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
     return {
         "promise": f"{sure}{what}, against the full model.",
         "text": (
-            "It holds for sequences drawn as the calibration sequences were, independently of "
-            "each other; contiguous windows of one document are only partly independent."
+            "It holds for sequences from the same distribution as the calibration sequences, if "
+            "they are independent; contiguous windows of one document are only partly so."
         ),
         "not_covered": (
             "Free-running generation: the promise is about the tokens of a given text, "

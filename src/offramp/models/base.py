@@ -78,8 +78,8 @@ class EarlyExitModel(Protocol):
         """Why the blocks cannot be run one by one, as a clause after "since"; empty if they can.
 
         A model that can only run as a whole still has ``states_at`` and ``unembed``, so it can be
-        traced, swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache`` raise
-        UnsupportedArchitectureError.
+        traced, swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache``
+        raise UnsupportedArchitectureError.
         """
 
     @property
