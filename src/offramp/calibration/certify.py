@@ -82,7 +82,7 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
         what = f"the share of tokens whose first choice differs is at most {promise.epsilon}"
     else:
         what = (
-            f"the mean NLL gap, from 0 to {promise.bound} nats a token, is at most "
+            f"the mean NLL gap, from 0 to {promise.bound} nats per token, is at most "
             f"{promise.epsilon} nats"
         )
     if promise.method == "ltt":
@@ -92,12 +92,12 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
     return {
         "promise": f"{sure}{what}, against the full model.",
         "text": (
-            "It holds for sequences drawn as the calibration sequences were, independently of "
-            "each other; contiguous windows of one document are so only in part."
+            "It holds for sequences from the same distribution as the calibration sequences, if "
+            "they are independent; contiguous windows of one document are only partly so."
         ),
         "not_covered": (
-            "Free-running generation: the promise is about text that is given, token by token, "
-            "not about text that the model writes and goes on from."
+            "Free-running generation: the promise is about the tokens of a given text, "
+            "not about text that the model generates."
         ),
         "unit": "sequence",
         "sequence_tokens": sequence_tokens,

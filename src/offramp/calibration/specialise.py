@@ -35,11 +35,12 @@ _AT_ONCE = 8192  # tokens
 
 
 def with_own_heads(model: M, *, seed: int) -> M:
-    """Return the same model with exit heads of kind ``specialist``, which begin with the exits'
-    current logits; the model itself if its exits have an adapter or an LM head of their own.
+    """Return the model with exit heads of kind ``specialist``, which give the current logits.
+
+    If its exits already have an adapter or their own LM head, the model itself is returned.
 
     ``seed`` is for the inputs of the new residual blocks, whose outputs begin at zero. Raises
-    ConfigError where the exits share a final norm that the model does not have.
+    ConfigError if the exits share a final norm that the model does not have.
     """
     if model.exit_head not in ("shared", "norm"):
         return model

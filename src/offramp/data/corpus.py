@@ -160,9 +160,7 @@ def _named(name: str, splits: Mapping[str, Text], noun: str) -> StreamedCorpus:
     )
     if train is None:
         got = ", ".join(sorted(split + ending for split in splits))
-        raise CorpusError(
-            f"{name}: expected a {noun} train{ending} beside the others, got {got or 'none'}"
-        )
+        raise CorpusError(f"{name}: expected a {noun} train{ending}, got {got or 'none'}")
     texts = [splits[split] for split in (train, validation, test) if split is not None]
     for split in (train, validation, test):
         if split is not None and splits[split].is_blank():

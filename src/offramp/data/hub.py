@@ -140,7 +140,9 @@ def _saved(folder: Path) -> Any:
     if not (folder / "state.json").is_file():
         return None
     if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
-        no_rows = datasets.Features({COLUMN: datasets.Value("string")})  # it cannot read its own
+        no_rows = datasets.Features(
+            {COLUMN: datasets.Value("string")}
+        )  # datasets cannot read what it saved
         return datasets.Dataset.from_dict({COLUMN: []}, features=no_rows)
     return datasets.load_from_disk(str(folder))
 

@@ -55,7 +55,7 @@ class Clock:
     block: Part
     "One block: the mean of all."
     keys_values: Part
-    "One block's keys and values alone, beside a token that runs where the model supports it."
+    "Only the keys and values of one block, in the call of a running token if the model can."
     heads: Mapping[int, Part]
     "The head of an exit, by exit layer."
     evaluations: Mapping[int, Part]

@@ -17,7 +17,7 @@ from offramp.models.base import EarlyExitModel, whole_step
 
 T = TypeVar("T")
 
-_PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it sees
+_PROBE = 8  # tokens; the FLOPs of a token are linear in the keys that it attends to
 
 
 def compute_pct(counts: Sequence[int], exit_layers: Sequence[int], num_layers: int) -> float:
@@ -67,10 +67,10 @@ class ModelCost:
         Under "recompute" the keys and values above the exit are not counted; "propagate" projects
         them in every block above.
 
-        ``evaluated`` says at which exits but the last the confidence is evaluated (default: at
-        each). There a measure that reads logits costs the head, and a gate costs the gate. A token
-        that leaves needs the head once. ``patience`` counts over all exits, so it is evaluated at
-        every exit before the last one in ``evaluated``.
+        ``evaluated`` holds, for each exit but the last, whether its confidence is evaluated
+        (default: all True). There a measure that reads logits costs the head, and a gate costs the
+        gate. A token that leaves needs the head once. ``patience`` counts over all exits, so it is
+        evaluated at every exit before the last one in ``evaluated``.
         """
         measure = confidence_named(confidence)
         early = self.exit_layers[:-1]

@@ -84,8 +84,8 @@ class GenerateConfig(SamplingConfig):
     max_drafts: int = 5
     "Largest number of tokens in a draft."
     lookup: int = 2
-    """If the last so many tokens occurred earlier in the text, the tokens that followed them there
-    are the draft; 0 turns this off, so that only the exit drafts."""
+    """Number of last tokens to search in the earlier text. If they occurred there, the tokens that
+    followed them are the draft. 0 turns this off, so that only the exit drafts."""
     adaptive: bool = True
     "Pause a source of drafts that costs more time than it saves, and try it again later."
 

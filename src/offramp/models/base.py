@@ -77,9 +77,9 @@ class EarlyExitModel(Protocol):
     def why_no_blocks(self) -> str:
         """Why the blocks cannot be run one by one, as a clause after "since"; empty if they can.
 
-        A model that runs only whole still has ``states_at`` and ``unembed``, so it can be traced,
-        swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache`` raise
-        UnsupportedArchitectureError.
+        A model that can only run as a whole still has ``states_at`` and ``unembed``, so it can be
+        traced, swept and trained. ``embed``, ``run_layers``, ``project_kv`` and ``make_cache``
+        raise UnsupportedArchitectureError.
         """
 
     @property

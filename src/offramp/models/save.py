@@ -54,7 +54,7 @@ def _save_tokenizer(opened: OpenedModel, out: Path) -> None:
 def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) -> None:
     model, files = opened.model, opened.files
     trained = stored.get("trained")
-    if "specialised" in stored:  # offramp.json has it beside how the exits were first trained
+    if "specialised" in stored:  # in addition to the first training of the exits
         trained = {**(trained or {}), "specialised": stored["specialised"]}
     lm: Any = model.to_transformers()
     source = None if files is None or files.holds_backbone else files.backbone

@@ -210,7 +210,7 @@ class TrainingRun:
             raise TrainingError(
                 f"step {step}: expected a finite loss, got {float(loss)} (layer {', '.join(bad)}; "
                 f"windows {int(indices[0])} to {int(indices[-1])} of the training text); "
-                "the parameters before this step were saved"
+                "the model keeps the parameters of the previous step"
             )
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()

@@ -77,7 +77,7 @@ def test_a_folder_of_data_files_is_read(tmp_path):
     [
         ({"train": TRAIN, "validation": []}, "expected text in the split validation, got none"),
         ({"train": ["", " "], "validation": ["a"]}, "expected text in the split train, got none"),
-        ({"test": ["a"], "dev": ["a"]}, "expected a split train beside the others, got dev, test"),
+        ({"test": ["a"], "dev": ["a"]}, "expected a split train, got dev, test"),
         (
             {"train": {"a": ["x"], "b": [1]}},
             "a column 'text' in the split train, got the columns a, b",

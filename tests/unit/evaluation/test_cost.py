@@ -56,7 +56,7 @@ def test_patience_asks_at_every_exit_before_one_that_it_needs(cost):
 
 
 def test_a_gate_that_was_not_counted_is_a_config_error(cost):
-    with pytest.raises(ConfigError, match="a gain at exit layer 1, found none"):
+    with pytest.raises(ConfigError, match="a gain at exit layer 1, got none"):
         cost.flops_pct_by_exit("gain")
 
 

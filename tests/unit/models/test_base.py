@@ -77,6 +77,6 @@ def test_a_model_that_runs_only_whole_is_refused_with_the_reason(make_model):
     with pytest.raises(ConfigError) as caught:
         require_blocks(model, "layer_dropout")
     assert str(caught.value) == (
-        "layer_dropout: expected a model whose blocks can be run one by one, got one that runs "
-        "only whole, since its blocks are unknown"
+        "layer_dropout: expected a model whose blocks can be run one by one, got one that can "
+        "only run as a whole, since its blocks are unknown"
     )

@@ -63,7 +63,7 @@ def test_a_model_that_runs_only_whole_is_refused_what_it_cannot_do(whole_only, n
 
 
 def test_the_reason_is_in_the_sentence(whole_only):
-    with pytest.raises(ConfigError, match="runs only whole, since its blocks need alibi"):
+    with pytest.raises(ConfigError, match="run as a whole, since its blocks need alibi"):
         check_model(whole_only, TrainConfig(layer_dropout=0.5))
 
 

@@ -45,7 +45,9 @@ class DecoderConfig:
     max_position_embeddings: int = 4096
     "Length of the longest sequence, in tokens."
     rms_norm_eps: float = 1e-6
+    "Epsilon of the RMSNorm."
     rope_theta: float = 10_000.0
+    "Base of the rotary positions."
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,7 +1,7 @@
 """Matrix products and attention of a few tokens by the compiled kernels, if they were built.
 
 ``_few_tokens.c`` is compiled when offramp is installed, if there is a C compiler with OpenMP.
-Without it, ``steps.py`` computes the same with PyTorch alone, more slowly.
+Without it, ``steps.py`` computes the same with PyTorch, more slowly.
 """
 
 from dataclasses import dataclass

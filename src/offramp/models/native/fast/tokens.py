@@ -76,7 +76,7 @@ class Call:
         return out.permute(0, 3, 1, 2, 4).reshape(qkv.shape[0], -1)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
-        """Write keys and values alone."""
+        """Write only keys and values."""
         k, v = kv.view(kv.shape[0], 2, self.kv_heads, self.head_dim).unbind(1)
         self._store(layer, self._turned(k), v)
 
@@ -160,7 +160,7 @@ class KernelCall(Call):
         return self._at.attend(qkv, layer)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
-        """Write keys and values alone."""
+        """Write only keys and values."""
         self.attend(kv, layer)
 
     def note_lengths(self, start: int, stop: int) -> None:
