@@ -69,7 +69,7 @@ def test_the_ending_names_the_format(offramp, results, tmp_path, ending, beginni
         ('{"exits": [], "oracle_layers": 1}', "expected a"),
         ("step\n", "expected a CSV file with rows"),
         ("a,b\n1,2\n", "a column step"),
-        ("threshold,ppl\nx,y\n", "expected a"),
+        ("threshold,ppl\nx,y\n", "expected numbers"),
         ("step,loss\n1,\n", "expected a"),
         ("step,loss\n1,x\n", "expected a"),
     ],
