@@ -143,10 +143,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def check_tensors(path: Path) -> None:
-    """Raise a CheckpointError unless ``path`` is a complete safetensors file, by its header."""
-    with _opened(path):
-        pass
+def count_tensors(path: Path) -> int:
+    """Return the number of tensors in a safetensors file, from its header.
+
+    Raises CheckpointError if the file is not complete.
+    """
+    with _opened(path) as file:
+        return len(file.keys())
 
 
 def count_parameters(path: Path) -> int:

@@ -189,7 +189,7 @@ def test_tensors_of_exits_that_do_not_fit(offramp, tuned, checkpoint, tmp_path, 
     save_file(changed, path)
     content = json.loads(about.read_text())
     about.write_text(json.dumps(content | {"exits_sha256": file_sha256(path)}))
-    refused(offramp("sweep", model, "--corpus", checkpoint / "text.txt"), "expected")
+    refused(offramp("sweep", model, "--corpus", checkpoint / "text.txt"), "exits.safetensors: ")
 
 
 def test_gates_of_other_sizes_are_refused(offramp, tuned, checkpoint, tmp_path):

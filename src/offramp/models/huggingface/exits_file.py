@@ -169,7 +169,7 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
         and all(isinstance(base.get(name), str) for name in ("id", "sha256")),
         "exit_layers": isinstance(layers, list) and all(type(layer) is int for layer in layers),
         "exit_head": about.get("exit_head") in EXIT_HEAD_KINDS,
-        "dtype": about.get("dtype") in _DTYPES,
+        "dtype": str(about.get("dtype")) in _DTYPES,
         "trained": isinstance(about.get("trained"), dict | None),
         "policy": isinstance(about.get("policy"), dict | None),
     }
