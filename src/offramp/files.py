@@ -8,15 +8,31 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from safetensors import SafetensorError, safe_open
 
-from offramp.errors import CheckpointError
+from offramp.errors import CheckpointError, OfframpError
+
+_WRONG_CONTENT = (
+    ArithmeticError,
+    AttributeError,
+    BadZipFile,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,  # of PyTorch, for tensors of a wrong shape or type
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""Errors of code that parses content of another kind than it expects."""
 
 
 @contextmanager
@@ -40,7 +56,8 @@ def obey_umask(path: Path) -> None:
     """Give a file the permissions of a new one: safetensors lets only its owner read it."""
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with suppress(OSError):  # some file systems have no permissions to set
+        path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,8 +81,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a file, found none") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected readable JSON, got {error}") from None
+
+
+@contextmanager
+def parsing(path: Path, expected: str) -> Iterator[None]:
+    """Convert errors from content of a wrong kind to a CheckpointError that names the file.
+
+    ``expected`` says what the file should contain. Errors of offramp are not changed.
+    """
+    try:
+        yield
+    except OfframpError:
+        raise
+    except _WRONG_CONTENT as error:
+        said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected {expected}, got: {said}") from None
 
 
 def check_free(out: Path) -> None:
@@ -111,10 +143,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def check_tensors(path: Path) -> None:
-    """Raise a CheckpointError unless ``path`` is a complete safetensors file, by its header."""
-    with _opened(path):
-        pass
+def count_tensors(path: Path) -> int:
+    """Return the number of tensors in a safetensors file, from its header.
+
+    Raises CheckpointError if the file is not complete.
+    """
+    with _opened(path) as file:
+        return len(file.keys())
 
 
 def count_parameters(path: Path) -> int:

@@ -3,11 +3,11 @@
 Each does what the command of the same name does, by the same functions.
 """
 
-import os
 import shutil
 import weakref
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -25,11 +25,11 @@ from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
 from offramp.options import config_of
-from offramp.report.progress import Bars, bars, call_bar
+from offramp.report.progress import StudyBars, bars, call_bar
 from offramp.report.result import ResultTable
 from offramp.report.study_json import to_json
 from offramp.report.study_result import Row
-from offramp.studies.runs import RunProgress
+from offramp.studies.runs import default_jobs
 from offramp.studies.study.config import StudyConfig
 from offramp.studies.study.study import run_study, study_named
 from offramp.studies.study.workers import Workers
@@ -181,11 +181,13 @@ def study(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {jobs}")
     workers = Workers(
-        folder=out / "runs" if runs is None else Path(runs), jobs=jobs or os.cpu_count() or 1
+        folder=out / "runs" if runs is None else Path(runs), jobs=jobs or default_jobs()
     )
-    with bars(Console(stderr=True, quiet=not progress)) as drawn:
+    console = Console(stderr=True, quiet=not progress)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    with bars(console) as drawn:
         result = run_study(
-            study_named(name), config, out, watcher=_StudyBars(drawn), workers=workers
+            study_named(name), config, out, watcher=StudyBars(drawn, say), workers=workers
         )
     return ResultTable(rows=list(result.rows), content=to_json(result))
 
@@ -204,25 +206,3 @@ def _new_folder(out: str | Path | None) -> tuple[Path, _TemporaryFolder | None]:
         return Path(out), None
     keep = _TemporaryFolder()
     return keep.path / "model", keep
-
-
-class _StudyBars:
-    """One bar for a study, and one for each of its runs."""
-
-    def __init__(self, drawn: Bars) -> None:
-        self.drawn, self.name, self.total, self.done = drawn, "", 0, 0
-
-    def on_plan(self, name: str, total: int, tokens: int) -> None:
-        self.name, self.total = name, total
-        self.drawn.show(name, done=0, total=total, text=f"runs, {tokens:,} tokens in all")
-
-    def on_timing(self, passes: int, tokens: int) -> None:
-        pass
-
-    def on_progress(self, progress: RunProgress) -> None:
-        self.drawn.show(f"  {progress.name}", done=progress.step, total=progress.total_steps)
-
-    def on_done(self, name: str) -> None:
-        self.done += 1
-        self.drawn.drop(f"  {name}")
-        self.drawn.show(self.name, done=self.done, total=self.total, text="runs")

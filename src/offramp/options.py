@@ -38,7 +38,16 @@ def config_of(
         checked[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(checked[name], hints[name]):
             raise ConfigError(f"{name}: expected {_named(hints[name])}, got {value!r}")
+        if hints[name] is float:
+            checked[name] = _as_float(name, value)
     return config(**checked)
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        raise ConfigError(f"{name}: expected a number below 1e308, got a larger one") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -48,6 +48,10 @@ COMMANDS = {
         *("--max-new-tokens", 4, "--no-peers"),
     ),
     "export": ("--exit", 4, "--out", "OUT"),
+    "specialise": (
+        *("--corpus", "TEXT", "--steps", 1, "--tokens", 500, "--compute-budget", 99),
+        *("--out", "OUT"),
+    ),
     "tune": ("--corpus", "TEXT", "--exits", 1, "--seq-len", 32, "--epochs", 1, "--out", "OUT"),
 }
 
@@ -59,6 +63,8 @@ def test_a_command_looks_its_model_up_once(
 ):
     if command == "tune" and kind != "checkpoint":
         pytest.skip("tune takes plain checkpoints")
+    if command == "specialise" and kind == "checkpoint":
+        pytest.skip("specialise takes trained exits")
     model = {"native": trained, "checkpoint": checkpoint, "tuned": tuned}[kind]
     words = {"TEXT": checkpoint / "text.txt", "OUT": tmp_path / "out"}
     if command == "confidence":  # it writes beside the weights

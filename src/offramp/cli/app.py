@@ -102,12 +102,12 @@ def show_help(*command: str) -> None:
 
 def run(arguments: Sequence[str] | None) -> None:
     """Run the command that the arguments name; a user's mistake is a sentence and exit code 2."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
     if given in ([], ["help"]) or given[0] in app.help_flags:  # the list of all commands
         for name in COMMANDS:
             _ = app[name].help  # reads the command's module
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, OfframpError) as error:
         sentence = _unknown_option(given) or " ".join(str(error).split())
         field, colon, rest = sentence.partition(":")  # a config's field, by its flag's name

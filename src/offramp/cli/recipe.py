@@ -11,7 +11,7 @@ from offramp.cli.app import FLAGS
 from offramp.cli.base import console, output, say
 from offramp.cli.config_file import write_config_file
 from offramp.cli.interrupts import work_begins
-from offramp.cli.study import StudyBars, Where, say_answers
+from offramp.cli.study import Where, say_answers
 from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.config import RecipeConfig
 from offramp.training.config import TrainConfig
@@ -39,7 +39,7 @@ def recipe(
         Folder for recipe.toml (for offramp train --config), study.json, the report and the runs;
         the same command continues a search that was stopped.
     """
-    from offramp.report.progress import bars
+    from offramp.report.progress import StudyBars, bars
     from offramp.report.study_tables import frontier_table, search_table
     from offramp.report.tables import terminal_table
     from offramp.studies.study.recipe import find_recipe
@@ -47,7 +47,7 @@ def recipe(
     workers = (where or Where()).workers(out)
     work_begins()
     with bars(console) as drawn:
-        run, result = find_recipe(config, out, watcher=StudyBars(drawn), workers=workers)
+        run, result = find_recipe(config, out, watcher=StudyBars(drawn, say), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
     shown = output()
     for table in (search_table(result), frontier_table(result)):

@@ -1,6 +1,5 @@
 """offramp reproduce."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -41,6 +40,7 @@ def reproduce(
     from offramp.report.reproduction_tables import rich_tables
     from offramp.report.text import headline
     from offramp.studies.reproduce.study import reproduce as run_reproduction
+    from offramp.studies.runs import default_jobs
 
     use(device, threads)
     out = out or new_folder(Path("runs"), "reproduce")
@@ -52,7 +52,7 @@ def reproduce(
                 out,
                 command=shlex.join(["offramp", *sys.argv[1:]]),
                 watcher=watcher,
-                jobs=jobs or max(1, (os.cpu_count() or 1) // threads),
+                jobs=jobs or default_jobs(threads),
                 threads=threads,
                 device=device,
             )

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from offramp.calibration.fitting import fit_gates, fit_temperatures
 from offramp.commands.text import OnTokens, read_text, training_ids, windows
@@ -107,8 +109,20 @@ def fit_to(
 ) -> FittedExits:
     """The gates and temperatures that ``fit`` keeps."""
     opened.require_exits()
+    ids = training_ids(opened, load_corpus(corpus))
+    return fit_to_ids(opened, *ids, max_tokens=max_tokens, config=config)
+
+
+def fit_to_ids(
+    opened: OpenedModel,
+    train_ids: Int[Tensor, " N"],
+    validation_ids: Int[Tensor, " M"],
+    *,
+    max_tokens: int = 131_072,
+    config: GateConfig | None = None,
+) -> FittedExits:
+    """The gates for the training ids, and the temperatures for the validation ids, of a text."""
     config = config or GateConfig()
-    train_ids, validation_ids = training_ids(opened, load_corpus(corpus))
     order = torch.Generator().manual_seed(config.seed)
     gates = collect_sample(opened.model, windows(opened, train_ids, order), max_tokens=max_tokens)
     order.manual_seed(config.seed)

@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from offramp.calibration.thresholds import StoredThresholds
+from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError, ConfigError
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import Generation
@@ -22,7 +23,11 @@ def generate(
     ``chat`` puts the prompt into the model's chat template. The text also ends at the model's
     end tokens.
     """
-    ids = chat_ids(opened, prompt) if chat else opened.tokenizer.encode(prompt).ids
+    ids = (
+        chat_ids(opened, prompt)
+        if chat
+        else encode_prompt(opened.tokenizer, prompt, special_tokens=True)
+    )
     stops = (*config.stop_tokens, *opened.end_tokens)
     return generate_ids(
         opened.model,
@@ -51,7 +56,7 @@ def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
             raise ConfigError(
                 f"chat: expected a model with a chat template, and {opened.name} has none"
             ) from None
-    return list(opened.tokenizer.encode(text, add_special_tokens=False).ids)
+    return encode_prompt(opened.tokenizer, text, special_tokens=False)
 
 
 def with_thresholds(

@@ -9,7 +9,7 @@ import torch
 
 from offramp.calibration.specialise import check_specialise, specialise_exits, with_own_heads
 from offramp.calibration.specialise_config import SpecialiseConfig
-from offramp.commands.confidence import fit_to
+from offramp.commands.confidence import fit_to_ids
 from offramp.commands.text import training_ids, windows
 from offramp.data.corpus import load_corpus
 from offramp.errors import CheckpointError
@@ -57,7 +57,7 @@ def specialise(
     order = torch.Generator().manual_seed(config.seed + 1)  # the gates' sample is another
     left = specialise_exits(own_model, windows(own, train_ids, order), config)
     on_stage("gates and temperatures are fitted to the new exits")
-    own = replace(own, fitted=fit_to(own, corpus))
+    own = replace(own, fitted=fit_to_ids(own, train_ids, validation_ids))
     specialised = {**asdict(config), "corpus": {"name": text.name, "sha256": text.sha256}}
     save_model(own, out, about={"specialised": specialised})
     return {"left": left, "before": before, "after": exit_ppl(own)}

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -142,11 +142,35 @@ def encode(tokenizer: Tokenizer, text: str) -> Int[Tensor, " N"]:
 
 
 def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[NDArray[np.int64]]:
-    """Yield the ids of ``encode`` part by part, for texts that may be larger than memory."""
+    """Yield the ids of ``encode`` part by part, for texts that may be larger than memory.
+
+    Raises CorpusError if the tokenizer fails, as one without an unknown token may.
+    """
     pieces = iter(cut_apart(text))
     while some := list(islice(pieces, _AT_ONCE)):
-        for encoded in tokenizer.encode_batch_fast(some, add_special_tokens=False):
+        with _encoding():
+            batch = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+        for encoded in batch:
             yield np.asarray(encoded.ids, np.int64)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool) -> list[int]:
+    """Return the token ids of a short text, with the tokenizer's special tokens if wanted.
+
+    Raises CorpusError if the tokenizer fails, as one without an unknown token may.
+    """
+    with _encoding():
+        return list(tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises plain Exception
+        raise CorpusError(
+            f"tokenizer: expected one that can encode this text, got: {one_line(error)}"
+        ) from None
 
 
 def cut_apart(text: str | Iterable[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from offramp.errors import ConfigError, CorpusError
 from offramp.evaluation.reader import ChunkReader
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.files import parsing
 from offramp.models.base import EarlyExitModel, whole_step
 
 _PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
@@ -119,21 +120,25 @@ class ExitTrace:
 
     @classmethod
     def load(cls, path: Path) -> "ExitTrace":
-        """Read a trace that ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
+        """Read a trace that ``save`` wrote. Raises CheckpointError if the file is damaged."""
+        with (
+            parsing(path, "a trace"),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as stored,
+        ):
             num_layers, *exit_layers = stored["layers"].tolist()
             arrays = {name: stored[name] for name in stored.files if name != "layers"}
-        prefix = "confidence."
-        return cls(
-            num_layers=num_layers,
-            exit_layers=tuple(exit_layers),
-            confidence={
-                name.removeprefix(prefix): arrays.pop(name)
-                for name in list(arrays)
-                if name.startswith(prefix)
-            },
-            **arrays,
-        )
+            prefix = "confidence."
+            return cls(
+                num_layers=num_layers,
+                exit_layers=tuple(exit_layers),
+                confidence={
+                    name.removeprefix(prefix): arrays.pop(name)
+                    for name in list(arrays)
+                    if name.startswith(prefix)
+                },
+                **arrays,
+            )
 
 
 def perplexity(mean_nll: float) -> float:

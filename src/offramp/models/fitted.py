@@ -1,5 +1,6 @@
 """Gates, temperatures and the draft vocabulary of a model folder, in ``exits.safetensors``."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from offramp.errors import CheckpointError
 from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits, Gate, gate_of
-from offramp.files import file_sha256, read_json, read_tensors, replacing, write_json
+from offramp.files import file_sha256, parsing, read_json, read_tensors, replacing, write_json
+from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON
 
 _TEMPERATURE, _DRAFT_VOCAB = "temperature", "draft_vocab"
@@ -53,6 +55,11 @@ def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedEx
     path = folder / EXITS_FILE
     if not path.exists():
         return NOTHING_FITTED
+    with parsing(path, "gates, temperatures and a draft vocabulary"):
+        return _read(path, device)
+
+
+def _read(path: Path, device: torch.device | str) -> FittedExits:
     temperatures: dict[int, float] = {}
     states: dict[tuple[str, int], dict[str, Tensor]] = defaultdict(dict)
     draft_vocab = None
@@ -65,7 +72,9 @@ def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedEx
         if not (layer.isdecimal() and (kind == _TEMPERATURE) != bool(rest)):
             raise CheckpointError(f"{path}: expected gates and temperatures by layer, got {name}")
         if kind == _TEMPERATURE:
-            temperatures[int(layer)] = float(tensor)
+            temperatures[int(layer)] = temperature = float(tensor.item())
+            if not (math.isfinite(temperature) and temperature > 0):
+                raise CheckpointError(f"{path}: expected {name} above 0, got {temperature}")
         else:
             states[kind, int(layer)][rest[0]] = tensor
     gates: dict[str, dict[int, Gate]] = defaultdict(dict)
@@ -78,6 +87,34 @@ def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedEx
                 f"got: {' '.join(str(error).split())}"
             ) from None
     return FittedExits(gates=dict(gates), temperatures=temperatures, draft_vocab=draft_vocab)
+
+
+def check_fitted(fitted: FittedExits, model: EarlyExitModel, folder: Path) -> None:
+    """Raise a CheckpointError if a folder's gates or its draft vocabulary do not fit a model."""
+    path, early = folder / EXITS_FILE, list(model.exit_layers[:-1])
+    for kind, gates in fitted.gates.items():
+        for layer, gate in gates.items():
+            same_exits = kind == "gain" and sorted(gates) == early
+            got = (gate.up_proj.in_features, gate.out_proj.out_features)
+            outputs = (
+                1 if kind == "gate" else len(early[early.index(layer) :]) if same_exits else got[1]
+            )
+            if got != (model.hidden_size, outputs):
+                raise CheckpointError(
+                    f"{path}: expected a {kind} from width {model.hidden_size} to {outputs} at "
+                    f"exit layer {layer}, got one from width {got[0]} to {got[1]}"
+                )
+    drafts = fitted.draft_vocab
+    if drafts is not None and not (
+        drafts.dtype == torch.int64
+        and drafts.ndim == 1
+        and len(drafts)
+        and 0 <= int(drafts.min()) <= int(drafts.max()) < model.vocab_size
+    ):
+        raise CheckpointError(
+            f"{path}: expected the ids of {_DRAFT_VOCAB} from 0 to {model.vocab_size - 1}, got "
+            f"{drafts.dtype} of shape {tuple(drafts.shape)} or other ids"
+        )
 
 
 def _is_fitted(name: str) -> bool:

@@ -22,6 +22,7 @@ UNFINISHED = "unfinished.json"
 """The file that is in a run's folder until the run has ended."""
 FINISHED = "run.json"
 """The name of this file after the run has ended; with it the run can be extended."""
+_LONGEST = 1 << 31  # tokens
 ModelKind = Literal["native", "exits", "checkpoint"]
 
 
@@ -78,7 +79,7 @@ class ModelFiles:
 
     @cached_property
     def record(self) -> TrainingRecord:
-        """Return the training record. Raises CheckpointError if its window is invalid."""
+        """Return the training record. Raises CheckpointError if a hash or its window is invalid."""
         found: set[str] = set()
         tuned = self.about.get("trained")
         for stored, key in (
@@ -91,7 +92,12 @@ class ModelFiles:
             if isinstance(part, dict):
                 corpus = part if key == "corpus" else part.get("corpus")
                 sha256 = corpus.get("sha256") if isinstance(corpus, dict) else None
-                found |= {value for value in (sha256, part.get("corpus_sha256")) if value}
+                for value in (sha256, part.get("corpus_sha256")):
+                    if not (value is None or isinstance(value, str)):
+                        raise CheckpointError(
+                            f"{self.name}: expected the SHA-256 of a corpus in {key}, got {value!r}"
+                        )
+                    found |= {value} if value else set()
         return TrainingRecord(corpora=frozenset(found), window=self._window())
 
     @cached_property
@@ -101,7 +107,12 @@ class ModelFiles:
         for stored in (read_json(path) if path.is_file() else {}, self.config):
             end = stored.get("eos_token_id") if isinstance(stored, dict) else None
             if end is not None:
-                return tuple(end) if isinstance(end, list) else (int(end),)
+                ids = end if isinstance(end, list) else [end]
+                if not all(type(number) is int for number in ids):  # True is no id
+                    raise CheckpointError(
+                        f"{self.backbone.id}: eos_token_id: expected token ids, got {end!r}"
+                    )
+                return tuple(ids)
         return ()
 
     def _window(self) -> int | None:
@@ -109,7 +120,7 @@ class ModelFiles:
         if training is None:
             return None
         window = training.get("seq_len") if isinstance(training, dict) else None
-        if not isinstance(window, int) or window < 1:
+        if type(window) is not int or not 1 <= window < _LONGEST:
             raise CheckpointError(
                 f"{self.backbone.folder / 'config.json'}: expected training.seq_len of at least 1, "
                 f"got {window!r}"
@@ -126,8 +137,9 @@ def find_model(name: str | Path) -> ModelFiles:
     folder = Path(name).expanduser()
     own = folder if folder.is_dir() else None
     if own is not None and (own / EXITS_JSON).is_file():
+        exits = read_exits(own)
         return ModelFiles(
-            name=str(name), kind="exits", backbone=base_of(own), own=own, about=read_exits(own)
+            name=str(name), kind="exits", backbone=base_of(own, exits), own=own, about=exits
         )
     if own is not None and (own / UNFINISHED).exists() and not (own / "config.json").exists():
         raise CheckpointError(

@@ -20,7 +20,7 @@ from offramp.errors import (
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import TrainableModel
-from offramp.models.fitted import load_fitted
+from offramp.models.fitted import check_fitted, load_fitted
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.exits_file import (
     from_pretrained,
@@ -146,14 +146,18 @@ def open_model(
     )
     tokenizer = load_tokenizer(files)
     check_vocabulary(files.name, tokenizer, model)
+    fitted = NOTHING_FITTED
+    if files.own is not None:
+        fitted = load_fitted(files.own, device=device)
+        check_fitted(fitted, model, files.own)
     return OpenedModel(
         name=files.name,
         model=model,
         tokenizer=tokenizer,
-        fitted=NOTHING_FITTED if files.own is None else load_fitted(files.own, device=device),
+        fitted=fitted,
         runner="native" if isinstance(model, Transformer) else "transformers",
         record=files.record,
-        end_tokens=files.end_tokens,
+        end_tokens=tuple(token for token in files.end_tokens if 0 <= token < model.vocab_size),
         files=files,
     )
 
@@ -255,11 +259,15 @@ def _in_native_decoder(
             files.backbone,
             exit_layers=files.about["exit_layers"],
             exit_head=files.about["exit_head"],
-            dtype=dtype or tuned_dtype(files.own, files.about),
+            dtype=dtype or tuned_dtype(files.about),
         )
-        load_exits(model.exits, files.own)
+        load_exits(model.exits, files.own, files.about)
         return model
-    depth = int(files.config.get("num_hidden_layers", 1))
+    depth = files.config.get("num_hidden_layers", 1)
+    if type(depth) is not int or depth < 1:
+        raise CheckpointError(
+            f"{files.name}: num_hidden_layers: expected at least 1 layer, got {depth!r}"
+        )
     layers = resolve_exit_layers(exit_layers, depth)
     return load_native(
         files.backbone, exit_layers=layers, exit_head=exit_head or "shared", dtype=dtype

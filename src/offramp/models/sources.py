@@ -43,8 +43,7 @@ class Source:
         """Return the safetensors files by name. Raises CheckpointError if there are none."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            names = read_json(index).get("weight_map", {}).values()
-            return tuple(self.folder / name for name in sorted(set(names)))
+            return tuple(self.folder / name for name in _indexed(index))
         whole = self.folder / "model.safetensors"
         if whole.is_file():
             return (whole,)
@@ -60,6 +59,21 @@ class Source:
     def sha256(self) -> str:
         """SHA-256 of the weight files, concatenated by name, or of the packaged file."""
         return file_sha256(*((self.packaged,) if self.packaged else self.weights))
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the sorted file names of an index of safetensors, all in the folder of the index."""
+    content = read_json(index)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index}: expected weight_map, the file of each parameter")
+    for name in where.values():
+        plain = isinstance(name, str) and Path(name).name == name
+        if not (plain and name.endswith(".safetensors")):
+            raise CheckpointError(
+                f"{index}: expected safetensors files in the same folder, got {name!r}"
+            )
+    return sorted(set(where.values()))
 
 
 def find_checkpoint(id_or_dir: str | Path | Source) -> Source:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from offramp.report.fit import fit_table
 from offramp.report.plots import PALETTE, data_chart, layer, save_png
-from offramp.report.text import ppl_text
+from offramp.report.text import ppl_text, threshold_text
 
 Content = Mapping[str, Any]
 Record = dict[str, Any]
@@ -195,7 +195,7 @@ def _reliability(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.Laye
 def certificate_table(certificate: Content) -> Table:
     """What a certificate promises, from its JSON."""
     table = Table(title="Certificate", show_header=False, caption=certificate["sha256"])
-    table.add_column()
+    table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     flops = certificate["expected_flops_pct"]
     rows = {
@@ -205,10 +205,10 @@ def certificate_table(certificate: Content) -> Table:
         "sequences": f"{certificate['n']:,} of {certificate['assumptions']['sequence_tokens']} "
         "tokens",
         "confidence": certificate["confidence"],
-        "thresholds": ", ".join(str(threshold) for threshold in certificate["thresholds"]),
+        "thresholds": ", ".join(map(threshold_text, certificate["thresholds"])),
         "cost": f"Compute% {certificate['expected_compute_pct']:.1f}"
-        + ("" if flops is None else f", FLOPs% {flops:.1f}")
-        + f' (missing_kv="{certificate["missing_kv"]}")',
+        + ("" if flops is None else f", FLOPs% {flops:.1f}"),
+        "missing_kv": certificate["missing_kv"],
     }
     for name, text in rows.items():
         table.add_row(name, text)
@@ -221,9 +221,10 @@ def certificate_verdict(certificate: Content) -> str:
         return "No token may exit early under this promise: the certificate is for the full model."
     flops = certificate["expected_flops_pct"]
     cost = certificate["expected_compute_pct"] if flops is None else flops
+    thresholds = ", ".join(map(threshold_text, certificate["thresholds"]))
     return (
-        f"Certified: with thresholds {', '.join(map(str, certificate['thresholds']))} on "
-        f"{certificate['confidence']}, a token costs {cost:.1f}% of the full model's "
+        f"Certified: with thresholds {thresholds} on {certificate['confidence']}, a token costs "
+        f"{cost:.1f}% of the full model's "
         f"{'layers' if flops is None else 'FLOPs (heads and gates counted)'}."
     )
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -48,6 +49,50 @@ class Bars:
             self._said[name] = now
             line = f"{name.strip()}: {text}".rstrip()
             self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Run(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def total_steps(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def ppl(self) -> float: ...
+
+
+class StudyBars:
+    """One bar for a study, and one for each run that is training; ``say`` prints its messages."""
+
+    def __init__(self, drawn: Bars, say: Callable[[str], object]) -> None:
+        self.drawn, self.say, self.name = drawn, say, ""
+        self.total, self.done = 0, 0
+
+    def on_plan(self, name: str, total: int, tokens: int) -> None:
+        """The study begins."""
+        self.say(f"{name}: {total} runs, {tokens:,} training tokens in all")
+        self.name, self.total, self.done = name, total, 0
+        self.drawn.show(name, done=0, total=total, text="runs")
+
+    def on_timing(self, passes: int, tokens: int) -> None:
+        """The static models are timed."""
+        self.say(f"Timing the static models: {passes} passes over {tokens:,} tokens each")
+
+    def on_progress(self, progress: _Run) -> None:
+        """Move the bar of a run."""
+        text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"
+        self.drawn.show(
+            f"  {progress.name}", done=progress.step, total=progress.total_steps, text=text
+        )
+
+    def on_done(self, name: str) -> None:
+        """A run is finished."""
+        self.done += 1
+        self.drawn.drop(f"  {name}")
+        self.drawn.show(self.name, done=self.done, total=self.total, text="runs")
 
 
 @contextmanager

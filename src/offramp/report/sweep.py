@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from offramp.report.fit import fit_table
-from offramp.report.text import ppl_text
+from offramp.report.text import ppl_text, threshold_text
 
 LEAST_IMPORTANT = ("share by exit layer", "Shallow%", "Compute%")
 """Columns that are dropped where the terminal is too narrow, the first one first."""
@@ -32,7 +32,7 @@ def sweep_table(result: Mapping[str, Any], *, width: int = 120) -> Table:
             f"{layer}: {100 * share:.1f}%" for layer, share in row["exit_share"].items()
         )
         table.add_row(
-            _threshold(row["threshold"]),
+            threshold_text(row["threshold"]),
             ppl_text(row["ppl"], 3),
             f"{row['shallow_pct']:.1f}",
             f"{row['compute_pct']:.1f}",
@@ -55,10 +55,6 @@ def sweep_verdict(result: Mapping[str, Any]) -> str:
         )
     best = min(good, key=lambda row: row[by])
     return (
-        f"Threshold {_threshold(best['threshold'])} costs {best[by]:.1f}% of the full model's "
+        f"Threshold {threshold_text(best['threshold'])} costs {best[by]:.1f}% of the full model's "
         f"{cost_name} at PPL {ppl_text(best['ppl'], 3)}; full depth has {ppl_text(full, 3)}."
     )
-
-
-def _threshold(value: Any) -> str:
-    return ":".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -35,6 +35,12 @@ def ppl_text(ppl: Number, digits: int = 2) -> str:
     return f"{ppl:.{digits}f}" if ppl < 1e6 else f"{ppl:.1e}"
 
 
+def threshold_text(value: Any) -> str:
+    """A threshold, or one for each exit separated by colons, with at most 6 significant digits."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return ":".join(f"{float(each):g}" for each in values)
+
+
 def p_text(p: Number | None) -> str:
     """A p-value; a very small one as a bound."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -66,6 +66,13 @@ class RunProgress:
     "Training PPL of the deepest weighted layer."
 
 
+def default_jobs(threads: int = 1) -> int:
+    """Number of processes of this many threads for the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every platform
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // threads)
+
+
 def run_all(
     runs: Sequence[Run],
     folder: Path,

@@ -15,8 +15,8 @@ from tokenizers import (
 
 from offramp.data import UNKNOWN, character_tokenizer, count_unknown, encode, make_tokenizer
 from offramp.data import tokenizer as tokenizers_of_offramp
-from offramp.data.tokenizer import cut_apart, encode_pieces
-from offramp.errors import ConfigError
+from offramp.data.tokenizer import cut_apart, encode_pieces, encode_prompt
+from offramp.errors import ConfigError, CorpusError
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 AWKWARD = [
@@ -254,3 +254,11 @@ def test_a_token_that_reads_like_the_unknown_one_is_known():
     ids = encode(tokenizer, "<unk> other <unk>")
     assert ids.tolist() == [0, 1, 0]
     assert count_unknown(tokenizer, ids) == 1
+
+
+def test_a_tokenizer_that_cannot_encode_a_text_is_a_sentence():
+    broken = Tokenizer(models.WordLevel({"a": 0}, unk_token="<none>"))
+    for encode_text in (encode, lambda *text: encode_prompt(*text, special_tokens=True)):
+        assert list(encode_text(broken, "a")) == [0]
+        with pytest.raises(CorpusError, match=r"can encode this text.*Missing \[UNK\]"):
+            encode_text(broken, "b")

@@ -8,10 +8,12 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import check_tensors, obey_umask, read_json
+from offramp.files import count_tensors, obey_umask, read_json
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names of the number of layers in a config, which a library may try to make, however many."""
 _TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,13 +30,22 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
     """Load the causal language model of a checkpoint, which must contain every weight."""
     library = transformers()
     path = source.folder / "config.json"
-    if not isinstance(read_json(path), dict) or "model_type" not in read_json(path):
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("model_type"), str):
         raise CheckpointError(f"{path}: expected the config of a model with a model_type")
-    if read_json(path)["model_type"] not in library.CONFIG_MAPPING:
+    if stored["model_type"] not in library.CONFIG_MAPPING:
         raise UnsupportedArchitectureError(
             f"{source.id}: expected a model_type of transformers {library.__version__}, got "
-            f"{read_json(path)['model_type']!r}; code that comes with a model is never run"
+            f"{stored['model_type']!r}; code that comes with a model is never run"
         )
+    tensors = sum(count_tensors(file) for file in source.weights)
+    parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
+    for name, layers in ((name, part[name]) for part in parts for name in _LAYERS if name in part):
+        if type(layers) is not int or not 1 <= layers <= tensors:
+            raise CheckpointError(
+                f"{path}: {name}: expected 1 to {tensors}, the number of stored parameters, "
+                f"got {layers!r}"
+            )
     with quiet():
         try:
             config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
@@ -46,8 +57,6 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
                 f"{source.id}: expected a decoder-only (causal) language model, got "
                 f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
             )
-        for file in source.weights:
-            check_tensors(file)
         try:
             model, report = library.AutoModelForCausalLM.from_pretrained(
                 source.folder,

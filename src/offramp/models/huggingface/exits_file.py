@@ -23,7 +23,7 @@ from offramp.files import (
     write_json,
 )
 from offramp.models.exit_heads import ExitHeads
-from offramp.models.head_kinds import ExitHeadKind
+from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
 from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
@@ -33,6 +33,12 @@ from offramp.version import __version__
 FORMAT = 1
 EXITS_JSON = "offramp.json"
 EXITS_FILE = "exits.safetensors"
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def from_pretrained(
@@ -157,26 +163,35 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise CheckpointError(f"{path}: expected exits of format {FORMAT}, got format {found!r}")
-    for name, kind in (("base", dict), ("exit_layers", list), ("exit_head", str)):
-        if not isinstance(about.get(name), kind):
+    base, layers = about.get("base"), about.get("exit_layers")
+    valid = {
+        "base": isinstance(base, dict)
+        and all(isinstance(base.get(name), str) for name in ("id", "sha256")),
+        "exit_layers": isinstance(layers, list) and all(type(layer) is int for layer in layers),
+        "exit_head": about.get("exit_head") in EXIT_HEAD_KINDS,
+        "dtype": str(about.get("dtype")) in _DTYPES,
+        "trained": isinstance(about.get("trained"), dict | None),
+        "policy": isinstance(about.get("policy"), dict | None),
+    }
+    for name, fits in valid.items():
+        if not fits:
             raise CheckpointError(f"{path}: expected {name}, got {about.get(name)!r}")
     return about
 
 
-def tuned_dtype(folder: str | Path, about: Mapping[str, Any]) -> torch.dtype:
-    """Return the precision in which a folder's exits were trained, from its ``offramp.json``."""
-    dtype = getattr(torch, str(about.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(
-            f"{Path(folder) / EXITS_JSON}: expected a dtype, got {about.get('dtype')!r}"
-        )
-    return dtype
+def tuned_dtype(about: Mapping[str, Any]) -> torch.dtype:
+    """Return the precision in which exits were trained, from the content of ``read_exits``."""
+    return _DTYPES[about["dtype"]]
 
 
-def base_of(folder: str | Path, base: str | Path | Source | None = None) -> Source:
-    """Return the checkpoint of a folder's exits. Raises CheckpointError if it has changed."""
-    folder = Path(folder)
-    stored = read_exits(folder)["base"]
+def base_of(
+    folder: Path, about: Mapping[str, Any], base: str | Path | Source | None = None
+) -> Source:
+    """Return the checkpoint of a folder's exits, by the content ``about`` of ``read_exits``.
+
+    Raises CheckpointError if it has changed.
+    """
+    stored = about["base"]
     name = base if base is not None else stored.get("id")
     if name == ".":
         name = folder
@@ -196,24 +211,25 @@ def _load_exits(
     folder: Path, base: str | Path | Source | None, dtype: torch.dtype | None
 ) -> HuggingFaceModel:
     about = read_exits(folder)
-    source = base_of(folder, base)
-    backbone = load_backbone(source, dtype or tuned_dtype(folder, about))
+    source = base_of(folder, about, base)
+    backbone = load_backbone(source, dtype or tuned_dtype(about))
     model = _with_exits(backbone, about["exit_layers"], about["exit_head"])
     model.source = source
-    load_exits(model.exits, folder)
+    load_exits(model.exits, folder, about)
     return model
 
 
-def load_exits(exits: ExitHeads, folder: str | Path) -> None:
-    """Load the parameters of a model's exits from a folder's ``exits.safetensors``."""
-    folder = Path(folder)
-    about = read_exits(folder)
+def load_exits(exits: ExitHeads, folder: Path, about: Mapping[str, Any]) -> None:
+    """Load the parameters of a model's exits from a folder's ``exits.safetensors``.
+
+    ``about`` is the content of ``read_exits``.
+    """
     path = folder / EXITS_FILE
     stored = read_tensors(path)
-    if file_sha256(path) != about.get("exits_sha256"):
+    if (found := file_sha256(path)) != about.get("exits_sha256"):
         raise CheckpointError(
             f"{path}: expected the exits of {EXITS_JSON}, sha256 {about.get('exits_sha256')}, "
-            f"got {file_sha256(path)}"
+            f"got {found}"
         )
     own = {  # gates have names of their own
         name.removeprefix("exits."): value

@@ -9,10 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import read_json, read_tensors, replacing, write_json
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
+from offramp.options import config_of
 
 FORMAT = 1
 _TIED = "lm_head.weight"
@@ -49,11 +51,8 @@ def load_checkpoint(
             f"got format {about.get('format') if isinstance(about, dict) else None!r}"
         )
     config = _config_of(about.get("model"), folder)
-    try:
-        model = Transformer(config)
-    except (TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     state = read_tensors(folder / "model.safetensors")
+    model = empty_model(config, state, folder / "config.json")
     if config.tie_word_embeddings:
         state[_TIED] = state.get("model.embed_tokens.weight", torch.empty(0))
     try:
@@ -64,6 +63,26 @@ def load_checkpoint(
             + " ".join(str(error).split())
         ) from None
     return model.to(device=device, dtype=dtype).eval(), about
+
+
+def empty_model(
+    config: DecoderConfig, state: Mapping[str, torch.Tensor], path: Path, *, device: str = "cpu"
+) -> Transformer:
+    """Return a model of this shape for the parameters ``state``.
+
+    Raises CheckpointError, which names the config's file ``path``, for a shape of more layers
+    than there are parameters, and for one that does not fit into memory.
+    """
+    if config.num_hidden_layers > len(state):
+        raise CheckpointError(
+            f"{path}: num_hidden_layers: expected at most {len(state)}, the number of stored "
+            f"parameters, got {config.num_hidden_layers}"
+        )
+    try:
+        with torch.device(device):
+            return Transformer(config)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
 
 
 def weights_about(folder: Path) -> dict[str, str]:
@@ -77,6 +96,6 @@ def _config_of(stored: Any, folder: Path) -> DecoderConfig:
     if not isinstance(stored, dict) or not {"vocab_size"} <= set(stored) <= known:
         raise CheckpointError(f"{folder / 'config.json'}: expected a decoder config under 'model'")
     try:
-        return DecoderConfig(**{**stored, "exit_layers": tuple(stored["exit_layers"])})
-    except (ConfigError, KeyError, TypeError) as error:
+        return config_of(DecoderConfig, stored)
+    except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None

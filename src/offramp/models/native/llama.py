@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import read_json, read_tensors
+from offramp.files import parsing, read_json, read_tensors
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.native.checkpoint import empty_model
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
+from offramp.options import config_of
 
 FAMILIES = ("llama", "mistral")
 _MISTRAL_WINDOW = 4096  # default of Mistral's config
@@ -42,12 +44,12 @@ def load_native(
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path}: expected the config of a model")
-    config = decoder_config(stored, exit_layers=exit_layers, exit_head=exit_head)
+    with parsing(path, "the config of a model"):
+        config = decoder_config(stored, exit_layers=exit_layers, exit_head=exit_head)
     state: dict[str, torch.Tensor] = {}
     for file in source.weights:
         state |= read_tensors(file)
-    with torch.device("meta"):  # draws no random numbers
-        model = Transformer(config)
+    model = empty_model(config, state, path, device="meta")  # draws no random numbers
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     state = {name: value for name, value in state.items() if not name.endswith("inv_freq")}
@@ -97,24 +99,22 @@ def decoder_config(
                 f"{name}: the native decoder supports only {expected!r}, got {got!r}; "
                 "offramp.from_pretrained takes any causal language model"
             )
-    try:
-        return DecoderConfig(
-            vocab_size=stored["vocab_size"],
-            hidden_size=stored["hidden_size"],
-            num_hidden_layers=stored["num_hidden_layers"],
-            num_attention_heads=stored["num_attention_heads"],
-            num_key_value_heads=stored.get("num_key_value_heads"),
-            head_dim=stored.get("head_dim"),
-            intermediate_size=stored["intermediate_size"],
-            exit_layers=tuple(exit_layers),
-            exit_head=exit_head,
-            tie_word_embeddings=bool(stored.get("tie_word_embeddings")),
-            max_position_embeddings=longest,
-            rms_norm_eps=stored.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", stored.get("rope_theta", 10_000.0))),
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"config.json: expected the config of a model: {error}") from None
+    shape = {
+        "vocab_size": stored["vocab_size"],
+        "hidden_size": stored["hidden_size"],
+        "num_hidden_layers": stored["num_hidden_layers"],
+        "num_attention_heads": stored["num_attention_heads"],
+        "num_key_value_heads": stored.get("num_key_value_heads"),
+        "head_dim": stored.get("head_dim"),
+        "intermediate_size": stored["intermediate_size"],
+        "exit_layers": tuple(exit_layers),
+        "exit_head": exit_head,
+        "tie_word_embeddings": bool(stored.get("tie_word_embeddings")),
+        "max_position_embeddings": longest,
+        "rms_norm_eps": stored.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(rope.get("rope_theta", stored.get("rope_theta", 10_000.0))),
+    }
+    return config_of(DecoderConfig, shape)
 
 
 def to_transformers(model: Transformer) -> Any:

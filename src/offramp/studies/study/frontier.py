@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from offramp.evaluation.routed import RoutedTrace
 from offramp.evaluation.sweep import finite_nll
 from offramp.evaluation.trace import ExitTrace
+from offramp.files import parsing
 
 Floats = NDArray[np.float64]
 STRETCHES = 64
@@ -84,8 +85,12 @@ def save_frontiers(path: Path, frontiers: Mapping[FrontierKey, Frontier]) -> Non
 
 
 def load_frontiers(path: Path) -> dict[FrontierKey, Frontier]:
-    """Read the frontiers that ``save_frontiers`` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
+    """Read the frontiers of ``save_frontiers``. Raises CheckpointError if the file is damaged."""
+    with (
+        parsing(path, "the frontiers of a run of offramp study"),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
         names = sorted({name.rpartition("/")[0] for name in stored.files})
         return {
             _key(name): Frontier(**{of: stored[f"{name}/{of}"].astype("f8") for of in _ARRAYS})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.files import read_json, write_json
+from offramp.files import parsing, read_json, write_json
 
 FRONTIERS = "frontiers.npz"
 _RECORD = "run.json"
@@ -59,21 +59,22 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
-        """Read run.json."""
+        """Read run.json. Raises CheckpointError if it is damaged."""
         stored = read_json(folder / _RECORD)
-        gates = {name: float(cost) for name, cost in stored["flops"].items() if name != _FULL}
-        left = stored["left_at_budget"]
-        return cls(
-            label=stored["label"],
-            config=stored["config"],
-            train_tokens=stored["train_tokens"],
-            test_tokens=stored["test_tokens"],
-            exit_ppl={int(layer): float(ppl) for layer, ppl in stored["exit_ppl"].items()},
-            full_flops=float(stored["flops"][_FULL]),
-            gate_flops={name.removesuffix(_GATE): cost for name, cost in gates.items()},
-            left_at_budget=left and {int(layer): float(share) for layer, share in left.items()},
-            validations=stored["validations"],
-        )
+        with parsing(folder / _RECORD, "the record of a run of offramp study"):
+            gates = {name: float(cost) for name, cost in stored["flops"].items() if name != _FULL}
+            left = stored["left_at_budget"]
+            return cls(
+                label=str(stored["label"]),
+                config={**stored["config"]},
+                train_tokens=int(stored["train_tokens"]),
+                test_tokens=int(stored["test_tokens"]),
+                exit_ppl={int(layer): float(ppl) for layer, ppl in stored["exit_ppl"].items()},
+                full_flops=float(stored["flops"][_FULL]),
+                gate_flops={name.removesuffix(_GATE): cost for name, cost in gates.items()},
+                left_at_budget=left and {int(layer): float(share) for layer, share in left.items()},
+                validations=[{**validation} for validation in stored["validations"]],
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +98,14 @@ class RunTiming:
 
     @classmethod
     def load(cls, folder: Path) -> "RunTiming":
-        """Read timing.json."""
+        """Read timing.json. Raises CheckpointError if it is damaged."""
         stored = read_json(folder / _TIMING)
-        (full,) = stored["passes"][_FULL]
-        return cls(
-            seconds=stored["seconds"],
-            full_pass=full,
-            routed_passes={name: of for name, of in stored["passes"].items() if name != _FULL},
-            environment=stored["environment"],
-        )
+        with parsing(folder / _TIMING, "the times of a run of offramp study"):
+            passes = {name: [float(took) for took in of] for name, of in stored["passes"].items()}
+            (full,) = passes.pop(_FULL)
+            return cls(
+                seconds={part: float(took) for part, took in stored["seconds"].items()},
+                full_pass=full,
+                routed_passes=passes,
+                environment={**stored["environment"]},
+            )

@@ -94,10 +94,11 @@ def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> None:
         claim_marked(marker, mine)
         return
     stored = read_json(marker)
-    if stored.get("format") != FORMAT:
+    found = stored.get("format") if isinstance(stored, dict) else None
+    if found != FORMAT:
         raise CheckpointError(
             f"{out}: expected a study of format {FORMAT}, got one of another offramp version, "
-            f"of format {stored.get('format')}; choose another --out"
+            f"of format {found}; choose another --out"
         )
     if stored != mine:
         keys = dict.fromkeys((*mine, *stored))

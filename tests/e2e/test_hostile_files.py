@@ -1,0 +1,211 @@
+"""A file of a model with wrong content ends in one sentence and exit code 2, or does no harm."""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from offramp.files import file_sha256
+
+WRONG = ("abc", {}, [[1]], None, True, -1, 1.5, 10**30)
+JSON_FILES = (
+    ("native", "config.json"),
+    ("native", "tokenizer.json"),
+    ("checkpoint", "config.json"),
+    ("checkpoint", "generation_config.json"),
+    ("tuned", "offramp.json"),
+)
+UNREAD = ("training", "environment", "vocab")
+"""Objects whose fields are not read, but for the window of the training."""
+
+
+@pytest.fixture(scope="module")
+def tuned(offramp, checkpoint, tmp_path_factory):
+    """Exits, gates, temperatures and a draft vocabulary for the checkpoint."""
+    out = tmp_path_factory.mktemp("hostile") / "tuned"
+    text = checkpoint / "text.txt"
+    result = offramp(
+        *("tune", checkpoint, "--corpus", text, "--exits", "1,2", "--exit-head", "norm"),
+        *("--seq-len", 32, "--epochs", 1, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    result = offramp("confidence", out, "--corpus", text, "--fit", text)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture
+def folders(trained, checkpoint, tuned):
+    return {"native": trained, "checkpoint": checkpoint, "tuned": tuned}
+
+
+@pytest.fixture
+def tried(offramp, tmp_path):
+    """Run sweep or generate, in turn, on a damaged model; return what went wrong."""
+    text, turn = tmp_path / "text.txt", count()
+    text.write_text("7 quick brown foxes jump. " * 4)
+
+    def run(model: Path) -> str | None:
+        arguments = (
+            ("sweep", model, "--corpus", text),
+            ("generate", model, "7 quick", "--max-new-tokens", 2, "--threshold", 0.1),
+        )[next(turn) % 2]
+        try:
+            result = offramp(*arguments)
+        except Exception as error:
+            return f"{arguments[0]}: {type(error).__name__}: {str(error)[:300]}"
+        lines = result.stderr.splitlines()
+        fine = result.returncode == 0 or (
+            result.returncode == 2 and len(lines) == 1 and lines[0].startswith("offramp: ")
+        )
+        return None if fine else f"{arguments[0]}: {result.returncode}, {result.stderr[:300]}"
+
+    return run
+
+
+def places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to each value of a JSON document, that of the document itself first."""
+    yield at
+    if isinstance(content, dict) and not (at and at[-1] in UNREAD):
+        for name, part in content.items():
+            yield from places(part, (*at, name))
+    if at == ("training",):
+        yield ("training", "seq_len")
+
+
+def replaced(content: Any, at: tuple[Any, ...], value: Any) -> Any:
+    if not at:
+        return value
+    changed = copy.deepcopy(content)
+    parent = changed
+    for name in at[:-1]:
+        parent = parent[name]
+    parent[at[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(("kind", "name"), JSON_FILES)
+def test_every_field_with_wrong_values(folders, tried, tmp_path, kind, name):
+    model = tmp_path / "model"
+    shutil.copytree(folders[kind], model)
+    content = json.loads((model / name).read_text())
+    found = []
+    for at in places(content):
+        for value in WRONG:
+            (model / name).write_text(json.dumps(replaced(content, at, value)))
+            if wrong := tried(model):
+                found.append(f"{'.'.join(at)} = {value!r}: {wrong}")
+    assert not found, "\n".join([f"{len(found)} of {name}:", *found])
+
+
+EDITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *(("checkpoint", "generation_config.json", {"eos_token_id": v}) for v in ("", ["a"], [True])),
+    ("native", "config.json", {"corpus": {"sha256": [1]}}),
+    ("native", "config.json", {"specialised": {"corpus_sha256": {}}}),
+    ("native", "config.json", {"training": {"seq_len": math.nan}}),
+    ("tuned", "offramp.json", {"trained": {"corpus": {"sha256": [1]}}}),
+    ("tuned", "offramp.json", {"trained": {"specialised": {"corpus_sha256": 7}}}),
+    ("tuned", "offramp.json", {"exit_layers": ["a"]}),
+    ("tuned", "offramp.json", {"exit_layers": [True]}),
+    ("tuned", "offramp.json", {"exit_layers": [10**30]}),
+    ("tuned", "offramp.json", {"base": {"id": 5}}),
+    ("tuned", "offramp.json", {"dtype": "int8"}),
+)
+
+
+@pytest.mark.parametrize(("kind", "name", "edit"), EDITS)
+def test_a_field_of_a_wrong_kind_is_refused(offramp, folders, tmp_path, kind, name, edit):
+    model = tmp_path / "model"
+    shutil.copytree(folders[kind], model)
+    content = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps(content | edit))
+    refused(offramp("sweep", model, "--corpus", folders["checkpoint"] / "text.txt"), "expected")
+
+
+def refused(result: Any, expected: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("offramp: ")
+    assert result.stderr.count("\n") == 1
+    assert expected in result.stderr
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [],
+        {},
+        {"weight_map": []},
+        {"weight_map": {"lm_head.weight": 5}},
+        {"weight_map": {"lm_head.weight": ".."}},
+        {"weight_map": {"lm_head.weight": "../model.safetensors"}},
+        {"weight_map": {"lm_head.weight": "/model.safetensors"}},
+        {"weight_map": {"lm_head.weight": "config.json"}},
+        {"weight_map": {"lm_head.weight": "none.safetensors"}},
+    ],
+)
+def test_an_index_of_weights_names_files_beside_it(offramp, checkpoint, tmp_path, index):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    shutil.copy(model / "model.safetensors", tmp_path)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(offramp("sweep", model, "--corpus", checkpoint / "text.txt"), "expected")
+
+
+TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "temperature.1": lambda old: torch.ones(2),
+    "temperature.2": lambda old: torch.tensor(0.0),
+    "temperature.x": lambda old: torch.tensor(1.0),
+    "temperature.1 ": lambda old: torch.tensor(math.nan),
+    "gate.1.up_proj.weight": lambda old: old[:, :5].clone(),
+    "gate.1.norm.weight": lambda old: old[:5].clone(),
+    "gate.1.out_proj.bias": lambda old: torch.ones(()),
+    "gain.1.up_proj.weight": lambda old: old[0].clone(),
+    "gain.2.up_proj.weight": lambda old: old.to(torch.complex64),
+    "draft_vocab": lambda old: torch.tensor([1, 10**9]),
+    "draft_vocab ": lambda old: torch.tensor([-1]),
+    "draft_vocab  ": lambda old: torch.tensor([[1]]),
+    "draft_vocab   ": lambda old: torch.tensor([1.5]),
+    "draft_vocab    ": lambda old: torch.tensor([], dtype=torch.int64),
+    "exits.1.norm.weight": lambda old: old[:5].clone(),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_of_exits_that_do_not_fit(offramp, tuned, checkpoint, tmp_path, name):
+    model = tmp_path / "model"
+    shutil.copytree(tuned, model)
+    path, about = model / "exits.safetensors", model / "offramp.json"
+    stored, key = load_file(path), name.strip()
+    changed = stored | {key: TENSORS[name](stored.get(key, torch.ones(())))}
+    save_file(changed, path)
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps(content | {"exits_sha256": file_sha256(path)}))
+    refused(offramp("sweep", model, "--corpus", checkpoint / "text.txt"), "exits.safetensors: ")
+
+
+def test_gates_of_other_sizes_are_refused(offramp, tuned, checkpoint, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tuned, model)
+    path, about = model / "exits.safetensors", model / "offramp.json"
+    stored = load_file(path)
+    content = json.loads(about.read_text())
+    for kind, part in (("gate", "norm"), ("gain", "out_proj")):
+        changed = dict(stored)
+        if part == "norm":  # a gate for narrower states
+            for name in (f"{kind}.1.norm.weight", f"{kind}.1.up_proj.weight"):
+                changed[name] = stored[name][..., :5].clone()
+        else:  # one output more than there are exits
+            for name in (f"{kind}.1.out_proj.weight", f"{kind}.1.out_proj.bias"):
+                changed[name] = torch.cat([stored[name], stored[name][:1]])
+        save_file(changed, path)
+        about.write_text(json.dumps(content | {"exits_sha256": file_sha256(path)}))
+        refused(offramp("sweep", model, "--corpus", checkpoint / "text.txt"), f"expected a {kind}")
