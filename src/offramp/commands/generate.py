@@ -23,11 +23,7 @@ def generate(
     ``chat`` puts the prompt into the model's chat template. The text also ends at the model's
     end tokens.
     """
-    ids = (
-        chat_ids(opened, prompt)
-        if chat
-        else encode_prompt(opened.tokenizer, prompt, special_tokens=True)
-    )
+    ids = chat_ids(opened, prompt) if chat else encode_prompt(opened.tokenizer, prompt)
     stops = (*config.stop_tokens, *opened.end_tokens)
     return generate_ids(
         opened.model,

@@ -154,8 +154,8 @@ def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[N
             yield np.asarray(encoded.ids, np.int64)
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool) -> list[int]:
-    """Return the token ids of a short text, with the tokenizer's special tokens if wanted.
+def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Return the token ids of a short text, by default with the special tokens around it.
 
     Raises CorpusError if the tokenizer fails, as one without an unknown token may.
     """

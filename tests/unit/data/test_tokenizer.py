@@ -258,7 +258,7 @@ def test_a_token_that_reads_like_the_unknown_one_is_known():
 
 def test_a_tokenizer_that_cannot_encode_a_text_is_a_sentence():
     broken = Tokenizer(models.WordLevel({"a": 0}, unk_token="<none>"))
-    for encode_text in (encode, lambda *text: encode_prompt(*text, special_tokens=True)):
+    for encode_text in (encode, encode_prompt):
         assert list(encode_text(broken, "a")) == [0]
         with pytest.raises(CorpusError, match=r"can encode this text.*Missing \[UNK\]"):
             encode_text(broken, "b")

@@ -75,8 +75,8 @@ def empty_model(
     """
     if config.num_hidden_layers > len(state):
         raise CheckpointError(
-            f"{path}: num_hidden_layers: expected at most {len(state)}, the number of stored "
-            f"parameters, got {config.num_hidden_layers}"
+            f"{path}: num_hidden_layers: expected at most {len(state)}, the number of parameters "
+            f"in {path.with_name('model.safetensors')}, got {config.num_hidden_layers}"
         )
     try:
         with torch.device(device):
@@ -93,7 +93,7 @@ def weights_about(folder: Path) -> dict[str, str]:
 
 def _config_of(stored: Any, folder: Path) -> DecoderConfig:
     known = {field.name for field in fields(DecoderConfig)}
-    if not isinstance(stored, dict) or not {"vocab_size"} <= set(stored) <= known:
+    if not isinstance(stored, dict) or not {"vocab_size", "exit_layers"} <= set(stored) <= known:
         raise CheckpointError(f"{folder / 'config.json'}: expected a decoder config under 'model'")
     try:
         return config_of(DecoderConfig, stored)
