@@ -1,6 +1,7 @@
 """Where there is no terminal, long work leaves a line a minute."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -40,3 +41,27 @@ def test_a_terminal_gets_bars_and_no_lines(clock):
         drawn.show("alpha", done=7, total=12)
     assert "7/12" in terminal.getvalue()
     assert "7 of 12" not in terminal.getvalue()
+
+
+def test_a_study_has_a_bar_for_itself_and_one_for_each_run():
+    said, shown, dropped = [], {}, []
+
+    class Drawn:
+        def show(self, name, *, done, total, text=""):
+            shown[name] = (done, total, text)
+
+        def drop(self, name):
+            dropped.append(name)
+
+    watcher = progress.StudyBars(Drawn(), said.append)
+    watcher.on_plan("alpha", 2, 1000)
+    watcher.on_timing(3, 400)
+    watcher.on_progress(SimpleNamespace(name="half", step=1, total_steps=5, loss=2.0, ppl=7.389))
+    watcher.on_done("half")
+    assert said == [
+        "alpha: 2 runs, 1,000 training tokens in all",
+        "Timing the static models: 3 passes over 400 tokens each",
+    ]
+    assert shown["  half"] == (1, 5, "loss 2.000  PPL 7.39")
+    assert shown["alpha"] == (1, 2, "runs")
+    assert dropped == ["  half"]

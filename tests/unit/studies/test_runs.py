@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from offramp.errors import TrainingError
+from offramp.studies import runs
 from offramp.studies.runs import aside_of, put_in_place, run_all
 
 NOBODY = 2**22 + 1  # above the largest process id
@@ -87,3 +88,12 @@ def test_what_is_whole_when_the_stop_comes_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_all(runs, tmp_path, jobs=2, threads=1, on_progress=lambda _: None, on_done=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "late"]
+
+
+@pytest.mark.parametrize(("threads", "jobs"), [(1, 6), (2, 3), (4, 1), (9, 1)])
+def test_jobs_are_one_for_each_core_that_the_process_may_use(monkeypatch, threads, jobs):
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert runs.default_jobs(threads) == jobs
+    monkeypatch.delattr(runs.os, "sched_getaffinity")
+    assert runs.default_jobs(threads) == 64 // threads
