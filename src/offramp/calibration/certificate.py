@@ -80,6 +80,11 @@ class Certificate:
         """Read a certificate. Raises CertificateError if it is not one, or was edited."""
         stored = read_json(path)
         names = [field.name for field in fields(cls)]
+        if isinstance(stored, dict) and "compute_budget" in stored:
+            raise CertificateError(
+                f"{path}: expected a certificate, got thresholds for a compute budget, which have "
+                "no guarantee to check"
+            )
         if not isinstance(stored, dict) or sorted(stored) != sorted(names):
             raise CertificateError(f"{path}: expected a certificate with {', '.join(names)}")
         digest = hashlib.sha256(_canonical(stored)).hexdigest()

@@ -79,18 +79,21 @@ def certify(
 
 def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int) -> dict[str, Any]:
     if promise.risk == "disagreement":
-        what = f"the share of tokens whose first choice differs is at most {promise.epsilon}"
+        what = (
+            f"at most {100 * promise.epsilon:g}% of the tokens get another prediction than from "
+            "the full model"
+        )
     else:
         what = (
-            f"the mean NLL gap, from 0 to {promise.bound} nats per token, is at most "
-            f"{promise.epsilon} nats"
+            f"the NLL gap to the full model, clipped from 0 to {promise.bound} nats per token, is "
+            f"at most {promise.epsilon} nats on average"
         )
     if promise.method == "ltt":
-        sure = f"With probability at least {1 - promise.delta:g} over the calibration text, "
+        sure = f"With probability {1 - promise.delta:g} or more over the calibration text, "
     else:
         sure = "On average over calibration texts, "
     return {
-        "promise": f"{sure}{what}, against the full model.",
+        "promise": f"{sure}{what}.",
         "text": (
             "It holds for sequences from the same distribution as the calibration sequences, if "
             "they are independent; contiguous windows of one document are only partly so."

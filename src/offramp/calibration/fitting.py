@@ -1,6 +1,6 @@
 """Fit gates and temperatures to the exits of a trained model. The model does not change."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -43,8 +43,17 @@ def fit_exits(
     return FittedExits(gates=gates, temperatures=found)
 
 
-def fit_gates(kind: str, sample: ExitSample, config: GateConfig | None = None) -> dict[int, Gate]:
-    """Fit a gate of this kind for every exit but the last; returns gates by exit layer."""
+def fit_gates(
+    kind: str,
+    sample: ExitSample,
+    config: GateConfig | None = None,
+    *,
+    on_gate: Callable[[], None] = lambda: None,
+) -> dict[int, Gate]:
+    """Fit a gate of this kind for every exit but the last; returns gates by exit layer.
+
+    ``on_gate`` is called after each gate.
+    """
     trace = sample.trace
     early = trace.exit_layers[:-1]
     agree = torch.from_numpy(trace.argmax == trace.argmax[-1]).float()
@@ -54,6 +63,7 @@ def fit_gates(kind: str, sample: ExitSample, config: GateConfig | None = None) -
     for index, layer in enumerate(early):
         later = agree[index : index + 1] if kind == "gate" else kl[index : len(early)]
         gates[layer] = fit_gate(kind, sample.states[layer], later.T.contiguous(), config)
+        on_gate()
     return gates
 
 

@@ -23,7 +23,7 @@ class SpecialiseConfig:
     weight_decay: float = 0.01
     "AdamW's weight decay."
     others: float = 0.05
-    "Weight of a token that does not leave at the exit; 1 for one that does."
+    "Weight of tokens that do not exit here; those that do have weight 1."
     imitate: float = 1.0
     """Share of KL(p_L || p_e) in the loss; the rest is cross-entropy. (The model has memorised
     much of a text that it was trained on for several epochs; the last layer is then a better

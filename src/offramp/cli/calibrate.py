@@ -114,7 +114,16 @@ def _check(
     from offramp.report.confidence import drift_sentence
 
     content = check(opened, corpus, certificate, level=level.delta, on_tokens=on_tokens)
-    return lambda: say_verdict(drift_sentence(content)), (content, content)
+
+    def show() -> None:
+        say_verdict(drift_sentence(content))
+        if content["same_corpus"]:
+            say(
+                f"{corpus}: this is the text that the certificate was made with, so the check says "
+                "nothing about new text."
+            )
+
+    return show, (content, content)
 
 
 def _budget(

@@ -1,6 +1,7 @@
 """offramp confidence."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -12,6 +13,7 @@ from offramp.cli.base import (
     Text,
     Threads,
     check_out_file,
+    console,
     open_for,
     output,
     say,
@@ -59,12 +61,19 @@ def confidence(
         frontier_table,
         save_confidence_png,
     )
+    from offramp.report.progress import bars
 
     use(device, threads)
     opened = open_for(model, device=device, dtype="float32" if fit else dtype)
     if fit is not None:
-        say(f"{model}: gates and temperatures are fitted to {fit}")
-        opened = fit_exits(opened, fit)
+        say(f"Fitting gates and temperatures to {fit}; this can take minutes")
+        with bars(console) as drawn:
+            opened = fit_exits(
+                opened,
+                fit,
+                on_gate=lambda done, total: drawn.show("fit", done=done, total=total, text="gates"),
+            )
+        say(f"Stored gates and temperatures in {quote(str(model))}")
     with token_bar("trace") as on_tokens:
         content = measure_confidence(opened, corpus, measures=measures, on_tokens=on_tokens)
     shown = output()

@@ -1,6 +1,7 @@
 """offramp export."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -18,7 +19,7 @@ def export(
     ----------
     model_dir
         A folder that ``offramp train`` or ``offramp tune`` wrote, or a Hugging Face checkpoint
-        (whose exits say what its final norm and LM head say of their layers).
+        (its exits use its final norm and LM head).
     exit_layer
         The exit: the number of layers to keep. Its head must be shared, norm or full.
     out
@@ -28,4 +29,7 @@ def export(
 
     work_begins()
     export_exit(model_dir, exit_layer, out)
-    say(f"{out} holds the first {exit_layer} layers, which AutoModelForCausalLM can load.")
+    say(
+        f"{quote(str(out))} holds the first {exit_layer} layers, which AutoModelForCausalLM can "
+        "load."
+    )

@@ -154,7 +154,7 @@ def _print_text(
 
     seconds, rate = _timed(generation, show=show)
     print()
-    if exits and console.color_system is not None and shown.color_system is not None:
+    if exits and shown.is_terminal and shown.color_system and not shown.no_color:
         console.print(_legend(opened))
     _say_summary(generation, opened, rate=rate, prefill=seconds)
 
@@ -231,5 +231,6 @@ def _say_summary(
         parts.append(f"{rate:.1f} tokens/s after {prefill:.2f} s to the first")
     parts.append(f"mean layers {generation.mean_layers:.1f} of {opened.model.num_layers}")
     if generation.acceptance_rate is not None:
+        parts[-1] += " (rejected drafts included)"
         parts.append(f"acceptance rate {100 * generation.acceptance_rate:.0f}%")
     say("; ".join(parts))

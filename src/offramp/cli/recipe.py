@@ -11,7 +11,7 @@ from offramp.cli.app import FLAGS
 from offramp.cli.base import console, output, say
 from offramp.cli.config_file import write_config_file
 from offramp.cli.interrupts import work_begins
-from offramp.cli.study import Where, say_answers
+from offramp.cli.study import Where, say_answers, say_how_to_continue
 from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.config import RecipeConfig
 from offramp.training.config import TrainConfig
@@ -46,7 +46,7 @@ def recipe(
 
     workers = (where or Where()).workers(out)
     work_begins()
-    with bars(console) as drawn:
+    with bars(console) as drawn, say_how_to_continue(out):
         run, result = find_recipe(config, out, watcher=StudyBars(drawn, say), workers=workers)
     write_config_file(out / FILE, flags_of(run, config))
     shown = output()

@@ -46,6 +46,6 @@ def specialise(
     shown.print(specialise_table(found, width=shown.width))
     say_verdict(specialise_verdict(found))
     say(
-        f"{out} holds the model. Measure it on other text with: "
+        f"{quote(str(out))} holds the model. Measure it on other text with: "
         f"offramp confidence {quote(str(out))} --corpus OTHER"
     )

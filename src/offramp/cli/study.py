@@ -1,7 +1,10 @@
 """offramp study."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -71,12 +74,22 @@ def study(
 
     workers = (where or Where()).workers(out)
     work_begins()
-    with bars(console) as drawn:
+    with bars(console) as drawn, say_how_to_continue(out):
         result = run_study(
             study_named(name), config, out, watcher=StudyBars(drawn, say), workers=workers
         )
     say_answers(result)
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
+
+
+@contextmanager
+def say_how_to_continue(out: Path) -> Iterator[None]:
+    """After Ctrl-C, say what is kept and how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"Stopped. The finished runs are kept in {quote(str(out))}; the same command continues")
+        raise
 
 
 def say_answers(result: "StudyResult") -> None:

@@ -89,7 +89,10 @@ def _folder(resume: Path | None, out: Path | None, *, given: bool, corpus: str |
     if resume:
         return resume
     if out is None or corpus is None:
-        raise ConfigError("train: expected --corpus and --out, or --resume; got neither")
+        missing = " and ".join(
+            name for name, value in (("--corpus", corpus), ("--out", out)) if value is None
+        )
+        raise ConfigError(f"train: expected --corpus and --out, or --resume; {missing} is missing")
     return out
 
 
@@ -103,8 +106,8 @@ def _say_summary(folder: Path, result: "TrainResult") -> None:
     say(f"{summary.parameters:,} parameters, trained on {summary.tokens:,} tokens")
     say(f"best validation PPL by layer  {best}  (step {summary.best.step})")
     say(
-        f"{folder} holds the best parameters, {folder / 'last'} those of step {result.step}, "
-        f"{folder / METRICS} the figures of each step."
+        f"{quote(str(folder))} holds the best parameters, {quote(str(folder / 'last'))} those of "
+        f"step {result.step}, {quote(str(folder / METRICS))} the figures of each step."
     )
     say(f"Next: offramp sweep {quote(str(folder))} --corpus OTHER_TEXT")
 

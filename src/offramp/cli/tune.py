@@ -58,6 +58,6 @@ def tune(
         shown.print(tune_table(trained, width=shown.width))
         say_verdict(tune_verdict(trained))
     say(
-        f"{out} holds the {'model' if trained['unfreeze'] else 'exits'}. "
+        f"{quote(str(out))} holds the {'model' if trained['unfreeze'] else 'exits'}. "
         f"Next: offramp probe {quote(str(out))} --corpus OTHER_TEXT"
     )

@@ -1,8 +1,9 @@
 """How good each confidence measure is on a text: ``offramp confidence``."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from offramp.models.fitted import save_fitted
 from offramp.models.open import OpenedModel
 
 CURVE_POINTS = 101
+OnGate = Callable[[int, int], None]
+"""Called after each gate with (gates fitted, gates in all)."""
 
 
 def usable_measures(opened: OpenedModel) -> tuple[str, ...]:
@@ -86,6 +89,7 @@ def fit(
     *,
     max_tokens: int = 131_072,
     config: GateConfig | None = None,
+    on_gate: OnGate = lambda done, total: None,
 ) -> OpenedModel:
     """Fit gates to a corpus's training text and temperatures to its validation text.
 
@@ -95,7 +99,7 @@ def fit(
     folder = None if opened.files is None else opened.files.own
     if folder is None:
         raise ConfigError(f"{opened.name}: expected the folder of a model, to keep its gates in")
-    fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config)
+    fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config, on_gate=on_gate)
     save_fitted(fitted, folder)
     return replace(opened, fitted=fitted)
 
@@ -106,11 +110,12 @@ def fit_to(
     *,
     max_tokens: int = 131_072,
     config: GateConfig | None = None,
+    on_gate: OnGate = lambda done, total: None,
 ) -> FittedExits:
-    """The gates and temperatures that ``fit`` keeps."""
+    """Fit the gates and temperatures that ``fit`` keeps."""
     opened.require_exits()
     ids = training_ids(opened, load_corpus(corpus))
-    return fit_to_ids(opened, *ids, max_tokens=max_tokens, config=config)
+    return fit_to_ids(opened, *ids, max_tokens=max_tokens, config=config, on_gate=on_gate)
 
 
 def fit_to_ids(
@@ -120,9 +125,12 @@ def fit_to_ids(
     *,
     max_tokens: int = 131_072,
     config: GateConfig | None = None,
+    on_gate: OnGate = lambda done, total: None,
 ) -> FittedExits:
-    """The gates for the training ids, and the temperatures for the validation ids, of a text."""
+    """Fit gates to the training ids and temperatures to the validation ids of a text."""
     config = config or GateConfig()
+    total = len(GATE_KINDS) * (len(opened.model.exit_layers) - 1)
+    done = count(1)
     order = torch.Generator().manual_seed(config.seed)
     gates = collect_sample(opened.model, windows(opened, train_ids, order), max_tokens=max_tokens)
     order.manual_seed(config.seed)
@@ -130,7 +138,10 @@ def fit_to_ids(
         opened.model, windows(opened, validation_ids, order), max_tokens=max_tokens
     )
     return FittedExits(
-        gates={kind: fit_gates(kind, gates, config) for kind in GATE_KINDS},
+        gates={
+            kind: fit_gates(kind, gates, config, on_gate=lambda: on_gate(next(done), total))
+            for kind in GATE_KINDS
+        },
         temperatures=fit_temperatures(opened.model, held_out),
         draft_vocab=opened.fitted.draft_vocab,
     )

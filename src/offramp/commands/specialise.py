@@ -53,10 +53,10 @@ def specialise(
     check_specialise(own_model, config, context=(opened.window + 1) / 2)
     check_free(out)
     before = exit_ppl(opened)
-    on_stage("exits learn from the tokens that leave there")
+    on_stage("Step 1 of 2: training each exit on the tokens that exit there; this can take minutes")
     order = torch.Generator().manual_seed(config.seed + 1)  # the gates' sample is another
     left = specialise_exits(own_model, windows(own, train_ids, order), config)
-    on_stage("gates and temperatures are fitted to the new exits")
+    on_stage("Step 2 of 2: fitting gates and temperatures to the new exits")
     own = replace(own, fitted=fit_to_ids(own, train_ids, validation_ids))
     specialised = {**asdict(config), "corpus": {"name": text.name, "sha256": text.sha256}}
     save_model(own, out, about={"specialised": specialised})

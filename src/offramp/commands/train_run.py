@@ -70,11 +70,17 @@ def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
         kept = Checkpoints(folder=out / "checkpoints").paths()
         done = int(kept[-1].name.removeprefix("step-")) if kept else 0
         if steps <= done or not kept:
-            least = f"more than the {done} steps that the run has" if kept else "a checkpoint"
-            raise CheckpointError(f"steps: expected {least} to extend it, got {steps}")
+            if not kept:
+                raise CheckpointError(f"{out}: expected a checkpoint to continue from, found none")
+            raise CheckpointError(
+                f"steps: expected more than the {done} steps that the run has, got {steps}"
+            )
     stored = read_json(unfinished if unfinished.exists() else finished)
     if not isinstance(stored, dict) or not {"run", "corpus_sha256"} <= set(stored):
         raise CheckpointError(f"{out}: expected the description of a run in {UNFINISHED}")
+    planned = stored_run(stored["run"]).training.steps
+    if steps is not None and planned is not None and steps < planned:
+        raise CheckpointError(f"steps: expected at least the run's own {planned}, got {steps}")
     if steps is not None and _ran_out_of_patience(kept[-1], stored_run(stored["run"]).training):
         raise CheckpointError(
             f"{out}: expected a run that ended at its last step, but this one was stopped by "

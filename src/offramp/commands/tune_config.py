@@ -27,7 +27,7 @@ class TuneConfig:
     loss_weights: str | None = None
     "With --unfreeze: weights by layer, such as 8=0.5,30=1 (default: 1 at every exit)."
     tokens: int | None = None
-    "Read only so many tokens of the text."
+    "Read only this many tokens of the text."
     epochs: int | None = None
     "Passes over the text (default: 4; with --unfreeze 1)."
     lr: float | None = None

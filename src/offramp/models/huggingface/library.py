@@ -14,7 +14,7 @@ def transformers() -> Any:
         return importlib.import_module("transformers")
     except ImportError:
         raise CheckpointError(
-            "expected the library transformers, which is not installed; pip install offramp[hf]"
+            "expected the library transformers, which is not installed; pip install 'offramp[hf]'"
         ) from None
 
 
