@@ -140,12 +140,13 @@ class EarlyExitLM:
             )
         return ResultTable(rows=[SweepRow(**row) for row in content["rows"]], content=content)
 
-    def fit(self, text: Corpus) -> "EarlyExitLM":
+    def fit(self, text: Corpus, *, progress: bool = False) -> "EarlyExitLM":
         """Fit gates (for ``confidence="gate"`` and ``"gain"``) and temperatures to a text.
 
         The model stays as it is. Returns the model with the gates; ``save`` keeps them.
         """
-        fitted = confidence.fit_to(self._opened, str(text))
+        with call_bar("fit", shown=progress) as on_gate:
+            fitted = confidence.fit_to(self._opened, str(text), on_gate=on_gate)
         return EarlyExitLM(replace(self._opened, fitted=fitted), keep=self._keep)
 
     def certify(

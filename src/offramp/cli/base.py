@@ -57,7 +57,7 @@ def use(device: str, threads: int | None) -> None:
         if torch.device(device).type == "cpu" and torch.device(device).index:
             raise RuntimeError(device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise ConfigError(f"device: expected one that is here, such as cpu, got {device}") from None
+        raise ConfigError(f"device: {device!r} is not available; use cpu") from None
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads: expected at least 1, got {threads}")
