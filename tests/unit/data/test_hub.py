@@ -160,7 +160,7 @@ def test_what_the_library_says_is_passed_on_in_one_line(monkeypatch):
 
 def test_without_the_library_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install offramp[hf]" in refused("hf:wikitext/wikitext-2-raw-v1")
+    assert "pip install 'offramp[hf]'" in refused("hf:wikitext/wikitext-2-raw-v1")
 
 
 @pytest.mark.parametrize("status", [200, 404, 405])
