@@ -177,6 +177,29 @@ def test_a_finished_run_is_extended_as_if_it_had_been_that_long(offramp, tmp_pat
     assert steps == [10, 20, 30, 40]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"run": 7},
+        {"run": {}},
+        {"run": {"training": [], "model": {}}},
+        {"run": {"training": {"select_at": "x", "alpha_steps": []}, "model": {}}},
+        {"run": {"training": {"select_at": None, "alpha_steps": 3}, "model": {}}},
+        {"run": {"training": {"select_at": None, "alpha_steps": [], "steps": "x"}, "model": {}}},
+    ],
+)
+def test_a_damaged_description_of_a_run_is_one_sentence(offramp, trained, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    stored = json.loads((folder / "run.json").read_text())
+    (folder / "unfinished.json").write_text(json.dumps({**stored, **damage}))
+    for flags in ((), ("--steps", 60)):
+        result = offramp("train", "--resume", folder, *flags)
+        assert result.returncode == 2, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert "unfinished.json" in result.stderr
+
+
 def test_a_run_that_patience_stopped_is_not_extended(offramp, tmp_path):
     out = tmp_path / "model"
     shape = ("--corpus", "pangram", "--layers", 1, "--dim", 16, "--heads", 2, "--exits", 1)

@@ -8,7 +8,7 @@ from typing import Any
 from offramp.errors import CheckpointError
 from offramp.exits.weightings import parse_loss_weights
 from offramp.exits.weights import RECOMMENDED
-from offramp.files import count_parameters, read_json
+from offramp.files import count_parameters, parsing, read_json
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.config import DecoderConfig
 from offramp.training.checkpoint import Checkpoints
@@ -75,13 +75,17 @@ def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
             raise CheckpointError(
                 f"steps: expected more than the {done} steps that the run has, got {steps}"
             )
-    stored = read_json(unfinished if unfinished.exists() else finished)
+    described = unfinished if unfinished.exists() else finished
+    stored = read_json(described)
     if not isinstance(stored, dict) or not {"run", "corpus_sha256"} <= set(stored):
         raise CheckpointError(f"{out}: expected the description of a run in {UNFINISHED}")
-    planned = stored_run(stored["run"]).training.steps
-    if steps is not None and planned is not None and steps < planned:
-        raise CheckpointError(f"steps: expected at least the run's own {planned}, got {steps}")
-    if steps is not None and _ran_out_of_patience(kept[-1], stored_run(stored["run"]).training):
+    with parsing(described, "the description of a run"):
+        training = stored_run(stored["run"]).training
+    if steps is not None and training.steps is not None and steps < training.steps:
+        raise CheckpointError(
+            f"steps: expected at least the run's own {training.steps}, got {steps}"
+        )
+    if steps is not None and _ran_out_of_patience(kept[-1], training):
         raise CheckpointError(
             f"{out}: expected a run that ended at its last step, but this one was stopped by "
             f"--patience at step {done}; it would take no further step"
@@ -90,8 +94,10 @@ def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
 
 
 def _ran_out_of_patience(checkpoint: Path, training: TrainConfig) -> bool:
-    state = read_json(checkpoint / "state.json")
-    return stale([stored_validation(each) for each in state["validations"]], training)
+    path = checkpoint / "state.json"
+    state = read_json(path)
+    with parsing(path, "the state of a run"):
+        return stale([stored_validation(each) for each in state["validations"]], training)
 
 
 def stored_run(stored: dict[str, Any]) -> TrainRun:
