@@ -107,12 +107,7 @@ class ModelFiles:
         for stored in (read_json(path) if path.is_file() else {}, self.config):
             end = stored.get("eos_token_id") if isinstance(stored, dict) else None
             if end is not None:
-                ids = end if isinstance(end, list) else [end]
-                if not all(type(number) is int for number in ids):  # True is no id
-                    raise CheckpointError(
-                        f"{self.backbone.id}: eos_token_id: expected token ids, got {end!r}"
-                    )
-                return tuple(ids)
+                return token_ids(end, self.backbone.id)
         return ()
 
     def _window(self) -> int | None:
@@ -126,6 +121,14 @@ class ModelFiles:
                 f"got {window!r}"
             )
         return window
+
+
+def token_ids(end: Any, name: str) -> tuple[int, ...]:
+    """Return an ``eos_token_id`` (an id or a list of ids) as a tuple. Raises CheckpointError."""
+    ids = end if isinstance(end, list) else [end]
+    if not all(type(number) is int for number in ids):  # True is no id
+        raise CheckpointError(f"{name}: eos_token_id: expected token ids, got {end!r}")
+    return tuple(ids)
 
 
 def find_model(name: str | Path) -> ModelFiles:

@@ -36,6 +36,7 @@ from offramp.models.model_files import (
     check_vocabulary,
     find_model,
     load_tokenizer,
+    token_ids,
 )
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
@@ -205,7 +206,7 @@ def open_in_memory(
         model=opened,
         tokenizer=backend,
         runner="native" if isinstance(opened, Transformer) else "transformers",
-        end_tokens=() if end is None else tuple(end) if isinstance(end, list) else (int(end),),
+        end_tokens=() if end is None else token_ids(end, f"{type(model).__name__} in memory"),
         chat_tokenizer=tokenizer if backend is not tokenizer else None,
     )
 

@@ -120,6 +120,18 @@ def test_what_is_no_model_in_memory_is_refused(checkpoint, model, tokenizer, sen
         )
 
 
+def test_the_end_tokens_of_a_model_in_memory_are_checked(checkpoint):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = open_model(checkpoint).tokenizer
+    for end, ids in ((None, ()), (3, (3,)), ([3, 4], (3, 4))):
+        lm.generation_config.eos_token_id = end
+        assert open_in_memory(lm, tokenizer).end_tokens == ids
+    for end in ("abc", [[1]], True):
+        lm.generation_config.eos_token_id = end
+        with pytest.raises(CheckpointError, match="eos_token_id: expected token ids"):
+            open_in_memory(lm, tokenizer)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
