@@ -160,8 +160,10 @@ def test_times_are_percent_of_a_full_pass(tiny, whole, tmp_path):
         ).save(out / "runs" / run.name)
     times = timing.timings(runs, out / "runs", out)
     assert times.seconds == {"train": 8.0, "specialise": 4.0, "evaluate": 16.0}
-    shallow, standard = (entry.seconds_pct for entry in times.static)
-    assert 0 < shallow < standard == 100.0
+    kept = read_times(out / "timing.json").static
+    assert [entry.seconds_pct for entry in times.static] == [entry.seconds_pct for entry in kept]
+    assert [entry.layers for entry in kept] == [1, 3]
+    assert kept[-1].seconds_pct == 100.0
     result = read_study(out / "study.json")
     for entry in times.routed:
         assert [point.seconds_pct for point in entry.points] == [50.0] * len(entry.points)
