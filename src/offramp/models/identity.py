@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +81,11 @@ def _config(model: TrainableModel, files: ModelFiles | None, native: bool) -> Ma
     """What the config says of the computation; of a Llama-family one, what the decoder reads."""
     if native:
         assert isinstance(model, Transformer)
-        return asdict(model.config)
+        return model.config.stored()
     backbone: Any = None if files else model.to_transformers()
     stored = files.config if files else json.loads(backbone.config.to_json_string())
     try:
-        return asdict(decoder_config(stored, exit_layers=(), exit_head="shared"))
+        return decoder_config(stored, exit_layers=(), exit_head="shared").stored()
     except (UnsupportedArchitectureError, CheckpointError, ConfigError):
         return {key: value for key, value in stored.items() if key not in _WRITTEN_ANEW}
 

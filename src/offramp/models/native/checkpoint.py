@@ -1,7 +1,7 @@
 """Load and save a model folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def save_checkpoint(
         del state[_TIED]
     with replacing(folder / "model.safetensors") as aside:
         save_file(state, aside, metadata={"format": "pt", **weights_about})
-    config = {"format": FORMAT, "model": asdict(model.config), **about}
+    config = {"format": FORMAT, "model": model.config.stored(), **about}
     write_json(folder / "config.json", config)
 
 

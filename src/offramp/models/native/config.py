@@ -1,13 +1,14 @@
 """The shape of a native decoder. Imports no PyTorch, for a fast start of the command line."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from offramp.errors import ConfigError
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 
 NormOrder = Literal["pre", "post"]
+RopeType = Literal["default", "linear", "llama3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,17 @@ class DecoderConfig:
     "Epsilon of the RMSNorm."
     rope_theta: float = 10_000.0
     "Base of the rotary positions."
+    rope_type: RopeType = "default"
+    """Scaling of the rotary positions for texts longer than those of an earlier training: default
+    (none), linear, or llama3 (as in Llama 3.1)."""
+    rope_factor: float = 1.0
+    "Factor of the scaling, which divides the frequencies."
+    rope_low_freq_factor: float = 1.0
+    "With llama3: a frequency with fewer turns in the original length is divided by the factor."
+    rope_high_freq_factor: float = 4.0
+    "With llama3: a frequency with more turns in the original length stays as it is."
+    rope_original_length: int | None = None
+    "With llama3: number of positions of the earlier training."
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,6 +75,7 @@ class DecoderConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}: expected a number above 0, got {value}")
+        self._check_rope()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ConfigError(f"head_dim: expected an even number above 0, got {self.head_dim}")
@@ -98,3 +111,56 @@ class DecoderConfig:
             object.__setattr__(self, "num_key_value_heads", heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
+
+    def _check_rope(self) -> None:
+        """Raise a ConfigError for a scaling of the rotary positions that makes no sense."""
+        if self.rope_type not in get_args(RopeType):
+            expected = ", ".join(get_args(RopeType))
+            raise ConfigError(f"rope_type: expected one of {expected}, got {self.rope_type!r}")
+        for name in _ONLY_SCALED:
+            usual, got = getattr(DecoderConfig, name), getattr(self, name)
+            if got != usual and name not in _READ[self.rope_type]:
+                raise ConfigError(
+                    f"{name}: expected none with rope_type {self.rope_type}, got {got}"
+                )
+        if not (math.isfinite(self.rope_factor) and self.rope_factor > 0):
+            raise ConfigError(f"rope_factor: expected a number above 0, got {self.rope_factor}")
+        if self.rope_type != "llama3":
+            return
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        for name in ("rope_low_freq_factor", "rope_high_freq_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}: expected a number above 0, got {value}")
+        if low >= high:
+            raise ConfigError(
+                f"rope_low_freq_factor: expected below rope_high_freq_factor {high:g}, got {low:g}"
+            )
+        if self.rope_original_length is None or self.rope_original_length < 1:
+            raise ConfigError(
+                "rope_original_length: expected at least 1 with rope_type llama3, got "
+                f"{self.rope_original_length}"
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """Return the fields as files store them: those of a scaling only if there is one."""
+        scaled = self.rope_type != "default"
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if scaled or name not in ("rope_type", *_ONLY_SCALED)
+        }
+
+
+_READ: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("rope_factor",),
+    "llama3": (
+        "rope_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "rope_original_length",
+    ),
+}
+"The fields that a scaling reads, by its type."
+_ONLY_SCALED = _READ["llama3"]

@@ -24,6 +24,7 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.native.blocks import BlockContext, Decoder, DecoderBlock, exit_head_of
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
+from offramp.models.native.rope import rotary_frequencies
 
 
 class Transformer(nn.Module):
@@ -48,8 +49,7 @@ class Transformer(nn.Module):
         assert config.head_dim is not None
         with torch.device("cpu"):  # real numbers, even if the parameters are on "meta"
             places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
-            exponents = (torch.arange(0, config.head_dim, 2) / config.head_dim).double()
-        angles = torch.outer(places, config.rope_theta**-exponents)  # (P, Dh / 2)
+            angles = torch.outer(places, rotary_frequencies(config))  # (P, Dh / 2)
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)

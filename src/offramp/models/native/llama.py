@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from offramp.errors import CheckpointError, UnsupportedArchitectureError
+from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from offramp.files import parsing, read_json, read_tensors
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
@@ -83,14 +83,17 @@ def decoder_config(
             f"model_type: the native decoder takes {' and '.join(FAMILIES)}, got {family!r}; "
             "offramp.from_pretrained takes any causal language model"
         )
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}
     longest = stored.get("max_position_embeddings", 2048 if family == "llama" else 131072)
     window = stored.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None
     plain = {
         "hidden_act": (stored.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(stored.get("attention_bias")), False),
         "mlp_bias": (bool(stored.get("mlp_bias")), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor", stored.get("partial_rotary_factor", 1.0)),
+            1.0,
+        ),
         "sliding_window": (None if window is None or window >= longest else window, None),
     }
     for name, (got, expected) in plain.items():
@@ -113,8 +116,46 @@ def decoder_config(
         "max_position_embeddings": longest,
         "rms_norm_eps": stored.get("rms_norm_eps", 1e-6),
         "rope_theta": float(rope.get("rope_theta", stored.get("rope_theta", 10_000.0))),
+        **_rope_scaling(rope, stored, longest),
     }
     return config_of(DecoderConfig, shape)
+
+
+_SCALINGS = {
+    "default": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_length",
+    },
+}
+"""By the type of a scaling, the names of its fields in ``config.json`` and in ``DecoderConfig``."""
+
+
+def _rope_scaling(
+    rope: Mapping[str, Any], stored: Mapping[str, Any], longest: Any
+) -> dict[str, Any]:
+    """Convert the scaling of the rotary positions in a ``config.json``.
+
+    As in ``transformers``, the original length is the model's longest sequence if there is none.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _SCALINGS:
+        raise UnsupportedArchitectureError(
+            f"rope_type: the native decoder takes {', '.join(_SCALINGS)}, got {kind!r}; "
+            "offramp.from_pretrained takes any causal language model"
+        )
+    length = "original_max_position_embeddings"
+    given = {
+        length: longest,
+        **rope,
+        **{name: stored[name] for name in (length,) if name in stored},
+    }
+    if missing := [name for name in _SCALINGS[kind] if name not in given]:
+        raise ConfigError(f"rope_parameters: expected {missing[0]} with rope_type {kind}, got none")
+    return {"rope_type": kind, **{mine: given[name] for name, mine in _SCALINGS[kind].items()}}
 
 
 def to_transformers(model: Transformer) -> Any:
@@ -140,7 +181,11 @@ def to_transformers(model: Transformer) -> Any:
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters={
+            "rope_type": config.rope_type,
+            "rope_theta": config.rope_theta,
+            **{name: getattr(config, mine) for name, mine in _SCALINGS[config.rope_type].items()},
+        },
         tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=None,
         eos_token_id=None,

@@ -77,7 +77,7 @@ class SeedRun:
         about = {
             "name": self.name,
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
-            "model": asdict(config),
+            "model": config.stored(),
             "training": asdict(self.training),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "train_tokens": len(train_ids),
