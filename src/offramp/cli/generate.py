@@ -79,7 +79,8 @@ def generate(
     stop
         A string that ends the text; give the flag again for another.
     stop_token
-        A token that ends the text, by its text or number; give the flag again for another.
+        A token that ends the text: its id, such as 2, or its text, such as "\\n" or "<|im_end|>"
+        (text:2 is the digit 2); give the flag again for another.
     chat
         Put the prompt into the model's chat template.
     json_
@@ -128,9 +129,11 @@ def _run(
     chat: bool,
     as_json: bool,
 ) -> None:
-    from offramp.commands.generate import generate, token_id
+    from offramp.commands.generate import generate
+    from offramp.data.token_names import token_id
 
-    ids = tuple(token_id(opened.tokenizer, written) for written in stops)
+    size = opened.model.vocab_size
+    ids = tuple(token_id(opened.tokenizer, written, size) for written in stops)
     exits = config.threshold is not None or config.speculative
     if exits and not opened.exits_trained:
         say(f"{opened.name}: its exits were never trained.")

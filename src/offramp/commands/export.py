@@ -61,7 +61,11 @@ def shortened(model: HuggingFaceModel, exit_layer: int) -> Any:
     if own is not None and own.lm_head is not None:
         config.tie_word_embeddings = text.tie_word_embeddings = False
     with quiet(), torch.random.fork_rng(devices=[]):
-        short = transformers().AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+        short = (
+            transformers()
+            .AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+            .eval()
+        )
     wanted = short.state_dict()
     state = {**model.backbone.state_dict(), **parts}
     try:

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from offramp.calibration.thresholds import StoredThresholds
+from offramp.data.hub import one_line
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError, ConfigError
 from offramp.generation.config import GenerateConfig
@@ -35,22 +34,35 @@ def generate(
 
 
 def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
-    """Token ids of one user message in the model's chat template; ConfigError without one."""
+    """Token ids of one user message in the model's chat template.
+
+    Raises ConfigError for a model without a template, and for a template that fails.
+    """
     with quiet():
+        tokenizer = opened.chat_tokenizer
         try:
-            tokenizer = opened.chat_tokenizer
-            if tokenizer is None and opened.files is not None:
+            if tokenizer is None and opened.files is not None and opened.files.kind != "native":
                 tokenizer = transformers().AutoTokenizer.from_pretrained(
-                    opened.files.backbone.folder, local_files_only=True
+                    opened.files.backbone.folder, local_files_only=True, trust_remote_code=False
                 )
+        except Exception as error:  # transformers raises many kinds
+            raise ConfigError(
+                f"chat: expected a tokenizer that transformers reads, got: {one_line(error)}"
+            ) from None
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                f"chat: expected a model with a chat template, and {opened.name} has none"
+            )
+        try:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except Exception:  # transformers raises many kinds
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ConfigError(
-                f"chat: expected a model with a chat template, and {opened.name} has none"
+                f"chat: expected a chat template that takes one message of a user, got: "
+                f"{one_line(error)}"
             ) from None
     return encode_prompt(opened.tokenizer, text, special_tokens=False)
 
@@ -79,13 +91,3 @@ def with_thresholds(
         confidence=stored.confidence,
         missing_kv=kept,
     )
-
-
-def token_id(tokenizer: Tokenizer, written: str) -> int:
-    """The id of a stop token, from its text or its number."""
-    found = tokenizer.token_to_id(written)
-    if found is not None:
-        return int(found)
-    if written.isdecimal() and int(written) < tokenizer.get_vocab_size():
-        return int(written)
-    raise ConfigError(f"stop_token: expected a token of the model, got {written!r}")

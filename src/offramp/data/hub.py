@@ -102,7 +102,7 @@ def _load(name: str) -> Any:
     if path and Path(path).is_dir():
         try:
             saved = _saved(Path(path))
-            return datasets.load_dataset(path) if saved is None else saved
+            return datasets.load_dataset(path, trust_remote_code=False) if saved is None else saved
         except Exception as error:  # each file format raises its own errors
             raise CorpusError(
                 f"{name}: expected a readable dataset, got: {one_line(error)}"
@@ -113,7 +113,7 @@ def _load(name: str) -> Any:
     with nullcontext() if reachable else offline():
         for repository, config in _readings(path):
             try:
-                return datasets.load_dataset(repository, config)
+                return datasets.load_dataset(repository, config, trust_remote_code=False)
             except (FileNotFoundError, ConnectionError):  # not on the hub; not on this machine
                 continue
             except Exception as error:

@@ -63,7 +63,7 @@ def character_tokenizer(text: str | Iterable[str]) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Return a tokenizer with one token per UTF-8 byte, with the byte's value as its id."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +77,7 @@ def train_bpe(tokens: int, text: str | Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=tokens,
-        initial_alphabet=_byte_characters(),
+        initial_alphabet=byte_characters(),
         special_tokens=[],
         show_progress=False,
     )
@@ -226,7 +226,7 @@ def _pieces(text: str | Iterable[str]) -> Iterable[str]:
     return [text] if isinstance(text, str) else text
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Return the character that byte-level tokenizers use for each byte (Radford et al. 2019)."""
     own = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(_BYTES, 2 * _BYTES))

@@ -180,7 +180,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
             raise FileNotFoundError
         with quiet():  # an older form: vocab.json and merges.txt, or tokenizer.model
             found = transformers().AutoTokenizer.from_pretrained(
-                files.tokenizer_folder, local_files_only=True
+                files.tokenizer_folder, local_files_only=True, trust_remote_code=False
             )
         backend: Tokenizer = found.backend_tokenizer
     except CorpusError as error:

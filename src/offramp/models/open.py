@@ -158,7 +158,7 @@ def open_model(
         fitted=fitted,
         runner="native" if isinstance(model, Transformer) else "transformers",
         record=files.record,
-        end_tokens=tuple(token for token in files.end_tokens if 0 <= token < model.vocab_size),
+        end_tokens=_of_vocabulary(files.end_tokens, model),
         files=files,
     )
 
@@ -206,9 +206,16 @@ def open_in_memory(
         model=opened,
         tokenizer=backend,
         runner="native" if isinstance(opened, Transformer) else "transformers",
-        end_tokens=() if end is None else token_ids(end, f"{type(model).__name__} in memory"),
+        end_tokens=()
+        if end is None
+        else _of_vocabulary(token_ids(end, f"{type(model).__name__} in memory"), opened),
         chat_tokenizer=tokenizer if backend is not tokenizer else None,
     )
+
+
+def _of_vocabulary(ids: tuple[int, ...], model: TrainableModel) -> tuple[int, ...]:
+    """The ids that the model can predict: a config may name an end token that it cannot."""
+    return tuple(token for token in ids if 0 <= token < model.vocab_size)
 
 
 def load_weights(

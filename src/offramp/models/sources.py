@@ -170,13 +170,17 @@ def _convert(packaged: Path, folder: Path) -> None:
         # gguf's progress bars ignore transformers' settings
         with quiet(), redirect_stderr(io.StringIO()):
             auto = transformers()
-            quantised = auto.AutoModelForCausalLM.from_pretrained(**where, gguf_file=packaged.name)
+            quantised = auto.AutoModelForCausalLM.from_pretrained(
+                **where, gguf_file=packaged.name, trust_remote_code=False
+            )
             config = quantised.config
             del config.quantization_config  # the weights are not quantised any more
-            plain = auto.AutoModelForCausalLM.from_config(config)
+            plain = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             plain.load_state_dict(quantised.state_dict())
             plain.save_pretrained(aside)
-            tokenizer = auto.AutoTokenizer.from_pretrained(**where, gguf_file=packaged.name)
+            tokenizer = auto.AutoTokenizer.from_pretrained(
+                **where, gguf_file=packaged.name, trust_remote_code=False
+            )
             tokenizer.save_pretrained(aside)
         with suppress(OSError):  # another process was first
             aside.rename(folder)

@@ -1,13 +1,18 @@
 """One value for an opened model, whatever it was opened from."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from offramp import from_pretrained, save_exits
+from offramp.commands.generate import generate
 from offramp.errors import CheckpointError, ConfigError
+from offramp.generation.config import GenerateConfig
 from offramp.models.base import whole_step
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.open import open_in_memory, open_model
@@ -147,3 +152,28 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint, tmp_
 def test_the_value_is_frozen(checkpoint):
     with pytest.raises(dataclasses.FrozenInstanceError):
         open_model(checkpoint).name = "other"
+
+
+@pytest.mark.parametrize("end", [50256, [3, 50256], -1])
+def test_an_end_of_text_id_outside_the_vocabulary_does_not_stop_generation(
+    checkpoint, tmp_path, end
+):
+    """The default configs of GPT-2 and Starcoder2 name one: nobody gave a flag."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    for name in ("config.json", "generation_config.json"):
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**stored, "eos_token_id": end}))
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for opened in (open_model(folder), open_in_memory(lm, tokenizer)):
+        assert opened.end_tokens == ((3,) if isinstance(end, list) else ())
+        opened.model.silence_untrained()
+        assert generate(opened, "7 quick", GenerateConfig(max_new_tokens=2)).completion is not None
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=tokenizer.get_vocab_size(), n_embd=16, n_layer=2, n_head=2, n_positions=64
+        )
+    )
+    assert gpt2.generation_config.eos_token_id == 50256
+    assert generate(open_in_memory(gpt2, tokenizer), "7", GenerateConfig(max_new_tokens=2)).text

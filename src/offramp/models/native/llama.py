@@ -191,7 +191,9 @@ def to_transformers(model: Transformer) -> Any:
         eos_token_id=None,
     )
     with quiet(), torch.random.fork_rng(devices=[]):
-        plain = library.AutoModelForCausalLM.from_config(llama, dtype=model.lm_head.weight.dtype)
+        plain = library.AutoModelForCausalLM.from_config(
+            llama, dtype=model.lm_head.weight.dtype, trust_remote_code=False
+        )
     state = {name: value for name, value in model.state_dict().items() if name[:6] != "exits."}
     plain.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
