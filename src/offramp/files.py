@@ -8,31 +8,18 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from offramp.errors import CheckpointError, OfframpError
-
-_WRONG_CONTENT = (
-    ArithmeticError,
-    AttributeError,
-    BadZipFile,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,  # of PyTorch, for tensors of a wrong shape or type
-    TypeError,
-    ValueError,
-    zlib.error,
-)
-"""Errors of code that parses content of another kind than it expects."""
+from offramp.errors import CheckpointError
+from offramp.reading import open_regular
+from offramp.reading import parsing as parsing
+from offramp.reading import read_json as read_json
 
 
 @contextmanager
@@ -73,31 +60,6 @@ def _without_infinity(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_without_infinity(value) for value in content]
     return str(content) if isinstance(content, float) and math.isinf(content) else content
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises CheckpointError if it is missing or not readable JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected a file, found none") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected readable JSON, got {error}") from None
-
-
-@contextmanager
-def parsing(path: Path, expected: str) -> Iterator[None]:
-    """Convert errors from content of a wrong kind to a CheckpointError that names the file.
-
-    ``expected`` says what the file should contain. Errors of offramp are not changed.
-    """
-    try:
-        yield
-    except OfframpError:
-        raise
-    except _WRONG_CONTENT as error:
-        said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise CheckpointError(f"{path}: expected {expected}, got: {said}") from None
 
 
 def check_free(out: Path) -> None:
@@ -160,13 +122,10 @@ def count_parameters(path: Path) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected a file, found none") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected whole safetensors, got: {error}") from None
+    with open_regular(path):  # safetensors waits for a pipe
+        pass
+    with parsing(path, "whole safetensors"), safe_open(path, framework="pt") as file:
+        yield file
 
 
 def file_sha256(*paths: Path) -> str:

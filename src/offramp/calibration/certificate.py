@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import CertificateError
-from offramp.files import read_json, write_json
+from offramp.errors import CertificateError, ConfigError
+from offramp.files import write_json
+from offramp.reading import parsing, read_json
+from offramp.schema import fitting, shown
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -41,6 +43,18 @@ class Certificate:
     assumptions: dict[str, Any]
     "What the guarantee assumes, and what it does not cover."
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "bound": self.assumptions.get("bound", 1.0),
+        }
+        for name, value in numbers.items():
+            if not (value is None or (isinstance(value, int | float) and 0 < value < math.inf)):
+                raise ConfigError(f"{name}: expected a number above 0, got {shown(value)}")
+        if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
+            raise ConfigError(f"thresholds: expected numbers, got {self.thresholds}")
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{value:g}" for value in self.thresholds)
@@ -79,28 +93,25 @@ class Certificate:
     def load(cls, path: Path) -> "Certificate":
         """Read a certificate. Raises CertificateError if it is not one, or was edited."""
         stored = read_json(path)
-        names = [field.name for field in fields(cls)]
         if isinstance(stored, dict) and "compute_budget" in stored:
             raise CertificateError(
                 f"{path}: expected a certificate, got thresholds for a compute budget, which have "
                 "no guarantee to check"
             )
-        if not isinstance(stored, dict) or sorted(stored) != sorted(names):
+        names = [field.name for field in fields(cls)]
+        if not isinstance(stored, dict) or not {*names} <= set(stored):
             raise CertificateError(f"{path}: expected a certificate with {', '.join(names)}")
-        digest = hashlib.sha256(_canonical(stored)).hexdigest()
+        with parsing(path, "a certificate"):
+            digest = hashlib.sha256(_canonical(stored)).hexdigest()
         if stored["sha256"] != digest:
             raise CertificateError(
                 f"{path}: expected a certificate as it was written, but it was edited: its sha256 "
-                f"is {digest}, but the file states {stored['sha256']}"
+                f"is {digest}, but the file states {shown(stored['sha256'])}"
             )
-        p_values = stored["p_values"]
-        return cls(
-            **{
-                **stored,
-                "thresholds": tuple(float(value) for value in stored["thresholds"]),
-                "p_values": None if p_values is None else tuple(p_values),
-            }
-        )
+        try:
+            return fitting(cls, stored)
+        except ConfigError as error:
+            raise CertificateError(f"{path}: {error}") from None
 
 
 def check_model(of_file: str, of_model: str) -> None:

@@ -1,13 +1,14 @@
 """Read thresholds from a certificate, or from a file of ``calibrate --compute-budget``."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offramp.calibration.certificate import Certificate, check_model, finite_or_word
-from offramp.errors import CertificateError
-from offramp.files import read_json
+from offramp.errors import CertificateError, ConfigError
+from offramp.reading import read_json
+from offramp.schema import fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class StoredThresholds:
     model_sha256: str
     sha256: str | None = None
     "Hash of the certificate; None for a compute budget, which guarantees nothing."
+
+    def __post_init__(self) -> None:
+        if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
+            raise ConfigError(f"thresholds: expected numbers, got {self.thresholds}")
 
     @classmethod
     def of(cls, certificate: Certificate) -> "StoredThresholds":
@@ -45,21 +50,12 @@ def load_thresholds(path: Path) -> StoredThresholds:
     """
     stored = read_json(path)
     if isinstance(stored, dict) and "compute_budget" in stored:
-        return _of_budget(path, stored)
+        rest = {name: value for name, value in stored.items() if name != "sha256"}
+        try:
+            return fitting(StoredThresholds, rest, foreign=True)
+        except ConfigError as error:
+            raise CertificateError(f"{path}: {error}") from None
     return StoredThresholds.of(Certificate.load(path))
-
-
-def _of_budget(path: Path, stored: dict[str, Any]) -> StoredThresholds:
-    try:
-        thresholds = tuple(float(value) for value in stored["thresholds"])
-        words = {key: stored[key] for key in ("confidence", "missing_kv", "model_sha256")}
-    except (KeyError, TypeError, ValueError):
-        thresholds, words = (), {}
-    if not thresholds or not all(isinstance(word, str) for word in words.values()):
-        raise CertificateError(
-            f"{path}: expected a certificate, or a file of offramp calibrate --compute-budget"
-        )
-    return StoredThresholds(thresholds=thresholds, **words)
 
 
 def thresholds_flag(thresholds: Sequence[float]) -> str:

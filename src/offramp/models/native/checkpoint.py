@@ -44,13 +44,14 @@ def load_checkpoint(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, found none")
-    about = read_json(folder / "config.json")
+    path = folder / "config.json"
+    about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder / 'config.json'}: expected an offramp model of format {FORMAT}, "
-            f"got format {about.get('format') if isinstance(about, dict) else None!r}"
+            f"{path}: expected an offramp model of format {FORMAT}, "
+            f"got format {shown(about.get('format') if isinstance(about, dict) else None)}"
         )
-    config = _config_of(about.get("model"), folder)
+    config = value_of(_Config, about, path, foreign=True).model
     state = read_tensors(folder / "model.safetensors")
     model = empty_model(config, state, folder / "config.json")
     if config.tie_word_embeddings:
@@ -89,13 +90,3 @@ def weights_about(folder: Path) -> dict[str, str]:
     """Return the ``weights_about`` of ``save_checkpoint`` from the header of the weights."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return dict(file.metadata())
-
-
-def _config_of(stored: Any, folder: Path) -> DecoderConfig:
-    known = {field.name for field in fields(DecoderConfig)}
-    if not isinstance(stored, dict) or not {"vocab_size", "exit_layers"} <= set(stored) <= known:
-        raise CheckpointError(f"{folder / 'config.json'}: expected a decoder config under 'model'")
-    try:
-        return config_of(DecoderConfig, stored)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None

@@ -1,0 +1,151 @@
+"""Read outside files: none blocks, none is too large, and what they hold fits a schema.
+
+A file is a regular file of at most a number of bytes, which is checked before it is read. Its
+content is parsed and then fitted to a dataclass or a ``msgspec.Struct`` by ``offramp.schema``.
+Whatever is wrong is one CheckpointError that names the file and the field.
+"""
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from zipfile import BadZipFile
+
+from safetensors import SafetensorError
+
+from offramp.errors import CheckpointError, ConfigError, OfframpError
+from offramp.schema import fitting
+
+Value = TypeVar("Value")
+JSON_BYTES = 64 << 20
+"""Largest JSON or TOML file that is read."""
+ARRAY_BYTES = 64 << 30
+"""Largest file of arrays that is read, unpacked."""
+
+_WRONG_CONTENT = (
+    ArithmeticError,
+    AttributeError,
+    BadZipFile,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    SafetensorError,
+    RuntimeError,  # of PyTorch, for tensors of a wrong shape or type
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""Errors of code that parses content of another kind than it expects."""
+
+
+def read_json(path: Path, *, at_most: int = JSON_BYTES) -> Any:
+    """Parse a JSON file. Raises CheckpointError if it is missing or not readable JSON."""
+    data = read_bytes(path, at_most=at_most)
+    try:
+        return parse_json(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected readable JSON, got {error}") from None
+
+
+def read_as(
+    type_: type[Value], path: Path, *, foreign: bool = False, at_most: int = JSON_BYTES
+) -> Value:
+    """Return the value of ``type_`` that a JSON file holds.
+
+    ``foreign`` files, which other programs write, may have other fields, too. Raises
+    CheckpointError, which names the file and the field.
+    """
+    return value_of(type_, read_json(path, at_most=at_most), path, foreign=foreign)
+
+
+def value_of(type_: type[Value], content: Any, path: Path, *, foreign: bool = False) -> Value:
+    """Return the value of ``type_`` with the content of a file. Raises CheckpointError."""
+    try:
+        return fitting(type_, content, foreign=foreign)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError for a key that occurs twice and for text that is no Unicode."""
+    content = json.loads(text, object_pairs_hook=_once)
+    if "\\ud" in text or "\\uD" in text:  # perhaps half a character
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return found
+
+
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """Return the bytes of a regular file of at most ``at_most`` bytes. Raises CheckpointError."""
+    with open_regular(path, at_most=at_most) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def open_regular(path: Path, *, at_most: int | None = None) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading, without ever waiting as a pipe makes its reader wait.
+
+    Raises CheckpointError if there is none, if it is a folder, a pipe or a device, and if it has
+    more than ``at_most`` bytes.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected a file, found none") from None
+    except (OSError, ValueError) as error:  # ValueError for a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    with os.fdopen(number, "rb") as file:
+        about = os.fstat(number)
+        if not stat.S_ISREG(about.st_mode):
+            raise CheckpointError(f"{path}: expected a file, got {_kind(about.st_mode)}")
+        if at_most is not None and about.st_size > at_most:
+            raise CheckpointError(
+                f"{path}: expected at most {at_most:,} bytes, got {about.st_size:,}"
+            )
+        yield file
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+@contextmanager
+def parsing(path: Path, expected: str) -> Iterator[None]:
+    """Convert errors from content of a wrong kind to a CheckpointError that names the file.
+
+    ``expected`` says what the file should contain. Errors of offramp are not changed. A panic of
+    a library in Rust, such as tokenizers, counts as wrong content.
+    """
+    try:
+        yield
+    except OfframpError:
+        raise
+    except BaseException as error:
+        if not (isinstance(error, _WRONG_CONTENT) or is_panic(error)):
+            raise
+        said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected {expected}, got: {said}") from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is a panic of a library in Rust, which is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
