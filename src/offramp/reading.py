@@ -112,10 +112,11 @@ def open_regular(path: Path, *, at_most: int | None = None) -> Iterator[IO[bytes
     except (OSError, ValueError) as error:  # ValueError for a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    about = os.fstat(number)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(number)
+        raise CheckpointError(f"{path}: expected a file, got {_kind(about.st_mode)}")
     with os.fdopen(number, "rb") as file:
-        about = os.fstat(number)
-        if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(f"{path}: expected a file, got {_kind(about.st_mode)}")
         if at_most is not None and about.st_size > at_most:
             raise CheckpointError(
                 f"{path}: expected at most {at_most:,} bytes, got {about.st_size:,}"

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,7 @@ from offramp.errors import ConfigError
 
 Value = TypeVar("Value")
 _LARGEST = 1 << 63
-_SHOWN = 60  # characters of a wrong value
+_SHOWN = 80  # characters of a wrong value
 _WORDS = {int: "whole number", float: "number", str: "string", Mapping: "object", dict: "object"}
 _PLACE = re.compile(r"\.?([^.\[\]]+)|\[([^\]]*)\]")
 
@@ -38,8 +39,9 @@ def fitting(type_: type[Value], content: Any, *, foreign: bool = False) -> Value
             if isinstance(number, int) and abs(number) >= _LARGEST:
                 raise ConfigError(f"{place}: expected a number below 2^63, got {shown(number)}")
         try:
-            value = msgspec.convert(_with_infinity(content), type_, str_keys=True)
-        except msgspec.ValidationError:  # perhaps a name is "inf"
+            value = msgspec.convert(content, type_, str_keys=True)
+        except msgspec.ValidationError:
+            content = _with_infinity(type_, content)
             value = msgspec.convert(content, type_, str_keys=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(type_, content, error)) from None
@@ -113,17 +115,22 @@ def _type_at(type_: Any, keys: Sequence[str | int]) -> Any:
                 type_ = part
         arguments = get_args(type_)
         if is_dataclass(type_) or _is_struct(type_):
-            type_ = get_type_hints(type_).get(str(key), Any)
-        elif not arguments:
+            type_ = _hints(type_).get(str(key), Any)
+        elif not arguments or get_origin(type_) is Literal:
             return Any
         else:
             positional = get_origin(type_) is tuple and arguments[-1] is not Ellipsis
             if positional and isinstance(key, int) and key < len(arguments):
                 type_ = arguments[key]
             else:
-                is_map = issubclass(get_origin(type_) or object, Mapping)
+                is_map = issubclass(get_origin(type_), Mapping)
                 type_ = arguments[-1] if is_map else arguments[0]
     return type_
+
+
+@cache
+def _hints(type_: Any) -> dict[str, Any]:
+    return get_type_hints(type_)
 
 
 def _names(type_: Any) -> tuple[str, ...]:
@@ -151,13 +158,13 @@ def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, int | float]]
         yield from _numbers(part, f"{place}.{key}".removeprefix("."))
 
 
-def _with_infinity(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _with_infinity(part) for key, part in content.items()}
-    if isinstance(content, list | tuple):
-        return [_with_infinity(part) for part in content]
-    infinite = isinstance(content, str) and content in ("inf", "-inf")
-    return float(content) if infinite else content
+def _with_infinity(type_: Any, content: Any) -> Any:
+    if isinstance(content, str) and content in ("inf", "-inf"):
+        return float(content) if float in (type_, *get_args(type_)) else content
+    if isinstance(content, Mapping | list | tuple):
+        parts = {key: _with_infinity(_type_at(type_, [key]), part) for key, part in _parts(content)}
+        return parts if isinstance(content, Mapping) else list(parts.values())
+    return content
 
 
 def _unknown(value: Any, content: Any, place: str = "") -> Iterator[str]:

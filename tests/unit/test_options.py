@@ -38,10 +38,10 @@ def test_a_whole_number_for_a_number_becomes_a_float():
         ("steps", True, "a whole number"),
         ("steps", None, "a whole number"),
         ("rate", "0.5", "a number"),
-        ("rate", 10**400, "below 1e308"),
+        ("rate", 10**400, "a number below"),
         ("layers", 3, "whole numbers or None"),
-        ("layers", ["a"], "whole numbers or None"),
-        ("layers", [[1]], "whole numbers or None"),
+        ("layers", ["a"], "a whole number, got 'a'"),
+        ("layers", [[1]], "a whole number"),
         ("kind", "best", "'pre' or 'post'"),
         ("kind", ["pre"], "'pre' or 'post'"),
         ("kind", {}, "'pre' or 'post'"),
@@ -50,7 +50,7 @@ def test_a_whole_number_for_a_number_becomes_a_float():
     ],
 )
 def test_a_wrong_value_is_a_sentence(name, value, expected):
-    with pytest.raises(ConfigError, match=f"^{name}: expected .*{expected}"):
+    with pytest.raises(ConfigError, match=rf"^{name}(\[0\])?: expected .*{expected}"):
         config_of(Options, {name: value})
 
 

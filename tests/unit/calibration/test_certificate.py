@@ -73,7 +73,7 @@ def test_an_edited_certificate_is_refused(certificate, tmp_path, name):
     content = json.loads(path.read_text())
     assert content[name] != EDITS[name]
     path.write_text(json.dumps({**content, name: EDITS[name]}))
-    with pytest.raises(CertificateError, match=rf"edited: .* the file states {certificate.sha256}"):
+    with pytest.raises(CertificateError, match=rf"edited: .* file states '{certificate.sha256}"):
         Certificate.load(path)
 
 

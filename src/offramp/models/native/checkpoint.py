@@ -1,7 +1,6 @@
 """Load and save a model folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from offramp.data.hub import one_line
-from offramp.errors import CheckpointError, ConfigError
-from offramp.files import read_json, read_tensors, replacing, write_json
+from offramp.errors import CheckpointError
+from offramp.files import read_tensors, replacing, write_json
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
-from offramp.options import config_of
+from offramp.reading import read_json, value_of
+from offramp.schema import shown
 
 FORMAT = 1
 _TIED = "lm_head.weight"
+_NEEDED = {"vocab_size", "exit_layers"}
 
 
 def save_checkpoint(
@@ -51,7 +52,9 @@ def load_checkpoint(
             f"{path}: expected an offramp model of format {FORMAT}, "
             f"got format {shown(about.get('format') if isinstance(about, dict) else None)}"
         )
-    config = value_of(_Config, about, path, foreign=True).model
+    if not isinstance(stored := about.get("model"), dict) or not set(stored) >= _NEEDED:
+        raise CheckpointError(f"{path}: expected a decoder config under 'model'")
+    config = value_of(DecoderConfig, stored, path)
     state = read_tensors(folder / "model.safetensors")
     model = empty_model(config, state, folder / "config.json")
     if config.tie_word_embeddings:
