@@ -12,7 +12,8 @@ install_import_hook(  # before the first import of offramp
     [f"offramp.{name}" for name in CHECKED], "beartype.beartype"
 )
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -69,6 +70,20 @@ def make_ids() -> MakeIds:
         return torch.randint(VOCABULARY, (batch, length), generator=random)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KB in memory, which only root can mount."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no small file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 TEXT = "".join(

@@ -4,17 +4,21 @@ Each file is written under a temporary name in the same folder, synced to disk a
 so a file with its final name is always complete. Weights are safetensors; nothing loads a pickle.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from offramp.errors import CheckpointError
 from offramp.reading import open_regular
@@ -24,19 +28,82 @@ from offramp.reading import read_json as read_json
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success, sync it and rename it to ``path``."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        obey_umask(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
+    """Yield a temporary path to write to; on success, sync it and rename it to ``path``.
+
+    If ``path`` is a link, the file that it names is replaced. A device, a pipe or a FIFO is not
+    replaced: the content is written into it. On any error ``path`` stays as it was. Raises
+    CheckpointError if it cannot be written.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():
+            with TemporaryDirectory() as folder:
+                yield (aside := Path(folder) / path.name)
+                _write_into(path, aside)
+            return
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, "its links form a circle")
+        aside = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+        try:
+            yield aside
+            obey_umask(aside)
+            sync(aside)
+            aside.replace(target)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+        sync(target.parent)
+
+
+def _write_into(path: Path, aside: Path) -> None:
+    """Write the content of ``aside`` into a device or a pipe, which must have a reader."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got a folder")
+    with aside.open("rb") as file, open(_descriptor_of(path), "wb") as out:
+        shutil.copyfileobj(file, out)
+
+
+def _descriptor_of(path: Path) -> int:
+    there = path.stat()
+    for own in (1, 2):  # standard output may be a pipe that cannot be opened again
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            if os.path.samestat(os.fstat(own), there):
+                return os.dup(own)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "expected a program that reads from this pipe") from None
+        raise
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Convert the errors of a write, such as a full disk, to a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Return the cause of an error of the system as words on one line."""
+    said = " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())
+    return re.sub(r"^.*I/O error: (.*?) \(os error \d+\).*$", r"\1", said)  # of safetensors
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def obey_umask(path: Path) -> None:
@@ -60,43 +127,6 @@ def _without_infinity(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_without_infinity(value) for value in content]
     return str(content) if isinstance(content, float) and math.isinf(content) else content
-
-
-def check_free(out: Path) -> None:
-    """Raise a CheckpointError unless ``out`` can become a new folder, or is an empty one."""
-    try:
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out}: expected a folder to write to, got a file")
-        if out.exists() and any(out.iterdir()):
-            raise CheckpointError(
-                f"{out}: expected a new or empty folder, but it holds another run or other files; "
-                "choose another --out, or remove it first"
-            )
-        above = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise CheckpointError(f"{out}: expected a folder that can be written to")
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
-
-
-def claim_folder(out: Path) -> None:
-    """Create a folder for a run, or use an empty one. Raises CheckpointError as ``check_free``."""
-    check_free(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be made: {error.strerror}") from None
-
-
-def claim_marked(marker: Path, content: Any) -> None:
-    """Claim the folder of ``marker`` with ``claim_folder``, and write ``content`` to ``marker``.
-
-    Temporary files of ``marker`` that a killed process left behind are removed first.
-    """
-    for left in marker.parent.glob(f".{marker.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    claim_folder(marker.parent)
-    write_json(marker, content)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

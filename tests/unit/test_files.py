@@ -13,9 +13,6 @@ from safetensors.numpy import save_file
 
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import (
-    check_free,
-    claim_folder,
-    claim_marked,
     count_parameters,
     count_tensors,
     file_sha256,
@@ -70,6 +67,79 @@ def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
         write_json(tmp_path / "none" / "a.json", 1)
 
 
+def test_a_full_disk_is_a_sentence_and_changes_nothing(small_disk):
+    """SafetensorError is no OSError; numpy's error of a full disk has no number."""
+    path = small_disk / "a"
+    path.write_text("before")
+    writes = (
+        lambda aside: save_file({"a": np.zeros(1_000_000)}, aside),
+        lambda aside: aside.write_bytes(bytes(1_000_000)),
+        lambda aside: np.zeros(1_000_000).tofile(aside),
+    )
+    for write in writes:
+        with pytest.raises(CheckpointError, match=r"a: cannot be written: "), replacing(path) as a:
+            write(a)
+        assert path.read_text() == "before"
+        assert names(small_disk) == ["a"]
+    expected = pytest.raises(CheckpointError, match=r"written: No space left on device$")
+    with expected, replacing(path) as aside:
+        save_file({"a": np.zeros(1_000_000)}, aside)
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "a.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for content in (1, 2):  # the file that the link names is not there at first
+        write_json(link, content)
+        assert read_json(target) == content
+        assert link.is_symlink()
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_json(link, 3)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can replace a device")
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    device = tmp_path / "null"
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    write_json(device, 1)
+    (tmp_path / "link").symlink_to(device)
+    write_json(tmp_path / "link", 1)
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert sorted(names(tmp_path)) == ["link", "null"]
+    full = tmp_path / "full"
+    os.mknod(full, 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+    with pytest.raises(CheckpointError, match="full: cannot be written: No space left on device"):
+        write_json(full, 1)
+
+
+def test_a_pipe_gets_the_content_or_is_refused_if_nobody_reads(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match="expected a program that reads from this pipe"):
+        write_json(pipe, 1)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_descriptor_gets_the_content(tmp_path):
+    reader, writer = os.pipe()
+    write_json(Path(f"/dev/fd/{writer}"), {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_folder_is_no_file_to_write_to(tmp_path):
+    with pytest.raises(CheckpointError, match="expected the name of a file, got a folder"):
+        write_json(tmp_path, 1)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_obey_the_umask(tmp_path, mask):
     before = os.umask(mask)
@@ -118,21 +188,6 @@ def test_the_hash_of_files_is_that_of_their_concatenation(tmp_path):
     assert file_sha256(tmp_path / "a", tmp_path / "b") == file_sha256(tmp_path / "ab")
     with pytest.raises(CheckpointError, match="cannot be read"):
         file_sha256(tmp_path / "none")
-
-
-def test_a_folder_is_claimed_once(tmp_path):
-    claim_folder(tmp_path / "new" / "run")
-    check_free(tmp_path / "new" / "run")
-    claim_marked(tmp_path / "run" / "run.json", {"a": 1})
-    for taken, expected in ((tmp_path / "run", "holds another run"), (__file__, "got a file")):
-        with pytest.raises(CheckpointError, match=expected):
-            check_free(Path(taken))
-
-
-def test_a_claim_removes_what_a_killed_process_left(tmp_path):
-    (tmp_path / ".run.json.123.tmp").write_text("half")
-    claim_marked(tmp_path / "run.json", 1)
-    assert names(tmp_path) == ["run.json"]
 
 
 @pytest.mark.parametrize(

@@ -93,14 +93,14 @@ def fit(
 ) -> OpenedModel:
     """Fit gates to a corpus's training text and temperatures to its validation text.
 
-    They are kept in the ``exits.safetensors`` of the model's folder; the model stays as it is.
+    They are kept in the ``fitted.safetensors`` of the model's folder; the model stays as it is.
     Returns the model with them. Raises ConfigError for a model that has no folder.
     """
-    folder = None if opened.files is None else opened.files.own
-    if folder is None:
+    files = opened.files
+    if files is None or files.own is None:
         raise ConfigError(f"{opened.name}: expected the folder of a model, to keep its gates in")
     fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config, on_gate=on_gate)
-    save_fitted(fitted, folder)
+    save_fitted(fitted, files.own, exits=files.exits_sha256)
     return replace(opened, fitted=fitted)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
-from offramp.files import claim_folder
+from offramp.folders import new_folder
 from offramp.models.base import whole_step
 from offramp.models.exit_heads import ExitHead
 from offramp.models.huggingface.backbone import save_backbone
@@ -42,8 +42,8 @@ def export_exit(
             f"{', '.join(map(str, model.exit_layers))}, got {exit_layer}"
         )
     short = shortened(model, exit_layer)
-    claim_folder(out)
-    save_backbone(short, out, texts=texts)
+    with new_folder(out) as folder:
+        save_backbone(short, folder, texts=texts)
     return model
 
 

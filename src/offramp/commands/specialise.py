@@ -14,9 +14,9 @@ from offramp.commands.text import training_ids, windows
 from offramp.data.corpus import load_corpus
 from offramp.errors import CheckpointError
 from offramp.evaluation.trace import collect_trace
-from offramp.files import check_free
+from offramp.folders import new_folder
 from offramp.models.open import OpenedModel
-from offramp.models.save import save_model
+from offramp.models.save import write_model
 
 
 def specialise(
@@ -51,13 +51,15 @@ def specialise(
     own_model.freeze_backbone()
     own = replace(opened, model=own_model)
     check_specialise(own_model, config, context=(opened.window + 1) / 2)
-    check_free(out)
-    before = exit_ppl(opened)
-    on_stage("Step 1 of 2: training each exit on the tokens that exit there; this can take minutes")
-    order = torch.Generator().manual_seed(config.seed + 1)  # the gates' sample is another
-    left = specialise_exits(own_model, windows(own, train_ids, order), config)
-    on_stage("Step 2 of 2: fitting gates and temperatures to the new exits")
-    own = replace(own, fitted=fit_to_ids(own, train_ids, validation_ids))
-    specialised = {**asdict(config), "corpus": {"name": text.name, "sha256": text.sha256}}
-    save_model(own, out, about={"specialised": specialised})
+    with new_folder(out) as folder:
+        before = exit_ppl(opened)
+        on_stage(
+            "Step 1 of 2: training each exit on the tokens that exit there; this can take minutes"
+        )
+        order = torch.Generator().manual_seed(config.seed + 1)  # the gates' sample is another
+        left = specialise_exits(own_model, windows(own, train_ids, order), config)
+        on_stage("Step 2 of 2: fitting gates and temperatures to the new exits")
+        own = replace(own, fitted=fit_to_ids(own, train_ids, validation_ids))
+        specialised = {**asdict(config), "corpus": {"name": text.name, "sha256": text.sha256}}
+        write_model(own, folder, about={"specialised": specialised})
     return {"left": left, "before": before, "after": exit_ppl(own)}

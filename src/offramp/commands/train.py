@@ -1,8 +1,10 @@
 """From a corpus to a model folder."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -25,10 +27,11 @@ from offramp.data import (
     stream_corpus,
     tokenise,
 )
-from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import claim_folder, read_json, write_json
+from offramp.files import read_json, write_json, writing
+from offramp.folders import locked, new_folder, remove, remove_temporary, sync_tree
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer
@@ -74,13 +77,23 @@ def start_run(
     except RuntimeError as error:
         raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
 
+    existed = out.exists()
+
     def claim() -> None:
-        claim_folder(out)
-        tokenizer.save(str(out / TOKENIZER_FILE))
-        write_json(out / UNFINISHED, {"run": asdict(run), "corpus_sha256": corpus.sha256})
+        with new_folder(out) as folder:
+            save_tokenizer(tokenizer, folder)
+            content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
+            write_json(folder / UNFINISHED, content)
 
     processes.on_main(claim)
-    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+    try:
+        with _held(out, processes):
+            return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+    except BaseException:
+        if processes.is_main and not worth_keeping(out):
+            for path in out.iterdir() if existed else (out,):
+                remove(path)
+        raise
 
 
 def resume_run(
@@ -107,10 +120,34 @@ def resume_run(
     tokenizer = make_tokenizer(str(out / TOKENIZER_FILE), "")
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     model = new_model(run.model, seed=run.training.seed)
-    if steps is not None:
-        content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
-        processes.on_main(lambda: write_json(out / UNFINISHED, content))
-    return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+    with _held(out, processes):
+        stored_run_file(out, steps)  # another process may have finished it
+        processes.on_main(lambda: remove_temporary(out, out / "checkpoints"))
+        if steps is not None:
+            content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
+            processes.on_main(lambda: write_json(out / UNFINISHED, content))
+        return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
+
+
+@contextmanager
+def _held(out: Path, processes: Processes) -> Iterator[None]:
+    """Lock a run's folder; an error after which the run can continue says how."""
+    with ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(locked(out)))
+        try:
+            yield
+        except CheckpointError as error:
+            if not worth_keeping(out):
+                raise
+            raise CheckpointError(
+                f"{error}; resume with: offramp train --resume {quote(str(out))}"
+            ) from None
+
+
+def worth_keeping(out: Path) -> bool:
+    """Whether a run's folder holds a model, or a checkpoint after the first step."""
+    kept = Checkpoints(folder=out / "checkpoints").paths()
+    return (out / "config.json").exists() or any(path.name > "step-00000000" for path in kept)
 
 
 def _tokens(
@@ -211,17 +248,20 @@ def _about(
 def _finish(
     model: Transformer, out: Path, tokenizer: Tokenizer, about: dict[str, Any], result: TrainResult
 ) -> None:
+    """Write ``last/``, and rename ``unfinished.json``; a run that is stopped here can resume."""
     aside = out / ".last.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    tokenizer.save(str(aside / TOKENIZER_FILE))
-    _save(model, aside, about, result.validations[-1])
-    shutil.rmtree(out / "last", ignore_errors=True)
-    aside.rename(out / "last")
-    described = read_json(out / "config.json")
-    if described["training"] != about["training"]:  # the run was extended
-        write_json(out / "config.json", {**described, "training": about["training"]})
-    (out / UNFINISHED).replace(out / FINISHED)
+    with writing(out):
+        remove(aside)
+        aside.mkdir()
+        save_tokenizer(tokenizer, aside)
+        _save(model, aside, about, result.validations[-1])
+        sync_tree(aside)
+        remove(out / "last")
+        aside.rename(out / "last")
+        described = read_json(out / "config.json")
+        if described["training"] != about["training"]:  # the run was extended
+            write_json(out / "config.json", {**described, "training": about["training"]})
+        (out / UNFINISHED).replace(out / FINISHED)
 
 
 def _save(model: Transformer, folder: Path, about: dict[str, Any], validation: Validation) -> None:

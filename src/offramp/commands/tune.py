@@ -11,17 +11,17 @@ from torch import Tensor
 
 from offramp.commands.text import LARGEST_LOGITS
 from offramp.commands.tune_config import TuneConfig
-from offramp.data import batches, encode, load_corpus
+from offramp.data import Corpus, batches, encode, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits
 from offramp.exits.weightings import parse_loss_weights
-from offramp.files import check_free, claim_folder
+from offramp.folders import check_free, new_folder
 from offramp.models.base import EarlyExitModel, TrainableModel
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
-from offramp.models.save import save_model
+from offramp.models.save import write_model
 from offramp.training.frozen import TuneProgress, check_exits, tune_exits
 from offramp.training.loop import Progress, train
 
@@ -91,14 +91,32 @@ def tune(
     else:
         check_exits(model)
     held_out = min(len(ids) // HELD_OUT_SHARE, HELD_OUT_MOST)
-    claim_folder(out)
+    with new_folder(out) as folder:
+        trained = _trained(opened, corpus, ids, held_out, config, on_progress)
+        if model.vocab_size > 2 * DRAFT_VOCAB:
+            frequent = frequent_tokens(ids[: len(ids) - held_out])
+            opened = replace(opened, fitted=FittedExits(draft_vocab=frequent))
+        write_model(opened, folder, about={"trained": trained})
+    return trained
+
+
+def _trained(
+    opened: OpenedModel,
+    corpus: Corpus,
+    ids: Int[Tensor, " N"],
+    held_out: int,
+    config: TuneConfig,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Train the exits, and return the record of their training, with the figures of both ends."""
+    model = opened.model
     model.silence_untrained()  # the exits are about to be trained
     before = measure(model, ids[len(ids) - held_out :], config.seq_len)
     if config.unfreeze:
         _tune_jointly(model, ids, held_out, config, on_progress)
     else:
         tune_exits(model, ids[: len(ids) - held_out], config.frozen(), on_progress=on_progress)
-    trained = {
+    return {
         **asdict(config),
         "exit_layers": list(model.exit_layers),
         "objective": config.objective or ("text" if config.unfreeze else "distill"),
@@ -113,11 +131,6 @@ def tune(
         "after": measure(model, ids[len(ids) - held_out :], config.seq_len),
         "environment": environment(str(model.device)),
     }
-    if model.vocab_size > 2 * DRAFT_VOCAB:
-        frequent = frequent_tokens(ids[: len(ids) - held_out])
-        opened = replace(opened, fitted=FittedExits(draft_vocab=frequent))
-    save_model(opened, out, about={"trained": trained})
-    return trained
 
 
 def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:

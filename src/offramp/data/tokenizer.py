@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offramp.data.hub import hub_reachable, offline, one_line
 from offramp.errors import ConfigError, CorpusError
+from offramp.files import replacing
 
 UNKNOWN = "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -130,6 +131,12 @@ def _stored_tokenizer(spec: str) -> Tokenizer:
     tokenizer.no_truncation()  # a stored tokenizer may truncate and pad; texts must stay whole
     tokenizer.no_padding()
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json``, completely or not at all. Raises CheckpointError if it fails."""
+    with replacing(folder / TOKENIZER_FILE) as aside:
+        aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Int[Tensor, " N"]:

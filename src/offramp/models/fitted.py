@@ -1,7 +1,13 @@
-"""Gates, temperatures and the draft vocabulary of a model folder, in ``exits.safetensors``."""
+"""Gates, temperatures and the draft vocabulary of a model folder, in ``fitted.safetensors``.
+
+The file names the exits to which its gates were fitted, so writing it is one step: either the old
+gates are there, or the new ones.
+"""
 
 import math
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,52 +17,68 @@ from torch import Tensor
 
 from offramp.errors import CheckpointError
 from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits, Gate, gate_of
-from offramp.files import file_sha256, parsing, read_json, read_tensors, replacing, write_json
+from offramp.files import parsing, read_tensors, replacing
 from offramp.models.base import EarlyExitModel
-from offramp.models.huggingface.exits_file import EXITS_FILE, EXITS_JSON
+from offramp.models.huggingface.exits_file import EXITS_FILE
 
+FITTED_FILE = "fitted.safetensors"
+_FITTED_TO = "exits_sha256"
 _TEMPERATURE, _DRAFT_VOCAB = "temperature", "draft_vocab"
 
 
-def save_fitted(fitted: FittedExits, folder: Path) -> None:
-    """Write gates, temperatures and draft vocabulary into the folder's ``exits.safetensors``.
+def save_fitted(fitted: FittedExits, folder: Path, *, exits: str) -> None:
+    """Write gates, temperatures and draft vocabulary to the folder's ``fitted.safetensors``.
 
-    Earlier gates, temperatures and draft vocabulary are replaced; exit heads in the file are
-    kept. If the folder has an ``offramp.json``, the new hash of the file is written there.
+    Earlier ones are replaced, in one step. ``exits`` is the hash of what they were fitted to
+    (``ModelFiles.exits_sha256``), which is stored with them.
     """
-    path = folder / EXITS_FILE
-    kept = read_tensors(path) if path.exists() else {}
-    tensors = {name: tensor for name, tensor in kept.items() if not _is_fitted(name)}
-    metadata = {"format": "pt"}
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            metadata |= file.metadata() or {}
-    for kind, gates in fitted.gates.items():
-        for layer, gate in gates.items():
-            for name, tensor in gate.state_dict().items():
-                tensors[f"{kind}.{layer}.{name}"] = tensor.contiguous()
+    tensors = {
+        f"{kind}.{layer}.{name}": tensor.contiguous()
+        for kind, gates in fitted.gates.items()
+        for layer, gate in gates.items()
+        for name, tensor in gate.state_dict().items()
+    }
     for layer, temperature in fitted.temperatures.items():
         tensors[f"{_TEMPERATURE}.{layer}"] = torch.tensor(temperature, dtype=torch.float64)
     if fitted.draft_vocab is not None:
         tensors[_DRAFT_VOCAB] = fitted.draft_vocab.contiguous()
-    about = folder / EXITS_JSON
-    stored = read_json(about) if about.exists() else None
-    with replacing(path) as aside:
-        save_file(tensors, aside, metadata=metadata)
-    if stored is not None:
-        write_json(about, {**stored, "exits_sha256": file_sha256(path)})
+    with replacing(folder / FITTED_FILE) as aside:
+        save_file(tensors, aside, metadata={"format": "pt", _FITTED_TO: exits})
 
 
-def load_fitted(folder: Path, *, device: torch.device | str = "cpu") -> FittedExits:
+def fitted_path(folder: Path) -> Path | None:
+    """Return the file with a folder's gates, temperatures and draft vocabulary, if it has one.
+
+    Earlier versions kept them in ``exits.safetensors``.
+    """
+    paths = (folder / FITTED_FILE, folder / EXITS_FILE)
+    return next((path for path in paths if path.exists()), None)
+
+
+def load_fitted(
+    folder: Path, *, exits: Callable[[], str] | None = None, device: torch.device | str = "cpu"
+) -> FittedExits:
     """Read the gates, temperatures and draft vocabulary of a model folder, if it has any.
 
-    Raises CheckpointError if the file is damaged.
+    ``exits`` returns the hash of the model's exits; if the gates were fitted to others, they are
+    not used, and a warning says so. Raises CheckpointError if the file is damaged.
     """
-    path = folder / EXITS_FILE
-    if not path.exists():
+    path = fitted_path(folder)
+    if path is None:
         return NOTHING_FITTED
     with parsing(path, "gates, temperatures and a draft vocabulary"):
-        return _read(path, device)
+        found = _read(path, device)
+        if path.name == FITTED_FILE and exits is not None:
+            with safe_open(path, framework="pt") as file:
+                fitted_to = (file.metadata() or {}).get(_FITTED_TO)
+            if fitted_to != exits():
+                warnings.warn(
+                    f"{path}: its gates were fitted to other exits than those in {folder}, so "
+                    f"they are not used; fit them again with: offramp confidence {folder} --fit",
+                    stacklevel=2,
+                )
+                return NOTHING_FITTED
+    return found
 
 
 def _read(path: Path, device: torch.device | str) -> FittedExits:
@@ -91,7 +113,7 @@ def _read(path: Path, device: torch.device | str) -> FittedExits:
 
 def check_fitted(fitted: FittedExits, model: EarlyExitModel, folder: Path) -> None:
     """Raise a CheckpointError if a folder's gates or its draft vocabulary do not fit a model."""
-    path, early = folder / EXITS_FILE, list(model.exit_layers[:-1])
+    path, early = fitted_path(folder), list(model.exit_layers[:-1])
     for kind, gates in fitted.gates.items():
         for layer, gate in gates.items():
             same_exits = kind == "gain" and sorted(gates) == early

@@ -71,6 +71,11 @@ class ModelFiles:
         return self.kind == "exits" and self.own == self.backbone.folder
 
     @property
+    def exits_sha256(self) -> str:
+        """Hash of the exits' file, or else of the weights, which hold the exits."""
+        return str(self.about["exits_sha256"]) if self.kind == "exits" else self.backbone.sha256
+
+    @property
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer: the model's own folder, or else the backbone's."""
         if self.own is not None and (self.own / TOKENIZER_FILE).is_file():

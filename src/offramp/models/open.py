@@ -149,7 +149,7 @@ def open_model(
     check_vocabulary(files.name, tokenizer, model)
     fitted = NOTHING_FITTED
     if files.own is not None:
-        fitted = load_fitted(files.own, device=device)
+        fitted = load_fitted(files.own, exits=lambda: files.exits_sha256, device=device)
         check_fitted(fitted, model, files.own)
     return OpenedModel(
         name=files.name,

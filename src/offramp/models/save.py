@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.data.tokenizer import save_tokenizer
 from offramp.exits.gate import NOTHING_FITTED
-from offramp.files import claim_folder, read_tensors
+from offramp.files import file_sha256, read_tensors
+from offramp.folders import new_folder
 from offramp.models.base import TrainableModel
 from offramp.models.fitted import save_fitted
 from offramp.models.huggingface.backbone import save_backbone
@@ -30,28 +31,34 @@ def save_model(
     added to the training record in ``config.json`` or ``offramp.json``. Raises CheckpointError if
     the folder is not empty or cannot be written.
     """
-    out = Path(out)
-    claim_folder(out)
+    with new_folder(Path(out)) as folder:
+        write_model(opened, folder, about=about)
+
+
+def write_model(opened: OpenedModel, out: Path, *, about: Mapping[str, Any] | None = None) -> None:
+    """Write what ``save_model`` writes into an existing, empty folder."""
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
     if isinstance(model, Transformer) and (files is None or files.kind == "native"):
         kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
         save_checkpoint(model, out, about=kept, weights_about={})
-        opened.tokenizer.save(str(out / TOKENIZER_FILE))
+        save_tokenizer(opened.tokenizer, out)
+        exits = file_sha256(out / "model.safetensors")
     else:
-        _save_pretrained(opened, out, stored)
+        exits = _save_pretrained(opened, out, stored)
     if opened.fitted is not NOTHING_FITTED:
-        save_fitted(opened.fitted, out)
+        save_fitted(opened.fitted, out, exits=exits)
 
 
 def _save_tokenizer(opened: OpenedModel, out: Path) -> None:
     """Write the tokenizer of a model in memory, with its chat template if it has one."""
     if opened.chat_tokenizer is not None:
         opened.chat_tokenizer.save_pretrained(out)
-    opened.tokenizer.save(str(out / TOKENIZER_FILE))
+    save_tokenizer(opened.tokenizer, out)
 
 
-def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) -> None:
+def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) -> str:
+    """Write a pretrained model or its exits; returns the hash of the exits' file."""
     model, files = opened.model, opened.files
     trained = stored.get("trained")
     if "specialised" in stored:  # in addition to the first training of the exits
@@ -63,7 +70,7 @@ def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) 
         source = Source(id=str(out), folder=out)
     if files is None:
         _save_tokenizer(opened, out)
-    write_exits(
+    return write_exits(
         out,
         model.exits,
         source=source,

@@ -7,7 +7,6 @@ synced and renamed. A damaged checkpoint is reported, and the one before it is u
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.errors import CheckpointError
-from offramp.files import obey_umask
+from offramp.files import obey_umask, reason, sync
 from offramp.models.base import TrainableModel
 from offramp.training.distributed import ALONE, Processes, sharded_like, whole
 
@@ -73,15 +73,15 @@ class Checkpoints:
             content["state_sha256"] = _state_sha256(content)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
-                _sync(path)
+                sync(path)
             shutil.rmtree(target, ignore_errors=True)
             aside.rename(target)
-            _sync(self.folder)
-        except (OSError, RuntimeError) as error:  # safetensors raises RuntimeError on a full disk
+            sync(self.folder)
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             kept = self.paths()
             raise CheckpointError(
-                f"{target}: the checkpoint cannot be written ({_reason(error)}); "
+                f"{target}: the checkpoint cannot be written ({reason(error)}); "
                 + (f"the last good one is {kept[-1].name}" if kept else "there is none before it")
             ) from None
         for old in self.paths()[: -self.keep]:
@@ -123,8 +123,8 @@ class Checkpoints:
                 state = _load(path, model, optimizer)
             except CheckpointError:
                 raise
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                damaged.append(f"{path.name} is damaged ({_reason(error)})")
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                damaged.append(f"{path.name} is damaged ({reason(error)})")
             else:
                 return state, damaged
         return None, damaged
@@ -188,15 +188,3 @@ def _state_sha256(state: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from offramp.evaluation.sample import collect_sample
 from offramp.evaluation.trace import collect_trace
 from offramp.exits.gate import FittedExits, GateConfig
 from offramp.exits.temperature import fit_temperature
-from offramp.files import file_sha256
 from offramp.models.fitted import load_fitted, save_fitted
 
 QUICK = GateConfig(steps=20, batch_size=64)
@@ -101,7 +98,7 @@ def test_the_temperature_is_that_of_the_exits_own_logits(model, ids):
 
 
 def test_what_was_fitted_comes_back(fitted, model, ids, tmp_path):
-    save_fitted(fitted, tmp_path)
+    save_fitted(fitted, tmp_path, exits="")
     back = load_fitted(tmp_path)
     assert back.temperatures == fitted.temperatures
     measures = ("max_prob", "gate", "gain")
@@ -117,17 +114,29 @@ def test_a_folder_without_gates_has_none(tmp_path):
     assert load_fitted(tmp_path).gates == {}
 
 
-def test_saving_keeps_exit_heads_and_drops_earlier_gates(fitted, model, ids, tmp_path):
-    path = tmp_path / "exits.safetensors"
-    save_file({"exits.1.norm.weight": torch.ones(3)}, path, metadata={"step": "7"})
-    (tmp_path / "offramp.json").write_text(json.dumps({"format": 1, "exits_sha256": "old"}))
-    save_fitted(fitted, tmp_path)
-    save_fitted(fit_exits(model, read(ids), kinds=("gate",), config=QUICK), tmp_path)
-    stored = load_file(path)
-    assert torch.equal(stored["exits.1.norm.weight"], torch.ones(3))
-    assert {name.split(".")[0] for name in stored} == {"exits", "gate"}
-    about = json.loads((tmp_path / "offramp.json").read_text())
-    assert about == {"format": 1, "exits_sha256": file_sha256(path)}
+def test_gates_are_written_in_one_step_and_replace_earlier_ones(fitted, model, ids, tmp_path):
+    """A process that is killed at any moment leaves the old gates or the new ones."""
+    kept = {"exits.safetensors": b"the exits", "offramp.json": b"about them"}
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+    save_fitted(fitted, tmp_path, exits="one")
+    save_fitted(fit_exits(model, read(ids), kinds=("gate",), config=QUICK), tmp_path, exits="two")
+    stored = load_file(tmp_path / "fitted.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"gate"}
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+def test_gates_of_other_exits_are_not_used(fitted, tmp_path):
+    save_fitted(fitted, tmp_path, exits="one")
+    assert load_fitted(tmp_path, exits=lambda: "one").gates
+    with pytest.warns(UserWarning, match="fitted to other exits .* offramp confidence .* --fit"):
+        assert not load_fitted(tmp_path, exits=lambda: "two").gates
+
+
+def test_gates_of_earlier_versions_are_read_from_the_file_of_the_exits(fitted, tmp_path):
+    save_fitted(fitted, tmp_path, exits="one")
+    (tmp_path / "fitted.safetensors").rename(tmp_path / "exits.safetensors")
+    assert load_fitted(tmp_path, exits=lambda: "two").temperatures == fitted.temperatures
 
 
 @pytest.mark.parametrize(
@@ -145,14 +154,13 @@ def test_damaged_gates_are_a_checkpoint_error(tmp_path, tensors, message):
         load_fitted(tmp_path)
 
 
-def test_a_draft_vocabulary_stays_beside_the_heads(tmp_path):
+def test_a_draft_vocabulary_is_stored(tmp_path):
     save_file({"exits.1.norm.weight": torch.ones(4)}, tmp_path / "exits.safetensors")
     assert load_fitted(tmp_path).draft_vocab is None
     tokens = torch.tensor([7, 0, 3])
-    save_fitted(FittedExits(draft_vocab=tokens, temperatures={1: 2.0}), tmp_path)
+    save_fitted(FittedExits(draft_vocab=tokens, temperatures={1: 2.0}), tmp_path, exits="")
     found = load_fitted(tmp_path)
     assert torch.equal(found.draft_vocab, tokens)
     assert found.temperatures == {1: 2.0}
-    assert "exits.1.norm.weight" in load_file(tmp_path / "exits.safetensors")
-    save_fitted(FittedExits(), tmp_path)
+    save_fitted(FittedExits(), tmp_path, exits="")
     assert load_fitted(tmp_path).draft_vocab is None

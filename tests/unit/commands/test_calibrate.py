@@ -173,13 +173,13 @@ def test_a_certificate_for_another_model_is_refused_before_the_model_runs(
 def test_new_gates_are_another_model(model, corpus, tmp_path):
     certificate, _ = certify(open_model(model), str(corpus), Promise(epsilon=0.2))
     certificate.save(tmp_path / "c.json")
-    kept = (model / "exits.safetensors").read_bytes()
+    kept = (model / "fitted.safetensors").read_bytes()
     try:
         fit(open_model(model), str(corpus), config=replace(QUICK, seed=5), max_tokens=2000)
         with pytest.raises(CertificateError, match="expected one for this model"):
             sweep(open_model(model), str(corpus), stored=load_thresholds(tmp_path / "c.json"))
     finally:
-        (model / "exits.safetensors").write_bytes(kept)
+        (model / "fitted.safetensors").write_bytes(kept)
     assert Certificate.load(tmp_path / "c.json") == certificate
 
 

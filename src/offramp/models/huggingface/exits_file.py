@@ -21,7 +21,9 @@ from offramp.files import (
     read_tensors,
     replacing,
     write_json,
+    writing,
 )
+from offramp.folders import new_folder
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
@@ -33,6 +35,7 @@ from offramp.version import __version__
 FORMAT = 1
 EXITS_JSON = "offramp.json"
 EXITS_FILE = "exits.safetensors"
+_NEXT_JSON = "offramp.new.json"
 _DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -103,10 +106,24 @@ def save_exits(
         raise ConfigError(
             "backbone: expected True, since the model does not come from a checkpoint"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
+    about = {"trained": trained, "policy": policy}
+    if folder.is_dir() and any(folder.iterdir()):
+        _save_into(model, folder, backbone=backbone, **about)
+        return
+    with new_folder(folder) as aside:
+        _save_into(model, aside, backbone=backbone, **about)
+    if backbone:
+        model.source = Source(id=str(folder), folder=folder)
+
+
+def _save_into(
+    model: HuggingFaceModel,
+    folder: Path,
+    *,
+    backbone: bool,
+    trained: Mapping[str, Any] | None,
+    policy: Mapping[str, Any] | None,
+) -> None:
     if backbone:
         source = model.source
         save_backbone(model.backbone, folder, texts=None if source is None else source.folder)
@@ -136,29 +153,51 @@ def write_exits(
     dtype: torch.dtype,
     trained: Mapping[str, Any] | None,
     policy: Mapping[str, Any] | None,
-) -> None:
-    """Write ``exits.safetensors`` and ``offramp.json`` into an existing folder."""
+) -> str:
+    """Write ``exits.safetensors`` and ``offramp.json`` into an existing folder.
+
+    Returns the hash of ``exits.safetensors``. Of exits that are in the folder already, either the
+    old ones or the new ones are there at any time: until ``exits.safetensors`` is replaced, the
+    new description is in a file of its own, ``offramp.new.json``.
+    """
     heads = {f"exits.{name}": value for name, value in exits.state_dict().items()}
     with replacing(folder / EXITS_FILE) as aside:
         save_file({name: value.contiguous() for name, value in heads.items()}, aside)
-    content = {
-        "format": FORMAT,
-        "offramp_version": __version__,
-        "base": {"id": _name(source, folder), "sha256": source.sha256},
-        "model_type": model_type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "exit_layers": list(exit_layers),
-        "exit_head": exit_head,
-        "exits_sha256": file_sha256(folder / EXITS_FILE),
-        "trained": None if trained is None else dict(trained),
-        "policy": None if policy is None else dict(policy),
-    }
-    write_json(folder / EXITS_JSON, content)
+        sha256 = file_sha256(aside)
+        content = {
+            "format": FORMAT,
+            "offramp_version": __version__,
+            "base": {"id": _name(source, folder), "sha256": source.sha256},
+            "model_type": model_type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "exit_layers": list(exit_layers),
+            "exit_head": exit_head,
+            "exits_sha256": sha256,
+            "trained": None if trained is None else dict(trained),
+            "policy": None if policy is None else dict(policy),
+        }
+        write_json(folder / _NEXT_JSON, content)
+    with writing(folder):
+        (folder / _NEXT_JSON).replace(folder / EXITS_JSON)
+    return sha256
+
+
+def _described_by(folder: Path) -> Path:
+    """Return the file that describes a folder's exits.
+
+    It is ``offramp.new.json`` if ``write_exits`` was stopped between its two last steps.
+    """
+    path, newer = folder / EXITS_JSON, folder / _NEXT_JSON
+    if newer.is_file() and (folder / EXITS_FILE).is_file():
+        described = read_json(newer)
+        sha256 = described.get("exits_sha256") if isinstance(described, dict) else None
+        return newer if sha256 == file_sha256(folder / EXITS_FILE) else path
+    return path
 
 
 def read_exits(folder: str | Path) -> dict[str, Any]:
     """Return the content of a folder's ``offramp.json``."""
-    path = Path(folder) / EXITS_JSON
+    path = _described_by(Path(folder))
     about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None

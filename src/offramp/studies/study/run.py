@@ -17,7 +17,7 @@ from offramp.calibration.specialise import specialise_exits, with_own_heads
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.data import batches, encode, make_tokenizer
 from offramp.data.text import Text
-from offramp.data.tokenizer import TOKENIZER_FILE
+from offramp.data.tokenizer import save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CorpusError
 from offramp.files import stored_fields
@@ -176,7 +176,7 @@ class StudyRun:
         corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
         about = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
         save_checkpoint(model, folder, about=about, weights_about={})
-        tokenizer.save(str(folder / TOKENIZER_FILE))
+        save_tokenizer(tokenizer, folder)
 
     def _record(
         self,

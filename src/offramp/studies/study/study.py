@@ -7,7 +7,8 @@ from typing import Any
 
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError
-from offramp.files import claim_marked, read_json, write_json
+from offramp.files import read_json, write_json
+from offramp.folders import claim_marked
 from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult
