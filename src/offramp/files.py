@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -135,13 +135,27 @@ def read_tensors(path: Path) -> dict[str, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def count_tensors(path: Path) -> int:
-    """Return the number of tensors in a safetensors file, from its header.
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    "The type as safetensors writes it, such as F32 or BF16."
+    shape: tuple[int, ...]
+    "The size of each dimension."
+
+
+def tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """Return the type and shape of each tensor in a safetensors file, from its header.
 
     Raises CheckpointError if the file is not complete.
     """
     with _opened(path) as file:
-        return len(file.keys())
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: TensorInfo(dtype=str(each.get_dtype()), shape=tuple(each.get_shape()))
+            for name, each in slices.items()
+        }
 
 
 def count_parameters(path: Path) -> int:

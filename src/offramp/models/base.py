@@ -256,6 +256,17 @@ def layers_by_name(
     }
 
 
+def to_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert a model's parameters in place; None keeps them.
+
+    Buffers, such as the frequencies of rotary positions, keep their precision: a model that is
+    loaded in ``dtype`` has them in float32, too.
+    """
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
 def require_blocks(model: EarlyExitModel, field: str) -> None:
     """Raise a ConfigError for ``field`` if the blocks cannot be run one by one."""
     if model.why_no_blocks:

@@ -67,8 +67,11 @@ def backbone_state(model: TrainableModel) -> dict[str, Tensor]:
         if model.config.tie_word_embeddings:
             del state["lm_head.weight"]
         return state
-    backbone: Any = model.to_transformers()
-    assert backbone is not None
+    return state_of(model.to_transformers())
+
+
+def state_of(backbone: Any) -> dict[str, Tensor]:
+    """Return the tensors of a model of ``transformers`` by name, without a tied LM head."""
     state = backbone.state_dict()
     shared = backbone.get_input_embeddings().weight.data_ptr()
     kept = next((name for name, value in state.items() if value.data_ptr() == shared), None)

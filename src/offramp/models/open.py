@@ -231,7 +231,7 @@ def load_weights(
     if files.kind == "native":
         return load_checkpoint(files.backbone.folder, device=device, dtype=dtype)[0]
     model = _pretrained(files, runner, exit_layers, exit_head, dtype)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device).eval()
 
 
 def _pretrained(

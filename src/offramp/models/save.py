@@ -8,13 +8,13 @@ import torch
 
 from offramp.data.tokenizer import save_tokenizer
 from offramp.exits.gate import NOTHING_FITTED
-from offramp.files import file_sha256, read_tensors
+from offramp.files import file_sha256
 from offramp.folders import new_folder
 from offramp.models.base import TrainableModel
 from offramp.models.fitted import save_fitted
-from offramp.models.huggingface.backbone import save_backbone
+from offramp.models.huggingface.backbone import load_backbone, save_backbone
 from offramp.models.huggingface.exits_file import write_exits
-from offramp.models.identity import backbone_state
+from offramp.models.identity import backbone_state, state_of
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.models.open import OpenedModel
@@ -85,11 +85,12 @@ def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) 
 
 def _unchanged(model: TrainableModel, source: Source) -> bool:
     """Whether the backbone's parameters are those of its checkpoint, in the model's precision."""
-    mine = backbone_state(model)
-    theirs = {name: value for path in source.weights for name, value in read_tensors(path).items()}
-    own = {name for name in mine if name.startswith("exits.")}
-    return all(
-        name in theirs and torch.equal(value.cpu(), theirs[name].to(value.dtype))
-        for name, value in mine.items()
-        if name not in own
+    theirs = state_of(load_backbone(source, model.dtype))
+    mine = {
+        name: value
+        for name, value in backbone_state(model).items()
+        if not name.startswith("exits.")
+    }
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(value.cpu(), theirs[name]) for name, value in mine.items()
     )

@@ -40,13 +40,17 @@ class Source:
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
-        """Return the safetensors files by name. Raises CheckpointError if there are none."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return tuple(self.folder / name for name in _indexed(index))
+        """Return the safetensors files by name. Raises CheckpointError if there are none.
+
+        As in transformers, ``model.safetensors`` is preferred to the files that an index names.
+        """
+        self._check_named()
         whole = self.folder / "model.safetensors"
         if whole.is_file():
             return (whole,)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            return tuple(self.folder / name for name in _indexed(index))
         pickles = sorted(path.name for kind in _PICKLES for path in self.folder.glob(kind))
         if pickles:
             raise CheckpointError(
@@ -54,6 +58,17 @@ class Source:
                 "which can run code when it is loaded; convert it to safetensors first"
             )
         raise CheckpointError(f"{whole}: expected a file, found none")
+
+    def _check_named(self) -> None:
+        """Refuse a config that names other weights, which transformers would read."""
+        path = self.folder / "config.json"
+        config = read_json(path) if path.is_file() else None
+        named = config.get("transformers_weights") if isinstance(config, dict) else None
+        if named not in (None, "model.safetensors"):
+            raise CheckpointError(
+                f"{path}: transformers_weights: expected none, since the weights are read from "
+                f"model.safetensors or its index, got {named!r}"
+            )
 
     @cached_property
     def sha256(self) -> str:

@@ -1,6 +1,7 @@
 """Load and save causal language models of ``transformers`` as plain checkpoints."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,16 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import count_tensors, obey_umask, read_json
+from offramp.files import obey_umask, read_json
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source
+from offramp.models.weights import (
+    check_types,
+    is_buffer,
+    refuse_tensors,
+    stored_dtype,
+    stored_tensors,
+)
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of layers in a config, which a library may try to make, however many."""
@@ -27,7 +35,49 @@ _TEXT_FILES = (
 
 
 def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
-    """Load the causal language model of a checkpoint, which must contain every weight."""
+    """Load the causal language model of a checkpoint, whose weights must be exactly the model's.
+
+    ``dtype`` None keeps the precision that ``config.json`` states, or else that of the file.
+    """
+    config = _config_of(source)
+    quantised = getattr(config, "quantization_config", None) is not None
+    if not quantised:
+        check_types(source)
+        dtype = dtype or stored_dtype(source)
+    with quiet():
+        try:
+            model, report = transformers().AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported and refused below, with their names
+            )
+        except Exception as error:  # the library raises many kinds of errors
+            raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
+    stored = stored_tensors(source)
+    unknown = [
+        name
+        for name in report["unexpected_keys"]
+        if not (name in stored and is_buffer(name, stored[name]))
+    ]
+    refuse_tensors(
+        source,
+        {
+            "they lack": report["missing_keys"],
+            "of another size are": report["mismatched_keys"],
+            "they have an unknown": unknown,
+        },
+    )
+    _note_untied(model)
+    return model
+
+
+def _config_of(source: Source) -> Any:
+    """Read the config of a causal language model; code that comes with it is never run."""
     library = transformers()
     path = source.folder / "config.json"
     stored = read_json(path)
@@ -38,7 +88,7 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
             f"{source.id}: expected a model_type of transformers {library.__version__}, got "
             f"{stored['model_type']!r}; code that comes with a model is never run"
         )
-    tensors = sum(count_tensors(file) for file in source.weights)
+    tensors = len(stored_tensors(source))
     parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
     for name, layers in ((name, part[name]) for part in parts for name in _LAYERS if name in part):
         if type(layers) is not int or not 1 <= layers <= tensors:
@@ -51,32 +101,27 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
             config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds of errors
             raise CheckpointError(f"{path}: expected a config, got: {one_line(error)}") from None
-        encodes = getattr(config, "is_encoder_decoder", False)
-        if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UnsupportedArchitectureError(
-                f"{source.id}: expected a decoder-only (causal) language model, got "
-                f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
-            )
-        try:
-            model, report = library.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported and refused below, with their names
-            )
-        except Exception as error:
-            raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
-    for problem in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[problem])):
-            raise CheckpointError(
-                f"{source.id}: the weights do not fit config.json: {problem.replace('_', ' ')} "
-                f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
-            )
-    return model
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedArchitectureError(
+            f"{source.id}: expected a decoder-only (causal) language model, got "
+            f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
+        )
+    return config
+
+
+def _note_untied(model: Any) -> None:
+    """Make the config of a model whose LM head is not its embedding say so.
+
+    ``transformers`` does not tie two stored matrices that differ, whatever the config says.
+    """
+    text = model.config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False):
+        return
+    with suppress(AttributeError, NotImplementedError):
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head.weight.data_ptr() != embedding.weight.data_ptr():
+            model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:

@@ -24,24 +24,20 @@ from offramp.files import (
     writing,
 )
 from offramp.folders import new_folder
+from offramp.models.base import to_precision
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
 from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.sources import Source, find_checkpoint
+from offramp.models.weights import DTYPES
 from offramp.version import __version__
 
 FORMAT = 1
 EXITS_JSON = "offramp.json"
 EXITS_FILE = "exits.safetensors"
 _NEXT_JSON = "offramp.new.json"
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def from_pretrained(
@@ -68,7 +64,8 @@ def from_pretrained(
     """
     if isinstance(id_or_dir, nn.Module):
         model = _with_exits(id_or_dir, exit_layers, exit_head)
-        return model.to(device=device, dtype=dtype).eval()
+        to_precision(model, dtype)
+        return model.to(device).eval()
     folder = None if isinstance(id_or_dir, Source) else Path(id_or_dir).expanduser()
     if folder is None or not (folder / EXITS_JSON).is_file():
         if base is not None:
@@ -208,7 +205,7 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
         and all(isinstance(base.get(name), str) for name in ("id", "sha256")),
         "exit_layers": isinstance(layers, list) and all(type(layer) is int for layer in layers),
         "exit_head": about.get("exit_head") in EXIT_HEAD_KINDS,
-        "dtype": str(about.get("dtype")) in _DTYPES,
+        "dtype": str(about.get("dtype")) in DTYPES,
         "trained": isinstance(about.get("trained"), dict | None),
         "policy": isinstance(about.get("policy"), dict | None),
     }
@@ -220,7 +217,7 @@ def read_exits(folder: str | Path) -> dict[str, Any]:
 
 def tuned_dtype(about: Mapping[str, Any]) -> torch.dtype:
     """Return the precision in which exits were trained, from the content of ``read_exits``."""
-    return _DTYPES[about["dtype"]]
+    return DTYPES[about["dtype"]]
 
 
 def base_of(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError
 from offramp.files import read_tensors, replacing, write_json
+from offramp.models.base import to_precision
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.reading import read_json, value_of
@@ -66,7 +67,8 @@ def load_checkpoint(
             f"{folder / 'model.safetensors'}: the weights do not fit config.json: "
             + " ".join(str(error).split())
         ) from None
-    return model.to(device=device, dtype=dtype).eval(), about
+    to_precision(model, dtype)
+    return model.to(device).eval(), about
 
 
 def empty_model(

@@ -4,21 +4,24 @@ The parameters have the same names in both.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
-from offramp.files import parsing, read_json, read_tensors
+from offramp.files import parsing, read_json
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.native.checkpoint import empty_model
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
+from offramp.models.weights import load_state, refuse_tensors, stored_dtype
 from offramp.options import config_of
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FAMILIES = ("llama", "mistral")
 _MISTRAL_WINDOW = 4096  # default of Mistral's config
 
@@ -33,7 +36,8 @@ def load_native(
 ) -> Transformer:
     """Load a Llama-family checkpoint (Llama, SmolLM2, Mistral, ...) into the native decoder.
 
-    ``dtype`` None keeps the precision of the file. The exits start out equal to the final norm
+    ``dtype`` None keeps the precision that ``config.json`` states, or else that of the file; all
+    weights have it. The exits start out equal to the final norm
     and head. Returns the model in eval mode.
 
     Raises UnsupportedArchitectureError for a config field that the native decoder does not
@@ -46,13 +50,10 @@ def load_native(
         raise CheckpointError(f"{path}: expected the config of a model")
     with parsing(path, "the config of a model"):
         config = decoder_config(stored, exit_layers=exit_layers, exit_head=exit_head)
-    state: dict[str, torch.Tensor] = {}
-    for file in source.weights:
-        state |= read_tensors(file)
+    kept = load_state(source, dtype or stored_dtype(source))
+    state = {_native_name(name): tensor for name, tensor in kept.items()}
+    config = _tied(config, state)
     model = empty_model(config, state, path, device="meta")  # draws no random numbers
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    state = {name: value for name, value in state.items() if not name.endswith("inv_freq")}
     try:
         fits = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
@@ -60,17 +61,35 @@ def load_native(
             f"{source.id}: the weights do not fit config.json: {' '.join(str(error).split())}"
         ) from None
     missing = [name for name in fits.missing_keys if not name.startswith("exits.")]
-    for names, what in ((missing, "lack"), (fits.unexpected_keys, "have an unknown")):
-        if names:
-            raise CheckpointError(
-                f"{source.id}: the weights do not fit config.json: they {what} {names[0]}"
-            )
+    refuse_tensors(source, {"they lack": missing, "they have an unknown": fits.unexpected_keys})
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.start_exits()
     model.exits.to(model.lm_head.weight.dtype)
     model.exits.trained = False
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device).eval()
+
+
+def _native_name(name: str) -> str:
+    """Return a parameter's name in a causal language model; base models have no prefix."""
+    return name if name.startswith(("model.", "lm_head.", "exits.")) else f"model.{name}"
+
+
+def _tied(config: DecoderConfig, state: dict[str, torch.Tensor]) -> DecoderConfig:
+    """Return the config of a model whose embedding and LM head are as in transformers.
+
+    Tied ones that are both stored, and differ, are not tied. If one is missing in ``state``, it
+    becomes the other.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    embedding, head = state.get(_EMBEDDING), state.get(_HEAD)
+    if embedding is not None and head is not None and not torch.equal(embedding, head):
+        return replace(config, tie_word_embeddings=False)
+    kept = head if embedding is None else embedding
+    if kept is not None:
+        state[_EMBEDDING] = state[_HEAD] = kept
+    return config
 
 
 def decoder_config(
