@@ -21,8 +21,9 @@ from torch import Tensor
 from offramp.data.text import sha256
 from offramp.data.tokenizer import encode_pieces, unknown_id
 from offramp.errors import ConfigError, CorpusError
+from offramp.files import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 1 << 25
 _ABOUT = "about.json"
 _ABANDONED_SECONDS = 24 * 3600
@@ -31,19 +32,22 @@ _ABANDONED_SECONDS = 24 * 3600
 class TokenShards:
     """The token ids of a text, in memory-mapped files of one folder.
 
-    Raises CorpusError if the folder is incomplete or damaged.
+    Every file is compared with its hash when the folder is opened. Raises CorpusError if the
+    folder is incomplete, damaged or changed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verified: bool = False) -> None:
         self.folder = folder
         try:
-            self.about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            self.about: dict[str, Any] = _read_about(folder / _ABOUT)
             lengths, dtype = self.about["lengths"], np.dtype(self.about["dtype"])
             self.unknown_tokens = int(self.about["unknown_tokens"])
-            if self.about["format"] != FORMAT:
-                raise ValueError(f"format {self.about['format']}")
-            self._shards = [_open(folder / _shard(i), n, dtype) for i, n in enumerate(lengths)]
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            hashes = [None] * len(lengths) if verified else self.about["shards_sha256"]
+            self._shards = [
+                _open(folder / _shard(i), length, dtype, sha256)
+                for i, (length, sha256) in enumerate(zip(lengths, hashes, strict=True))
+            ]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorpusError(f"{folder}: expected whole token shards, got: {error}") from None
         self._starts = np.cumsum([0, *lengths])
 
@@ -61,8 +65,12 @@ class TokenShards:
             parts.append(shard[max(start - begins, 0) : stop - begins].astype(np.int64))
         return torch.from_numpy(np.concatenate(parts))
 
-    def __reduce__(self) -> tuple[type["TokenShards"], tuple[Path]]:
-        return TokenShards, (self.folder,)  # another process maps the files itself
+    def __reduce__(self) -> tuple[Callable[[Path], "TokenShards"], tuple[Path]]:
+        return _verified, (self.folder,)  # another process maps the files itself
+
+
+def _verified(folder: Path) -> TokenShards:
+    return TokenShards(folder, verified=True)
 
 
 def tokenise(
@@ -76,7 +84,7 @@ def tokenise(
     """Return the tokens of a text from ``cache_dir``; if they are not there, make and store them.
 
     The folder's name is a hash of the text and the tokenizer. The folder appears only when it is
-    complete; a damaged one is replaced. At most one shard is in memory. A text in pieces is read
+    complete; one that is damaged or changed is replaced. At most one shard is in memory. A text in pieces is read
     twice, for its hash and for its tokens. ``on_tokens`` is called with the number of tokens
     done so far.
 
@@ -95,7 +103,7 @@ def tokenise(
         "tokenizer_sha256": sha256([tokenizer.to_str()]),
     }
     folder = cache_dir / sha256([f"{FORMAT} {json.dumps(hashes)}"])[:32]
-    kept = _kept(folder)
+    kept = _kept(folder, hashes)
     if kept is not None:
         return kept
     aside: Path | None = None
@@ -105,7 +113,7 @@ def tokenise(
         aside = cache_dir / f".{folder.name}.{uuid.uuid4().hex}.tmp"
         aside.mkdir()
         _write(pieces, tokenizer, aside, hashes, shard_tokens, on_tokens)
-        return _publish(aside, folder)
+        return _publish(aside, folder, hashes)
     except OSError as error:
         raise CorpusError(
             f"{cache_dir}: expected a folder where tokens can be stored, got: {error.strerror}"
@@ -115,18 +123,40 @@ def tokenise(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _kept(folder: Path) -> TokenShards | None:
-    try:
-        return TokenShards(folder)
-    except CorpusError:
-        return None
+def _kept(folder: Path, hashes: dict[str, str]) -> TokenShards | None:
+    """Return the tokens in a folder if they are whole and those of this text and tokenizer."""
+    with suppress(CorpusError):
+        kept = TokenShards(folder)
+        if hashes.items() <= kept.about.items():
+            return kept
+    return None
 
 
 def _shard(index: int) -> str:
     return f"{index:05d}.npy"
 
 
-def _open(path: Path, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _read_about(path: Path) -> dict[str, Any]:
+    """Read the description of a folder. Raises ValueError unless its own hash is right."""
+    about = json.loads(_regular(path).read_text(encoding="utf-8"))
+    if not isinstance(about, dict) or about.pop("sha256", None) != _digest(about):
+        raise ValueError(f"{path.name} without its hash, or changed")
+    return about
+
+
+def _regular(path: Path) -> Path:
+    if not path.is_file():  # reading from a pipe would not end
+        raise ValueError(f"{path.name}: no file")
+    return path
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return sha256([json.dumps(about, sort_keys=True)])
+
+
+def _open(path: Path, length: int, dtype: np.dtype[Any], expected: str | None) -> NDArray[Any]:
+    if expected is not None and file_sha256(_regular(path)) != expected:
+        raise ValueError(f"{path.name}: other content than was written")
     shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     if shard.shape != (length,) or shard.dtype != dtype:
         raise ValueError(
@@ -153,11 +183,13 @@ def _write(
             yield piece
 
     lengths: list[int] = []
+    shards_sha256: list[str] = []
     done = unknown_tokens = 0
     for ids in _whole_shards(encode_pieces(tokenizer, hashing()), dtype, shard_tokens):
         with _synced(folder / _shard(len(lengths))) as file:
             np.save(file, ids, allow_pickle=False)
         lengths.append(len(ids))
+        shards_sha256.append(file_sha256(folder / _shard(len(shards_sha256))))
         done += len(ids)
         unknown_tokens += 0 if unknown is None else int((ids == unknown).sum())
         if on_tokens:
@@ -171,10 +203,11 @@ def _write(
         **hashes,
         "dtype": dtype.name,
         "lengths": lengths,
+        "shards_sha256": shards_sha256,
         "unknown_tokens": unknown_tokens,
     }
     with _synced(folder / _ABOUT) as file:
-        file.write(json.dumps(about, indent=2).encode("utf-8"))
+        file.write(json.dumps({**about, "sha256": _digest(about)}, indent=2).encode("utf-8"))
 
 
 @contextmanager
@@ -203,7 +236,7 @@ def _whole_shards(
         yield shard[:filled]
 
 
-def _publish(aside: Path, folder: Path) -> TokenShards:
+def _publish(aside: Path, folder: Path, hashes: dict[str, str]) -> TokenShards:
     """Rename the new folder, unless another process has made the same folder in the meantime."""
     while True:
         try:
@@ -211,11 +244,11 @@ def _publish(aside: Path, folder: Path) -> TokenShards:
         except OSError:
             if not folder.exists():
                 raise
-            if (kept := _kept(folder)) is not None:
+            if (kept := _kept(folder, hashes)) is not None:
                 return kept
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()  # damaged
         else:
-            return TokenShards(folder)
+            return TokenShards(folder, verified=True)
 
 
 def _remove_abandoned(cache_dir: Path) -> None:

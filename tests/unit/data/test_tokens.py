@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -98,9 +99,47 @@ def another_length(path):
     path.write_text(json.dumps(about))
 
 
+def another_id(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def an_id_above_the_vocabulary(path):
+    ids = np.load(path)
+    ids[3] = 60_000
+    np.save(path, ids)
+
+
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def of_another_text(path):
+    other = tokenise(TEXT[::-1], TOKENIZER, path.parent.parent / "other", shard_tokens=500)
+    path.write_bytes((other.folder / path.name).read_bytes())
+
+
+def another_count(path):
+    path.write_text(path.read_text().replace('"unknown_tokens": 0', '"unknown_tokens": 9'))
+
+
+def nested(path):
+    path.write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
+        ("00000.npy", another_id),
+        ("00001.npy", an_id_above_the_vocabulary),
+        ("00000.npy", a_pipe),
+        ("about.json", a_pipe),
+        ("00000.npy", of_another_text),
+        ("about.json", of_another_text),
+        ("about.json", another_count),
+        ("about.json", nested),
         ("00000.npy", cut_short),
         ("00001.npy", emptied),
         ("00002.npy", os.unlink),
@@ -110,15 +149,24 @@ def another_length(path):
         ("about.json", another_length),
     ],
 )
-def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, name, damage):
+def test_a_damaged_or_changed_token_cache_is_noticed_and_made_anew(tmp_path, name, damage):
     folder = tokenise(TEXT, TOKENIZER, tmp_path, shard_tokens=500).folder
     damage(folder / name)
     with pytest.raises(CorpusError, match="expected whole token shards"):
         TokenShards(folder)
     again = tokenise(TEXT, TOKENIZER, tmp_path, shard_tokens=500)
     assert torch.equal(again.read(0, len(TEXT)), IDS)
-    assert files(tmp_path) == [folder.name]
+    assert folder.name in files(tmp_path)
     assert files(folder) == ["00000.npy", "00001.npy", "00002.npy", "about.json"]
+
+
+def test_a_whole_cache_of_another_text_under_this_name_is_made_anew(tmp_path):
+    folder = tokenise(TEXT, TOKENIZER, tmp_path, shard_tokens=500).folder
+    other = tokenise(TEXT[::-1], TOKENIZER, tmp_path, shard_tokens=500).folder
+    shutil.rmtree(folder)
+    other.rename(folder)
+    again = tokenise(TEXT, TOKENIZER, tmp_path, shard_tokens=500)
+    assert torch.equal(again.read(0, len(TEXT)), IDS)
 
 
 KILLED = """
