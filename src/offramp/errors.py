@@ -35,3 +35,7 @@ class GenerationError(OfframpError):
 
 class CertificateError(OfframpError):
     """A file is not a certificate, was edited, or belongs to another model."""
+
+
+class OfframpWarning(UserWarning):
+    """Something is left out, or is not as the user may expect; the work goes on."""

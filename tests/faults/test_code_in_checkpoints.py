@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from offramp.cli.base import console
 from offramp.errors import OfframpError
 
 SOURCE = Path(offramp.__file__).parent
-LOADERS = ("from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline")
+LOADERS = ("from_pretrained", "from_config", "pipeline", "load_dataset_builder")
 RUNS_CODE = ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "torch.hub.load")
 OURS = ("from_pretrained(", "Tokenizer.from_pretrained(")  # ours, and one that reads only JSON
 
@@ -36,7 +37,13 @@ def test_every_call_of_a_loader_forbids_code_of_the_checkpoint():
         found += 1
         given = {word.arg: ast.unparse(word.value) for word in node.keywords}
         assert given.get("trust_remote_code") == "False", f"{path.name}:{node.lineno} {name}"
-    assert found >= 9
+    assert found >= 8
+
+
+def test_datasets_is_of_a_version_that_runs_no_code_of_a_dataset():
+    """From version 4 on it has no loading scripts."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "datasets>=4" in project["project"]["optional-dependencies"]["hf"]
 
 
 def test_nothing_in_the_source_loads_a_pickle_or_trusts_a_checkpoint():

@@ -8,7 +8,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
@@ -17,7 +19,8 @@ from cyclopts import App, Parameter
 
 from offramp.cli.config_file import read_config_file
 from offramp.cli.help_groups import GroupedHelp
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, OfframpWarning
+from offramp.printable import printable
 from offramp.version import __version__
 
 COMMANDS = (
@@ -107,14 +110,37 @@ def run(arguments: Sequence[str] | None) -> None:
         for name in COMMANDS:
             _ = app[name].help  # reads the command's module
     try:
-        app(given, exit_on_error=False, print_error=False, result_action="return_value")
+        with _spoken_warnings():
+            app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, OfframpError) as error:
         sentence = _unknown_option(given) or " ".join(str(error).split())
         field, colon, rest = sentence.partition(":")  # a config's field, by its flag's name
         if not is_first_process():  # rank 0 says it, and its launcher ends this process meanwhile,
             time.sleep(LAUNCHER_SECONDS)  # unless only this one failed
-        print(f"offramp: {FLAGS.get(field, field)}{colon}{rest}", file=sys.stderr)
+        say_line(f"{FLAGS.get(field, field)}{colon}{rest}")
         sys.exit(2)
+
+
+def say_line(sentence: str) -> None:
+    """Print one line on standard error; nothing in it is obeyed by a terminal."""
+    print(f"offramp: {printable(sentence)}", file=sys.stderr)
+
+
+@contextmanager
+def _spoken_warnings() -> Iterator[None]:
+    """Print offramp's own warnings as lines; those of other packages as they are."""
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, OfframpWarning):
+            show(message, category, *place, **more)
+        elif is_first_process():
+            say_line(" ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OfframpWarning)
+        warnings.showwarning = shown
+        yield
 
 
 def _unknown_option(given: Sequence[str]) -> str | None:

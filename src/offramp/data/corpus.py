@@ -1,20 +1,20 @@
 """Corpora: a training text, a validation text and, in some corpora, a test text."""
 
-import codecs
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from offramp.data.folder import leads_outside, text_files
 from offramp.data.hub import PREFIX, dataset_splits
 from offramp.data.text import Text, files_text, sha256
-from offramp.errors import CorpusError
+from offramp.errors import CorpusError, OfframpWarning
 
 BUILT_IN = ("pangram", "python-docs")
 
 _PANGRAM_TRAIN = "The quick brown fox jumps over the lazy dog. "
 _PANGRAM_VALIDATION = "A quick brown dog runs in the park. "
 _TRAIN, _VALIDATION, _TEST = ("train",), ("validation", "valid", "val", "dev"), ("test",)
-_BEGINNING = 8000  # bytes
 _FILES = ("train.txt", "valid.txt", "validation.txt", "test.txt")
 
 
@@ -104,13 +104,34 @@ def stream_corpus(name: str) -> StreamedCorpus:
             f"{name}: expected {', '.join(BUILT_IN)}, {PREFIX}DATASET, or the path of a text "
             "file or folder; there is no such path"
         )
-    if not path.is_dir():
+    if path.is_file():
         return _parted(name, files_text([path]))
+    if not path.is_dir():
+        raise CorpusError(f"{name}: expected a text file or folder, got a pipe or a device")
+    return _folder(name, path)
+
+
+def _folder(name: str, path: Path) -> StreamedCorpus:
+    """Open a folder: its named splits if it has ``train.txt``, or else all its text files."""
     splits = {file: path / file for file in _FILES if (path / file).is_file()}
     if "train.txt" in splits:
+        for file, at in splits.items():
+            if leads_outside(at, path):
+                raise CorpusError(
+                    f"{name}: expected {file} in the folder, got a link that leads outside it"
+                )
         named = {Path(file).stem: files_text([at]) for file, at in splits.items()}
         return _named(name, named, "file")
-    return _parted(name, files_text(_files_in(path)))
+    found = text_files(path)
+    links = f"{found.skipped} {'link leads' if found.skipped == 1 else 'links lead'} outside it"
+    if not found.files:
+        why = f"; {links}" if found.skipped else ""
+        raise CorpusError(f"{name}: expected a folder with text files, got one without{why}")
+    if found.skipped:
+        warnings.warn(
+            f"{name}: {links}, and what they name is not read", OfframpWarning, stacklevel=4
+        )
+    return _parted(name, files_text(found.files))
 
 
 def _pangram() -> StreamedCorpus:
@@ -193,31 +214,6 @@ def _one_of(name: str, splits: Mapping[str, Text], names: Sequence[str], noun: s
     if len(found) > 1:
         raise CorpusError(f"{name}: expected one {noun} of {' and '.join(found)}, got both")
     return found[0] if found else None
-
-
-def _files_in(path: Path) -> list[Path]:
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and not _is_binary(file)
-    ]
-    if not files:
-        raise CorpusError(f"{path}: expected a folder with text files, got one without")
-    return files
-
-
-def _is_binary(path: Path) -> bool:
-    """Return whether there is a zero byte near the beginning (git's rule) and no UTF-16 mark."""
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(_BEGINNING)
-    except OSError:
-        return False  # reading the file raises the error
-    return b"\0" in beginning and not beginning.startswith(
-        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    )
 
 
 def _exists(path: Path) -> bool:

@@ -5,6 +5,7 @@ one short request tests the connection first; if it fails, only local files are 
 """
 
 import json
+import logging
 import ssl
 import sys
 import threading
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +102,16 @@ def _load(name: str) -> Any:
 
     path = name.removeprefix(PREFIX)
     if path and Path(path).is_dir():
-        try:
+        with _reading(name):
             saved = _saved(Path(path))
-            return datasets.load_dataset(path, trust_remote_code=False) if saved is None else saved
-        except Exception as error:  # each file format raises its own errors
-            raise CorpusError(
-                f"{name}: expected a readable dataset, got: {one_line(error)}"
-            ) from None
+            return datasets.load_dataset(path) if saved is None else saved
     if not path or path.startswith((".", "/", "~")):
         raise CorpusError(f"{name}: expected {PREFIX}DATASET or {PREFIX}FOLDER; no such folder")
     reachable = hub_reachable()
     with nullcontext() if reachable else offline():
         for repository, config in _readings(path):
             try:
-                return datasets.load_dataset(repository, config, trust_remote_code=False)
+                return datasets.load_dataset(repository, config)
             except (FileNotFoundError, ConnectionError):  # not on the hub; not on this machine
                 continue
             except Exception as error:
@@ -128,6 +126,43 @@ def _load(name: str) -> Any:
         f"be reached; got none of this name; use a text file, a folder with train.txt and "
         f"valid.txt, or {PREFIX}FOLDER of a dataset saved with save_to_disk"
     )
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Raise the errors of ``datasets`` as a CorpusError with their causes; print nothing else."""
+    import datasets
+
+    log, said = logging.getLogger("datasets"), _Messages()
+    before, datasets_bars = (log.handlers, log.propagate), datasets.is_progress_bar_enabled()
+    log.handlers, log.propagate = [said], False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:  # each file format raises its own errors
+        causes = [one_line(error)]
+        while (cause := error.__cause__ or error.__context__) is not None:
+            error = cause  # type: ignore[assignment]
+            causes.append(one_line(error))
+        whole = ": ".join(dict.fromkeys([causes[0], *(said.errors[-1:] or causes[-1:])]))
+        raise CorpusError(f"{name}: expected a readable dataset, got: {whole}") from None
+    finally:
+        log.handlers, log.propagate = before
+        if datasets_bars:
+            datasets.enable_progress_bars()
+
+
+class _Messages(logging.Handler):
+    """Keeps the errors that a library logs: they name the file, which the exception may not."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(" ".join(record.getMessage().split()))
 
 
 def _saved(folder: Path) -> Any:
@@ -157,8 +192,14 @@ def _readings(path: str) -> list[tuple[str, str | None]]:
 def _rows(name: str, split: str, rows: Any) -> Text:
     def pieces() -> Iterator[str]:
         _check_column(name, split, rows.features)
-        texts_only = rows.select_columns(COLUMN).with_format(None)
-        for index, batch in enumerate(texts_only.iter(_ROWS)):
+        with _reading(name):
+            texts_only = rows.select_columns(COLUMN).with_format(None)
+            batches = iter(texts_only.iter(_ROWS))
+        for index in count():
+            with _reading(name):
+                batch = next(batches, None)
+            if batch is None:
+                return
             texts = batch[COLUMN]
             if None in texts:
                 raise CorpusError(

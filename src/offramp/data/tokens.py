@@ -84,9 +84,9 @@ def tokenise(
     """Return the tokens of a text from ``cache_dir``; if they are not there, make and store them.
 
     The folder's name is a hash of the text and the tokenizer. The folder appears only when it is
-    complete; one that is damaged or changed is replaced. At most one shard is in memory. A text in pieces is read
-    twice, for its hash and for its tokens. ``on_tokens`` is called with the number of tokens
-    done so far.
+    complete; one that is damaged or changed is replaced. At most one shard is in memory. A text
+    in pieces is read twice, for its hash and for its tokens. ``on_tokens`` is called with the
+    number of tokens done so far.
 
     Raises CorpusError if the text changes between the two reads, or if the folder cannot be
     written.

@@ -194,3 +194,31 @@ def test_a_hub_that_never_answers_is_given_up_on(monkeypatch):
     assert not hub.hub_reachable()
     assert time.perf_counter() - start < 5
     done.set()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("train.jsonl", '{"text": "good"}\n{"text": "bad\n', "JSON parse error"),
+        ("train.jsonl", '{"text": "good"}\nno json at all\n', "JSON parse error"),
+        ("train.parquet", "PAR1 no parquet", "[Pp]arquet"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_cause(tmp_path, file, content, cause, capfd):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / file).write_text(content)
+    with pytest.raises(CorpusError, match=cause) as error:
+        load_corpus(f"hf:{tmp_path / 'd'}")
+    assert "\n" not in str(error.value)
+    assert file in str(error.value)
+    assert capfd.readouterr().err == ""  # neither bars nor a log
+
+
+def test_rows_that_cannot_be_read_are_one_sentence(tmp_path):
+    saved(tmp_path / "d", train=["some text"] * 50)
+    [data] = (tmp_path / "d").rglob("*.arrow")
+    content = bytearray(data.read_bytes())
+    content[8:] = content[:-8]
+    data.write_bytes(content)
+    with pytest.raises(CorpusError, match="expected a readable dataset, got"):
+        load_corpus(f"hf:{tmp_path / 'd'}")
