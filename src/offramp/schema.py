@@ -69,9 +69,9 @@ def named(hint: Any) -> str:
         return " or ".join(named(part) for part in arguments)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
-    if origin is not None and issubclass(origin, Mapping):
+    if _is_a(hint, Mapping):
         return "an object"
-    if origin is not None and issubclass(origin, Sequence) and arguments:
+    if _is_a(hint, Sequence) and arguments:
         member = named(arguments[0]).removeprefix("an ").removeprefix("a ")
         return f"a list of {member}s" if member in _WORDS.values() else "a list"
     if hint in (NoneType, bool):
@@ -94,7 +94,7 @@ def _sentence(type_: Any, content: Any, error: msgspec.ValidationError) -> str:
     if "missing required field" in said:
         name = said.split("`")[1]
         expected = named(_type_at(type_, [*keys, name]))
-        return f"{where}.{name}: expected {expected}, found none".removeprefix(".")
+        return f"{where}.{name}: expected {expected}, but it is missing".removeprefix(".")
     prefix = f"{where}: " if where else ""
     if rest:
         return f"{prefix}expected keys of another kind"
@@ -123,8 +123,7 @@ def _type_at(type_: Any, keys: Sequence[str | int]) -> Any:
             if positional and isinstance(key, int) and key < len(arguments):
                 type_ = arguments[key]
             else:
-                is_map = issubclass(get_origin(type_), Mapping)
-                type_ = arguments[-1] if is_map else arguments[0]
+                type_ = arguments[-1 if _is_a(type_, Mapping) else 0]
     return type_
 
 
@@ -137,6 +136,11 @@ def _names(type_: Any) -> tuple[str, ...]:
     if _is_struct(type_):
         return tuple(type_.__struct_fields__)
     return tuple(field.name for field in fields(type_))
+
+
+def _is_a(type_: Any, kind: type) -> bool:
+    origin = get_origin(type_)
+    return isinstance(origin, type) and issubclass(origin, kind)
 
 
 def _is_struct(type_: Any) -> bool:

@@ -63,8 +63,8 @@ def test_content_becomes_a_value_with_every_part_of_its_own_type():
     [
         ([], "expected an object, got []"),
         (None, "expected an object, got None"),
-        ({}, "part: expected an object, found none"),
-        ({"part": {}}, "part.count: expected a whole number, found none"),
+        ({}, "part: expected an object, but it is missing"),
+        ({"part": {}}, "part.count: expected a whole number, but it is missing"),
         ({"part": {"count": "1"}}, "part.count: expected a whole number, got '1'"),
         ({"part": {"count": True}}, "part.count: expected a whole number, got True"),
         ({"part": {"count": 1.5}}, "part.count: expected a whole number, got 1.5"),

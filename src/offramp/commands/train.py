@@ -16,7 +16,6 @@ from offramp.commands.train_run import (
     TrainRun,
     Watcher,
     resolve,
-    stored_run,
     stored_run_file,
 )
 from offramp.data import (
@@ -105,17 +104,17 @@ def resume_run(
     Raises CheckpointError if there is no such run, or the corpus has changed since.
     """
     stored = stored_run_file(out, steps)
-    run = stored_run(stored["run"])
+    run = stored.run
     if steps is not None:
         run = replace(run, training=replace(run.training, steps=steps, epochs=None))
     check_tracker(run.tracker)
     processes = join(device)
     check_processes(run.training, processes)
     corpus = processes.main_first(lambda: stream_corpus(run.corpus))
-    if corpus.sha256 != stored["corpus_sha256"]:
+    if corpus.sha256 != stored.corpus_sha256:
         raise CheckpointError(
             f"{run.corpus}: expected the corpus that the run began with, sha256 "
-            f"{stored['corpus_sha256']}, got {corpus.sha256}"
+            f"{stored.corpus_sha256}, got {corpus.sha256}"
         )
     tokenizer = make_tokenizer(str(out / TOKENIZER_FILE), "")
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))

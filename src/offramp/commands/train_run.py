@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from offramp.errors import CheckpointError
 from offramp.exits.weightings import parse_loss_weights
 from offramp.exits.weights import RECOMMENDED
-from offramp.files import count_parameters, parsing, read_json
+from offramp.files import count_parameters, read_json
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.config import DecoderConfig
-from offramp.training.checkpoint import Checkpoints
+from offramp.reading import read_as
+from offramp.training.checkpoint import Checkpoints, read_state
 from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress, TrainResult
-from offramp.training.validation import Validation, stale, stored_validation
+from offramp.training.validation import Validation, stale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,14 @@ class TrainRun:
     model: DecoderConfig
     training: TrainConfig
     tracker: TrackerName = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """The description of a run in its folder, from which it continues."""
+
+    run: TrainRun
+    corpus_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,7 @@ def resolve(run: TrainRun) -> TrainRun:
     return replace(run, model=model, training=training)
 
 
-def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
+def stored_run_file(out: Path, steps: int | None) -> StoredRun:
     """Read the description of the run that is to continue from its folder."""
     if not out.is_dir():
         raise CheckpointError(f"{out}: expected the folder of an unfinished run, found none")
@@ -76,44 +84,18 @@ def stored_run_file(out: Path, steps: int | None) -> dict[str, Any]:
                 f"steps: expected more than the {done} steps that the run has, got {steps}"
             )
     described = unfinished if unfinished.exists() else finished
-    stored = read_json(described)
-    if not isinstance(stored, dict) or not {"run", "corpus_sha256"} <= set(stored):
-        raise CheckpointError(f"{out}: expected the description of a run in {UNFINISHED}")
-    with parsing(described, "the description of a run"):
-        training = stored_run(stored["run"]).training
+    stored = read_as(StoredRun, described)
+    training = stored.run.training
     if steps is not None and training.steps is not None and steps < training.steps:
         raise CheckpointError(
             f"steps: expected at least the run's own {training.steps}, got {steps}"
         )
-    if steps is not None and _ran_out_of_patience(kept[-1], training):
+    if steps is not None and stale(read_state(kept[-1]).validations, training):
         raise CheckpointError(
             f"{out}: expected a run that ended at its last step, but this one was stopped by "
             f"--patience at step {done}; it would take no further step"
         )
     return stored
-
-
-def _ran_out_of_patience(checkpoint: Path, training: TrainConfig) -> bool:
-    path = checkpoint / "state.json"
-    state = read_json(path)
-    with parsing(path, "the state of a run"):
-        return stale([stored_validation(each) for each in state["validations"]], training)
-
-
-def stored_run(stored: dict[str, Any]) -> TrainRun:
-    """A run as ``asdict`` and JSON left it: infinity is a word, tuples are lists."""
-    training = dict(stored["training"])
-    if isinstance(training["select_at"], str):
-        training["select_at"] = float(training["select_at"])
-    training["alpha_steps"] = tuple(training["alpha_steps"])
-    model = {**stored["model"], "exit_layers": tuple(stored["model"]["exit_layers"])}
-    return TrainRun(
-        corpus=stored["corpus"],
-        tokenizer=stored["tokenizer"],
-        model=DecoderConfig(**model),
-        training=TrainConfig(**training),
-        tracker=stored.get("tracker", "none"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

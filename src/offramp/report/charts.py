@@ -11,8 +11,9 @@ from offramp.errors import ConfigError
 from offramp.files import read_json, replacing
 from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, vegalite_version
-from offramp.report.study_json import study_of
 from offramp.report.study_plots import recipes
+from offramp.report.study_result import StudyResult
+from offramp.schema import fitting
 from offramp.training.metrics_file import read_metrics, read_rows
 
 Content = Mapping[str, Any]
@@ -212,7 +213,7 @@ def _reproduction(content: Content) -> Any:
 
 def _study(content: Content) -> Any:
     """PPL of each recipe's exits, routed, and of its last layer."""
-    return recipes(study_of(content))
+    return recipes(fitting(StudyResult, content))
 
 
 def _threshold(value: Any) -> str:

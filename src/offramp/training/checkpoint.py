@@ -9,19 +9,22 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.errors import CheckpointError
-from offramp.files import obey_umask, reason, sync
+from offramp.files import file_sha256, obey_umask, read_tensors, reason, sync
 from offramp.models.base import TrainableModel
+from offramp.reading import parsing, read_json, value_of
 from offramp.training.distributed import ALONE, Processes, sharded_like, whole
+from offramp.training.validation import Validation
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -68,7 +71,7 @@ class Checkpoints:
             save_file(moments, aside / OPTIMIZER)
             for name in (MODEL, OPTIMIZER):
                 obey_umask(aside / name)
-            hashes = {name: _sha256(aside / name) for name in (MODEL, OPTIMIZER)}
+            hashes = {name: file_sha256(aside / name) for name in (MODEL, OPTIMIZER)}
             content = {"step": step, "sha256": hashes, **state}
             content["state_sha256"] = _state_sha256(content)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
@@ -97,7 +100,7 @@ class Checkpoints:
         model: TrainableModel,
         optimizer: torch.optim.Optimizer,
         processes: Processes = ALONE,
-    ) -> tuple[dict[str, Any] | None, list[str]]:
+    ) -> tuple["SavedState | None", list[str]]:
         """Load the newest complete checkpoint.
 
         Returns its state (None if there is none) and a sentence for each newer, damaged one.
@@ -106,7 +109,7 @@ class Checkpoints:
         is of another model.
         """
         state, damaged = self._newest(model, optimizer)
-        step = state["step"] if state else 0
+        step = state.step if state else 0
         if processes.any(step != processes.from_main(step)):
             raise CheckpointError(
                 f"{self.folder}: expected a folder that every process reads, but they see "
@@ -116,40 +119,66 @@ class Checkpoints:
 
     def _newest(
         self, model: TrainableModel, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any] | None, list[str]]:
+    ) -> tuple["SavedState | None", list[str]]:
         damaged: list[str] = []
         for path in reversed(self.paths()):
             try:
-                state = _load(path, model, optimizer)
-            except CheckpointError:
+                with parsing(path, "a whole checkpoint"):
+                    return _load(path, model, optimizer), damaged
+            except _AnotherModelError:
                 raise
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-                damaged.append(f"{path.name} is damaged ({reason(error)})")
-            else:
-                return state, damaged
+            except CheckpointError as error:
+                damaged.append(f"{path.name} is damaged ({error})")
         return None, damaged
 
 
-def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if state["state_sha256"] != _state_sha256(state):
-        raise ValueError(f"{STATE} does not match its hash")
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """The content of ``state.json`` in a checkpoint."""
+
+    step: int
+    validations: tuple[Validation, ...]
+    model_sha256: str
+    "Hash of the names and shapes of the model's parameters."
+    sha256: Mapping[str, str]
+    "Hash of each other file of the checkpoint."
+    state_sha256: str
+    "Hash of all other fields."
+
+
+class _AnotherModelError(CheckpointError):
+    """A whole checkpoint has parameters of other names or shapes."""
+
+
+def read_state(checkpoint: Path) -> SavedState:
+    """Read the ``state.json`` of a checkpoint. Raises CheckpointError if it is damaged."""
+    path = checkpoint / STATE
+    content = read_json(path)
+    state = value_of(SavedState, content, path)
+    if state.state_sha256 != _state_sha256(content):
+        raise CheckpointError(f"{path}: expected the state as it was written, but its hash differs")
+    return state
+
+
+def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -> SavedState:
+    state = read_state(path)
     mine = shapes_sha256(model)
-    if state["model_sha256"] != mine:
-        raise CheckpointError(
+    if state.model_sha256 != mine:
+        raise _AnotherModelError(
             f"{path}: expected a checkpoint of this model, whose parameters' names and shapes have "
-            f"sha256 {mine}, got one of {state['model_sha256']}"
+            f"sha256 {mine}, got one of {state.model_sha256}"
         )
-    for name, expected in state["sha256"].items():
-        if _sha256(path / name) != expected:
-            raise ValueError(f"{name} does not match its hash")
+    for name in (MODEL, OPTIMIZER):
+        if file_sha256(path / name) != state.sha256.get(name):
+            raise CheckpointError(f"{path / name}: expected the hash in {STATE}, got another")
     held = dict(model.named_parameters())
     parameters = {
-        name: sharded_like(tensor, held[name]) for name, tensor in load_file(path / MODEL).items()
+        name: sharded_like(tensor, held[name])
+        for name, tensor in read_tensors(path / MODEL).items()
     }
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stored: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path / OPTIMIZER).items():
+    for name, tensor in read_tensors(path / OPTIMIZER).items():
         index, key = name.split(".")
         stored.setdefault(int(index), {})[key] = (
             sharded_like(tensor, trained[int(index)]) if tensor.dim() else tensor
@@ -183,8 +212,3 @@ def _state_sha256(state: dict[str, Any]) -> str:
     """Return the hash of all other entries of the state."""
     rest = {name: value for name, value in state.items() if name != "state_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,7 +25,7 @@ from offramp.training.distributed import (
 )
 from offramp.training.exit_loss import ExitLoss
 from offramp.training.optimizer import make_optimizer, set_learning_rate
-from offramp.training.validation import Validation, stale, stored_validation, validate
+from offramp.training.validation import Validation, stale, validate
 
 Tokens = Int[Tensor, " N"] | TokenShards
 
@@ -185,8 +185,7 @@ class TrainingRun:
             for sentence in damaged:
                 on_damaged(sentence)
             if state:
-                self.done = state["step"]
-                self.validations = [stored_validation(stored) for stored in state["validations"]]
+                self.done, self.validations = state.step, list(state.validations)
         self._batches = batches_from(self.windows, self.config, step=self.done + 1)
 
     def save(self) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -35,12 +34,6 @@ def stale(validations: Sequence[Validation], config: TrainConfig) -> bool:
     for validation in validations:
         since_best = 0 if validation.is_best else since_best + 1
     return since_best > config.patience
-
-
-def stored_validation(stored: dict[str, Any]) -> Validation:
-    """Make a validation from its JSON form."""
-    exit_ppl = {int(layer): ppl for layer, ppl in stored["exit_ppl"].items()}
-    return Validation(**{**stored, "exit_ppl": exit_ppl})
 
 
 def validate(

@@ -5,17 +5,19 @@ too, which no summary reads.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.files import parsing, read_json, write_json
+from offramp.errors import ConfigError
+from offramp.files import write_json
+from offramp.reading import read_as
 
 FRONTIERS = "frontiers.npz"
 _RECORD = "run.json"
 _TIMING = "timing.json"
-_FULL = "full"
-_GATE = " gate"
+FULL = "full"
+"""Name of the full model among the FLOPs and the passes of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,51 +32,31 @@ class RunRecord:
     test_tokens: int
     exit_ppl: Mapping[int, float]
     "PPL on the test text where every token leaves at that layer."
-    full_flops: float
-    "FLOPs of a token in the full model with one head."
-    gate_flops: Mapping[str, float]
-    "FLOPs of a token in the cheapest gate, by the gates' kind."
+    flops: Mapping[str, float]
+    """FLOPs of a token: in the full model with one head (``full``), and in the cheapest gate of
+    each kind (such as ``gain gate``)."""
     left_at_budget: Mapping[int, float] | None
     "Share of tokens that left at each exit when the exits were specialised; None if they weren't."
     validations: Sequence[Mapping[str, Any]]
     "The validations of the training, in order."
 
+    def __post_init__(self) -> None:
+        if FULL not in self.flops:
+            raise ConfigError(f"flops: expected those of {FULL}, got {', '.join(self.flops)}")
+
+    @property
+    def full_flops(self) -> float:
+        """FLOPs of a token in the full model with one head."""
+        return self.flops[FULL]
+
     def save(self, folder: Path) -> None:
         """Write run.json."""
-        flops = {_FULL: self.full_flops}
-        flops |= {f"{kind}{_GATE}": cost for kind, cost in self.gate_flops.items()}
-        write_json(
-            folder / _RECORD,
-            {
-                "label": self.label,
-                "config": self.config,
-                "train_tokens": self.train_tokens,
-                "test_tokens": self.test_tokens,
-                "exit_ppl": self.exit_ppl,
-                "flops": flops,
-                "left_at_budget": self.left_at_budget,
-                "validations": self.validations,
-            },
-        )
+        write_json(folder / _RECORD, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
         """Read run.json. Raises CheckpointError if it is damaged."""
-        stored = read_json(folder / _RECORD)
-        with parsing(folder / _RECORD, "the record of a run of offramp study"):
-            gates = {name: float(cost) for name, cost in stored["flops"].items() if name != _FULL}
-            left = stored["left_at_budget"]
-            return cls(
-                label=str(stored["label"]),
-                config={**stored["config"]},
-                train_tokens=int(stored["train_tokens"]),
-                test_tokens=int(stored["test_tokens"]),
-                exit_ppl={int(layer): float(ppl) for layer, ppl in stored["exit_ppl"].items()},
-                full_flops=float(stored["flops"][_FULL]),
-                gate_flops={name.removesuffix(_GATE): cost for name, cost in gates.items()},
-                left_at_budget=left and {int(layer): float(share) for layer, share in left.items()},
-                validations=[{**validation} for validation in stored["validations"]],
-            )
+        return read_as(cls, folder / _RECORD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,29 +65,25 @@ class RunTiming:
 
     seconds: Mapping[str, float]
     "Of the parts of the run: train, specialise, evaluate."
-    full_pass: float
-    "Of a pass at full depth."
-    routed_passes: Mapping[str, Sequence[float]]
-    """By measure, of a pass with each policy of its frontier under ``propagate``, but for the two
-    ends, which take no pass of their own."""
+    passes: Mapping[str, Sequence[float]]
+    """Of a pass at full depth (``full``), and by measure of a pass with each policy of its frontier
+    under ``propagate``, but for the two ends, which take no pass of their own."""
     environment: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if len(self.passes.get(FULL, ())) != 1:
+            raise ConfigError(f"passes: expected one of {FULL}, got {', '.join(self.passes)}")
+
+    @property
+    def full_pass(self) -> float:
+        """Seconds of a pass at full depth."""
+        return self.passes[FULL][0]
 
     def save(self, folder: Path) -> None:
         """Write timing.json."""
-        passes = {_FULL: [self.full_pass], **self.routed_passes}
-        content = {"seconds": self.seconds, "passes": passes, "environment": self.environment}
-        write_json(folder / _TIMING, content)
+        write_json(folder / _TIMING, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "RunTiming":
         """Read timing.json. Raises CheckpointError if it is damaged."""
-        stored = read_json(folder / _TIMING)
-        with parsing(folder / _TIMING, "the times of a run of offramp study"):
-            passes = {name: [float(took) for took in of] for name, of in stored["passes"].items()}
-            (full,) = passes.pop(_FULL)
-            return cls(
-                seconds={part: float(took) for part, took in stored["seconds"].items()},
-                full_pass=full,
-                routed_passes=passes,
-                environment={**stored["environment"]},
-            )
+        return read_as(cls, folder / _TIMING)

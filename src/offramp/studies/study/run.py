@@ -28,7 +28,7 @@ from offramp.studies.study.evaluate import Evaluation, evaluate
 from offramp.studies.study.format import FORMAT, FORMAT_FIELDS, nested_records
 from offramp.studies.study.frontier import save_frontiers
 from offramp.studies.study.plan import GateFit
-from offramp.studies.study.record import FRONTIERS, RunRecord, RunTiming
+from offramp.studies.study.record import FRONTIERS, FULL, RunRecord, RunTiming
 from offramp.training.config import TrainConfig
 from offramp.training.loop import Progress, TrainResult, new_model, train
 from offramp.version import __version__
@@ -192,8 +192,10 @@ class StudyRun:
             train_tokens=self.tokens,
             test_tokens=test_tokens,
             exit_ppl=evaluation.exit_ppl,
-            full_flops=evaluation.full_flops,
-            gate_flops=evaluation.gate_flops,
+            flops={
+                FULL: evaluation.full_flops,
+                **{f"{kind} gate": flops for kind, flops in evaluation.gate_flops.items()},
+            },
             left_at_budget=left,
             validations=[asdict(validation) for validation in result.validations],
         )
@@ -203,7 +205,6 @@ def timing_of(evaluation: Evaluation, seconds: Mapping[str, float]) -> RunTiming
     """What timing.json holds of a run on this machine."""
     return RunTiming(
         seconds=seconds,
-        full_pass=evaluation.full_pass,
-        routed_passes=evaluation.routed_passes,
+        passes={FULL: [evaluation.full_pass], **evaluation.routed_passes},
         environment={"offramp": __version__, **environment("cpu")},
     )

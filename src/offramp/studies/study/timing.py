@@ -127,7 +127,7 @@ def _routed(done: Sequence[Done]) -> Iterator[RoutedTimes]:
 
 def _points(entry: Done, confidence: str) -> list[tuple[float, float]]:
     """(seconds in percent of a full pass, PPL) of each policy that took a pass."""
-    passes = entry.timing.routed_passes[confidence]
+    passes = entry.timing.passes[confidence]
     key = FrontierKey(text="test", confidence=confidence, missing_kv="propagate")
     _, nll = entry.frontiers[key].curve()
     return [

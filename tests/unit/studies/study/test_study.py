@@ -154,8 +154,7 @@ def test_times_are_percent_of_a_full_pass(tiny, whole, tmp_path):
     for run in runs:  # as if every full pass took its layers in seconds, and every other one 1.5
         RunTiming(
             seconds={"train": 1.0, "specialise": 0.5, "evaluate": 2.0},
-            full_pass=float(run.model.num_hidden_layers),
-            routed_passes={"max_prob": [1.5] * 5},
+            passes={"full": [float(run.model.num_hidden_layers)], "max_prob": [1.5] * 5},
             environment={},
         ).save(out / "runs" / run.name)
     times = timing.timings(runs, out / "runs", out)
