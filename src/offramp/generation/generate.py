@@ -11,7 +11,13 @@ from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.config import GenerateConfig
-from offramp.generation.options import check_prompt, check_tokens, draft_exit, exit_rule
+from offramp.generation.options import (
+    check_prompt,
+    check_tokens,
+    draft_exit,
+    exit_rule,
+    token_ids,
+)
 from offramp.generation.rows import Completion, Row, Token
 from offramp.generation.speculative import SpeculativeDecoder
 from offramp.models.base import EarlyExitModel
@@ -93,7 +99,7 @@ def generate(
     support, and, while iterating, GenerationError for logits that are not finite.
     """
     config = config or GenerateConfig()
-    prompt = [int(token) for token in prompt]
+    prompt = token_ids(prompt)
     rule = exit_rule(model, config, policy=policy, fitted=fitted)
     _check(model, config, [prompt], tokenizer)
     row = Row(prompt, config, model=model, tokenizer=tokenizer, row=0)
@@ -134,7 +140,7 @@ def generate_batch(
     config = config or GenerateConfig()
     if config.speculative:
         raise ConfigError("speculative: expected one prompt at a time, got a batch")
-    texts = [[int(token) for token in prompt] for prompt in prompts]
+    texts = [token_ids(prompt) for prompt in prompts]
     rule = exit_rule(model, config, policy=policy, fitted=fitted)
     _check(model, config, texts, tokenizer)
     rows = [

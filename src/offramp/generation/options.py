@@ -1,6 +1,10 @@
 """Check the options of generation against the model."""
 
+import reprlib
 from collections.abc import Sequence
+from operator import index
+
+from torch import Tensor
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence import confidence_named
@@ -9,6 +13,20 @@ from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
 from offramp.models.base import EarlyExitModel
+
+
+def token_ids(prompt: Sequence[int] | Tensor) -> list[int]:
+    """Return the token ids of a prompt, a sequence or a tensor (T,) of whole numbers.
+
+    Raises ConfigError for anything else.
+    """
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    try:
+        return [index(token) for token in ids]
+    except TypeError:
+        raise ConfigError(
+            f"prompt: expected a list of token ids, got {reprlib.repr(prompt)}"
+        ) from None
 
 
 def check_prompt(prompt: Sequence[int], model: EarlyExitModel) -> None:

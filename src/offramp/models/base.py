@@ -217,6 +217,9 @@ class TrainableModel(EarlyExitModel, Protocol):
 
 def whole_step(input_ids: Int[Tensor, "B T"], *, real: Bool[Tensor, "B T"] | None = None) -> Step:
     """Return the step of whole sequences without a cache, as in training and in traces."""
+    if input_ids.dim() != 2:
+        shape = tuple(input_ids.shape)
+        raise ConfigError(f"input_ids: expected the shape (rows, tokens), got {shape}")
     if real is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     else:

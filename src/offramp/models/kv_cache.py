@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from offramp.errors import ConfigError
+
 
 class KVCache:
     """Per-layer keys and values, (B, H, capacity, D) each, with per-layer, per-row lengths.
@@ -31,17 +33,68 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        if batch_size < 1 or capacity < 1:
+            raise ConfigError(
+                f"cache: expected at least 1 row and 1 position, got {batch_size} and {capacity}"
+            )
         shape = (num_layers, batch_size, num_heads, capacity + 1)  # + 1: see write
         self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
-        self.capacity = capacity
         self.memo: dict[Any, Any] = {}  # values that a model derived from the cache, by kind
 
+    @property
+    def capacity(self) -> int:
+        """Number of positions that the cache can hold."""
+        return self.keys.shape[3] - 1
+
     def require(self, end: int) -> None:
-        """Raise ValueError unless positions 0 .. end - 1 fit into the cache."""
+        """Raise a ConfigError unless positions 0 .. end - 1 fit into the cache."""
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, got {end}")
+            raise ConfigError(f"the cache holds {self.capacity} positions, got {end}")
+
+    def known_to(self, owner: object) -> bool:
+        """Return whether ``require_form`` passed for this owner and the tensors of now."""
+        kept = self.memo.get("form")
+        return kept is not None and (
+            kept[0] is owner
+            and kept[1] is self.keys
+            and kept[2] is self.values
+            and kept[3] is self.lengths
+        )
+
+    def require_form(
+        self,
+        owner: object,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Raise a ConfigError unless a model of this form made the cache.
+
+        ``owner`` stands for the model: for the same object the check need not be repeated.
+        """
+        expected = (num_layers, num_heads, head_dim, value_dim or head_dim, dtype, device)
+        layers, rows, heads, _, key_dim = self.keys.shape
+        alike = (
+            self.values.shape[:4] == self.keys.shape[:4]
+            and self.values.dtype == self.keys.dtype
+            and self.lengths.shape == (layers, rows)
+            and self.lengths.dtype == torch.long
+            and self.keys.device == self.values.device == self.lengths.device
+        )
+        got = (layers, heads, key_dim, self.values.shape[-1], self.keys.dtype, self.keys.device)
+        if got != expected or not alike:
+            form = "({} layers, {} heads, widths {} and {}, {}, {})"
+            raise ConfigError(
+                f"cache: expected one that this model made, {form.format(*expected)}, got "
+                f"{form.format(*got)}" + ("" if alike else " whose tensors do not fit together")
+            )
+        self.memo["form"] = (owner, self.keys, self.values, self.lengths)
 
     def write(
         self,
@@ -78,4 +131,6 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Discard every position from ``length`` on, in every layer and row."""
+        if length < 0:
+            raise ConfigError(f"length: expected at least 0, got {length}")
         self.lengths.clamp_(max=length)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
+from offramp.models import checks
 from offramp.models.base import Step, TrainableModel, layers_by_name, walk, whole_step
 from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
@@ -81,7 +82,11 @@ class HuggingFaceModel(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
         """Return the state before the first block: embeddings, after any scaling and the like."""
-        return self._blocks().embed(input_ids, step)
+        try:
+            return self._blocks().embed(input_ids, step)
+        except (IndexError, RuntimeError):
+            checks.check_ids(input_ids, self.vocab_size)
+            raise
 
     def run_layers(
         self,
@@ -93,11 +98,13 @@ class HuggingFaceModel(nn.Module):
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        checks.check_call(self, h, start, stop, active)
         return self._blocks().run(h, start, stop, step, active)
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
-        assert step.cache is not None, "project_kv needs a cache"
+        checks.require_cache(step)
+        checks.check_call(self, h, start, stop)
         self._blocks().project_kv(h, start, stop, step)
 
     def unembed(
@@ -108,18 +115,19 @@ class HuggingFaceModel(nn.Module):
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return logits at any layer 1..L, by its own norm and head or else by the final ones."""
+        checks.check_states(h, self.hidden_size)
+        checks.check_exit_layer(exit_layer, self.num_layers)
         own = self.exits.at(exit_layer)
         head = self._layout.head if own is None or own.lm_head is None else own.lm_head
         norm = self._layout.norm if own is None else own
         h = h if norm is None else norm(h)
         for module in self._layout.after_norm:
             h = module(h)
-        if vocab is None:
-            logits = F.linear(h, head.weight, head.bias)
-        else:
-            logits = F.linear(
-                h, head.weight[vocab], None if head.bias is None else head.bias[vocab]
-            )
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if vocab is not None:
+            weight, bias = weight[vocab], None if bias is None else bias[vocab]
+        logits = F.linear(h, weight, bias)
         return _scaled(logits, self._scale, self._softcap)
 
     def fills_beside(self, tokens: int) -> bool:

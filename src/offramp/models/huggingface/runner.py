@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import ConfigError, UnsupportedArchitectureError
+from offramp.errors import UnsupportedArchitectureError
 from offramp.models.base import Step
+from offramp.models.checks import checked_end, require_cache
 from offramp.models.huggingface.calls import accepted, named
 from offramp.models.huggingface.layout import (
     CACHE,
@@ -45,7 +46,7 @@ class BlockRunner:
 
     def embed(self, input_ids: Tensor, step: Step) -> Tensor:
         """Return the input (B, T, D) that the model passes to its first block, for ids (B, T)."""
-        self._end(step)
+        self._end(input_ids, step)
         if self.layout.embedding is not None:
             embedded: Tensor = self.layout.embedding(input_ids)
             return embedded
@@ -68,7 +69,7 @@ class BlockRunner:
         self, h: Tensor, start: int, stop: int, step: Step, active: Tensor | None = None
     ) -> Tensor:
         """Run blocks start+1 .. stop on states (B, T, D)."""
-        given = self._given(h, step, _StepCache(step, self._end(step)))
+        given = self._given(h, step, _StepCache(step, self._end(h, step)))
         for block in self.layout.blocks[start:stop]:
             out = block.module(h, **given(block))
             out = out[0] if isinstance(out, tuple) else out
@@ -77,7 +78,7 @@ class BlockRunner:
 
     def project_kv(self, h: Tensor, start: int, stop: int, step: Step) -> None:
         """Write the keys and values of blocks start+1 .. stop, without the rest of the blocks."""
-        given = self._given(h, step, _StepCache(step, self._end(step), leave=True))
+        given = self._given(h, step, _StepCache(step, self._end(h, step), leave=True))
         for block in self.layout.blocks[start:stop]:
             try:
                 block.module(h, **given(block))
@@ -86,32 +87,29 @@ class BlockRunner:
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for these blocks."""
+        return KVCache(batch_size=batch_size, capacity=capacity, **self._form())
+
+    def _end(self, x: Tensor, step: Step) -> int:
+        """Return the end of the positions 0 .. end - 1 at which there are keys."""
+        owner = self.layout.head.weight
+        if step.cache is not None and not step.cache.known_to(owner):
+            step.cache.require_form(owner, **self._form())
+        return checked_end(step, x, longest=self.longest)
+
+    def _form(self) -> dict[str, Any]:
+        """Return what a cache of these blocks is like."""
         if self.why_no_cache:
             raise UnsupportedArchitectureError(self.why_no_cache)
         [(heads, key_dim, value_dim)] = self.shapes
         weight = self.layout.head.weight
-        return KVCache(
-            num_layers=len(self.layout.blocks),
-            batch_size=batch_size,
-            num_heads=heads,
-            head_dim=key_dim,
-            value_dim=value_dim,
-            capacity=capacity,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
-    def _end(self, step: Step) -> int:
-        """Return the end of the positions 0 .. end - 1 at which there are keys."""
-        end = step.positions.shape[1] if step.cache is None else int(step.positions.max()) + 1
-        if end > self.longest:
-            raise ConfigError(
-                f"sequence length: expected at most {self.longest} (max_position_embeddings), "
-                f"got {end}"
-            )
-        if step.cache is not None:
-            step.cache.require(end)
-        return end
+        return {
+            "num_layers": len(self.layout.blocks),
+            "num_heads": heads,
+            "head_dim": key_dim,
+            "value_dim": value_dim,
+            "dtype": weight.dtype,
+            "device": weight.device,
+        }
 
     def _given(self, h: Tensor, step: Step, cache: "_StepCache") -> "_Given":
         return _Given(h, step, cache, eager=self.eager)
@@ -254,8 +252,7 @@ class _StepCache:
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write a block's new keys and values (B, H, T, Dh); return all of them up to the end."""
-        cache, step = self.step.cache, self.step
-        assert cache is not None
+        cache, step = require_cache(self.step), self.step
         cache.write(layer_idx, k, v, positions=step.positions, real=step.real, rows=step.rows)
         if self.leave:
             raise _WrittenError

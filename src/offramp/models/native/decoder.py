@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError
+from offramp.models import checks
 from offramp.models.base import Step, layers_by_name, walk, whole_step
 from offramp.models.exit_heads import ExitAdapter, ExitHead, ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
@@ -109,7 +110,11 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"], *, step: Step) -> Float[Tensor, "B T D"]:
         """Return token embeddings; positions are rotary, so the step is not needed."""
-        return F.embedding(input_ids, self.model.embed_tokens.weight)
+        try:
+            return F.embedding(input_ids, self.model.embed_tokens.weight)
+        except (IndexError, RuntimeError):
+            checks.check_ids(input_ids, self.vocab_size)
+            raise
 
     def run_layers(
         self,
@@ -121,9 +126,10 @@ class Transformer(nn.Module):
         active: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
+        checks.check_call(self, h, start, stop, active)
         if self._is_fast(h, step):
-            return self._fast.run(h, start, stop, step=step, active=active, **self._places(step))
-        context = self._context(step, h.dtype)
+            return self._fast.run(h, start, stop, step=step, active=active, **self._places(h, step))
+        context = self._context(h, step)
         for layer in range(start, stop):
             h = self._block(layer)(h, layer, context, step, active)
         return h
@@ -137,15 +143,16 @@ class Transformer(nn.Module):
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
-        assert step.cache is not None, "project_kv needs a cache"
+        cache = checks.require_cache(step)
+        checks.check_call(self, h, start, stop)
         if self._is_fast(h, step):
-            self._fast.project_kv(h, start, stop, step=step, **self._places(step))
+            self._fast.project_kv(h, start, stop, step=step, **self._places(h, step))
             return
-        context = self._context(step, h.dtype)
+        context = self._context(h, step)
         for layer in range(start, stop):
             block = self._block(layer)
             k, v = block.self_attn.keys_values(block.attention_input(h), context)
-            step.cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
+            cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
 
     def unembed(
         self,
@@ -155,6 +162,8 @@ class Transformer(nn.Module):
         vocab: Int[Tensor, " W"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return logits at any layer 1..L, by its own norm and head or else by the final ones."""
+        checks.check_states(h, self.hidden_size)
+        checks.check_exit_layer(exit_layer, self.num_layers)
         own = self.exits.at(exit_layer)
         head = self.lm_head if own is None or own.lm_head is None else own.lm_head
         norm = self.model.norm if own is None else own
@@ -170,18 +179,7 @@ class Transformer(nn.Module):
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for this model, in its precision and on its device."""
-        weight = self.lm_head.weight
-        assert self.config.num_key_value_heads is not None
-        assert self.config.head_dim is not None
-        return KVCache(
-            num_layers=self.num_layers,
-            batch_size=batch_size,
-            num_heads=self.config.num_key_value_heads,
-            head_dim=self.config.head_dim,
-            capacity=capacity,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        return KVCache(batch_size=batch_size, capacity=capacity, **self._form)
 
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
@@ -251,42 +249,40 @@ class Transformer(nn.Module):
         logits = [self.unembed(h, layer) for layer, h in states]
         return logits[0], logits[-1]
 
-    def _context(self, step: Step, dtype: torch.dtype) -> BlockContext:
-        context: BlockContext | None = step.memo.get((self, dtype))
+    @property
+    def _form(self) -> dict[str, Any]:
+        """What a cache of this model is like."""
+        return {
+            "num_layers": self.num_layers,
+            "num_heads": self.config.num_key_value_heads,
+            "head_dim": self.config.head_dim,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+    def _context(self, h: Tensor, step: Step) -> BlockContext:
+        context: BlockContext | None = step.memo.get((self, h.dtype))
+        end = self._end(h, step)
         if context is None:
-            context = step.memo[self, dtype] = self._new_context(step, dtype)
+            context = step.memo[self, h.dtype] = self._new_context(step, h.dtype, end)
         return context
 
-    def _end(self, step: Step) -> int:
-        """Return the largest position of a key, plus 1."""
-        end: int | None = step.memo.get(self)
+    def _end(self, h: Tensor, step: Step) -> int:
+        """Return the largest position of a key, plus 1, for a call on states ``h``."""
+        key = (self, h.shape[0], h.shape[1])
+        end: int | None = step.memo.get(key)
         if end is None:
-            end = step.memo[self] = self._checked_end(step)
+            owner = self._buffers["cos"]  # replaced when the model gets another type or device
+            if step.cache is not None and not step.cache.known_to(owner):
+                step.cache.require_form(owner, **self._form)
+            end = step.memo[key] = checks.checked_end(step, h, longest=self.max_length)
         return end
 
-    def _places(self, step: Step) -> dict[str, Any]:
+    def _places(self, h: Tensor, step: Step) -> dict[str, Any]:
         """Return the arguments of the fast steps that depend on the positions."""
-        return {"end": self._end(step), "tables": (self._buffers["cos"], self._buffers["sin"])}
+        return {"end": self._end(h, step), "tables": (self._buffers["cos"], self._buffers["sin"])}
 
-    def _checked_end(self, step: Step) -> int:
-        if step.cache is None:
-            end = step.positions.shape[1]
-        else:
-            places = step.positions.flatten().tolist()
-            first, end = min(places), max(places) + 1
-            if first < 0:
-                raise ValueError(f"positions: expected at least 0, got {first}")
-        if end > self.config.max_position_embeddings:
-            raise ConfigError(
-                f"sequence length: expected at most {self.config.max_position_embeddings} "
-                f"(max_position_embeddings), got {end}"
-            )
-        if step.cache is not None:
-            step.cache.require(end)
-        return end
-
-    def _new_context(self, step: Step, dtype: torch.dtype) -> BlockContext:
-        end = self._end(step)
+    def _new_context(self, step: Step, dtype: torch.dtype, end: int) -> BlockContext:
         cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
         sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
         return BlockContext(

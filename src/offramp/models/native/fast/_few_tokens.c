@@ -6,7 +6,7 @@
    one. The result of a token does not depend on the number of tokens, bit for bit.
 
    States are float32 (rows of x are tokens), weights and the cache float32 or bfloat16. Weights
-   are (outputs, inputs), contiguous. Addresses and sizes are checked in Python: kernels.py.
+   are (outputs, inputs), contiguous. Addresses, shapes and places are checked in Python: kernels.py.
    The threads are those of PyTorch's own OpenMP. */
 
 #define PY_SSIZE_T_CLEAN
@@ -352,6 +352,15 @@ static void blocks(float *x, const Weights *weights, long count, int bfloat16, i
 
 typedef unsigned long long address;
 
+/* Sizes that would divide by zero or write beyond an array of a fixed size. */
+static int refused(long tokens, long heads, long kv_heads, long size, long capacity, int threads) {
+  if (tokens >= 0 && heads >= 0 && kv_heads >= 1 && heads % kv_heads == 0 && size >= LANES &&
+      size % LANES == 0 && size <= LARGEST_HEAD && capacity >= 1 && threads >= 1)
+    return 0;
+  PyErr_SetString(PyExc_ValueError, "expected sizes of tokens and heads that fit together");
+  return 1;
+}
+
 static PyObject *py_linear(PyObject *self, PyObject *args) {
   address x, w, y, norm, residual, scratch;
   long tokens, inputs, outputs;
@@ -360,6 +369,10 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KKiKllliKfKKi", &x, &w, &bfloat16, &y, &tokens, &inputs, &outputs,
                         &before, &norm, &eps, &residual, &scratch, &threads))
     return NULL;
+  if (tokens < 0 || inputs < 0 || outputs < 0 || threads < 1) {
+    PyErr_SetString(PyExc_ValueError, "expected sizes of at least 0 and threads of at least 1");
+    return NULL;
+  }
   if (tokens * inputs * outputs < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
@@ -377,6 +390,7 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
                         &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads,
                         &kv_heads, &size, &capacity, &threads))
     return NULL;
+  if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   if (work_of(AT(slots), 0, tokens, heads, size) < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
@@ -398,6 +412,7 @@ static PyObject *py_blocks(PyObject *self, PyObject *args) {
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
                         &capacity, &threads))
     return NULL;
+  if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
          AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores),

@@ -2,23 +2,25 @@
 
 ``_few_tokens.c`` is compiled when offramp is installed, if there is a C compiler with OpenMP.
 Without it, ``steps.py`` computes the same with PyTorch, more slowly.
-"""
 
-from dataclasses import dataclass
+The kernels read and write memory by address. So each function here checks the shapes, types and
+places that it is given, and raises a ConfigError for those that would lead outside a tensor.
+"""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from offramp.errors import ConfigError
 from offramp.models.base import FEW_TOKENS
+from offramp.models.checks import about, check_tensor
+from offramp.models.native.fast.kernel_weights import CPU, DTYPES, KernelWeights
 
 try:
     from offramp.models.native.fast import _few_tokens as _compiled
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
-DTYPES = (torch.float32, torch.bfloat16)
-"""Precisions of weights and of the cache that the kernels read."""
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
 _AS_IT_IS, _NORMALISED, _GATED = range(3)
 
@@ -49,19 +51,18 @@ def linear(
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
     half times the second half.
     """
-    x = x.contiguous()
+    if not kernels_fit(weight, _LANES) or weight.dim() != 2:
+        raise ConfigError(f"weight: expected what a kernel can read, got {about(weight)}")
     outputs, inputs = weight.shape
-    tokens = x.shape[0]
-    assert weight.is_contiguous()
-    assert x.dtype == torch.float32
-    assert x.shape[1] == inputs * (1 + gated)
+    tokens = len(x) if x.dim() else 0
+    check_tensor("x", x, (tokens, inputs * (1 + bool(gated))), torch.float32, CPU)
+    x = x.contiguous()
     if norm is not None:
         norm = norm.to(weight.dtype).contiguous()
-        assert norm.shape[0] == inputs
+        check_tensor("norm", norm, (inputs,), weight.dtype, CPU)
     if residual is not None:
+        check_tensor("residual", residual, (tokens, outputs), torch.float32, CPU)
         residual = residual.contiguous()
-        assert residual.dtype == torch.float32
-        assert residual.shape == (tokens, outputs)
     before = _GATED if gated else _AS_IT_IS if norm is None else _NORMALISED
     out = torch.empty(tokens, outputs, dtype=torch.float32)
     scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs, dtype=torch.float32)
@@ -83,19 +84,6 @@ def linear(
     return out
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """The sizes of the blocks of a model."""
-
-    hidden: int
-    heads: int
-    units: int
-    "Hidden units of the SwiGLU."
-    eps: float
-    post: bool
-    "Whether the norms are after the sublayers."
-
-
 class KernelCache:
     """A cache and its rotations in the form of the kernels, checked once and used for all tokens.
 
@@ -112,17 +100,22 @@ class KernelCache:
         cos: Float[Tensor, "P Dh"],
         sin: Float[Tensor, "P Dh"],
     ) -> None:
+        if keys.dim() != 5 or keys.dtype not in DTYPES or 0 in keys.shape:
+            raise ConfigError(f"keys: expected (L, R, H, C, Dh) in float32, got {about(keys)}")
         self.blocks, self.rows, self.kv_heads, self.capacity, self.size = keys.shape
-        assert keys.shape == values.shape
-        assert keys.dtype == values.dtype
-        assert keys.dtype in DTYPES
-        assert cos.dtype == sin.dtype == torch.float32
-        assert cos.shape == sin.shape
-        assert cos.shape[1] == self.size
-        assert lengths.shape == keys.shape[:2]
-        assert lengths.dtype == torch.long
+        if self.size % _LANES or self.size > _LARGEST_HEAD:
+            raise ConfigError(f"head_dim: expected a multiple of {_LANES}, got {self.size}")
+        self.positions = len(cos) if cos.dim() else 0
+        for name, tensor, shape, dtype in (
+            ("keys", keys, keys.shape, keys.dtype),
+            ("values", values, keys.shape, keys.dtype),
+            ("lengths", lengths, keys.shape[:2], torch.long),
+            ("cos", cos, (self.positions, self.size), torch.float32),
+            ("sin", sin, (self.positions, self.size), torch.float32),
+        ):
+            check_tensor(name, tensor, shape, dtype, CPU, contiguous=True)
         self._held = (keys, values, lengths, cos, sin)
-        assert all(each.is_contiguous() for each in self._held)
+        self.dtype = keys.dtype
         self.bfloat16 = keys.dtype == torch.bfloat16
         addresses = [each.data_ptr() for each in self._held]
         self.keys_at, self.values_at, self.lengths_at, self.cos_at, self.sin_at = addresses
@@ -131,8 +124,14 @@ class KernelCache:
         self._threads, self._scores = 0, torch.empty(0)
 
     def holds(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Return whether it was made from these tensors."""
-        return all(mine is theirs for mine, theirs in zip(self._held, tensors, strict=True))
+        """Return whether it was made from these tensors, and they are still in their places."""
+        keys, values, lengths, _, _ = tensors
+        return (
+            all(mine is theirs for mine, theirs in zip(self._held, tensors, strict=True))
+            and keys.data_ptr() == self.keys_at
+            and values.data_ptr() == self.values_at
+            and lengths.data_ptr() == self.lengths_at
+        )
 
     def scores(self, threads: int) -> int:
         """Return the address of a buffer for the attention scores of this many threads."""
@@ -142,25 +141,31 @@ class KernelCache:
 
 
 class CachedTokens:
-    """Some tokens and their places in a cache: ``slots`` are their positions in their rows."""
+    """Some tokens and their places in a cache: ``slots`` are their positions in their rows.
+
+    Raises a ConfigError for a place that the cache does not have.
+    """
 
     def __init__(
         self, cache: KernelCache, *, slots: Int[Tensor, " N"], rows: Int[Tensor, " N"]
     ) -> None:
         self._cache, self._held = cache, (slots, rows)
-        self.tokens = len(slots)
-        assert slots.dtype == rows.dtype == torch.long
-        assert len(rows) == self.tokens
-        assert slots.is_contiguous()
-        assert rows.is_contiguous()
+        self.tokens = len(slots) if slots.dim() else 0
+        for name, places, held in (
+            ("slots", slots, min(cache.capacity, cache.positions)),
+            ("rows", rows, cache.rows),
+        ):
+            check_tensor(name, places, (self.tokens,), torch.long, CPU, contiguous=True)
+            for place in places.tolist():
+                if not 0 <= place < held:
+                    raise ConfigError(f"{name}: expected from 0 to {held - 1}, got {place}")
         self._slots, self._of_rows = slots.data_ptr(), rows.data_ptr()
         self._threads = torch.get_num_threads()
 
     def blocks(
         self,
         x: Float[Tensor, "N D"],
-        weights: Int[Tensor, "L 6"],
-        shape: BlockShape,
+        weights: KernelWeights,
         start: int,
         stop: int,
         *,
@@ -168,24 +173,31 @@ class CachedTokens:
     ) -> Float[Tensor, "N D"]:
         """Run blocks start+1 .. stop in float32, rounded to the weights' precision after each.
 
-        ``weights`` are the addresses of each block's fused queries, keys and values, its output,
-        fused gate and up, down and two norms, all in the cache's precision. The first ``kept``
-        tokens keep their state: only their keys and values are computed.
+        ``weights`` are in the cache's precision. The first ``kept`` tokens keep their state: only
+        their keys and values are computed.
         """
-        x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        assert x.shape == (self.tokens, shape.hidden)
         cache = self._cache
-        assert weights.shape == (cache.blocks, 6)
-        assert weights.dtype == torch.long
-        assert weights.is_contiguous()
-        assert 0 <= kept <= self.tokens
-        assert 0 <= start <= stop <= cache.blocks
+        got = (weights.count, weights.kv_heads, weights.size, weights.dtype)
+        if got != (cache.blocks, cache.kv_heads, cache.size, cache.dtype):
+            raise ConfigError(
+                "weights: expected those of the model that made the cache, "
+                f"({cache.blocks} layers, {cache.kv_heads} heads of {cache.size}, {cache.dtype}), "
+                f"got ({got[0]} layers, {got[1]} heads of {got[2]}, {got[3]})"
+            )
+        if not (0 <= start <= stop <= cache.blocks and 0 <= kept <= self.tokens):
+            raise ConfigError(
+                f"layers: expected a part of 0 to {cache.blocks} and at most {self.tokens} kept "
+                f"tokens, got {start} to {stop} and {kept}"
+            )
+        check_tensor("x", x, (self.tokens, weights.hidden), x.dtype, CPU)
+        x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        shape = weights
         attended = shape.heads * cache.size
         each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * shape.units
         room = torch.empty(self.tokens * (each + max(shape.hidden, shape.units)))
         _compiled.blocks(
             x.data_ptr(),
-            weights.data_ptr() + 8 * 6 * start,
+            weights.at(start),
             stop - start,
             cache.bfloat16,
             shape.post,
@@ -220,10 +232,14 @@ class CachedTokens:
         own. Without queries (H = 0) it only stores.
         """
         cache = self._cache
-        heads = qkv.shape[1] // cache.size - 2 * cache.kv_heads
-        assert qkv.is_contiguous()
-        assert qkv.dtype == torch.float32
-        assert len(qkv) == self.tokens
+        heads = qkv.shape[-1] // cache.size - 2 * cache.kv_heads
+        if heads < 0 or heads % cache.kv_heads or not 0 <= layer < cache.blocks:
+            raise ConfigError(
+                f"qkv: expected heads in groups of one size at a layer below {cache.blocks}, got "
+                f"{about(qkv)} at {layer}"
+            )
+        inputs = (heads + 2 * cache.kv_heads) * cache.size
+        check_tensor("qkv", qkv, (self.tokens, inputs), torch.float32, CPU, contiguous=True)
         out = qkv.new_empty(self.tokens, heads * cache.size)
         _compiled.attend(
             qkv.data_ptr(),

@@ -6,7 +6,6 @@ fastest form in PyTorch (linear.py). Data that all blocks of a step share is com
 (tokens.py).
 """
 
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,8 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from offramp.models.base import FEW_TOKENS, Step
+from offramp.models.checks import require_cache
 from offramp.models.exit_heads import ExitHead
 from offramp.models.native.fast import kernels
+from offramp.models.native.fast.kernel_weights import DTYPES
 from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
 from offramp.models.native.fast.tokens import Call, KernelCall, Tables
 from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
@@ -36,7 +37,7 @@ class FastSteps:
     ) -> None:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
-        self._weights = BlockWeights(blocks, head_dim=head_dim, post=post)
+        self._weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
@@ -90,17 +91,19 @@ class FastSteps:
 
         See ``CachedTokens.blocks``.
         """
-        weights = self._weights.of(call.cache)
-        if not isinstance(call, KernelCall) or weights.dtype != call.cache.keys.dtype:
+        weights = self._weights.of(call.cache).kernel
+        if not isinstance(call, KernelCall) or weights is None:
             return None
-        return call.blocks(x, weights.addresses, self.shape, start, stop, kept=kept).to(x.dtype)
+        if weights.dtype != call.cache.keys.dtype:
+            return None
+        return call.blocks(x, weights, start, stop, kept=kept).to(x.dtype)
 
     def fills_beside(self, tokens: int) -> bool:
         """Return whether ``run`` computes keys and values of inactive tokens in the same product.
 
         ``tokens`` is the number of all tokens of the call.
         """
-        return tokens <= FEW_TOKENS and self._weights.dtype is not None
+        return tokens <= FEW_TOKENS and self._weights.kernels_read
 
     def _run_some(
         self,
@@ -229,10 +232,10 @@ class FastSteps:
         key = self, shape, dtype
         call: Call | None = step.memo.get(key)
         if call is None:
-            assert step.cache is not None
+            cache = require_cache(step)
             weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
             about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
-            if self._compiled(weight) and step.cache.keys.dtype in kernels.DTYPES:
+            if self._compiled(weight) and cache.keys.dtype in DTYPES:
                 call = KernelCall(
                     step, shape, tables=self._wide(tables), dtype=torch.float32, **about
                 )
@@ -280,15 +283,3 @@ class FastSteps:
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
-
-    @cached_property
-    def shape(self) -> kernels.BlockShape:
-        """The sizes of the blocks."""
-        first: Any = self.blocks[0]
-        return kernels.BlockShape(
-            hidden=first.self_attn.q_proj.in_features,
-            heads=first.self_attn.q_proj.out_features // self.head_dim,
-            units=first.mlp.gate_proj.out_features,
-            eps=self.eps,
-            post=self.post,
-        )

@@ -8,21 +8,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from offramp.models.base import Step
+from offramp.models.checks import require_cache
 from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast import kernels
+from offramp.models.native.fast.kernel_weights import KernelWeights
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines (P, Dh) of the rotation at each position; the sines' first half is negated."""
 
 
-def _span(rows: Int[Tensor, " B"]) -> tuple[int, int]:
-    """Return the smallest row, and the largest row plus 1."""
-    numbers = rows.tolist()
-    return min(numbers), max(numbers) + 1
-
-
 class Call:
-    """The data that all blocks share in one call."""
+    """The data that all blocks share in one call. The step was checked: see ``checked_end``."""
 
     def __init__(
         self,
@@ -35,18 +31,13 @@ class Call:
         head_dim: int,
         kv_heads: int,
     ) -> None:
-        assert step.cache is not None
-        self.cache: KVCache = step.cache
+        self.cache: KVCache = require_cache(step)
         self.end, self.dtype = end, dtype
         self.batch, self.tokens = shape
         self.head_dim, self.kv_heads = head_dim, kv_heads
         whole = step.positions.shape == shape
         self.slots = step.positions if whole else step.positions.expand(*shape)  # (B, T)
         self.chosen = step.rows
-        least, most = (0, self.batch) if step.rows is None else _span(step.rows)
-        held = self.cache.keys.shape[1]
-        if least < 0 or most > held:
-            raise ValueError(f"the cache holds {held} rows, got {least if least < 0 else most}")
         self.one = self.batch == 1 and step.rows is None
         self.tables = tables
 
@@ -145,15 +136,14 @@ class KernelCall(Call):
     def blocks(
         self,
         x: Float[Tensor, "N D"],
-        weights: Int[Tensor, "L 6"],
-        shape: kernels.BlockShape,
+        weights: KernelWeights,
         start: int,
         stop: int,
         *,
         kept: int,
     ) -> Float[Tensor, "N D"]:
         """Run blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
-        return self._at.blocks(x, weights, shape, start, stop, kept=kept)
+        return self._at.blocks(x, weights, start, stop, kept=kept)
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
         """Attention without the output projection; writes the keys and values."""

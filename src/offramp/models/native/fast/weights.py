@@ -7,15 +7,16 @@ parameters would change the order of sums in training, and so its figures.
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
+from offramp.errors import ConfigError
 from offramp.models.kv_cache import KVCache
+from offramp.models.native.fast.kernel_weights import KernelWeights
 from offramp.models.native.fast.kernels import kernels_fit
 from offramp.models.native.fast.linear import fuse
 
@@ -34,7 +35,7 @@ class WeightsOfBlock:
 
     @property
     def every(self) -> tuple[Tensor, ...]:
-        """Return the weights in the order in which ``kernels.blocks`` reads them."""
+        """Return the weights in the order in which ``KernelWeights`` takes them."""
         return (self.qkv, self.out, self.gate_up, self.down, *self.norms)
 
 
@@ -43,17 +44,12 @@ class Weights:
     """The weights of all blocks, and the addresses of the parameters that they were made from."""
 
     blocks: tuple[WeightsOfBlock, ...]
-    dtype: torch.dtype | None
-    "float32 or bfloat16 if the compiled kernels can read every weight; else None."
+    kernel: KernelWeights | None
+    "The weights as the compiled kernels read them; None if they cannot."
     registers: tuple[dict[str, Any], ...]
     "The dictionaries in which the blocks' modules hold their parameters."
     parameters: tuple[Tensor, ...]
     "The parameters' tensors, kept so that no other tensor can be allocated at their addresses."
-
-    @cached_property
-    def addresses(self) -> Int[Tensor, "L 6"]:
-        """Return the addresses that ``kernels.blocks`` reads, one row per block."""
-        return torch.tensor([[each.data_ptr() for each in of.every] for of in self.blocks])
 
     @cached_property
     def _places(self) -> list[int]:
@@ -72,8 +68,8 @@ class BlockWeights:
     to the weights with which they were computed.
     """
 
-    def __init__(self, blocks: nn.ModuleList, *, head_dim: int, post: bool) -> None:
-        self._blocks, self._head_dim, self._post = blocks, head_dim, post
+    def __init__(self, blocks: nn.ModuleList, *, head_dim: int, eps: float, post: bool) -> None:
+        self._blocks, self._head_dim, self._eps, self._post = blocks, head_dim, eps, post
         self._found: Weights | None = None
         self._cache: weakref.ref[KVCache] | None = None
 
@@ -91,11 +87,11 @@ class BlockWeights:
         return found
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The precision of the weights for the compiled kernels, when they were last read."""
+    def kernels_read(self) -> bool:
+        """Whether the compiled kernels could read the weights, when they were last read."""
         if self._found is None:
             self._found = self._read()
-        return self._found.dtype
+        return self._found.kernel is not None
 
     def _read(self) -> Weights:
         blocks: list[WeightsOfBlock] = []
@@ -104,16 +100,22 @@ class BlockWeights:
             of, read = _read_block(block, post=self._post)
             blocks.append(of)
             modules += read
-        every = [weight for of in blocks for weight in of.every]
-        first = every[0]
-        alike = all(each.dtype == first.dtype and each.is_contiguous() for each in every)
         registers = tuple(module._parameters for module in modules)
         return Weights(
             blocks=tuple(blocks),
-            dtype=first.dtype if alike and kernels_fit(first, self._head_dim) else None,
+            kernel=self._for_kernels(blocks),
             registers=registers,
             parameters=tuple(module.get_parameter("weight").detach() for module in modules),
         )
+
+    def _for_kernels(self, blocks: Sequence[WeightsOfBlock]) -> KernelWeights | None:
+        if not kernels_fit(blocks[0].qkv, self._head_dim):
+            return None
+        every = [of.every for of in blocks]
+        try:
+            return KernelWeights(every, head_dim=self._head_dim, eps=self._eps, post=self._post)
+        except ConfigError:  # such as blocks of several precisions
+            return None
 
 
 def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Module]]:

@@ -325,8 +325,8 @@ def test_a_step_with_other_places_begins_anew(make_model, make_ids):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rows": torch.tensor([0, 2])}, "holds 2 rows, got 3"),
-        ({"rows": torch.tensor([-1])}, "holds 2 rows, got -1"),
+        ({"rows": torch.tensor([0, 2])}, "holds 2 rows, got row 2"),
+        ({"rows": torch.tensor([-1, 0])}, "holds 2 rows, got row -1"),
         ({"positions": torch.tensor([[-1]])}, "at least 0, got -1"),
         ({"positions": torch.tensor([[5]])}, "holds 5 positions"),
     ],
