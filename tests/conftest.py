@@ -36,6 +36,14 @@ MakeModel = Callable[..., Transformer]
 MakeIds = Callable[..., Tensor]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What offramp keeps between runs is kept in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def make_model() -> MakeModel:
     """Make a tiny random decoder, float64 so that parity is exact to rounding.

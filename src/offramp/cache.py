@@ -5,6 +5,6 @@ from pathlib import Path
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the cache folder for ``kind``, which is ``tokens`` or ``models``."""
+    """Return the cache folder for ``kind``, which is ``tokens``, ``models`` or ``checked``."""
     usual = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "offramp"
     return Path(os.environ.get("OFFRAMP_CACHE", usual)) / kind

@@ -3,6 +3,7 @@
 Each command, and ``offramp.load``, uses one ``OpenedModel`` and does not search for files again.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import nn
 from offramp.errors import (
     CheckpointError,
     ConfigError,
+    OfframpWarning,
     UnsupportedArchitectureError,
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
@@ -27,6 +29,7 @@ from offramp.models.huggingface.exits_file import (
     load_exits,
     tuned_dtype,
 )
+from offramp.models.huggingface.library import installed
 from offramp.models.huggingface.model import HuggingFaceModel, resolve_exit_layers
 from offramp.models.identity import model_sha256
 from offramp.models.model_files import (
@@ -41,6 +44,7 @@ from offramp.models.model_files import (
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
+from offramp.models.reference import agrees
 
 DEFAULT_WINDOW = 256
 """Number of tokens per window if the training window of the model is unknown."""
@@ -128,9 +132,11 @@ def open_model(
     ``name`` is a folder that ``offramp train``, ``offramp tune`` or ``save_exits`` wrote, the
     folder of a Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``. With ``runner``
     None, Llama-family checkpoints run in the native decoder, which decodes faster, and others in
-    transformers. ``exit_layers`` and ``exit_head`` are only for plain checkpoints; None puts
-    exits at each quarter of the depth. ``dtype`` None keeps the precision of the files, or that
-    in which the exits were trained.
+    transformers. The native decoder is compared with transformers when it first opens a
+    checkpoint; if it gives other logits, transformers runs the model, with an OfframpWarning.
+    ``exit_layers`` and ``exit_head`` are only for plain checkpoints; None puts exits at each
+    quarter of the depth. ``dtype`` None keeps the precision of the files, or that in which the
+    exits were trained.
 
     Raises CheckpointError for files that are missing, damaged, changed or pickles, and for a
     tokenizer with more tokens than the model; UnsupportedArchitectureError for a model that is
@@ -245,10 +251,19 @@ def _pretrained(
     layers = None if exit_layers is None else tuple(exit_layers)
     if runner != "transformers":
         try:
-            return _in_native_decoder(files, layers, exit_head, dtype)
-        except (UnsupportedArchitectureError, CheckpointError):
-            if runner == "native":
+            model = _in_native_decoder(files, layers, exit_head, dtype)
+        except (UnsupportedArchitectureError, CheckpointError, ConfigError):
+            if runner == "native" or not installed():
                 raise
+        else:
+            if runner == "native" or agrees(model, files.backbone):
+                return model
+            warnings.warn(
+                f"{files.name}: transformers runs this model, since the native decoder gives other "
+                "logits",
+                OfframpWarning,
+                stacklevel=4,
+            )
     if files.kind == "exits":
         assert files.own is not None
         return from_pretrained(files.own, base=files.backbone, dtype=dtype)

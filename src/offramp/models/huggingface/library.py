@@ -1,6 +1,7 @@
 """Import the library transformers on first use, without its log messages."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,11 @@ def transformers() -> Any:
         raise CheckpointError(
             "expected the library transformers, which is not installed; pip install 'offramp[hf]'"
         ) from None
+
+
+def installed() -> bool:
+    """Return whether the library is installed, without importing it."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 @contextmanager
