@@ -5,12 +5,14 @@ so a file with its final name is always complete. Weights are safetensors; nothi
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, fields
@@ -18,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 
 from offramp.errors import CheckpointError
@@ -43,16 +46,41 @@ def replacing(path: Path) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
         if target.is_symlink():
             raise OSError(errno.ELOOP, "its links form a circle")
-        aside = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
-        try:
-            yield aside
+        with temporary_folder(target) as folder:
+            yield (aside := folder / target.name)
             obey_umask(aside)
             sync(aside)
             aside.replace(target)
-        finally:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
         sync(target.parent)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Create a hidden folder beside ``target``, and remove it at the end.
+
+    Those for the same target of processes of this machine that have ended are removed first;
+    other machines may share the folder above.
+    """
+    name = f".{target.name[:100]}.{socket.gethostname()[:100]}"
+    for left in target.parent.glob(f"{glob.escape(name)}.*.tmp"):
+        pid = left.name.removeprefix(f"{name}.").removesuffix(".tmp")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            remove(left)
+    folder = target.with_name(f"{name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _write_into(path: Path, aside: Path) -> None:

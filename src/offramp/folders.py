@@ -5,18 +5,13 @@ ends with a sentence. The system releases the lock when the process ends, howeve
 """
 
 import os
-import re
-import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from offramp.errors import CheckpointError
-from offramp.files import sync, write_json, writing
+from offramp.files import remove, sync, temporary_folder, write_json, writing
 
 try:
     import fcntl
@@ -111,41 +106,18 @@ def new_folder(out: Path) -> Iterator[Path]:
                     remove(path)
                 raise
             return
-        name = f".{target.name[:100]}.{socket.gethostname()[:100]}"
-        remove_abandoned(target.parent, name)
-        aside = target.with_name(f"{name}.{os.getpid()}.tmp")
-        try:
-            aside.mkdir()
+        with temporary_folder(target) as aside:
             yield aside
             sync_tree(aside)
             aside.replace(target)
             sync(target.parent)
-        finally:
-            remove(aside)
-
-
-def remove_abandoned(folder: Path, name: str) -> None:
-    """Remove the temporary files and folders ``name.PID.tmp`` of processes that have ended."""
-    for left in folder.iterdir():
-        pid = left.name.removeprefix(f"{name}.").removesuffix(".tmp")
-        if left.name == f"{name}.{pid}.tmp" and pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            remove(left)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def remove_temporary(*folders: Path) -> None:
     """Remove the temporary files and folders that a killed process left in locked folders."""
     for folder in folders:
         for path in folder.glob(".*"):
-            if path.name.endswith(".tmp") or re.fullmatch(r"\.tmp\w{6}", path.name):  # safetensors'
+            if path.name.endswith(".tmp"):
                 remove(path)
 
 
@@ -156,12 +128,28 @@ def sync_tree(folder: Path) -> None:
             sync(path)
 
 
-def claim_marked(marker: Path, content: Any) -> None:
-    """Write ``content`` to ``marker``, in a new or empty folder that becomes this run's.
+@contextmanager
+def working_in(marker: Path, content: Any) -> Iterator[None]:
+    """Hold the lock of a folder of work that can be continued.
 
-    Temporary files of ``marker`` that a killed process left behind are removed first.
+    ``marker`` is the file that says which work it is; if it is not there, the folder, which must
+    be new or empty, becomes that work's. If the work fails before anything else is in the folder,
+    the folder is removed again. Temporary files that a killed process left behind are removed.
     """
-    for left in marker.parent.glob(f".{marker.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    with claimed(marker.parent):
-        write_json(marker, content)
+    out = marker.parent
+    existed = out.exists()
+    if not marker.exists():
+        if out.is_dir():
+            with locked(out):
+                remove_temporary(out)
+        with new_folder(out) as folder:
+            write_json(folder / marker.name, content)
+    with locked(out):
+        remove_temporary(out)
+        try:
+            yield
+        except BaseException:
+            if all(path == marker or path.is_dir() for path in out.rglob("*")):
+                for path in out.iterdir() if existed else (out,):
+                    remove(path)
+            raise

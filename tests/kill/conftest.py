@@ -95,9 +95,9 @@ class Shim:
         elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
             path, place = arguments[0], arguments[-1]
             if isinstance(path, int):
-                path = os.readlink(f"/proc/self/fd/{path}")
+                path = opened(path)
             if event in ("os.remove", "os.rmdir") and isinstance(place, int) and place >= 0:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{place}"), os.fsdecode(path))
+                path = opened(place) / os.fsdecode(path)
             self._operation(event, os.fsdecode(path))
 
     def _begin(self, path: Any, cut: bool) -> None:
@@ -107,7 +107,7 @@ class Shim:
             os.write(descriptor, b"12,0.")
 
     def _operation(self, kind: str, path: str, half: Callable[[], None] | None = None) -> None:
-        if not os.path.abspath(path).startswith(self.folder):
+        if not str(Path(path).absolute()).startswith(self.folder):
             return
         self.inside = True
         self._point(f"before {kind} {path}")
@@ -122,6 +122,10 @@ class Shim:
                 half()
             os.kill(os.getpid(), signal.SIGKILL)
         self.seen += 1
+
+
+def opened(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
 class Children:
@@ -186,7 +190,7 @@ class Children:
             os.dup2(printed, 1)
             os.dup2(printed, 2)
             sys.stdout, sys.stderr = (
-                io.TextIOWrapper(open(number, "wb", 0), write_through=True, encoding="utf-8")
+                io.TextIOWrapper(io.FileIO(number, "w"), write_through=True, encoding="utf-8")
                 for number in (1, 2)
             )
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

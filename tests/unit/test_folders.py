@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from offramp.errors import CheckpointError
-from offramp.folders import check_free, claim_marked, claimed, locked, new_folder, remove_temporary
+from offramp.folders import check_free, claimed, locked, new_folder, remove_temporary, working_in
 
 
 def names(folder):
@@ -18,7 +18,8 @@ def test_a_folder_is_claimed_once(tmp_path):
     with claimed(tmp_path / "new" / "run"):
         pass
     check_free(tmp_path / "new" / "run")
-    claim_marked(tmp_path / "run" / "run.json", {"a": 1})
+    with working_in(tmp_path / "run" / "run.json", {"a": 1}):
+        (tmp_path / "run" / "b").write_text("")
     for taken, expected in ((tmp_path / "run", "holds another run"), (__file__, "got a file")):
         with pytest.raises(CheckpointError, match=expected):
             check_free(Path(taken))
@@ -26,8 +27,22 @@ def test_a_folder_is_claimed_once(tmp_path):
 
 def test_a_claim_removes_what_a_killed_process_left(tmp_path):
     (tmp_path / ".run.json.123.tmp").write_text("half")
-    claim_marked(tmp_path / "run.json", 1)
-    assert names(tmp_path) == ["run.json"]
+    with working_in(tmp_path / "run.json", 1):
+        assert names(tmp_path) == ["run.json"]
+
+
+def test_work_that_fails_before_it_has_a_result_leaves_no_folder(tmp_path):
+    def fail(done):
+        with working_in(tmp_path / "out" / "settings.json", 1):
+            (tmp_path / "out" / "runs").mkdir(exist_ok=True)
+            if done:
+                (tmp_path / "out" / "runs" / "a").write_text("")
+            raise RuntimeError
+
+    for done, left in ((False, []), (True, ["out"]), (False, ["out"])):
+        with pytest.raises(RuntimeError):
+            fail(done)
+        assert names(tmp_path) == left
 
 
 def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path):
@@ -141,7 +156,7 @@ def test_a_full_disk_leaves_no_folder(small_disk):
 
 
 def test_temporary_files_are_removed(tmp_path):
-    for name in (".a.json.12.tmp", ".tmpAb3dE9", ".tmpdir", "a.tmp", ".keep"):
+    for name in (".a.json.12.tmp", ".tmpdir", "a.tmp", ".keep"):
         (tmp_path / name).write_text("")
     (tmp_path / ".last.tmp").mkdir()
     remove_temporary(tmp_path, tmp_path / "none")

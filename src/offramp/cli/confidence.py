@@ -83,4 +83,5 @@ def confidence(
     warn(model, corpus, content)
     if out:
         write_json(out, content)
-        save_confidence_png(content, out.with_suffix(".png"))
+        if out.is_file():  # no device
+            save_confidence_png(content, out.with_suffix(".png"))

@@ -29,8 +29,8 @@ from offramp.data import (
 from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import read_json, write_json, writing
-from offramp.folders import locked, new_folder, remove, remove_temporary, sync_tree
+from offramp.files import read_json, remove, write_json, writing
+from offramp.folders import locked, new_folder, remove_temporary, sync_tree
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer

@@ -16,7 +16,7 @@ from offramp.errors import ConfigError, CorpusError
 from offramp.evaluation.reader import ChunkReader
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.files import parsing
+from offramp.files import parsing, writing
 from offramp.models.base import EarlyExitModel, whole_step
 
 _PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
@@ -109,14 +109,15 @@ class ExitTrace:
         return self.exit_layers.index(exit_layer)
 
     def save(self, path: Path) -> None:
-        """Write the trace as an uncompressed ``.npz`` file."""
+        """Write the trace as an uncompressed ``.npz`` file; a CheckpointError if that fails."""
         arrays: dict[str, Any] = {"targets": self.targets}
         for name in (*_PER_EXIT, *_PER_TOKEN):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         arrays |= {f"confidence.{name}": scores for name, scores in self.confidence.items()}
         layers = np.asarray([self.num_layers, *self.exit_layers])
-        np.savez(path, layers=layers, **arrays)
+        with writing(path):
+            np.savez(path, layers=layers, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "ExitTrace":

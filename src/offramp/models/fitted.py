@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.errors import CheckpointError
+from offramp.errors import CheckpointError, OfframpWarning
 from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits, Gate, gate_of
 from offramp.files import parsing, read_tensors, replacing
 from offramp.models.base import EarlyExitModel
@@ -73,8 +73,9 @@ def load_fitted(
                 fitted_to = (file.metadata() or {}).get(_FITTED_TO)
             if fitted_to != exits():
                 warnings.warn(
-                    f"{path}: its gates were fitted to other exits than those in {folder}, so "
-                    f"they are not used; fit them again with: offramp confidence {folder} --fit",
+                    f"{path}: its gates were fitted to other exits than the model's, so they are "
+                    f"not used; fit them again with: offramp confidence {folder} --fit TEXT",
+                    OfframpWarning,
                     stacklevel=2,
                 )
                 return NOTHING_FITTED

@@ -6,6 +6,7 @@ from pathlib import Path
 import altair as alt
 import vl_convert
 
+from offramp.files import replacing
 from offramp.report.points import (
     MEASURED,
     PUBLISHED,
@@ -175,9 +176,10 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
 
 
 def save_png(chart: alt.TopLevelMixin, path: Path, scale: Number = 2) -> None:
-    """Write a chart as a PNG image, `scale` pixels to a unit."""
-    spec = chart.to_dict()
-    path.write_bytes(vl_convert.vegalite_to_png(spec, vl_version=vegalite_version(), scale=scale))
+    """Write a chart as a PNG image, `scale` pixels to a unit, completely or not at all."""
+    png = vl_convert.vegalite_to_png(chart.to_dict(), vl_version=vegalite_version(), scale=scale)
+    with replacing(path) as aside:
+        aside.write_bytes(png)
 
 
 def vegalite_version() -> str:

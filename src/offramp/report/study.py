@@ -16,10 +16,8 @@ def write(result: StudyResult, times: StudyTimes, out: Path) -> None:
     confidence, missing_kv = result.families[0]
     with replacing(out / "table.md") as aside:
         aside.write_text(markdown(result), encoding="utf-8")
-    with replacing(out / "figure.png") as aside:
-        save_png(study_plots.recipes(result), aside)
-    with replacing(out / "frontier.png") as aside:
-        save_png(study_plots.frontiers(result, confidence, missing_kv), aside)
+    save_png(study_plots.recipes(result), out / "figure.png")
+    save_png(study_plots.frontiers(result, confidence, missing_kv), out / "frontier.png")
     with replacing(out / "report.html") as aside:
         aside.write_text(page(result, times), encoding="utf-8", newline="\n")
 

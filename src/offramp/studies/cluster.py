@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offramp.errors import ConfigError, TrainingError
-from offramp.studies.runs import Run, aside_of, missing_of, put_in_place
+from offramp.studies.runs import Run, missing_of, new_run
 
 RETRIES = 5
 """Number of times that a run is restarted after its worker died."""
@@ -124,8 +124,7 @@ def _result(ray: Any, reference: Any) -> dict[str, bytes]:
 
 
 def _unpack(files: dict[str, bytes], folder: Path, name: str) -> None:
-    aside = aside_of(folder, name)
-    for path, content in files.items():
-        (aside / path).parent.mkdir(parents=True, exist_ok=True)
-        (aside / path).write_bytes(content)
-    put_in_place(aside, folder / name)
+    with new_run(folder, name) as aside:
+        for path, content in files.items():
+            (aside / path).parent.mkdir(parents=True, exist_ok=True)
+            (aside / path).write_bytes(content)

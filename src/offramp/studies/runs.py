@@ -4,17 +4,15 @@ A run's folder appears only when it is complete, so a study that was stopped doe
 that are missing. ``Run.work`` says what a run does and writes to its folder.
 """
 
-import glob
 import math
 import multiprocessing
 import os
-import shutil
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -22,10 +20,11 @@ from pathlib import Path
 from queue import Empty
 from typing import Protocol, TypeVar
 
-import psutil
 import torch
 
-from offramp.errors import TrainingError
+from offramp.errors import CheckpointError, TrainingError
+from offramp.files import sync, temporary_folder, writing
+from offramp.folders import sync_tree
 from offramp.training.loop import Progress
 
 
@@ -122,7 +121,8 @@ def run_all(
 
 def missing_of(runs: Sequence[R], folder: Path, on_done: Callable[[str], None]) -> list[R]:
     """The runs without a folder in ``folder``, which is created; ``on_done`` gets the others."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for run in runs:
         if (folder / run.name).exists():
@@ -176,39 +176,43 @@ def _report(name: str, progress: Progress) -> RunProgress:
 
 
 def _work(run: Run, folder: Path) -> None:
-    """Do a run and put its complete folder in place."""
-    aside = aside_of(folder, run.name)
+    """Do a run and put its complete folder in place; nothing is left of one that fails."""
 
     def on_step(progress: Progress) -> None:
         if progress.step % 8 == 0:
             _reports.put(_report(run.name, progress))
 
-    if not run.work(aside, on_step=on_step, should_stop=_stop.is_set):
-        raise _StoppedError(run.name)
-    put_in_place(aside, folder / run.name)
+    with new_run(folder, run.name) as aside:
+        if not run.work(aside, on_step=on_step, should_stop=_stop.is_set):
+            raise _StoppedError(run.name)
 
 
-def aside_of(folder: Path, name: str) -> Path:
-    """An empty temporary folder for a run of this process, beside the run's final one.
+@contextmanager
+def new_run(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an empty temporary folder for a run of this process, beside the run's final one.
 
+    On success it is synced and renamed; if another process was first, its equal run is kept.
     Temporary folders of this machine's dead processes are removed; other machines may share
-    ``folder``.
+    ``folder``. Raises CheckpointError if the run cannot be written.
     """
-    here = f".{name}.{socket.gethostname()}"
-    for left in folder.glob(f"{glob.escape(here)}.*.tmp"):
-        if not psutil.pid_exists(int(left.name.rsplit(".", 2)[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    aside = folder / f"{here}.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    return aside
+    target = folder / name
+    with writing(target), temporary_folder(target) as aside:
+        yield aside
+        sync_tree(aside)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        sync(folder)
 
 
-def put_in_place(aside: Path, target: Path) -> None:
-    """Rename a complete run's folder; if another process was first, its equal run is kept."""
+@contextmanager
+def reading_run(folder: Path) -> Iterator[None]:
+    """Say in the error of a damaged run how to do it anew."""
     try:
-        aside.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        shutil.rmtree(aside)
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; remove the folder {folder}, and the same command does this run anew"
+        ) from None

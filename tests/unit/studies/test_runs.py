@@ -5,12 +5,13 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from offramp.errors import TrainingError
+from offramp.errors import CheckpointError, TrainingError
 from offramp.studies import runs
-from offramp.studies.runs import aside_of, put_in_place, run_all
+from offramp.studies.runs import new_run, run_all
 
 NOBODY = 2**22 + 1  # above the largest process id
 
@@ -24,25 +25,57 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     for folder in (dead, alive, other, elsewhere):
         folder.mkdir()
         (folder / "half").write_text("")
-    mine = aside_of(tmp_path, "run")
-    assert sorted(tmp_path.iterdir()) == sorted([mine, alive, other, elsewhere])
-    assert (alive / "half").exists()
-    (mine / "file").write_text("")
-    assert not list(aside_of(tmp_path, "run").iterdir())  # begun anew
+    with new_run(tmp_path, "run") as mine:
+        assert sorted(tmp_path.iterdir()) == sorted([mine, alive, other, elsewhere])
+        assert (alive / "half").exists()
+        (mine / "file").write_text("")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "run", alive, other, elsewhere])
 
 
 def test_the_first_of_two_that_did_the_same_run_stays(tmp_path):
     target = tmp_path / "run"
-    target.mkdir()
-    (target / "first").write_text("")
-    aside = aside_of(tmp_path, "run")
-    (aside / "second").write_text("")
-    put_in_place(aside, target)
+    with new_run(tmp_path, "run") as aside:
+        target.mkdir()
+        (target / "first").write_text("")
+        (aside / "second").write_text("")
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "first"]
-    aside = aside_of(tmp_path, "other")
     (tmp_path / "other").write_text("in the way")
-    with pytest.raises(OSError, match="other"):
-        put_in_place(aside, tmp_path / "other")
+    with (
+        pytest.raises(CheckpointError, match="other: cannot be written"),
+        new_run(tmp_path, "other"),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_a_run_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Its files are synced, then its folder, then it is renamed, then the folder above is synced.
+
+    Without that order, a power failure could leave a run with its name and empty files.
+    """
+    done = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor):
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def watched_rename(path, target):
+        done.append((path, target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    with new_run(tmp_path, "run") as aside:
+        (aside / "file").write_text("")
+    assert done == [aside / "file", aside, (aside, tmp_path / "run"), tmp_path]
+
+
+def test_a_run_on_a_full_disk_is_a_sentence_and_leaves_nothing(small_disk):
+    expected = pytest.raises(CheckpointError, match="run: cannot be written: No space left")
+    with expected, new_run(small_disk, "run") as aside:
+        (aside / "file").write_bytes(bytes(1_000_000))
+    assert not list(small_disk.iterdir())
 
 
 @dataclass(frozen=True)

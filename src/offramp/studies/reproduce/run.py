@@ -12,6 +12,7 @@ from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import read_json, write_json
 from offramp.models.native.config import DecoderConfig
+from offramp.studies.runs import reading_run
 from offramp.training.config import TrainConfig
 from offramp.training.loop import Progress, new_model, train
 from offramp.training.validation import Validation
@@ -100,8 +101,9 @@ class RunResult:
 
 def load_run(folder: Path) -> RunResult:
     """Read the files that ``SeedRun.work`` wrote."""
-    return RunResult(
-        about=read_json(folder / "run.json"),
-        best=ExitTrace.load(folder / "best.npz"),
-        last=ExitTrace.load(folder / "last.npz"),
-    )
+    with reading_run(folder):
+        return RunResult(
+            about=read_json(folder / "run.json"),
+            best=ExitTrace.load(folder / "best.npz"),
+            last=ExitTrace.load(folder / "last.npz"),
+        )

@@ -8,7 +8,8 @@ parameters on the validation text are kept; the tables (``tables``), findings an
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +18,7 @@ from offramp.data import Corpus, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
 from offramp.files import read_json, replacing, stored_fields, write_json
-from offramp.folders import claim_marked
+from offramp.folders import working_in
 from offramp.models.native.config import DecoderConfig
 from offramp.report import html, plots, reproduction_tables
 from offramp.studies.reproduce import claims, tables
@@ -130,37 +131,37 @@ def reproduce(
     planned = [(corpus, plan_runs(corpus, seeds, device=device)) for corpus, seeds in corpora]
     for corpus, runs in planned:
         check_lengths(corpus, runs[0].training)
-    go_on_or_claim(out, config, corpora)
-    results: dict[str, Any] = {
-        "offramp_version": __version__,
-        "command": command,
-        "corpora": {},
-        "environment": {**environment(device), "processes": jobs, "threads": threads},
-    }
+    with go_on_or_claim(out, config, corpora):
+        results: dict[str, Any] = {
+            "offramp_version": __version__,
+            "command": command,
+            "corpora": {},
+            "environment": {**environment(device), "processes": jobs, "threads": threads},
+        }
 
-    def report(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> None:
-        results["corpora"][corpus.name] = summarise(load_study(corpus, folder, seeds))
-        results["seconds"] = round(time.monotonic() - start, 1)
-        write_results(results, out)
+        def report(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> None:
+            results["corpora"][corpus.name] = summarise(load_study(corpus, folder, seeds))
+            results["seconds"] = round(time.monotonic() - start, 1)
+            write_results(results, out)
 
-    for corpus, runs in planned:
-        folder = out / "runs" / Path(corpus.name).name
-        watcher.on_corpus(corpus.name, len(runs))
-        try:
-            run_all(
-                runs,
-                folder,
-                jobs=jobs,
-                threads=threads,
-                on_progress=watcher.on_progress,
-                on_done=watcher.on_done,
-            )
-        except KeyboardInterrupt:
-            if whole := whole_seeds(runs, folder):
-                report(corpus, folder, whole)
-            raise
-        report(corpus, folder, range(len(runs) // len(METHODS)))
-    (out / MARKER).unlink()
+        for corpus, runs in planned:
+            folder = out / "runs" / Path(corpus.name).name
+            watcher.on_corpus(corpus.name, len(runs))
+            try:
+                run_all(
+                    runs,
+                    folder,
+                    jobs=jobs,
+                    threads=threads,
+                    on_progress=watcher.on_progress,
+                    on_done=watcher.on_done,
+                )
+            except KeyboardInterrupt:
+                if whole := whole_seeds(runs, folder):
+                    report(corpus, folder, whole)
+                raise
+            report(corpus, folder, range(len(runs) // len(METHODS)))
+        (out / MARKER).unlink()
     return results
 
 
@@ -175,23 +176,24 @@ def check_lengths(corpus: Corpus, training: TrainConfig) -> None:
             )
 
 
+@contextmanager
 def go_on_or_claim(
     out: Path, config: ReproduceConfig, corpora: Sequence[tuple[Corpus, int]]
-) -> None:
-    """Make ``out``, or check that it holds an interrupted run with the same settings."""
+) -> Iterator[None]:
+    """Make ``out``, or check that it holds an interrupted run with the same settings; lock it."""
     marker = out / MARKER
     mine = {
         "unfinished": stored_fields(config, ("corpus", "seeds", "quick")),
         "corpora": {corpus.name: [corpus.sha256, seeds] for corpus, seeds in corpora},
         "offramp_version": __version__,
     }
-    if not marker.exists():
-        claim_marked(marker, mine)
-    elif read_json(marker) != mine:
+    if marker.exists() and read_json(marker) != mine:
         raise CheckpointError(
             f"{out}: holds an unfinished run with other settings; give that run's own flags to "
             "continue it, or choose another --out"
         )
+    with working_in(marker, mine):
+        yield
 
 
 def whole_seeds(runs: Sequence[SeedRun], folder: Path) -> list[int]:
@@ -222,6 +224,5 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     with replacing(out / "tables.md") as aside:
         aside.write_text(reproduction_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
-        with replacing(out / f"frontier-{Path(name).name}.png") as aside:
-            plots.save_png(plots.frontier(corpus), aside)
+        plots.save_png(plots.frontier(corpus), out / f"frontier-{Path(name).name}.png")
     html.write_report(results, out / "report.html")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from offramp.studies.runs import reading_run
 from offramp.studies.study.frontier import Frontier, FrontierKey, load_frontiers
 from offramp.studies.study.record import FRONTIERS, RunRecord, RunTiming
 from offramp.studies.study.run import StudyRun
@@ -19,17 +20,20 @@ class Done:
     @cached_property
     def record(self) -> RunRecord:
         """How the model was trained, and its figures."""
-        return RunRecord.load(self.folder)
+        with reading_run(self.folder):
+            return RunRecord.load(self.folder)
 
     @cached_property
     def frontiers(self) -> dict[FrontierKey, Frontier]:
         """Its frontiers, costs in percent of the run's own full model."""
-        return load_frontiers(self.folder / FRONTIERS)
+        with reading_run(self.folder):
+            return load_frontiers(self.folder / FRONTIERS)
 
     @cached_property
     def timing(self) -> RunTiming:
         """The seconds that it took."""
-        return RunTiming.load(self.folder)
+        with reading_run(self.folder):
+            return RunTiming.load(self.folder)
 
     @property
     def seed(self) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from offramp.evaluation.routed import RoutedTrace
 from offramp.evaluation.sweep import finite_nll
 from offramp.evaluation.trace import ExitTrace
-from offramp.files import parsing
+from offramp.files import parsing, writing
 
 Floats = NDArray[np.float64]
 STRETCHES = 64
@@ -81,7 +81,8 @@ def save_frontiers(path: Path, frontiers: Mapping[FrontierKey, Frontier]) -> Non
         name = f"{key.text}/{key.confidence or _NO_EARLY_EXIT}/{key.missing_kv}"
         arrays |= {f"{name}/{array}": getattr(frontier, array).astype("f4") for array in _ARRAYS}
         arrays[f"{name}/thresholds"] = frontier.thresholds
-    np.savez_compressed(path, **arrays)
+    with writing(path):
+        np.savez_compressed(path, **arrays)
 
 
 def load_frontiers(path: Path) -> dict[FrontierKey, Frontier]:

@@ -121,26 +121,26 @@ def find_recipe(
     check_budget(study, config.compute_budget, vocab_size=vocab_size)
     workers.check(full)
     settings = {name: value for name, value in record_of(config).items() if name not in TEXTS}
-    go_on_or_claim(out, {"study": RECIPE, **settings, "text": text.about})
-    short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
-    planned = list(rounds(config.layers, config.compute_budget))
-    # each round but the first repeats the best candidate, whose run is kept
-    searched = sum(len(changes) for _, changes in planned) - len(planned) + 1
-    watcher.on_plan("search", searched, searched * short.tokens)
-    best, search = _search(study, config, text, vocab_size, watcher, workers)
-    recipe = replace(best.recipe(config.layers), label=RECIPE)
-    final = replace(study, recipes=(recipe,))
-    runs = plan_runs(final, text)
-    result = finish_study(
-        final,
-        runs,
-        out,
-        watcher=watcher,
-        workers=workers,
-        search=tuple(search),
-        recipe=_about(recipe),
-    )
-    return next(run for run in runs if run.label == RECIPE), result
+    with go_on_or_claim(out, {"study": RECIPE, **settings, "text": text.about}):
+        short = plan_runs(_short(study, (first_candidate(config.layers),)), text)[0]
+        planned = list(rounds(config.layers, config.compute_budget))
+        # each round but the first repeats the best candidate, whose run is kept
+        searched = sum(len(changes) for _, changes in planned) - len(planned) + 1
+        watcher.on_plan("search", searched, searched * short.tokens)
+        best, search = _search(study, config, text, vocab_size, watcher, workers)
+        recipe = replace(best.recipe(config.layers), label=RECIPE)
+        final = replace(study, recipes=(recipe,))
+        runs = plan_runs(final, text)
+        result = finish_study(
+            final,
+            runs,
+            out,
+            watcher=watcher,
+            workers=workers,
+            search=tuple(search),
+            recipe=_about(recipe),
+        )
+        return next(run for run in runs if run.label == RECIPE), result
 
 
 def _about(recipe: Recipe) -> dict[str, Any]:

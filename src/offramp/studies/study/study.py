@@ -1,6 +1,7 @@
 """``offramp study``: do the runs that are missing, then summarise all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import read_json, write_json
-from offramp.folders import claim_marked
+from offramp.folders import working_in
 from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult
@@ -46,8 +47,8 @@ def run_study(
         "text": text.about,
     }
     workers.check(runs)
-    go_on_or_claim(out, settings)
-    return finish_study(study, runs, out, watcher=watcher, workers=workers)
+    with go_on_or_claim(out, settings):
+        return finish_study(study, runs, out, watcher=watcher, workers=workers)
 
 
 def finish_study(
@@ -87,14 +88,21 @@ def study_named(name: str) -> Study:
     return STUDIES[name]
 
 
-def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make ``out``, or check that it holds a study with the same settings, to continue it."""
+@contextmanager
+def go_on_or_claim(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Make ``out``, or check that it holds a study with the same settings, to continue it.
+
+    The folder is locked meanwhile. A study that fails before it has trained a run leaves nothing.
+    """
     marker = out / SETTINGS
     mine = {"format": FORMAT, **settings}
-    if not marker.exists():
-        claim_marked(marker, mine)
-        return
-    stored = read_json(marker)
+    if marker.exists():
+        _check_settings(out, read_json(marker), mine)
+    with working_in(marker, mine):
+        yield
+
+
+def _check_settings(out: Path, stored: Any, mine: Mapping[str, Any]) -> None:
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != FORMAT:
         raise CheckpointError(

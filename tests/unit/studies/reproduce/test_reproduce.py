@@ -195,20 +195,25 @@ def test_text_is_cut_to_the_documents_lengths_and_short_text_is_refused(tmp_path
         reproduction.check_lengths(corpus, training)
 
 
+def go_on(out, config, corpora):
+    with reproduction.go_on_or_claim(out, config, corpora):
+        pass
+
+
 def test_a_folder_is_gone_on_with_only_under_the_same_settings(tmp_path):
     corpora = [(load_corpus("pangram"), 2)]
     out = tmp_path / "out"
-    reproduction.go_on_or_claim(out, ReproduceConfig(quick=True), corpora)
-    reproduction.go_on_or_claim(out, ReproduceConfig(quick=True), corpora)
+    go_on(out, ReproduceConfig(quick=True), corpora)
+    go_on(out, ReproduceConfig(quick=True), corpora)
     with pytest.raises(CheckpointError, match="unfinished run with other settings"):
-        reproduction.go_on_or_claim(out, ReproduceConfig(seeds=2), [(load_corpus("pangram"), 3)])
+        go_on(out, ReproduceConfig(seeds=2), [(load_corpus("pangram"), 3)])
     finished = tmp_path / "finished"
     finished.mkdir()
     write_json(finished / "results.json", {})
     with pytest.raises(
         CheckpointError, match="holds another run or other files; choose another --out"
     ):
-        reproduction.go_on_or_claim(finished, ReproduceConfig(quick=True), corpora)
+        go_on(finished, ReproduceConfig(quick=True), corpora)
 
 
 def test_whole_seeds_are_those_with_every_method(tmp_path):

@@ -83,20 +83,30 @@ def test_every_field_of_today_is_always_in_the_record(run):
     assert "specialise" not in replace(run, specialise=None).config
 
 
+def go_on(out, settings):
+    with go_on_or_claim(out, settings):
+        (out / "result").write_text("")
+
+
 def test_a_study_goes_on_though_a_setting_was_added(tmp_path):
     config = RecipeConfig(corpus="pangram")
-    go_on_or_claim(tmp_path / "out", record_of(config))
-    go_on_or_claim(tmp_path / "out", record_of(with_field(config, 3)))
+    go_on(tmp_path / "out", record_of(config))
+    go_on(tmp_path / "out", record_of(with_field(config, 3)))
     with pytest.raises(CheckpointError, match=r"but later differ: stored \[None\], now \[4\]"):
-        go_on_or_claim(tmp_path / "out", record_of(with_field(config, 3, later=4)))
-    go_on_or_claim(tmp_path / "new", record_of(with_field(config, 3, later=4)))
+        go_on(tmp_path / "out", record_of(with_field(config, 3, later=4)))
+    go_on(tmp_path / "new", record_of(with_field(config, 3, later=4)))
     with pytest.raises(CheckpointError, match=r"but later differ: stored \[4\], now \[None\]"):
-        go_on_or_claim(tmp_path / "new", record_of(config))
+        go_on(tmp_path / "new", record_of(config))
+
+
+def go_on_or_stop(out, config, corpora):
+    with reproduction.go_on_or_claim(out, config, corpora):
+        pass
 
 
 def test_a_reproduction_goes_on_though_a_setting_was_added(tmp_path):
     config = reproduction.ReproduceConfig(quick=True)
-    reproduction.go_on_or_claim(tmp_path / "out", config, [])
-    reproduction.go_on_or_claim(tmp_path / "out", with_field(config, 3), [])
+    go_on_or_stop(tmp_path / "out", config, [])
+    go_on_or_stop(tmp_path / "out", with_field(config, 3), [])
     with pytest.raises(CheckpointError, match="unfinished run with other settings"):
-        reproduction.go_on_or_claim(tmp_path / "out", with_field(config, 3, later=4), [])
+        go_on_or_stop(tmp_path / "out", with_field(config, 3, later=4), [])

@@ -11,6 +11,7 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.report.study_json import read_study, read_times
 from offramp.studies.study import timing
 from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.done import Done
 from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import Recipe
 from offramp.studies.study.record import RunTiming
@@ -264,12 +265,35 @@ def test_a_kill_while_the_folder_is_claimed_is_no_obstacle(tmp_path):
     out = tmp_path / "study"
     out.mkdir()
     (out / ".settings.json.1.tmp").write_text('{"form')
-    go_on_or_claim(out, {"study": "tiny"})
-    assert [path.name for path in out.iterdir()] == ["settings.json"]
+    with go_on_or_claim(out, {"study": "tiny"}):
+        assert [path.name for path in out.iterdir()] == ["settings.json"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
-        go_on_or_claim(tmp_path / "other", {"study": "tiny"})
+    refused = pytest.raises(CheckpointError, match="expected a new or empty folder")
+    with refused, go_on_or_claim(tmp_path / "other", {"study": "tiny"}):
+        pass
+
+
+def test_a_damaged_run_is_named_with_what_to_do(tmp_path):
+    """The run's folder is to be removed, since the same command then does the run anew."""
+    run = tmp_path / "runs" / "0123"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"label": ')
+    (run / "frontiers.npz").write_bytes(b"")
+    (run / "timing.json").write_text("[]")
+    done = Done(run=None, folder=run)
+    for name in ("record", "frontiers", "timing"):
+        expected = f"0123/.*: expected .*; remove the folder {run}, and the same command does this"
+        with pytest.raises(CheckpointError, match=expected):
+            getattr(done, name)
+
+
+def test_two_processes_on_one_study_are_refused(tmp_path):
+    out = tmp_path / "study"
+    with go_on_or_claim(out, {"study": "tiny"}):
+        refused = pytest.raises(CheckpointError, match="no other process writes to")
+        with refused, go_on_or_claim(out, {"study": "tiny"}):
+            pass
 
 
 def test_the_test_text_is_never_trained_on(tmp_path):
