@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
-.PHONY: reproduce demo test check format lint types imports tests oldest newest benchmark clean
+.PHONY: reproduce demo test check format lint types imports tests oldest newest sanitize benchmark clean
 
 reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
@@ -60,6 +60,20 @@ $(2)/bin/pip install --quiet --disable-pip-version-check --upgrade "$(1)"
 $(2)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
 $(2)/bin/$(PYTEST) -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
 endef
+
+# The kernels' tests with a build of the kernels that ends the process at an access beside a tensor
+# or at undefined behaviour. (-U: AddressSanitizer cannot start with functions in several versions.)
+KERNELS := offramp/models/native/fast
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(INSTALLED)
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r src/offramp build/sanitize
+	gcc $(SANITIZE) -c -fPIC -O1 -g -march=native -fopenmp -Wno-psabi -U__gnu_linux__ \
+		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['include'])") \
+		src/$(KERNELS)/_few_tokens.c -o build/sanitize/kernels.o
+	gcc $(SANITIZE) -shared build/sanitize/kernels.o -o build/sanitize/$(KERNELS)/_few_tokens.abi3.so
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD/build/sanitize OFFRAMP_SANITIZED=1 \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/$(KERNELS:offramp/%=%) tests/faults/test_kernels.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
