@@ -145,6 +145,8 @@ def obey_umask(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all. Infinity is written as "inf" or "-inf"."""
     text = json.dumps(_without_infinity(content), indent=2, ensure_ascii=False, allow_nan=False)
+    if lone := re.search("[\ud800-\udfff]", text):  # of a name that is not UTF-8
+        raise CheckpointError(f"{path}: expected names in UTF-8 to write, got {lone[0]!r} in one")
     with replacing(path) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
 

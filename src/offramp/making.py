@@ -13,13 +13,13 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from offramp.commands.train import start_run
 from offramp.commands.train_run import TrainRun, Watcher
 from offramp.commands.tune import open_for_tuning
 from offramp.commands.tune import tune as tune_exits
 from offramp.commands.tune_config import TuneConfig
+from offramp.console import safe_console
 from offramp.errors import ConfigError
 from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
 from offramp.models.native.config import DecoderConfig
@@ -183,7 +183,7 @@ def study(
     workers = Workers(
         folder=out / "runs" if runs is None else Path(runs), jobs=jobs or default_jobs()
     )
-    console = Console(stderr=True, quiet=not progress)
+    console = safe_console(stderr=True, quiet=not progress)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     with bars(console) as drawn:
         result = run_study(

@@ -19,6 +19,7 @@ from cyclopts import App, Parameter
 
 from offramp.cli.config_file import read_config_file
 from offramp.cli.help_groups import GroupedHelp
+from offramp.cli.streams import utf8
 from offramp.errors import OfframpError, OfframpWarning
 from offramp.printable import printable
 from offramp.version import __version__
@@ -106,6 +107,10 @@ def show_help(*command: str) -> None:
 def run(arguments: Sequence[str] | None) -> None:
     """Run the command that the arguments name; a user's mistake is a sentence and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for argument in given:
+        if utf8(argument) is None:
+            say_line(f"expected arguments in UTF-8, got {argument!r}")
+            sys.exit(2)
     if given in ([], ["help"]) or given[0] in app.help_flags:  # the list of all commands
         for name in COMMANDS:
             _ = app[name].help  # reads the command's module

@@ -19,13 +19,14 @@ from offramp.calibration.certificate import Certificate
 from offramp.calibration.thresholds import StoredThresholds
 from offramp.cli.app import is_first_process
 from offramp.cli.interrupts import work_begins
+from offramp.console import safe_console
 from offramp.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from offramp.models.open import OpenedModel
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-console = Console(stderr=True, quiet=not is_first_process())
+console = safe_console(stderr=True, quiet=not is_first_process())
 
 Model = Annotated[
     Path,
@@ -98,7 +99,7 @@ def say(text: str) -> None:
 
 def output() -> Console:
     """Standard output: as wide as the terminal; COLUMNS or 80 characters where it is none."""
-    return Console(width=None if sys.stdout.isatty() else _columns())
+    return safe_console(width=None if sys.stdout.isatty() else _columns())
 
 
 def _columns() -> int:

@@ -1,7 +1,6 @@
 """offramp generate."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,8 @@ from rich.text import Text
 
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
 from offramp.cli.base import Device, Model, Precision, Threads, console, open_for, output, say, use
+from offramp.cli.plain_text import standard_input, write_text
+from offramp.cli.streams import utf8
 from offramp.errors import ConfigError
 from offramp.generation.config import GenerateConfig, MissingKV
 
@@ -97,16 +98,16 @@ def generate(
         threshold=None if thresholds is None else _threshold(thresholds),
         decay=falling,
         missing_kv=keys_values or config.missing_kv,
-        stop_strings=tuple(stop or ()),
+        stop_strings=tuple(utf8(each) or "" for each in stop or ()),
     )
-    text = _standard_input() if prompt == "-" else prompt
+    text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
     opened = open_for(model, device=device, dtype=dtype, stored=stored)
     _run(
         opened,
         config if stored is None else _with_thresholds(config, stored, keys_values),
         prompt=text,
-        stops=stop_token or (),
+        stops=[utf8(each) or "" for each in stop_token or ()],
         chat=chat,
         as_json=json_,
     )
@@ -150,13 +151,13 @@ def _print_text(
 ) -> None:
     """The prompt, then the tokens as they come; a legend and figures on standard error."""
     shown = output()
-    shown.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    write_text(shown, prompt, "dim")
 
     def show(text: str, exit_layer: int) -> None:
-        shown.print(Text(text, style=_colour(exit_layer, opened)), end="", soft_wrap=True)
+        write_text(shown, text, _colour(exit_layer, opened))
 
     seconds, rate = _timed(generation, show=show)
-    print()
+    write_text(shown, "\n")
     if exits and shown.is_terminal and shown.color_system and not shown.no_color:
         console.print(_legend(opened))
     _say_summary(generation, opened, rate=rate, prefill=seconds)
@@ -174,14 +175,6 @@ def _timed(generation: "Generation", *, show: Any) -> tuple[float, float | None]
     count, seconds = len(generation.completion.tokens), ended - (first or began)
     rate = (count - 1) / seconds if count > 1 and seconds > 0 else None
     return (first or ended) - began, rate
-
-
-def _standard_input() -> str:
-    """The prompt on standard input, without the line break at its end."""
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt: expected UTF-8 on standard input, got {error.reason}") from None
 
 
 def _threshold(written: str) -> float | tuple[float, ...]:

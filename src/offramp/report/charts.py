@@ -10,7 +10,7 @@ import vl_convert
 from offramp.errors import ConfigError
 from offramp.files import read_json, replacing
 from offramp.report.confidence import confidence_plot
-from offramp.report.plots import PALETTE, data_chart, frontier, layer, vegalite_version
+from offramp.report.plots import PALETTE, data_chart, frontier, layer, spec_of, vegalite_version
 from offramp.report.study_plots import recipes
 from offramp.report.study_result import StudyResult
 from offramp.schema import fitting
@@ -64,7 +64,7 @@ def chart_of(content: Content) -> Any:
 
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as PNG, SVG or PDF, by the name's ending; whole or not at all."""
-    spec, version = chart.to_dict(), vegalite_version()
+    spec, version = spec_of(chart), vegalite_version()
     ending = path.suffix.lower()
     try:
         data = _drawn(spec, version, ending)

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 from rich.table import Table
 
-from offramp.report.fit import fit_table
+from offramp.report.fit import fit_table, literal_table
 from offramp.report.plots import PALETTE, data_chart, layer, save_png
 from offramp.report.text import ppl_text, threshold_text
 
@@ -214,7 +214,7 @@ def certificate_table(certificate: Content) -> Table:
     }
     for name, text in rows.items():
         table.add_row(name, text)
-    return table
+    return literal_table(table)
 
 
 def certificate_verdict(certificate: Content) -> str:

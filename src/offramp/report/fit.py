@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from offramp.printable import printable
 
 _WIDE = 10_000
 
@@ -18,7 +22,7 @@ def fit_table(table: Table, width: int, *, least_important: Sequence[str] = ()) 
     the table is still too wide, long cells continue on the next line: no character is left out.
     """
     dropped: list[str] = []
-    fitted = table
+    table = fitted = literal_table(table)
     for header in least_important:
         if natural_width(fitted) <= width:
             break
@@ -33,6 +37,25 @@ def fit_table(table: Table, width: int, *, least_important: Sequence[str] = ()) 
         hidden = f"not shown for lack of width: {names}"
         shown.caption = f"{table.caption}; {hidden}" if table.caption else hidden
     return shown
+
+
+def literal_table(table: Table) -> Table:
+    """The table whose strings are shown as they stand: neither as markup nor to be obeyed."""
+    shown = copy(table)
+    shown.columns = [
+        replace(
+            column,
+            header=_literal(column.header),
+            _cells=[_literal(cell) for cell in column.cells],
+        )
+        for column in table.columns
+    ]
+    shown.title, shown.caption = _literal(table.title), _literal(table.caption)
+    return shown
+
+
+def _literal(part: Any) -> Any:
+    return escape(printable(part, lines=True)) if isinstance(part, str) else part
 
 
 def natural_width(table: Table) -> int:

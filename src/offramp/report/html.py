@@ -12,6 +12,7 @@ import vl_convert
 from markupsafe import Markup
 
 from offramp.files import replacing
+from offramp.printable import printable
 from offramp.report import plots
 from offramp.report.reproduction_tables import (
     environment_table,
@@ -112,10 +113,18 @@ def page_environment() -> tuple[jinja2.Environment, Markup]:
         loader=jinja2.PackageLoader("offramp.report", package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment, javascript()
+
+
+def _shown(value: Any) -> Any:
+    """A value of the page, in which no control character changes how the page is read."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value, lines=True)
+    return value
 
 
 @functools.cache
@@ -156,7 +165,7 @@ def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
 
 def make_figure(chart: alt.LayerChart | alt.VConcatChart) -> Figure:
     """A chart without its title and description, which the page shows as text."""
-    spec = chart.to_dict()
+    spec = plots.spec_of(chart)
     title, caption = spec.pop("title"), spec["description"]
     return Figure(title=title, caption=caption, spec=spec)
 

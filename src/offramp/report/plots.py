@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import vl_convert
 
 from offramp.files import replacing
+from offramp.printable import printable
 from offramp.report.points import (
     MEASURED,
     PUBLISHED,
@@ -177,9 +179,23 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
 
 def save_png(chart: alt.TopLevelMixin, path: Path, scale: Number = 2) -> None:
     """Write a chart as a PNG image, `scale` pixels to a unit, completely or not at all."""
-    png = vl_convert.vegalite_to_png(chart.to_dict(), vl_version=vegalite_version(), scale=scale)
+    png = vl_convert.vegalite_to_png(spec_of(chart), vl_version=vegalite_version(), scale=scale)
     with replacing(path) as aside:
         aside.write_bytes(png)
+
+
+def spec_of(chart: Any) -> dict[str, Any]:
+    """The Vega-Lite specification of a chart; the control characters of its texts are shown."""
+    spec: dict[str, Any] = _printable(chart.to_dict())
+    return spec
+
+
+def _printable(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {_printable(key): _printable(value) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_printable(value) for value in part]
+    return printable(part, lines=True) if isinstance(part, str) else part
 
 
 def vegalite_version() -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from offramp.console import safe_console
+from offramp.printable import printable
 
 LINE_EVERY = 60.0
 """Seconds between two lines of a bar where there is no terminal to draw it: a log, say."""
@@ -30,12 +34,14 @@ class Bars:
 
     def show(self, name: str, *, done: int, total: int, text: str = "") -> None:
         """Draw or move a bar."""
+        text = printable(text)
         if self._progress.disable:
             self._say(name, f"{done:,} of {total:,}  {text}")
             return
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, text=text)
-        self._progress.update(self._tasks[name], completed=done, total=total, text=text)
+            shown = escape(printable(name))
+            self._tasks[name] = self._progress.add_task(shown, total=total, text=escape(text))
+        self._progress.update(self._tasks[name], completed=done, total=total, text=escape(text))
 
     def drop(self, name: str) -> None:
         """Take a bar away, if there is one."""
@@ -122,5 +128,5 @@ def call_bar(name: str, *, shown: bool) -> Iterator[Callable[..., None]]:
     if not shown:
         yield lambda *_: None
         return
-    with bars(Console(stderr=True)) as drawn:
+    with bars(safe_console(stderr=True)) as drawn:
         yield lambda done, total, text="": drawn.show(name, done=done, total=total, text=text)

@@ -10,6 +10,8 @@ import rich.table
 from rich.cells import cell_len
 from rich.text import Text
 
+from offramp.printable import printable
+
 VERDICT_STYLES = {
     "holds": "green",
     "yes": "green",
@@ -45,7 +47,7 @@ def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it stands, also inside a table's cell."""
     for sign in "\\|<*`":
         text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def markdown_table(table: Table, level: int) -> list[str]:
@@ -88,8 +90,8 @@ def _rich_table(
     titles = ", ".join(" ".join((table.header[at].short or "").split()) for at in sorted(left_out))
     notes = (*((f"Not shown for lack of width: {titles}.",) if titles else ()), *table.notes)
     shown = rich.table.Table(
-        title=Text(f"{name}: {table.title}", style="bold"),
-        caption=Text("\n".join(notes)),
+        title=Text(printable(f"{name}: {table.title}"), style="bold"),
+        caption=Text(printable("\n".join(notes), lines=True)),
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
@@ -101,9 +103,9 @@ def _rich_table(
         number = column.kind == "number"
         justify: Literal["left", "right"] = "right" if number else "left"
         title = column.short or ""
-        cells = [*title.splitlines(), *(row[place] for row in table.rows)]
+        cells = [*title.splitlines(), *(printable(row[place], lines=True) for row in table.rows)]
         shown.add_column(
-            Text(title),
+            Text(printable(title, lines=True)),
             justify=justify,
             no_wrap=number,
             overflow="fold",
@@ -115,4 +117,5 @@ def _rich_table(
 
 
 def _cell(text: str, column: Column) -> Text:
-    return Text(text, style=VERDICT_STYLES.get(text, "") if column.kind == "verdict" else "")
+    style = VERDICT_STYLES.get(text, "") if column.kind == "verdict" else ""
+    return Text(printable(text, lines=True), style=style)
