@@ -66,12 +66,14 @@ def require_cache(step: Step) -> KVCache:
     return step.cache
 
 
-def checked_end(step: Step, x: Tensor, *, longest: int) -> int:
+def checked_end(
+    step: Step, x: Tensor, *, longest: int, why: str = "max_position_embeddings"
+) -> int:
     """Return the largest position of a key, plus 1, for a call on ``x`` (B, T, ...).
 
     Raises a ConfigError for positions, padding or rows of a wrong shape or type, for positions
     that are negative, beyond ``longest`` or beyond the cache, and for rows that the cache does not
-    have.
+    have. ``why`` is where ``longest`` comes from.
     """
     positions, real, cache = step.positions, step.real, step.cache
     batch, tokens = x.shape[0], x.shape[1]
@@ -91,9 +93,7 @@ def checked_end(step: Step, x: Tensor, *, longest: int) -> int:
     if first < 0:
         raise ConfigError(f"positions: expected at least 0, got {first}")
     if last >= longest:
-        raise ConfigError(
-            f"sequence length: expected at most {longest} (max_position_embeddings), got {last + 1}"
-        )
+        raise ConfigError(f"sequence length: expected at most {longest} ({why}), got {last + 1}")
     if cache is None:
         return int(tokens)
     cache.require(last + 1)

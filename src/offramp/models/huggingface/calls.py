@@ -1,7 +1,7 @@
 """Record every call of a module in a forward pass of a Hugging Face causal language model."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +32,7 @@ class Call:
         return self.output[0] if isinstance(self.output, tuple | list) else self.output
 
 
-def watched_pass(
-    lm: Any, ids: Tensor, positions: Tensor, kind: str
-) -> tuple[list[Call], Tensor, Any]:
+def watched_pass(lm: Any, ids: Tensor, kind: str) -> tuple[list[Call], Tensor, Any]:
     """Return all calls of modules, in the order in which they ended, the logits and the cache."""
     from transformers import DynamicCache
 
@@ -46,7 +44,7 @@ def watched_pass(
 
     def lead(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         embedded.append(out.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # which the model may overwrite
 
     failed: Exception | None = None
     for cache in (DynamicCache(), None):
@@ -59,7 +57,7 @@ def watched_pass(
             for module in lm.modules():
                 hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
             try:
-                logits = lm(**accepted(lm, input_ids=ids, position_ids=positions, **where)).logits
+                logits = lm(**accepted(lm, input_ids=ids, **where)).logits
                 break
             except Exception as error:  # depends on the architecture
                 failed = error
@@ -76,14 +74,28 @@ def watched_pass(
     return calls, logits.detach(), cache
 
 
+def plain_pass(lm: Any, ids: Tensor, blocks: Sequence[nn.Module], **options: Any) -> list[Tensor]:
+    """Return the states after each block (B, T, D) in a pass of the whole model."""
+    states: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        states[module] = out[0] if isinstance(out, tuple | list) else out
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(note))
+        lm(**accepted(lm, input_ids=ids, use_cache=False, **options))
+    return [states[block] for block in blocks]
+
+
 def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tensor]) -> bool:
     """Return whether the first token's logits depend on later tokens."""
     try:
         [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
-    except RuntimeError:  # the pass overwrites what a gradient needs
+    except Exception:  # the pass overwrites what a gradient needs, or has no gradient
         with torch.no_grad():
             others = ids.flip(1).index_copy(1, torch.zeros_like(ids[0, :1]), ids[:, :1])
-            again = lm(input_ids=others).logits
+            again = lm(input_ids=others, **accepted(lm, use_cache=False)).logits
         return not torch.allclose(again[0, 0], logits[0, 0], rtol=1e-3, atol=1e-4)
     return later is None or bool(later[0, 1:].any())
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import UnsupportedArchitectureError
+from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models.huggingface.calls import Call, watched_pass
 
 TOKENS = 6
@@ -23,6 +23,21 @@ STATE, POSITIONS, MASK, CACHE = "<state>", "<positions>", "<mask>", "<cache>"
 _MASKS = ("attention_mask", "causal_mask", "causal_attention_mask")
 _UNUSED = ("cache_position",)  # used only by the library's own caches
 _CONSTANT = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longest:
+    """The number of positions of a model's longest sequence, and where it comes from."""
+
+    positions: int
+    why: str = "max_position_embeddings"
+
+    def require(self, end: int) -> None:
+        """Raise ConfigError unless the positions 0 .. end - 1 exist."""
+        if end > self.positions:
+            raise ConfigError(
+                f"sequence length: expected at most {self.positions} ({self.why}), got {end}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +90,49 @@ class Layout:
     "(1, TOKENS, D) The output of the last block."
 
 
+def decoder_config(lm: Any) -> Any:
+    """Return the config of a model's decoder.
+
+    Raises UnsupportedArchitectureError if it has several, or no number of layers.
+    """
+    config = lm.config
+    try:
+        text = config.get_text_config()
+        layers = text.num_hidden_layers
+    except (AttributeError, ValueError):
+        layers = None
+    if type(layers) is not int or layers < 1:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type}: expected a decoder-only (causal) language model, one stack of "
+            "layers on token ids, got another architecture"
+        )
+    return text
+
+
+def longest_of(config: Any) -> Longest:
+    """Return the longest sequence of a model with this config.
+
+    With ``longrope`` the rotary factors of all tokens change in a sequence of more than
+    ``original_max_position_embeddings`` tokens. Keys in a cache, and shorter sequences of the same
+    batch, would keep the other factors, so such a model is used up to this length.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        if not isinstance(rope, Mapping) or rope.get("rope_type") != "longrope":
+            continue
+        change = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if change and change < positions:
+            return Longest(
+                positions=change,
+                why="original_max_position_embeddings, after which longrope changes the rotary "
+                "factors of all earlier tokens",
+            )
+    return Longest(positions=positions)
+
+
 def watch(lm: Any, config: Any) -> Layout:
     """Record a pass of a ``transformers`` causal language model and return its layout.
 
@@ -87,13 +145,18 @@ def watch(lm: Any, config: Any) -> Layout:
         raise UnsupportedArchitectureError(f"{kind}: expected a language model with an LM head")
     ids = (torch.arange(TOKENS, device=head.weight.device)[None] * 7 + 11) % head.out_features
     positions = torch.arange(TOKENS, device=ids.device)[None]
-    calls, logits, cache = watched_pass(lm, ids, positions, kind)
+    calls, logits, cache = watched_pass(lm, ids, kind)
     blocks, outside, way, last_state = _ways(lm, config.num_hidden_layers, calls, head)
     is_norm = bool(way) and "norm" in type(way[0]).__name__.lower()
     if last_state is None or not (blocks or is_norm):
         raise UnsupportedArchitectureError(
             f"{kind}: unknown computation between the last state and the logits, so logits at "
             "exits cannot be computed"
+        )
+    if last_state.ndim != 3:
+        raise UnsupportedArchitectureError(
+            f"{kind}: expected a state (B, T, D) after the last block, got one of shape "
+            f"{tuple(last_state.shape)} for 1 x {TOKENS} tokens"
         )
     given: list[Block] = []
     tables: dict[int, Rotary] = {}
@@ -218,3 +281,9 @@ def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding of their type."""
+    worst = (a.float() - b.float()).abs().max()
+    return bool(worst <= (1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1) * b.std())

@@ -19,9 +19,17 @@ from offramp.models import checks
 from offramp.models.base import Step, TrainableModel, layers_by_name, walk, whole_step
 from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
-from offramp.models.huggingface.layout import Layout, watch
-from offramp.models.huggingface.runner import BlockRunner, close
-from offramp.models.huggingface.whole import states_of_whole_pass
+from offramp.models.huggingface.check import disagreement, trial
+from offramp.models.huggingface.head import after_head, scaled
+from offramp.models.huggingface.layout import (
+    Layout,
+    Longest,
+    decoder_config,
+    longest_of,
+    watch,
+)
+from offramp.models.huggingface.runner import BlockRunner
+from offramp.models.huggingface.whole import require_whole, states_of_whole_pass
 from offramp.models.kv_cache import KVCache
 from offramp.models.sources import Source
 
@@ -41,13 +49,14 @@ class HuggingFaceModel(nn.Module):
         exit_head: ExitHeadKind = "shared",
     ) -> None:
         super().__init__()
-        config = backbone.config.get_text_config()
+        config = decoder_config(backbone)
         self.backbone = backbone
         self.source: Source | None = None
         "The checkpoint that the backbone came from."
         self.model_type: str = config.model_type
         self.num_layers: int = config.num_hidden_layers
-        self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._longest = longest_of(config)
+        self.max_length: int = self._longest.positions
         self.exit_layers = resolve_exit_layers(exit_layers, self.num_layers)
         if exit_head not in EXIT_HEAD_KINDS:
             raise ConfigError(
@@ -56,16 +65,18 @@ class HuggingFaceModel(nn.Module):
         self.exit_head: ExitHeadKind = exit_head
         training = backbone.training
         backbone.eval()
-        self._layout, self._runner, self.why_no_blocks = _known(backbone, config, self.max_length)
-        backbone.train(training)
-        self._scale, self._softcap = _after_head(self.model_type, config, self._layout)
+        self._layout, self._runner, self.why_no_blocks = _known(backbone, config, self._longest)
+        self._scale, self._softcap = after_head(config, self._layout)
         self.hidden_size = self._layout.last_state.shape[-1]
         self.vocab_size = self._layout.head.out_features
         self.exits = ExitHeads(num_layers=self.num_layers)
         self.exits.trained = False
+        if self._runner is None:
+            require_whole(backbone, self._layout, lambda h: self.unembed(h, self.num_layers))
         if exit_head != "shared":
             for layer in self.exit_layers[:-1]:
                 self.exits[str(layer)] = self._new_head()
+        backbone.train(training)
         self.train(training)
 
     # EarlyExitModel.
@@ -128,7 +139,7 @@ class HuggingFaceModel(nn.Module):
         if vocab is not None:
             weight, bias = weight[vocab], None if bias is None else bias[vocab]
         logits = F.linear(h, weight, bias)
-        return _scaled(logits, self._scale, self._softcap)
+        return scaled(logits, self._scale, self._softcap)
 
     def fills_beside(self, tokens: int) -> bool:
         """Return False: blocks of ``transformers`` do not project keys and values of others."""
@@ -143,6 +154,7 @@ class HuggingFaceModel(nn.Module):
         else:
             if step.cache is not None:
                 self._blocks()
+            self._longest.require(input_ids.shape[1])
             yield from states_of_whole_pass(
                 self.backbone, self._layout, input_ids, sorted(layers), step
             )
@@ -268,7 +280,7 @@ def resolve_exit_layers(layers: Iterable[int] | None, num_layers: int) -> tuple[
     return tuple(sorted({*chosen, num_layers} - {0}))
 
 
-def _known(backbone: Any, config: Any, longest: int) -> tuple[Layout, BlockRunner | None, str]:
+def _known(backbone: Any, config: Any, longest: Longest) -> tuple[Layout, BlockRunner | None, str]:
     """Return the layout of the model, its block runner, and the reason if there is none."""
     if backbone.config._attn_implementation not in ("eager", "sdpa"):
         backbone.set_attn_implementation("eager")
@@ -276,25 +288,8 @@ def _known(backbone: Any, config: Any, longest: int) -> tuple[Layout, BlockRunne
     if not layout.blocks:
         return layout, None, layout.why_no_blocks
     runner = BlockRunner(backbone, layout, longest=longest)
-    why = runner.disagreement()
+    why = disagreement(runner)
+    if not why:
+        tried = trial(backbone)
+        why, runner.why_no_cache = tried.why_no_blocks, runner.why_no_cache or tried.why_no_cache
     return layout, None if why else runner, why
-
-
-def _scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def _after_head(model_type: str, config: Any, layout: Layout) -> tuple[float, float | None]:
-    """Return the factor and the soft cap that the model applies to the output of its head."""
-    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    said = layout.logits
-    for ways in ((scale, softcap), (1.0, softcap), (1.0, None)):  # the config's values first
-        if close(_scaled(layout.head_output.float(), *ways).to(said.dtype), said):
-            return ways
-    raise UnsupportedArchitectureError(
-        f"{model_type}: unknown computation between the LM head and the logits, so logits at exits "
-        "cannot be computed"
-    )

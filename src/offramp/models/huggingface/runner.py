@@ -1,7 +1,7 @@
 """Run the blocks of a Hugging Face model one by one, with or without a ``KVCache``.
 
 Attention layers of ``transformers`` pass their new keys and values to a cache object and attend
-to the keys and values that it returns. ``_StepCache`` is such an object for one call: it writes
+to the keys and values that it returns. ``StepCache`` is such an object for one call: it writes
 to our ``KVCache`` at the step's positions and reads from it. If only keys and values are needed,
 it stops the block right after the write.
 """
@@ -21,9 +21,9 @@ from offramp.models.huggingface.layout import (
     MASK,
     POSITIONS,
     STATE,
-    TOKENS,
     Block,
     Layout,
+    Longest,
     Rotary,
 )
 from offramp.models.kv_cache import KVCache
@@ -35,7 +35,7 @@ class BlockRunner:
     ``why_no_cache`` is the reason why keys and values cannot be cached; empty if they can.
     """
 
-    def __init__(self, lm: Any, layout: Layout, *, longest: int) -> None:
+    def __init__(self, lm: Any, layout: Layout, *, longest: Longest) -> None:
         self.lm = lm
         self.layout = layout
         self.eager = lm.config._attn_implementation == "eager"
@@ -69,7 +69,7 @@ class BlockRunner:
         self, h: Tensor, start: int, stop: int, step: Step, active: Tensor | None = None
     ) -> Tensor:
         """Run blocks start+1 .. stop on states (B, T, D)."""
-        given = self._given(h, step, _StepCache(step, self._end(h, step)))
+        given = self.given(h, step, StepCache(step, self._end(h, step)))
         for block in self.layout.blocks[start:stop]:
             out = block.module(h, **given(block))
             out = out[0] if isinstance(out, tuple) else out
@@ -78,7 +78,7 @@ class BlockRunner:
 
     def project_kv(self, h: Tensor, start: int, stop: int, step: Step) -> None:
         """Write the keys and values of blocks start+1 .. stop, without the rest of the blocks."""
-        given = self._given(h, step, _StepCache(step, self._end(h, step), leave=True))
+        given = self.given(h, step, StepCache(step, self._end(h, step), leave=True))
         for block in self.layout.blocks[start:stop]:
             try:
                 block.module(h, **given(block))
@@ -94,7 +94,7 @@ class BlockRunner:
         owner = self.layout.head.weight
         if step.cache is not None and not step.cache.known_to(owner):
             step.cache.require_form(owner, **self._form())
-        return checked_end(step, x, longest=self.longest)
+        return checked_end(step, x, longest=self.longest.positions, why=self.longest.why)
 
     def _form(self) -> dict[str, Any]:
         """Return what a cache of these blocks is like."""
@@ -111,79 +111,22 @@ class BlockRunner:
             "device": weight.device,
         }
 
-    def _given(self, h: Tensor, step: Step, cache: "_StepCache") -> "_Given":
-        return _Given(h, step, cache, eager=self.eager)
-
-    # The check against the whole model, once, on a few tokens.
-
-    @torch.no_grad()
-    def disagreement(self) -> str:
-        """Return why blocks that run one by one do not give the model's states; empty if they do.
-
-        In that case it also tests whether they run with a cache, and sets ``why_no_cache``.
-        """
-        ids, last = self.layout.ids, len(self.layout.blocks)
-        step = Step(positions=torch.arange(TOKENS, device=ids.device)[None])
-        try:
-            h = self.embed(ids, step)
-            given = self._given(h, step, shapes := _Shapes(step, TOKENS))
-            for block in self.layout.blocks:
-                out = block.module(h, **given(block))
-                h = out[0] if isinstance(out, tuple) else out
-        except Exception as error:  # depends on the architecture
-            return f"its blocks fail when they are run one by one: {error}"
-        if not close(h, self.layout.last_state):
-            return "its blocks give other states when they are run one by one"
-        self.shapes = set(shapes.seen.values())
-        if len(self.shapes) != 1 or len(shapes.seen) != last:
-            self.why_no_cache = "its blocks do not keep keys and values of one shape"
-            return ""
-        try:
-            found = self._cached_states()
-        except Exception as error:
-            self.why_no_cache = f"its blocks fail with a cache: {error}"
-            return ""
-        if not all(close(part, h[:, at]) for part, at in found):
-            self.why_no_cache = "its blocks give other states with a cache"
-        return ""
-
-    def _cached_states(self) -> list[tuple[Tensor, list[int]]]:
-        """Return states of two rows, the second two tokens shorter, and their positions."""
-        ids, last, n = self.layout.ids, len(self.layout.blocks), TOKENS
-        cache = self.make_cache(2, n)
-        both = torch.cat((ids[:, : n - 1], ids[:, : n - 1].roll(2, dims=1)))  # the second padded
-        real = torch.ones_like(both, dtype=torch.bool)
-        real[1, :2] = False
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-        step = Step(positions=positions, real=real, cache=cache)
-        prompt = self.run(self.embed(both, step), 0, last, step)
-        tokens = torch.cat((ids[:, n - 1 :], ids[:, n - 3 : n - 2]))
-        step = Step(positions=torch.tensor([[n - 1], [n - 3]], device=ids.device), cache=cache)
-        token = self.run(self.embed(tokens, step), 0, last, step)
-        return [
-            (prompt[:1], list(range(n - 1))),
-            (prompt[1:, 2:], list(range(n - 3))),
-            (token[:1], [n - 1]),
-            (token[1:], [n - 3]),
-        ]
+    def given(self, h: Tensor, step: Step, cache: "StepCache") -> "Given":
+        """Return the arguments of the blocks in one call."""
+        return Given(h, step, cache, eager=self.eager)
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of their type."""
-    worst = (a.float() - b.float()).abs().max()
-    return bool(worst <= (1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1) * b.std())
-
-
-class _Given:
+class Given:
     """The arguments of the blocks in one call; each mask and table is computed once."""
 
-    def __init__(self, h: Tensor, step: Step, cache: "_StepCache", *, eager: bool) -> None:
+    def __init__(self, h: Tensor, step: Step, cache: "StepCache", *, eager: bool) -> None:
         self.h, self.step, self.cache, self.eager = h, step, cache, eager
         self.positions = step.positions.expand(len(h), -1)
         self.masks: dict[int | None, Tensor | None] = {}
         self.tables: dict[Rotary, Any] = {}
 
     def __call__(self, block: Block) -> dict[str, Any]:
+        """Return the arguments of a block."""
         return {name: self._value(block, what) for name, what in block.arguments.items()}
 
     def _value(self, block: Block, what: Any) -> Any:
@@ -239,7 +182,7 @@ def _mask(step: Step, end: int, window: int | None, *, may_leave_out: bool) -> T
     return seen[:, None]
 
 
-class _StepCache:
+class StepCache:
     """The cache object that attention layers use during one call."""
 
     def __init__(self, step: Step, end: int, *, leave: bool = False) -> None:
@@ -261,24 +204,6 @@ class _StepCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens before those of the step."""
         return self.end - self.step.positions.shape[1]
-
-
-class _Shapes(_StepCache):
-    """Records the shapes of keys and values without storing them."""
-
-    def __init__(self, step: Step, end: int) -> None:
-        super().__init__(step, end)
-        self.seen: dict[int, tuple[int, int, int]] = {}
-
-    @property
-    def used(self) -> bool:
-        """True, so that every block passes its keys and values."""
-        return True
-
-    def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Return the keys and values unchanged."""
-        self.seen[layer_idx] = (k.shape[1], k.shape[-1], v.shape[-1])
-        return k, v
 
 
 class _WrittenError(Exception):
