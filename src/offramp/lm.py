@@ -199,6 +199,7 @@ class EarlyExitLM:
             else load_thresholds(Path(certificate))
         )
         stored.require_model(self.sha256)
+        stored.warn_of_dtype(self._opened.precision)
         return stored
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate, generate_batch
+from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
-from offramp.models.open import load_weights
 
 PROMPTS = [[number * 7 % 30 for number in range(length)] for length in (8, 40)]
 OPTIONS = [

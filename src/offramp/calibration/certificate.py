@@ -3,15 +3,19 @@
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import CertificateError, ConfigError
+from offramp.errors import CertificateError, ConfigError, OfframpWarning
 from offramp.files import write_json
 from offramp.reading import parsing, read_json
 from offramp.schema import fitting, shown
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""Precisions of a model."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -22,6 +26,8 @@ class Certificate:
     """
 
     model_sha256: str
+    dtype: str
+    "Precision in which the model was measured, such as float32."
     corpus_sha256: str
     risk: str
     epsilon: float
@@ -53,6 +59,10 @@ class Certificate:
         for name, value in numbers.items():
             if not (value is None or (isinstance(value, int | float) and 0 < value < math.inf)):
                 raise ConfigError(f"{name}: expected a number above 0, got {shown(value)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype: expected one of {', '.join(DTYPES)}, got {shown(self.dtype)}"
+            )
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise ConfigError(f"thresholds: expected numbers, got {self.thresholds}")
 
@@ -80,6 +90,10 @@ class Certificate:
     def require_model(self, model_sha256: str) -> None:
         """Raise a CertificateError unless the certificate is this model's."""
         check_model(self.model_sha256, model_sha256)
+
+    def warn_of_dtype(self, dtype: str) -> None:
+        """Warn with an OfframpWarning if the model runs in another precision."""
+        warn_of_dtype(self.dtype, dtype)
 
     def save(self, path: str | Path) -> None:
         """Write the certificate as JSON, completely or not at all."""
@@ -119,6 +133,17 @@ def check_model(of_file: str, of_model: str) -> None:
     if of_file != of_model:
         raise CertificateError(
             f"certificate: expected one for this model, sha256 {of_model}, got one for {of_file}"
+        )
+
+
+def warn_of_dtype(of_file: str, of_model: str) -> None:
+    """Warn if a model does not run in the precision in which a file's thresholds were found."""
+    if of_file != of_model:
+        warnings.warn(
+            f"certificate: its thresholds were found in {of_file}, but the model runs in "
+            f"{of_model}, so what it states does not cover this model",
+            OfframpWarning,
+            stacklevel=3,
         )
 
 

@@ -30,6 +30,7 @@ def certify(
     promise: Promise,
     *,
     model_sha256: str,
+    dtype: str = "float32",
     corpus_sha256: str,
     confidence: str = "max_prob",
     path: Sequence[Sequence[float]] | None = None,
@@ -61,6 +62,7 @@ def certify(
     [row] = sweep(trace, [thresholds], confidence=confidence, cost=cost)
     return Certificate(
         model_sha256=model_sha256,
+        dtype=dtype,
         corpus_sha256=corpus_sha256,
         risk=promise.risk,
         epsilon=promise.epsilon,

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.calibration.certificate import Certificate, check_model, finite_or_word
+from offramp.calibration.certificate import (
+    DTYPES,
+    Certificate,
+    check_model,
+    finite_or_word,
+    warn_of_dtype,
+)
 from offramp.errors import CertificateError, ConfigError
 from offramp.reading import read_json
-from offramp.schema import fitting
+from offramp.schema import fitting, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +26,16 @@ class StoredThresholds:
     confidence: str
     missing_kv: str
     model_sha256: str
+    dtype: str
+    "Precision in which the model was measured."
     sha256: str | None = None
     "Hash of the certificate; None for a compute budget, which guarantees nothing."
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype: expected one of {', '.join(DTYPES)}, got {shown(self.dtype)}"
+            )
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise ConfigError(f"thresholds: expected numbers, got {self.thresholds}")
 
@@ -35,12 +47,17 @@ class StoredThresholds:
             confidence=certificate.confidence,
             missing_kv=certificate.missing_kv,
             model_sha256=certificate.model_sha256,
+            dtype=certificate.dtype,
             sha256=certificate.sha256,
         )
 
     def require_model(self, model_sha256: str) -> None:
         """Raise a CertificateError unless the thresholds are this model's."""
         check_model(self.model_sha256, model_sha256)
+
+    def warn_of_dtype(self, dtype: str) -> None:
+        """Warn with an OfframpWarning if the model runs in another precision."""
+        warn_of_dtype(self.dtype, dtype)
 
 
 def load_thresholds(path: Path) -> StoredThresholds:

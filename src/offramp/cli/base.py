@@ -73,16 +73,24 @@ def open_for(
     dtype: str | None,
     stored: StoredThresholds | Certificate | None = None,
 ) -> "OpenedModel":
-    """Open a command's model once; a file of thresholds for another model is refused first."""
+    """Open a command's model once; a file of thresholds for another model is refused first.
+
+    ``dtype`` None is the precision of the stored thresholds, or else that of the model's files.
+    """
     import torch
 
+    from offramp.models.loading import own_dtype
     from offramp.models.model_files import find_model
     from offramp.models.open import open_model
 
     files = find_model(name)
-    opened = open_model(files, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    chosen = dtype or (stored.dtype if stored else None)
+    opened = open_model(files, device=device, dtype=getattr(torch, chosen) if chosen else None)
+    if dtype is None and stored and opened.dtype != own_dtype(files):
+        say(f"{name}: runs in {stored.dtype}, in which its thresholds were found.")
     if stored is not None:
         stored.require_model(opened.sha256)
+        stored.warn_of_dtype(opened.precision)
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:
         say(

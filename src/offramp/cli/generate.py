@@ -87,7 +87,7 @@ def generate(
     json_
         Print one JSON object at the end instead of the text as it comes.
     dtype
-        Precision of the model (default: that of its file).
+        Precision of the model (default: that of the certificate, or of the model's files).
     """
     stored = None if certificate is None else load_thresholds(certificate)
     for name, value in (("threshold", thresholds), ("decay", falling)):

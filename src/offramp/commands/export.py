@@ -15,8 +15,8 @@ from offramp.models.huggingface.backbone import save_backbone
 from offramp.models.huggingface.layout import close
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
+from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
-from offramp.models.open import load_weights
 
 
 def export_exit(

@@ -3,35 +3,28 @@
 Each command, and ``offramp.load``, uses one ``OpenedModel`` and does not search for files again.
 """
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
 from offramp.errors import (
-    CheckpointError,
     ConfigError,
-    OfframpWarning,
     UnsupportedArchitectureError,
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import TrainableModel
 from offramp.models.fitted import check_fitted, load_fitted
 from offramp.models.head_kinds import ExitHeadKind
-from offramp.models.huggingface.exits_file import (
-    from_pretrained,
-    load_exits,
-    tuned_dtype,
-)
-from offramp.models.huggingface.library import installed
-from offramp.models.huggingface.model import HuggingFaceModel, resolve_exit_layers
+from offramp.models.huggingface.exits_file import from_pretrained
+from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.identity import model_sha256
+from offramp.models.loading import Runner, load_weights
 from offramp.models.model_files import (
     UNKNOWN_TRAINING,
     ModelFiles,
@@ -41,14 +34,10 @@ from offramp.models.model_files import (
     load_tokenizer,
     token_ids,
 )
-from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
-from offramp.models.native.llama import load_native
-from offramp.models.reference import agrees
 
 DEFAULT_WINDOW = 256
 """Number of tokens per window if the training window of the model is unknown."""
-Runner = Literal["native", "transformers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -94,6 +83,11 @@ class OpenedModel:
     def dtype(self) -> torch.dtype:
         """Precision of the model's parameters."""
         return self.model.dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision, such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def unfinished(self) -> bool:
@@ -222,76 +216,3 @@ def open_in_memory(
 def _of_vocabulary(ids: tuple[int, ...], model: TrainableModel) -> tuple[int, ...]:
     """The ids that the model can predict: a config may name an end token that it cannot."""
     return tuple(token for token in ids if 0 <= token < model.vocab_size)
-
-
-def load_weights(
-    files: ModelFiles,
-    *,
-    runner: Runner | None = None,
-    exit_layers: Iterable[int] | None = None,
-    exit_head: ExitHeadKind | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Transformer | HuggingFaceModel:
-    """Load a model in eval mode, without its tokenizer; see ``open_model``."""
-    if files.kind == "native":
-        return load_checkpoint(files.backbone.folder, device=device, dtype=dtype)[0]
-    model = _pretrained(files, runner, exit_layers, exit_head, dtype)
-    return model.to(device).eval()
-
-
-def _pretrained(
-    files: ModelFiles,
-    runner: Runner | None,
-    exit_layers: Iterable[int] | None,
-    exit_head: ExitHeadKind | None,
-    dtype: torch.dtype | None,
-) -> Transformer | HuggingFaceModel:
-    """Load a Hugging Face checkpoint, with its exits if it has any, for the chosen runner."""
-    layers = None if exit_layers is None else tuple(exit_layers)
-    if runner != "transformers":
-        try:
-            model = _in_native_decoder(files, layers, exit_head, dtype)
-        except (UnsupportedArchitectureError, CheckpointError, ConfigError):
-            if runner == "native" or not installed():
-                raise
-        else:
-            if runner == "native" or agrees(model, files.backbone):
-                return model
-            warnings.warn(
-                f"{files.name}: transformers runs this model, since the native decoder gives other "
-                "logits",
-                OfframpWarning,
-                stacklevel=4,
-            )
-    if files.kind == "exits":
-        assert files.own is not None
-        return from_pretrained(files.own, base=files.backbone, dtype=dtype)
-    return from_pretrained(files.backbone, exit_layers=layers, exit_head=exit_head, dtype=dtype)
-
-
-def _in_native_decoder(
-    files: ModelFiles,
-    exit_layers: tuple[int, ...] | None,
-    exit_head: ExitHeadKind | None,
-    dtype: torch.dtype | None,
-) -> Transformer:
-    if files.kind == "exits":
-        assert files.own is not None
-        model = load_native(
-            files.backbone,
-            exit_layers=files.about["exit_layers"],
-            exit_head=files.about["exit_head"],
-            dtype=dtype or tuned_dtype(files.about),
-        )
-        load_exits(model.exits, files.own, files.about)
-        return model
-    depth = files.config.get("num_hidden_layers", 1)
-    if type(depth) is not int or depth < 1:
-        raise CheckpointError(
-            f"{files.name}: num_hidden_layers: expected at least 1 layer, got {depth!r}"
-        )
-    layers = resolve_exit_layers(exit_layers, depth)
-    return load_native(
-        files.backbone, exit_layers=layers, exit_head=exit_head or "shared", dtype=dtype
-    )

@@ -12,6 +12,7 @@ from offramp.evaluation.cost import ModelCost
 
 KEYS = [  # of the issue, in its order
     "model_sha256",
+    "dtype",
     "corpus_sha256",
     "risk",
     "epsilon",

@@ -10,9 +10,10 @@ import transformers
 
 from offramp.errors import OfframpWarning
 from offramp.models import reference
+from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
 from offramp.models.native import llama
-from offramp.models.open import load_weights, open_model
+from offramp.models.open import open_model
 
 IDS = torch.arange(60)[None] % 30
 

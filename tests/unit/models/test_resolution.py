@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from offramp.commands.export import export_exit
 from offramp.errors import CheckpointError
+from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
-from offramp.models.open import load_weights, open_model
+from offramp.models.open import open_model
 from offramp.models.save import save_model
 
 IDS = torch.arange(40)[None] % 30
