@@ -142,3 +142,38 @@ def test_bench_refuses(offramp, checkpoint, native, tmp_path, flags, expected):
     for part in expected:
         assert part in result.stderr, result.stderr
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_gpt2_whose_peer_in_transformers_fails_is_timed_without_it(
+    offramp, checkpoint, tmp_path, monkeypatch
+):
+    """Its early-exit assistant raises an IndexError. Ctrl-C keeps the table and the file."""
+    transformers = pytest.importorskip("transformers")
+    folder, out = tmp_path / "gpt2", tmp_path / "bench.json"
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64, eos_token_id=None
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text((checkpoint / "tokenizer.json").read_text())
+    command = ("bench", folder, "--corpus", checkpoint / "text.txt", "--out", out, *SHORT)
+    result = offramp(*command)
+    assert result.returncode == 0, result.stderr
+    assert "hf_early_exit@1 does not run here: list index out of range" in result.stderr
+    content = json.loads(out.read_text())
+    assert list(content["failed"]) == ["hf_early_exit@1"]
+    names = [row["method"] for row in content["rows"]]
+    assert {"hf", "hf_prompt_lookup", "full", "speculative@1"} < set(names)
+    assert not content["unfinished"]
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_evaluated_at_full_depth", interrupt)
+    result = offramp(*command)
+    assert result.returncode == 130
+    assert "Stopped before the end" in result.stderr
+    assert "speculative@1" in result.stdout
+    content = json.loads(out.read_text())
+    assert content["unfinished"]
+    assert [row["method"] for row in content["rows"]] != []

@@ -1,6 +1,7 @@
 """offramp bench."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -43,24 +44,47 @@ def bench(
     check_out_file(out)
 
     from offramp.commands.bench.run import run_bench
-    from offramp.report.bench import bench_table, bench_verdict
     from offramp.report.progress import bars
 
     use(device, threads)
     opened = open_for(model, device=device, dtype=dtype)
-    with bars(console) as drawn:
-        content = run_bench(
-            opened,
-            corpus,
-            config or BenchConfig(),
-            on_run=lambda done, total, name: drawn.show("bench", done=done, total=total, text=name),
-        )
+    so_far: list[dict[str, Any]] = []
+
+    def keep(content: dict[str, Any]) -> None:
+        so_far[:] = [content]
+        if out:
+            write_json(out, content)
+
+    try:
+        with bars(console) as drawn:
+            content = run_bench(
+                opened,
+                corpus,
+                config or BenchConfig(),
+                on_run=lambda done, total, name: drawn.show(
+                    "bench", done=done, total=total, text=name
+                ),
+                on_round=keep,
+            )
+    except KeyboardInterrupt:
+        for content in so_far:
+            _show(content, model, out)
+        raise
+    if out:
+        write_json(out, content)
+    _show(content, model, out)
+
+
+def _show(content: dict[str, Any], model: Path, out: Path | None) -> None:
+    """The table, the verdict, and what was left out."""
+    from offramp.report.bench import bench_table, bench_verdict
+
     shown = output()
     shown.print(bench_table(content, width=shown.width))
     say_verdict(bench_verdict(content))
-    for name, reason in content["failed"].items():
-        say(f"{name} does not run here: {reason}")
+    for name, why in content["failed"].items():
+        say(f"{name} does not run here: {why}")
     if content["untrained"]:
         say(f"{model}: its exits were never trained.")
-    if out:
-        write_json(out, content)
+    if content["unfinished"]:
+        say(f"Stopped before the end{f'; {out} says so' if out else ''}.")

@@ -6,7 +6,8 @@ each row has its first token and when all are complete.
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -110,7 +111,7 @@ def hugging_face(
         ids, mask = _padded(batch, lm.device)
         watch = _Watch(ids.shape[1])
         start = time.perf_counter()
-        with quiet():
+        with quiet(), _config_kept(lm):
             out = lm.generate(
                 ids,
                 attention_mask=mask,
@@ -122,15 +123,34 @@ def hugging_face(
         end = time.perf_counter()
         return _sample(out[:, ids.shape[1] :].tolist(), start, watch.first, end, early=watch.tokens)
 
-    return Method(name=name, run=run, slow=slow)
+    return Method(name=name, run=run, slow=slow, foreign=True)
+
+
+@contextmanager
+def _config_kept(lm: Any) -> Iterator[None]:
+    """Restore the model's config: where the early-exit assistant fails, it leaves fewer layers.
+
+    offramp's own methods may run the same model.
+    """
+    configs = {id(each.config): each.config for each in lm.modules() if hasattr(each, "config")}
+    before = [(config, dict(vars(config))) for config in configs.values()]
+    try:
+        yield
+    finally:
+        for config, content in before:
+            vars(config).clear()
+            vars(config).update(content)
+
+
+def economize_installed() -> bool:
+    """Whether the package ``economize`` is installed."""
+    return importlib.util.find_spec("economize") is not None
 
 
 def economize_methods(
     lm: Any, new_tokens: int, *, draft_exit: int, threshold: float
 ) -> list[Method]:
-    """The methods of the package ``economize`` if it is installed: early-exit drafts and CALM."""
-    if importlib.util.find_spec("economize") is None:
-        return []
+    """The methods of the package ``economize``: early-exit drafts and CALM."""
     import economize  # type: ignore[import-not-found]
     from economize.techniques.dynamic_depth import CalmConfig  # type: ignore[import-not-found]
     from economize.techniques.early_exit import EarlyExitConfig  # type: ignore[import-not-found]

@@ -1,7 +1,7 @@
 """The rows of the table of ``offramp bench``, from what every method took."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -10,7 +10,7 @@ from offramp.commands.bench.row import BenchRow
 from offramp.evaluation.clock import Clock
 
 
-@dataclass
+@dataclass(eq=False)
 class Timed:
     """A method and its samples, by the number of the batch that it decoded."""
 
@@ -24,10 +24,18 @@ class Timed:
 
 
 def rows_of(timed: Sequence[Timed], clock: Clock, num_layers: int) -> list[dict[str, Any]]:
-    """A row for each method, with the methods ``full`` and ``hf`` as references."""
-    by_name = {each.method.name: each for each in timed}
-    full, peer = by_name["full"], by_name.get("hf")
-    return [asdict(_row(each, full, peer, clock, num_layers)) for each in timed]
+    """A row for each method, with the methods ``full`` and ``hf`` as references.
+
+    Batches that ``full`` has not decoded yet, and methods without samples, have no part in it.
+    """
+    full = next(each for each in timed if each.method.name == "full")
+    shared = [
+        replace(each, samples={n: each.samples[n] for n in each.samples if n in full.samples})
+        for each in timed
+    ]
+    begun = [each for each in shared if each.samples]
+    peer = next((each for each in begun if each.method.name == "hf"), None)
+    return [asdict(_row(each, full, peer, clock, num_layers)) for each in begun]
 
 
 def _row(each: Timed, full: Timed, peer: Timed | None, clock: Clock, num_layers: int) -> BenchRow:
@@ -43,10 +51,11 @@ def _row(each: Timed, full: Timed, peer: Timed | None, clock: Clock, num_layers:
         for sample in samples
     )
     layers = sum(work.layers_run for work, _ in worked) / count if count else None
+    beside = [] if peer is None else _speedups(each, peer)
     return BenchRow(
         method=each.method.name,
         tokens_per_s={"median": median(rates), "min": min(rates), "max": max(rates)},
-        speedup_vs_hf=None if peer is None else median(_speedups(each, peer)),
+        speedup_vs_hf=median(beside) if beside else None,
         speedup_vs_full=median(_speedups(each, full)),
         speedup_vs_full_worst=min(_speedups(each, full)),
         mean_layers=float(num_layers) if each is peer else layers,
@@ -66,4 +75,5 @@ def _speedups(each: Timed, other: Timed) -> list[float]:
             for mine, theirs in zip(samples, other.samples[number], strict=False)
         )
         for number, samples in each.samples.items()
+        if number in other.samples
     ]

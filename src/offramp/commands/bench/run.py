@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.methods import Sample
-from offramp.commands.bench.plan import check_options, methods_of
+from offramp.commands.bench.plan import check_options, plan_of, reason
 from offramp.commands.bench.rows import Timed, rows_of
 from offramp.commands.bench.task import Task, prompts_of
 from offramp.environment import environment
@@ -21,6 +21,9 @@ SLOW_BATCHES = 2
 """Number of batches that a slow peer decodes, once each."""
 OnRun = Callable[[int, int, str], None]
 """Called before each run with (runs done, runs in all, the method that is next)."""
+OnRound = Callable[[dict[str, Any]], None]
+"""Called with the content of the result file, which says that it is unfinished: after each prompt
+that every method decoded, and when the run is interrupted."""
 
 
 def run_bench(
@@ -29,20 +32,23 @@ def run_bench(
     config: BenchConfig,
     *,
     on_run: OnRun = lambda done, total, name: None,
+    on_round: OnRound = lambda content: None,
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
     model = opened.model
     prompts = prompts_of(corpus_name, opened.tokenizer, config, max_length=model.max_length)
     task = Task(model=model, fitted=opened.fitted, config=config, prompts=prompts)
-    return time_task(task, on_run=on_run) | {
+    about = {
         "dtype": str(opened.dtype).removeprefix("torch."),
         "untrained": not opened.exits_trained,
         "config": asdict(config),
         "environment": environment(str(model.device)),
     }
+    content = time_task(task, on_run=on_run, on_round=lambda so_far: on_round(so_far | about))
+    return content | about
 
 
-def time_task(task: Task, *, on_run: OnRun) -> dict[str, Any]:
+def time_task(task: Task, *, on_run: OnRun, on_round: OnRound) -> dict[str, Any]:
     """Time every method, and the parts of the model before and after.
 
     Other work on the machine only adds time, so the parts count by the shorter of both times.
@@ -60,53 +66,98 @@ def time_task(task: Task, *, on_run: OnRun) -> dict[str, Any]:
         rows=config.batch_size > 1,
     )
     clock = measure()
-    timed, failed = time_methods(task, on_run=on_run)
-    full = next(each for each in timed if each.method.name == "full")
+    rounds = Rounds(task, on_run=on_run)
+
+    def tell() -> None:
+        if rounds.full.samples:
+            pinned = replace(_pinned(clock, rounds.full.every), bandwidth=bandwidth)
+            on_round(_content(rounds, pinned, unfinished=True))
+
+    try:
+        rounds.run(tell)
+    except KeyboardInterrupt:
+        tell()
+        raise
     evaluated = _evaluated_at_full_depth(task)
-    clock = _pinned(_pinned(clock.faster(measure()), full.every), evaluated)
-    bandwidth = median((bandwidth, measure_bandwidth(device)))
-    clock = replace(clock, bandwidth=bandwidth)
+    clock = _pinned(_pinned(clock.faster(measure()), rounds.full.every), evaluated)
+    clock = replace(clock, bandwidth=median((bandwidth, measure_bandwidth(device))))
+    return _content(rounds, clock, unfinished=False)
+
+
+def _content(rounds: "Rounds", clock: Clock, *, unfinished: bool) -> dict[str, Any]:
     return {
-        "rows": rows_of(timed, clock, task.model.num_layers),
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "limit_tokens_per_s": bandwidth / clock.weights,
+        "unfinished": unfinished,
+        "rows": rows_of(rounds.timed, clock, rounds.task.model.num_layers),
+        "bandwidth_gb_s": clock.bandwidth / 1e9,
+        "limit_tokens_per_s": clock.bandwidth / clock.weights,
         "weights_gb": clock.weights / 1e9,
-        "failed": failed,
+        "failed": rounds.failed,
         "parts": clock.about(),
     }
 
 
-def time_methods(task: Task, *, on_run: OnRun) -> tuple[list[Timed], dict[str, str]]:
-    """Run the methods in turn on every batch, ``config.repeats`` times.
+class Rounds:
+    """Runs the methods in turn on every batch, ``config.repeats`` times.
 
-    Returns the methods that ran with their samples, and the reasons of the peers that failed, by
-    name.
+    ``timed`` are the methods that run here, with their samples so far. A peer that raises an error
+    or gives another number of tokens is left out, and ``failed`` has the reason by its name.
     """
-    timed = [Timed(method) for method in methods_of(task)]
-    plan = [
-        (each, number)
-        for repeat in range(task.config.repeats)
-        for number in range(len(task.prompts))
-        for each in timed
-        if not each.method.slow or (repeat == 0 and number < SLOW_BATCHES)
-    ]
-    for each in timed:  # a first call, which also prepares what later calls reuse, is not timed
-        if not each.method.slow:
-            each.method.run(task.prompts[0])
-    failed: dict[str, str] = {}
-    for done, (each, number) in enumerate(plan):
-        on_run(done, len(plan), each.method.name)
-        if each.method.name in failed:
-            continue
+
+    def __init__(self, task: Task, *, on_run: OnRun) -> None:
+        plan = plan_of(task)
+        self.task, self.on_run, self.failed = task, on_run, plan.failed
+        self.timed = [Timed(method) for method in plan.methods]
+        self.full = next(each for each in self.timed if each.method.name == "full")
+
+    def run(self, on_round: Callable[[], None]) -> None:
+        """Run everything; ``on_round`` is called after each batch that every method decoded."""
+        for each in list(self.timed):  # a first call, which also prepares what later calls reuse
+            if not each.method.slow:
+                self._sample(each, 0)
+        total = sum(len(self._due(*place)) for place in self._places())
+        done = 0
+        for place in self._places():
+            for each in self._due(*place):
+                if each in self.timed:
+                    self.on_run(done, total, each.method.name)
+                    if sample := self._sample(each, place[1]):
+                        each.samples.setdefault(place[1], []).append(sample)
+                done += 1
+            on_round()
+
+    def _places(self) -> list[tuple[int, int]]:
+        batches = range(len(self.task.prompts))
+        return [
+            (repeat, number) for repeat in range(self.task.config.repeats) for number in batches
+        ]
+
+    def _due(self, repeat: int, number: int) -> list[Timed]:
+        """The methods that decode this batch in this repeat."""
+        few = repeat == 0 and number < SLOW_BATCHES
+        return [each for each in self.timed if few or not each.method.slow]
+
+    def _sample(self, each: Timed, number: int) -> Sample | None:
+        """Decode a batch; None for a peer that fails, which is then left out."""
+        method, batch = each.method, self.task.prompts[number]
         try:
-            sample = each.method.run(task.prompts[number])
-        except Exception as error:  # another package may not support the installed versions
-            if not each.method.foreign:
+            sample = method.run(batch)
+            if method.foreign:
+                _check_sample(sample, rows=len(batch), new=self.task.config.max_new_tokens)
+        except (Exception, SystemExit) as error:  # it may not support the installed versions
+            if not method.foreign:
                 raise
-            failed[each.method.name] = str(error).partition("\n")[0]
-        else:
-            each.samples.setdefault(number, []).append(sample)
-    return [each for each in timed if each.method.name not in failed], failed
+            self.failed[method.name] = reason(error)
+            self.timed.remove(each)
+            return None
+        return sample
+
+
+def _check_sample(sample: Sample, *, rows: int, new: int) -> None:
+    got = sorted({len(row) for row in sample.tokens})
+    if len(sample.tokens) != rows or got != [new]:
+        raise ValueError(f"expected {new} new tokens for each of {rows} prompts, got {got}")
+    if not sample.seconds > 0:
+        raise ValueError(f"expected a duration above 0 s, got {sample.seconds:g}")
 
 
 def _evaluated_at_full_depth(task: Task) -> list[Sample]:
