@@ -249,17 +249,21 @@ def _finish(
 ) -> None:
     """Write ``last/``, and rename ``unfinished.json``; a run that is stopped here can resume."""
     aside = out / ".last.tmp"
-    with writing(out):
+    try:
+        with writing(out):
+            remove(aside)
+            aside.mkdir()
+            save_tokenizer(tokenizer, aside)
+            _save(model, aside, about, result.validations[-1])
+            sync_tree(aside)
+            remove(out / "last")
+            aside.rename(out / "last")
+    finally:
         remove(aside)
-        aside.mkdir()
-        save_tokenizer(tokenizer, aside)
-        _save(model, aside, about, result.validations[-1])
-        sync_tree(aside)
-        remove(out / "last")
-        aside.rename(out / "last")
-        described = read_json(out / "config.json")
-        if described["training"] != about["training"]:  # the run was extended
-            write_json(out / "config.json", {**described, "training": about["training"]})
+    described = read_json(out / "config.json")
+    if described["training"] != about["training"]:  # the run was extended
+        write_json(out / "config.json", {**described, "training": about["training"]})
+    with writing(out):
         (out / UNFINISHED).replace(out / FINISHED)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from offramp.data.text import sha256
 from offramp.data.tokenizer import encode_pieces, unknown_id
-from offramp.errors import ConfigError, CorpusError
-from offramp.files import file_sha256
+from offramp.errors import ConfigError, CorpusError, OfframpWarning
+from offramp.files import file_sha256, reason, sync
 
 FORMAT = 2
 SHARD_TOKENS = 1 << 25
@@ -37,7 +38,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: Path, *, verified: bool = False) -> None:
-        self.folder = folder
+        self.folder: Path | None = folder
         try:
             self.about: dict[str, Any] = _read_about(folder / _ABOUT)
             lengths, dtype = self.about["lengths"], np.dtype(self.about["dtype"])
@@ -50,6 +51,15 @@ class TokenShards:
         except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorpusError(f"{folder}: expected whole token shards, got: {error}") from None
         self._starts = np.cumsum([0, *lengths])
+
+    @classmethod
+    def of(cls, shards: list[NDArray[Any]], unknown_tokens: int) -> "TokenShards":
+        """Return tokens that are kept in memory, without a folder."""
+        made = cls.__new__(cls)
+        made.folder, made.about = None, {}
+        made._shards, made.unknown_tokens = shards, unknown_tokens
+        made._starts = np.cumsum([0, *map(len, shards)])
+        return made
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -65,7 +75,9 @@ class TokenShards:
             parts.append(shard[max(start - begins, 0) : stop - begins].astype(np.int64))
         return torch.from_numpy(np.concatenate(parts))
 
-    def __reduce__(self) -> tuple[Callable[[Path], "TokenShards"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[..., "TokenShards"], tuple[Any, ...]]:
+        if self.folder is None:
+            return TokenShards.of, (self._shards, self.unknown_tokens)
         return _verified, (self.folder,)  # another process maps the files itself
 
 
@@ -88,8 +100,8 @@ def tokenise(
     in pieces is read twice, for its hash and for its tokens. ``on_tokens`` is called with the
     number of tokens done so far.
 
-    Raises CorpusError if the text changes between the two reads, or if the folder cannot be
-    written.
+    If the folder cannot be written, a warning says so, and all tokens are kept in memory. Raises
+    CorpusError if the text changes between the two reads.
     """
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens: expected at least 1, got {shard_tokens}")
@@ -115,12 +127,16 @@ def tokenise(
         _write(pieces, tokenizer, aside, hashes, shard_tokens, on_tokens)
         return _publish(aside, folder, hashes)
     except OSError as error:
-        raise CorpusError(
-            f"{cache_dir}: expected a folder where tokens can be stored, got: {error.strerror}"
-        ) from None
+        warnings.warn(
+            f"{cache_dir}: tokens cannot be stored there ({reason(error)}), so they are kept in "
+            "memory",
+            OfframpWarning,
+            stacklevel=2,
+        )
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+    return _in_memory(pieces, tokenizer, hashes, shard_tokens)
 
 
 def _kept(folder: Path, hashes: dict[str, str]) -> TokenShards | None:
@@ -173,19 +189,14 @@ def _write(
     shard_tokens: int,
     on_tokens: Callable[[int], None] | None,
 ) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
-    unknown, hashed = unknown_id(tokenizer), hashlib.sha256()
-
-    def hashing() -> Iterator[str]:
-        for piece in pieces:
-            hashed.update(piece.encode("utf-8"))
-            yield piece
-
+    dtype = _dtype(tokenizer)
+    unknown = unknown_id(tokenizer)
     lengths: list[int] = []
     shards_sha256: list[str] = []
     done = unknown_tokens = 0
-    for ids in _whole_shards(encode_pieces(tokenizer, hashing()), dtype, shard_tokens):
+    for ids in _whole_shards(
+        encode_pieces(tokenizer, _unchanged(pieces, hashes)), dtype, shard_tokens
+    ):
         with _synced(folder / _shard(len(lengths))) as file:
             np.save(file, ids, allow_pickle=False)
         lengths.append(len(ids))
@@ -194,10 +205,6 @@ def _write(
         unknown_tokens += 0 if unknown is None else int((ids == unknown).sum())
         if on_tokens:
             on_tokens(done)
-    if hashed.hexdigest() != hashes["text_sha256"]:
-        raise CorpusError(
-            "corpus: expected a text that does not change, but it changed while it was read"
-        )
     about = {
         "format": FORMAT,
         **hashes,
@@ -208,6 +215,34 @@ def _write(
     }
     with _synced(folder / _ABOUT) as file:
         file.write(json.dumps({**about, "sha256": _digest(about)}, indent=2).encode("utf-8"))
+
+
+def _in_memory(
+    pieces: Iterable[str], tokenizer: Tokenizer, hashes: dict[str, str], shard_tokens: int
+) -> TokenShards:
+    unknown = unknown_id(tokenizer)
+    encoded = encode_pieces(tokenizer, _unchanged(pieces, hashes))
+    shards = [ids.copy() for ids in _whole_shards(encoded, _dtype(tokenizer), shard_tokens)]
+    return TokenShards.of(
+        shards, 0 if unknown is None else sum(int((ids == unknown).sum()) for ids in shards)
+    )
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+
+
+def _unchanged(pieces: Iterable[str], hashes: dict[str, str]) -> Iterator[str]:
+    """Yield the pieces of a text; raises CorpusError at its end if it is not the text hashed."""
+    hashed = hashlib.sha256()
+    for piece in pieces:
+        hashed.update(piece.encode("utf-8"))
+        yield piece
+    if hashed.hexdigest() != hashes["text_sha256"]:
+        raise CorpusError(
+            "corpus: expected a text that does not change, but it changed while it was read"
+        )
 
 
 @contextmanager
@@ -240,7 +275,9 @@ def _publish(aside: Path, folder: Path, hashes: dict[str, str]) -> TokenShards:
     """Rename the new folder, unless another process has made the same folder in the meantime."""
     while True:
         try:
+            sync(aside)
             aside.rename(folder)
+            sync(folder.parent)
         except OSError:
             if not folder.exists():
                 raise

@@ -1,5 +1,6 @@
 """Log the figures of a run to TensorBoard or Weights & Biases, with accelerate's trackers."""
 
+import threading
 import time
 import uuid
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from offramp.errors import ConfigError
+from offramp.files import writing
 from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress
 from offramp.training.metrics_file import MetricsFile
@@ -52,6 +54,7 @@ class RunLog:
         self.name, self.folder, self.config, self.metrics = tracker, folder, config, metrics
         self._file: MetricsFile | None = None
         self._tracker: Any = None
+        self._show = threading.excepthook
         self._first: int | None = None
         self._recent: list[Progress] = []
         self._last = 0.0  # when the last step ended; 0 after other work, such as a validation
@@ -80,11 +83,15 @@ class RunLog:
 
     def close(self) -> None:
         """Write the remaining figures and close the log."""
-        if self._recent:
-            self._write_steps()
-        if self._tracker is not None:
-            self._tracker.finish()
+        try:
+            if self._recent:
+                self._write_steps()
+            if self._tracker is not None:
+                with writing(self.folder):
+                    self._tracker.finish()
+        finally:
             self._tracker = None
+            threading.excepthook = self._show
 
     @property
     def _silent(self) -> bool:
@@ -112,9 +119,11 @@ class RunLog:
             self._file.write(step, {_column(name): value for name, value in values.items()})
         if self.name == "none":
             return
-        if self._tracker is None:
-            self._tracker = self._start()
-        self._tracker.log(values, step=step)
+        with writing(self.folder):
+            if self._tracker is None:
+                threading.excepthook = _silent
+                self._tracker = self._start()
+            self._tracker.log(values, step=step)
 
     def _start(self) -> Any:
         from accelerate.tracking import TensorBoardTracker, WandBTracker
@@ -130,6 +139,12 @@ class RunLog:
             tracker = WandBTracker("offramp", dir=self.folder, resume="allow", **about)
         tracker.start()
         return tracker
+
+
+def _silent(failed: threading.ExceptHookArgs) -> None:
+    """Print no traceback for an OSError of TensorBoard's thread; its next call raises it."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def _column(name: str) -> str:

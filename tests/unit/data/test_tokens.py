@@ -21,7 +21,7 @@ from offramp.data import (
 )
 from offramp.data import tokenizer as tokenizers_of_offramp
 from offramp.data import tokens as tokens_module
-from offramp.errors import ConfigError, CorpusError
+from offramp.errors import ConfigError, CorpusError, OfframpWarning
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 30 + "\u00e9nd"
 TOKENIZER = character_tokenizer(TEXT)
@@ -250,16 +250,23 @@ def test_pieces_that_can_be_read_once_only_are_refused(tmp_path):
         tokenise(TEXT, TOKENIZER, tmp_path, shard_tokens=0)
 
 
-def test_a_place_that_cannot_be_written_is_a_corpus_error(tmp_path, monkeypatch):
+def in_memory(folder):
+    with pytest.warns(OfframpWarning, match="tokens cannot be stored there .*kept in memory"):
+        return tokenise(TEXT, TOKENIZER, folder, shard_tokens=100)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CorpusError, match="expected a folder where tokens can be stored, got"):
-            tokenise(TEXT, TOKENIZER, folder)
+        shards = in_memory(folder)
+        assert torch.equal(shards.read(0, len(shards)), IDS)
+        assert shards.unknown_tokens == tokenise(TEXT, TOKENIZER, tmp_path / "a").unknown_tokens
+        again = pickle.loads(pickle.dumps(shards))
+        assert torch.equal(again.read(90, 210), IDS[90:210])
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(CorpusError, match="No space left on device"):
-        tokenise(TEXT, TOKENIZER, tmp_path / "tokens")
-    assert files(tmp_path / "tokens") == []
+def test_a_cache_on_a_full_disk_is_done_without(small_disk):
+    (small_disk / "more").write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    shards = in_memory(small_disk / "tokens")
+    assert torch.equal(shards.read(0, len(shards)), IDS)
+    assert files(small_disk / "tokens") == []
