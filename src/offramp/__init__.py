@@ -13,6 +13,7 @@ from offramp.errors import (
     CorpusError,
     GenerationError,
     OfframpError,
+    OfframpWarning,
     TrainingError,
     UnsupportedArchitectureError,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "HuggingFaceModel",
     "KVCache",
     "OfframpError",
+    "OfframpWarning",
     "Step",
     "SweepRow",
     "ThresholdPolicy",

@@ -209,6 +209,7 @@ def load(
     tokenizer: Any = None,
     exits: Iterable[int] | int | None = None,
     exit_head: ExitHeadKind | None = None,
+    base: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EarlyExitLM:
@@ -221,6 +222,8 @@ def load(
         tokenizer: The tokenizer of a model in memory.
         exits: Exit layers of a model that has none yet; by default each quarter of the depth.
         exit_head: What a new exit has of its own; by default nothing ("shared").
+        base: The place of the backbone (a folder, or a name on the hub) of a folder of exits, if
+            it was moved.
         device: Where to compute; by default the CPU, or where a model in memory is.
         dtype: Precision; by default that of the files, or of a model in memory.
 
@@ -231,11 +234,11 @@ def load(
     """
     layers = exit_layers_of(exits)
     if not isinstance(model, str | Path):
-        _refuse("with a model in memory, which has them", device=device, dtype=dtype)
+        _refuse("with a model in memory, which has them", base=base, device=device, dtype=dtype)
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
         return EarlyExitLM(opened)
     _refuse("with a name or folder, which has its own", tokenizer=tokenizer)
-    files = find_model(model)
+    files = find_model(model, base=base)
     if files.kind != "checkpoint":
         _refuse(f"since {model} has exits", exits=layers, exit_head=exit_head)
     opened = open_model(

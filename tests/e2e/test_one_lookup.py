@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from offramp.models import model_files, sources
-from offramp.models.huggingface import exits_file
+from offramp.models.huggingface import exits_file, places
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def lookups(monkeypatch):
 
     from offramp.models.native import llama
 
-    for module in (sources, model_files, exits_file, llama):
+    for module in (sources, model_files, exits_file, places, llama):
         monkeypatch.setattr(module, "find_checkpoint", counted)
     return found
 

@@ -58,7 +58,7 @@ def test_every_error_is_exported_and_a_value_error():
     raised = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
     assert set(raised) <= set(offramp.__all__)
     for value in raised.values():
-        assert issubclass(value, offramp.OfframpError)
+        assert issubclass(value, offramp.OfframpError | offramp.OfframpWarning)
     assert issubclass(offramp.OfframpError, ValueError)
 
 

@@ -159,7 +159,7 @@ def test_a_checkpoint_is_tuned_into_a_folder_that_names_it(checkpoint, tmp_path)
     lm = offramp.tune(checkpoint, text, exits=[1], seq_len=32, epochs=1, exit_head="norm")
     lm.save(tmp_path / "kept")
     about = json.loads((tmp_path / "kept" / "offramp.json").read_text())
-    assert about["base"]["id"] == str(checkpoint.resolve())
+    assert about["base"]["folder"] == str(checkpoint.resolve())
     assert about["trained"]["exit_head"] == "norm"
     assert not (tmp_path / "kept" / "model.safetensors").exists()
 

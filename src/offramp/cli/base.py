@@ -35,6 +35,13 @@ Model = Annotated[
         "folder, or a name on the hub), or smollm2-135m."
     ),
 ]
+Base = Annotated[
+    Path | None,
+    Parameter(
+        help="The place of the model's backbone (a folder, or a name on the hub), if MODEL holds "
+        "exits whose backbone was moved."
+    ),
+]
 Text = Annotated[
     str,
     Parameter(
@@ -69,6 +76,7 @@ def use(device: str, threads: int | None) -> None:
 def open_for(
     name: str | Path,
     *,
+    base: str | Path | None = None,
     device: str,
     dtype: str | None,
     stored: StoredThresholds | Certificate | None = None,
@@ -83,7 +91,7 @@ def open_for(
     from offramp.models.model_files import find_model
     from offramp.models.open import open_model
 
-    files = find_model(name)
+    files = find_model(name, base=base)
     chosen = dtype or (stored.dtype if stored else None)
     opened = open_model(files, device=device, dtype=getattr(torch, chosen) if chosen else None)
     if dtype is None and stored and opened.dtype != own_dtype(files):

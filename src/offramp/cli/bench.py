@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from offramp.cli.base import (
+    Base,
     Device,
     Dtype,
     Model,
@@ -29,6 +30,7 @@ def bench(
     *,
     corpus: str = "python-docs",
     out: Out = None,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -47,7 +49,7 @@ def bench(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, device=device, dtype=dtype)
+    opened = open_for(model, base=base, device=device, dtype=dtype)
     so_far: list[dict[str, Any]] = []
 
     def keep(content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from offramp.calibration.certificate import Certificate
 from offramp.calibration.promise import Promise
 from offramp.calibration.thresholds import thresholds_flag
 from offramp.cli.base import (
+    Base,
     Device,
     Dtype,
     Model,
@@ -44,6 +45,7 @@ def calibrate(
     compute_budget: float | None = None,
     check: Path | None = None,
     out: Path | None = None,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -69,7 +71,7 @@ def calibrate(
     checked = None if check is None else Certificate.load(check)
 
     use(device, threads)
-    opened = open_for(model, device=device, dtype=dtype, stored=checked)
+    opened = open_for(model, base=base, device=device, dtype=dtype, stored=checked)
     measure, kept = confidence or "max_prob", promise or Promise()
     with token_bar("trace") as on_tokens:
         if checked is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from offramp.cli.base import (
+    Base,
     Device,
     Dtype,
     Model,
@@ -35,6 +36,7 @@ def confidence(
     out: Annotated[
         Path | None, Parameter(help="Also write the figures to this JSON file, and a plot as .png.")
     ] = None,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -64,7 +66,7 @@ def confidence(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, device=device, dtype="float32" if fit else dtype)
+    opened = open_for(model, base=base, device=device, dtype="float32" if fit else dtype)
     if fit is not None:
         say(f"Fitting gates and temperatures to {fit}; this can take minutes")
         with bars(console) as drawn:

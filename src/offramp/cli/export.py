@@ -6,12 +6,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import say
+from offramp.cli.base import Base, say
 from offramp.cli.interrupts import work_begins
 
 
 def export(
-    model_dir: str, *, exit_layer: Annotated[int, Parameter(name="--exit")], out: Path
+    model_dir: str,
+    *,
+    exit_layer: Annotated[int, Parameter(name="--exit")],
+    out: Path,
+    base: Base = None,
 ) -> None:
     """Write the first layers of a model and their exit as a plain Hugging Face checkpoint.
 
@@ -28,7 +32,7 @@ def export(
     from offramp.commands.export import export_exit
 
     work_begins()
-    export_exit(model_dir, exit_layer, out)
+    export_exit(model_dir, exit_layer, out, base=base)
     say(
         f"{quote(str(out))} holds the first {exit_layer} layers, which AutoModelForCausalLM can "
         "load."

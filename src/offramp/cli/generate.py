@@ -11,7 +11,18 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
-from offramp.cli.base import Device, Model, Precision, Threads, console, open_for, output, say, use
+from offramp.cli.base import (
+    Base,
+    Device,
+    Model,
+    Precision,
+    Threads,
+    console,
+    open_for,
+    output,
+    say,
+    use,
+)
 from offramp.cli.plain_text import standard_input, write_text
 from offramp.cli.streams import utf8
 from offramp.errors import ConfigError
@@ -65,6 +76,7 @@ def generate(
     stop_token: list[str] | None = None,
     chat: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Precision | None = None,
@@ -102,7 +114,7 @@ def generate(
     )
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
-    opened = open_for(model, device=device, dtype=dtype, stored=stored)
+    opened = open_for(model, base=base, device=device, dtype=dtype, stored=stored)
     _run(
         opened,
         config if stored is None else _with_thresholds(config, stored, keys_values),

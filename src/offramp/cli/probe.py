@@ -1,6 +1,7 @@
 """offramp probe."""
 
 from offramp.cli.base import (
+    Base,
     Device,
     Dtype,
     Model,
@@ -24,6 +25,7 @@ def probe(
     corpus: Text = "python-docs",
     tokens: int | None = None,
     out: Out = None,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -43,7 +45,7 @@ def probe(
     from offramp.report.probe import probe_table
 
     use(device, threads)
-    opened = open_for(model, device=device, dtype=dtype)
+    opened = open_for(model, base=base, device=device, dtype=dtype)
     with token_bar("probe") as on_tokens:
         content = run_probe(opened, corpus, tokens=tokens, on_tokens=on_tokens)
     shown = output()

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from offramp.calibration.specialise_config import SpecialiseConfig
-from offramp.cli.base import Device, Model, Threads, open_for, output, say, say_verdict, use
+from offramp.cli.base import Base, Device, Model, Threads, open_for, output, say, say_verdict, use
 
 
 def specialise(
@@ -16,6 +16,7 @@ def specialise(
     corpus: str,
     out: Path,
     specialising: Annotated[SpecialiseConfig | None, Parameter(name="*")] = None,
+    base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
@@ -36,7 +37,7 @@ def specialise(
 
     use(device, threads)
     found = run_specialise(
-        open_for(model, device=device, dtype=None),
+        open_for(model, base=base, device=device, dtype=None),
         corpus,
         out,
         specialising or SpecialiseConfig(),

@@ -20,17 +20,23 @@ from offramp.models.model_files import find_model
 
 
 def export_exit(
-    name: str | Path, exit_layer: int, out: Path, *, dtype: torch.dtype | None = None
+    name: str | Path,
+    exit_layer: int,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> HuggingFaceModel:
     """Write the first ``exit_layer`` layers, with that exit's norm and LM head, into a new folder.
 
-    Any program that reads Hugging Face checkpoints can read it. Returns the model it came from.
+    Any program that reads Hugging Face checkpoints can read it. ``base`` is the place of the
+    backbone of a folder of exits, if it was moved. Returns the model it came from.
 
     Raises ConfigError for a layer that is no exit of the model or a head that no plain checkpoint
     can hold (``adapter``), UnsupportedArchitectureError where the shorter model would not say
     what the exit says.
     """
-    files = find_model(name)
+    files = find_model(name, base=base)
     layers = (exit_layer,) if files.kind == "checkpoint" else None
     loaded = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
     model = as_huggingface(loaded)

@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 
 from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
-from offramp.errors import CheckpointError, CorpusError
+from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import read_json
 from offramp.models.base import EarlyExitModel
-from offramp.models.huggingface.exits_file import EXITS_JSON, base_of, read_exits
+from offramp.models.huggingface.exits_file import EXITS_JSON, read_exits
 from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.huggingface.places import base_of
 from offramp.models.sources import Source, find_checkpoint
 
 UNFINISHED = "unfinished.json"
@@ -136,19 +137,23 @@ def token_ids(end: Any, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def find_model(name: str | Path) -> ModelFiles:
+def find_model(name: str | Path, *, base: str | Path | None = None) -> ModelFiles:
     """Find a model's files by a folder, a name on the hub, or ``smollm2-135m``.
 
+    ``base`` is the place of the backbone of a folder of exits, if it was moved.
+
     Raises CheckpointError if there is no model, if its training run has not validated yet, or if
-    the exits were trained on another backbone than the one that is found.
+    the exits were trained on another backbone than the one that is found; ConfigError for a
+    ``base`` of a model without a folder of exits.
     """
     folder = Path(name).expanduser()
     own = folder if folder.is_dir() else None
     if own is not None and (own / EXITS_JSON).is_file():
         exits = read_exits(own)
-        return ModelFiles(
-            name=str(name), kind="exits", backbone=base_of(own, exits), own=own, about=exits
-        )
+        backbone = base_of(own, exits, base)
+        return ModelFiles(name=str(name), kind="exits", backbone=backbone, own=own, about=exits)
+    if base is not None:
+        raise ConfigError(f"base: expected none without a folder of exits, got {base} for {name}")
     if own is not None and (own / UNFINISHED).exists() and not (own / "config.json").exists():
         raise CheckpointError(
             f"{name}: expected a model, but the training run there has not validated yet; "

@@ -30,6 +30,7 @@ from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
 from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
+from offramp.models.huggingface.places import base_of, place_of
 from offramp.models.sources import Source, find_checkpoint
 from offramp.models.weights import DTYPES
 from offramp.version import __version__
@@ -164,7 +165,7 @@ def write_exits(
         content = {
             "format": FORMAT,
             "offramp_version": __version__,
-            "base": {"id": _name(source, folder), "sha256": source.sha256},
+            "base": {**place_of(source, folder), "sha256": source.sha256},
             "model_type": model_type,
             "dtype": str(dtype).removeprefix("torch."),
             "exit_layers": list(exit_layers),
@@ -220,29 +221,6 @@ def tuned_dtype(about: Mapping[str, Any]) -> torch.dtype:
     return DTYPES[about["dtype"]]
 
 
-def base_of(
-    folder: Path, about: Mapping[str, Any], base: str | Path | Source | None = None
-) -> Source:
-    """Return the checkpoint of a folder's exits, by the content ``about`` of ``read_exits``.
-
-    Raises CheckpointError if it has changed.
-    """
-    stored = about["base"]
-    name = base if base is not None else stored.get("id")
-    if name == ".":
-        name = folder
-    try:
-        source = find_checkpoint(name if isinstance(name, Source) else str(name))
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: its exits need another model: {error}") from None
-    if source.sha256 != stored.get("sha256"):
-        raise CheckpointError(
-            f"{folder}: its exits were trained on {name} with sha256 {stored.get('sha256')}, "
-            f"but its sha256 is now {source.sha256}"
-        )
-    return source
-
-
 def _load_exits(
     folder: Path, base: str | Path | Source | None, dtype: torch.dtype | None
 ) -> HuggingFaceModel:
@@ -284,11 +262,3 @@ def _with_exits(
 ) -> HuggingFaceModel:
     with quiet():
         return HuggingFaceModel(backbone, exit_layers=exit_layers, exit_head=exit_head or "shared")
-
-
-def _name(source: Source, folder: Path) -> str:
-    """Return the name of the backbone in ``offramp.json``; ``.`` is the folder itself."""
-    if source.packaged is not None or not Path(source.id).expanduser().is_dir():
-        return source.id
-    path = source.folder.resolve()
-    return "." if path == folder.resolve() else str(path)

@@ -1,0 +1,67 @@
+"""Where the backbone of a folder of exits is: ``base`` in ``offramp.json``."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import CheckpointError
+from offramp.models.sources import Source, find_checkpoint
+
+
+def base_of(
+    folder: Path, about: Mapping[str, Any], base: str | Path | Source | None = None
+) -> Source:
+    """Return the checkpoint of a folder's exits, by the content ``about`` of ``read_exits``.
+
+    ``base`` is its place, if it was moved. Raises CheckpointError if it is not found, or has
+    changed.
+    """
+    stored = about["base"]
+    wrong: list[CheckpointError] = []
+    for place in _places(folder, stored) if base is None else [base]:
+        try:
+            source = find_checkpoint(place if isinstance(place, Source) else str(place))
+        except CheckpointError as error:
+            wrong.append(
+                CheckpointError(
+                    f"{folder}: its exits need another model, whose place --base can name: {error}"
+                )
+            )
+            continue
+        if source.sha256 == stored["sha256"]:
+            return source
+        wrong.append(
+            CheckpointError(
+                f"{folder}: its exits were trained on {source.id} with sha256 {stored['sha256']}, "
+                f"but its sha256 is now {source.sha256}; --base can name another place"
+            )
+        )
+    raise wrong[0]
+
+
+def _places(folder: Path, stored: Mapping[str, Any]) -> list[str]:
+    """Return where a backbone may be: relative to the folder of exits, or where it was before."""
+    name = stored["id"]
+    if not name.startswith("."):
+        return [name]
+    before = stored.get("folder")
+    beside = os.path.normpath(folder.resolve() / name)
+    return list(dict.fromkeys([beside, *([before] if isinstance(before, str) else [])]))
+
+
+def place_of(source: Source, folder: Path) -> dict[str, str]:
+    """Return the name of the backbone in ``offramp.json``, and of a folder also its place.
+
+    The name of a folder is relative to ``folder`` if they have a folder in common, so that both
+    can be moved together; ``.`` is the folder itself.
+    """
+    if source.packaged is not None or not Path(source.id).expanduser().is_dir():
+        return {"id": source.id}
+    path, here = source.folder.resolve(), folder.resolve()
+    if path == here:
+        return {"id": "."}
+    if os.path.commonpath((path, here)) == path.anchor:
+        return {"id": str(path)}
+    relative = os.path.relpath(path, here)
+    return {"id": relative if relative[0] == "." else f"./{relative}", "folder": str(path)}
