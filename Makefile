@@ -75,6 +75,11 @@ sanitize: $(INSTALLED)
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD/build/sanitize OFFRAMP_SANITIZED=1 \
 		$(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/$(KERNELS:offramp/%=%) tests/faults/test_kernels.py
 
+# Commands are killed at their file operations and at random moments; KILLS is how often in all.
+KILLS ?= 300
+kill: $(INSTALLED)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/kill
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sweep_thresholds.py

@@ -243,6 +243,13 @@ def make_everything_small() -> None:
     runs.ProcessPoolExecutor = InThisProcess
     small = {"seq_len": 16, "batch_size": 4, "warmup_steps": 0}
     recipe.GATES = GateFit()
+    recipe.rounds = lambda layers, budget: iter(
+        (
+            ("alpha", [{"alpha": alpha} for alpha in (0.3, 0.7)]),
+            ("exits", [{"exits": (1,)}]),
+            ("specialise", [{"specialise": SpecialiseConfig(compute_budget=budget)}]),
+        )
+    )
     recipe.CHARACTERS = replace(recipe.CHARACTERS, **small)
     reproduction.TRAIN_CHARACTERS, reproduction.VALIDATION_CHARACTERS = 2200, 2100
     reproduction.PANGRAM_EPOCHS = 1

@@ -19,6 +19,7 @@ from cyclopts import App, Parameter
 
 from offramp.cli.config_file import read_config_file
 from offramp.cli.help_groups import GroupedHelp
+from offramp.cli.memory import memory_sentence
 from offramp.cli.streams import utf8
 from offramp.errors import OfframpError, OfframpWarning
 from offramp.printable import printable
@@ -123,6 +124,11 @@ def run(arguments: Sequence[str] | None) -> None:
         if not is_first_process():  # rank 0 says it, and its launcher ends this process meanwhile,
             time.sleep(LAUNCHER_SECONDS)  # unless only this one failed
         say_line(f"{FLAGS.get(field, field)}{colon}{rest}")
+        sys.exit(2)
+    except (MemoryError, RuntimeError, OSError, ImportError, SystemError) as error:
+        if (found := memory_sentence(error)) is None:
+            raise
+        say_line(found)
         sys.exit(2)
 
 

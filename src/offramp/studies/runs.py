@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from offramp.errors import CheckpointError, TrainingError
-from offramp.files import sync, temporary_folder, writing
+from offramp.files import reason, sync, temporary_folder, writing
 from offramp.folders import sync_tree
 from offramp.training.loop import Progress
 
@@ -91,7 +91,13 @@ def run_all(
     if not missing:
         return
     context = multiprocessing.get_context("spawn")
-    stop, reports = context.Event(), context.Queue()
+    try:
+        stop, reports = context.Event(), context.Queue()
+    except (OSError, ImportError) as error:
+        raise TrainingError(
+            "runs: expected shared memory for worker processes, which is /dev/shm on Linux, got: "
+            f"{reason(error)}"
+        ) from None
     workers = ProcessPoolExecutor(
         min(jobs, len(missing)),
         mp_context=context,

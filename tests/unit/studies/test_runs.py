@@ -130,3 +130,14 @@ def test_jobs_are_one_for_each_core_that_the_process_may_use(monkeypatch, thread
     assert runs.default_jobs(threads) == jobs
     monkeypatch.delattr(runs.os, "sched_getaffinity")
     assert runs.default_jobs(threads) == 64 // threads
+
+
+def test_a_machine_without_shared_memory_is_a_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    with pytest.raises(
+        TrainingError, match=r"expected shared memory .* /dev/shm on Linux, got: No"
+    ):
+        run_all([FakeRun("a")], tmp_path, jobs=1, threads=1, on_progress=print, on_done=print)
