@@ -128,17 +128,17 @@ def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
     """Write a model of ``transformers`` as a plain checkpoint into an existing folder.
 
     The tokenizer is copied from the folder ``texts``. The folder may be the one from which the
-    model was loaded.
+    model was loaded. Raises CheckpointError if it cannot be written, or if a file of the tokenizer
+    is a link that leads out of ``texts``.
     """
+    copied = [] if texts is None or texts.resolve() == folder.resolve() else _text_files(texts)
     aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with quiet():
             backbone.save_pretrained(aside)
-        if texts is not None and texts.resolve() != folder.resolve():
-            for kind in _TEXT_FILES:
-                for path in texts.glob(kind):
-                    shutil.copyfile(path, aside / path.name)
+        for path in copied:
+            shutil.copyfile(path, aside / path.name)
         for path in sorted(aside.iterdir()):
             obey_umask(path)
             path.replace(folder / path.name)
@@ -146,3 +146,21 @@ def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's tokenizer, none of them a link to a file elsewhere.
+
+    In the hub's cache, links lead to the folder ``blobs`` of the repository.
+    """
+    found = [path for kind in _TEXT_FILES for path in sorted(folder.glob(kind)) if path.is_file()]
+    for path in found:
+        target = path.resolve()
+        blobs = target.parent
+        cached = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+        if not (cached or target.is_relative_to(folder.resolve())):
+            raise CheckpointError(
+                f"{path}: expected a file of the checkpoint to copy, got a link to {target}; "
+                "replace it by the file itself"
+            )
+    return found
