@@ -12,7 +12,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.errors import ConfigError, CorpusError
+from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.reader import ChunkReader
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
@@ -166,6 +166,9 @@ def collect_trace(
     confidence measures; some of them need ``fitted``. ``kl`` records the divergence from the last
     layer, which must be one of the layers. After each batch ``on_tokens`` is called with its
     number of tokens, and ``on_states`` with its states, (B T, D) by layer.
+
+    Raises CheckpointError at the first batch in which the logits or a confidence of an exit are
+    not numbers, as with NaN weights or an overflow of the precision.
     """
     layers = tuple(model.exit_layers if layers is None else sorted(layers))
     if not all(1 <= layer <= model.num_layers for layer in layers):
@@ -189,6 +192,7 @@ def collect_trace(
             on_states({layer: states[layer] for layer in layers})
         for name, part in read.batch(states, targets.flatten()):
             parts[name].append(part.cpu())
+            _check_numbers(name, parts[name][-1], layers, model)
         rows, length = targets.shape
         index = torch.arange(sequences, sequences + rows, dtype=torch.int32)
         parts["sequence"].append(index.repeat_interleave(length))
@@ -205,6 +209,25 @@ def collect_trace(
         exit_layers=layers,
         confidence={name: arrays.pop(f"confidence.{name}") for name in chosen},
         **arrays,
+    )
+
+
+def _check_numbers(name: str, part: Tensor, layers: Sequence[int], model: EarlyExitModel) -> None:
+    """Raise a CheckpointError that names the exits with NaN in ``part`` (E, n), if there are any.
+
+    Only losses and confidences are checked: an array of ``gain`` has NaN where it has no value.
+    """
+    measure = name.removeprefix("confidence.")
+    if name != "nll" and measure == name:
+        return
+    if not part.isnan().any():
+        return
+    bad = [f"{layers[row]}" for row in part.isnan().any(dim=1).nonzero()[:, 0].tolist()]
+    where = f"exit layer {', '.join(bad)} of {model.num_layers}"
+    what = "logits" if name == "nll" else f"{measure} scores"
+    raise CheckpointError(
+        f"{where}: expected {what} that are finite numbers, got nan: check the weights of the "
+        f"model and its precision ({str(model.dtype).removeprefix('torch.')})"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from offramp.errors import GenerationError
 from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
@@ -47,16 +48,28 @@ class ExitRule:
     ) -> tuple[list[float], list[bool]]:
         """Return the confidence of each token at the ``index``-th exit, and whether it leaves.
 
-        ``positions`` are used only if the threshold decays: see ``Decay``.
+        ``positions`` are used only if the threshold decays: see ``Decay``. Raises GenerationError
+        for a confidence that is not a number.
         """
         scores = self.measure.score(view)
         confidence: list[float] = scores.tolist()
+        read = view.logits.amax(dim=-1).tolist() if self.confidence == "patience" else confidence
+        check_confidence_scores(read, self.confidence, view.exit_layer)  # patience counts anything
         if isinstance(self.policy, GainPolicy):
             return confidence, self.policy.leaves(index, view.expected_kl).tolist()
         if self.policy.decay:
             return confidence, self.policy.leaves(index, scores, torch.tensor(positions)).tolist()
         bound = float(self.policy.bound(index, _NUMPY[scores.dtype]))  # in the scores' precision
         return confidence, [score >= bound for score in confidence]
+
+
+def check_confidence_scores(scores: Iterable[float], measure: str, layer: int) -> None:
+    """Raise a GenerationError that names the exit if one of its confidence scores is NaN."""
+    if any(score != score for score in scores):
+        raise GenerationError(
+            f"exit layer {layer}: expected {measure} scores that are finite numbers, got nan: "
+            "check the weights of the model and its precision"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

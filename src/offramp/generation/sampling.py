@@ -59,11 +59,13 @@ class Sampler:
         *,
         after: Sequence[int] = (),
         vocab: Int[Tensor, " W"] | None = None,
+        exit_layer: int | None = None,
     ) -> int:
         """Choose the ``index``-th new token (from 0).
 
         ``after`` are tokens that follow the kept ones, such as drafts. ``vocab`` names the tokens
-        of the logits if they are not all. Raises GenerationError for logits that are not finite.
+        of the logits if they are not all. Raises GenerationError for logits that are not finite,
+        and names the ``exit_layer`` that they are from.
         """
         config = self.config
         if config.repetition_penalty != 1.0:
@@ -74,9 +76,10 @@ class Sampler:
             logits = penalise(logits, here.nonzero()[:, 0], config.repetition_penalty)
         best, place = logits.max(dim=-1)
         if not math.isfinite(best):
+            of = "" if exit_layer is None else f" of exit layer {exit_layer}"
             raise GenerationError(
-                f"logits: expected finite numbers for new token {index + 1}, got {float(best)}: "
-                "check the weights of the model and its precision"
+                f"logits{of}: expected finite numbers for new token {index + 1}, got "
+                f"{float(best)}: check the weights of the model and its precision"
             )
         if not config.greedy:
             race = self._race(index).to(logits.device)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from offramp.data import TokenShards, TokenWindows, batch_indices
-from offramp.errors import CorpusError, TrainingError
+from offramp.errors import CheckpointError, CorpusError, TrainingError
 from offramp.models.base import TrainableModel
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
@@ -250,10 +250,15 @@ class TrainingRun:
     def validate(self) -> Validation:
         """Evaluate the model on the validation text; all processes use the score of rank 0.
 
-        Raises TrainingError if the score is not finite, after a checkpoint is written.
+        Raises TrainingError if the score or an exit's logits are not finite, after a checkpoint is
+        written.
         """
-        with callable_in_parts(self.module):
-            found = validate(self.model, self.validation_ids, self.target, self.config)
+        try:
+            with callable_in_parts(self.module):
+                found = validate(self.model, self.validation_ids, self.target, self.config)
+        except CheckpointError as error:
+            self.save()
+            raise TrainingError(f"step {self.done}: {error}") from None
         score, exit_ppl = self.processes.from_main(found)
         if not math.isfinite(score):
             self.save()

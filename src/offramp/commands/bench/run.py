@@ -65,8 +65,8 @@ def time_task(task: Task, *, on_run: OnRun, on_round: OnRound) -> dict[str, Any]
         fitted=task.fitted,
         rows=config.batch_size > 1,
     )
+    rounds = Rounds(task, on_run=on_run)  # which also finds out that an exit is not usable
     clock = measure()
-    rounds = Rounds(task, on_run=on_run)
 
     def tell() -> None:
         if rounds.full.samples:
