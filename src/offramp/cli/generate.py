@@ -144,12 +144,15 @@ def _run(
 ) -> None:
     from offramp.commands.generate import generate
     from offramp.data.token_names import token_id
+    from offramp.generation.promise import drafts_note
 
     size = opened.model.vocab_size
     ids = tuple(token_id(opened.tokenizer, written, size) for written in stops)
     exits = config.threshold is not None or config.speculative
     if exits and not opened.exits_trained:
         say(f"{opened.name}: its exits were never trained.")
+    if config.speculative and (note := drafts_note(opened.model)):
+        say(note)
     generation = generate(opened, prompt, replace(config, stop_tokens=ids), chat=chat)
     if as_json:
         _, rate = _timed(generation, show=None)
@@ -228,6 +231,7 @@ def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
         "tokens_per_s": rate,
         "mean_layers": generation.mean_layers,
         "acceptance_rate": generation.acceptance_rate,
+        "lossless": generation.lossless,
     }
 
 

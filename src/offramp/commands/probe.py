@@ -10,6 +10,7 @@ from offramp.errors import ConfigError
 from offramp.evaluation.cost import ModelCost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
+from offramp.generation.promise import drafts_keep_the_text
 from offramp.models.open import OpenedModel
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -54,7 +55,15 @@ def probe(
         "oracle_layers": oracle,
         "expected_speedup": speedup,
         "expected_speculative_speedup": None if drafting is None else drafting[0],
-        "verdict": _verdict(trace, oracle, speedup, how, drafting, untrained=untrained),
+        "verdict": _verdict(
+            trace,
+            oracle,
+            speedup,
+            how,
+            drafting,
+            same=", with the same tokens" if drafts_keep_the_text(opened.model) else "",
+            untrained=untrained,
+        ),
     }
 
 
@@ -139,6 +148,7 @@ def _verdict(
     how: str,
     drafting: tuple[float, int] | None,
     *,
+    same: str,
     untrained: bool,
 ) -> str:
     least = f"a perfect predictor would need {oracle:.1f} of {trace.num_layers} layers"
@@ -149,7 +159,7 @@ def _verdict(
     times, layer = drafting
     speculation = (
         f" Speculative decoding will pay: drafts by exit {layer} are accepted often enough for "
-        f"about {times:.2f} times the speed of full depth, with the same tokens."
+        f"about {times:.2f} times the speed of full depth{same}."
         if times >= PAYS_FROM
         else " Speculative decoding with drafts by an exit will not pay either."
         if speedup < PAYS_FROM

@@ -55,7 +55,8 @@ class GenerateConfig(SamplingConfig):
     """Options for generating a text: at full depth, with confident exits, or speculatively.
 
     ``threshold`` turns confident exits on. ``speculative`` turns drafts on, which the whole model
-    verifies: the output is the same as at full depth, and usually faster.
+    verifies: the output is that of full depth, and usually faster. In bfloat16 this holds only in
+    the native decoder with its compiled kernels, and in float16 it does not hold.
     """
 
     max_new_tokens: int = 128
@@ -76,7 +77,9 @@ class GenerateConfig(SamplingConfig):
     """How missing keys and values above an exit are computed when a later token needs them: from
     the state at the exit (propagate), or by running the layers (recompute)."""
     speculative: bool = False
-    "Draft tokens with the first layers and verify them with the rest."
+    """Draft tokens with the first layers and verify them with the rest. The text is that without
+    drafts in float32, and in bfloat16 with the compiled kernels of the native decoder; elsewhere
+    rounding may change it."""
     draft_exit: int | None = None
     "The exit that drafts (default: the first)."
     draft_threshold: float = 0.3

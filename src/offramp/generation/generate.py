@@ -18,6 +18,7 @@ from offramp.generation.options import (
     exit_rule,
     token_ids,
 )
+from offramp.generation.promise import drafts_keep_the_text
 from offramp.generation.rows import Completion, Row, Token
 from offramp.generation.speculative import SpeculativeDecoder
 from offramp.models.base import EarlyExitModel
@@ -61,6 +62,18 @@ class Generation(Iterator[Token]):
         return run / max(1, len(self.completion.tokens))
 
     @property
+    def lossless(self) -> bool:
+        """Whether the text is that of full depth, one token after another.
+
+        It is not with a threshold, and not with drafts in a precision in which this model rounds
+        several tokens differently from one: see docs/decoding.md.
+        """
+        decoder = self._decoder
+        if isinstance(decoder, SpeculativeDecoder):
+            return drafts_keep_the_text(decoder.model)
+        return decoder.rule is None
+
+    @property
     def work(self) -> Work:
         """The work of the new tokens so far, without the prefill."""
         return self._decoder.work
@@ -91,6 +104,10 @@ def generate(
     fitted: FittedExits = NOTHING_FITTED,
 ) -> Generation:
     """Generate one text, token by token, while the result is iterated.
+
+    With ``config.speculative`` the text is that without drafts, if the model is in float32 or
+    float64, or in bfloat16 in the native decoder with its compiled kernels; ``lossless`` of the
+    result says whether this holds.
 
     ``tokenizer`` turns tokens into text. ``policy`` is used instead of a threshold. ``fitted``
     holds the gates and temperatures that the confidence reads, and the draft vocabulary.
@@ -132,7 +149,9 @@ def generate_batch(
 ) -> tuple[list[Completion], Work]:
     """Generate a text for each prompt in one batch; each row leaves at its own exits.
 
-    Row i is the text that ``generate`` returns for its prompt with seed + i. ``on_token`` is
+    In float32 and float64, row i is the text that ``generate`` returns for its prompt with
+    seed + i. In bfloat16 and float16 it may differ, because the prompts of a batch are rounded
+    differently from one alone. ``on_token`` is
     called with the row and each new token. Returns the completions and their work without the
     prefill. Raises the errors of ``generate``, and ConfigError for speculative decoding, which
     takes one prompt.
@@ -183,7 +202,9 @@ def _decode(
     exits, going = decoder.prefill(prompts), list(range(len(rows)))
     while True:
         chosen = [
-            rows[place].sampler.choose(exits.logits[i], rows[place].count)
+            rows[place].sampler.choose(
+                exits.logits[i], rows[place].count, exit_layer=exits.exit_layers[i]
+            )
             for i, place in enumerate(going)
         ]
         for i, place in enumerate(going):

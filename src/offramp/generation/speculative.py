@@ -1,4 +1,4 @@
-"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024): the output is that of full depth.
+"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024): drafts, verified at full depth.
 
 The first layers draft tokens, up to an exit whose head predicts the next one. Then the layers above
 run once over the states of all drafted tokens, to verify them. Draft and verification are parts of
@@ -10,7 +10,8 @@ A drafted token is accepted if it is the token that the whole model chooses. Whe
 the draft and the model draw the n-th token with the same random numbers (sampling.py), and every
 token is a draw of the whole model. So for every seed the output is that of decoding without drafts,
 and its distribution is the model's (Daliri, Musco and Suresh 2024, "drafter-invariant speculative
-decoding").
+decoding"). This needs numbers of a token that do not depend on the tokens computed with it: see
+promise.py.
 """
 
 from time import perf_counter
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
-from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.confident_exit import ExitDecoder, check_confidence_scores
 from offramp.generation.config import GenerateConfig
 from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Kind, Payoff
@@ -118,6 +119,7 @@ class SpeculativeDecoder:
         while len(drafts) < min(self.config.max_drafts, at_most):
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             score = self._confidence(logits, states[-1][0, 0])
+            check_confidence_scores([score], self.config.confidence, self.draft_exit)
             self.work.drafts[self.draft_exit, 1] += 1
             if not score >= self.config.draft_threshold:
                 break

@@ -123,6 +123,13 @@ class EarlyExitModel(Protocol):
         ``project_kv`` is called first.
         """
 
+    @property
+    def rounds_alike(self) -> bool:
+        """Whether a token has the same numbers, bit for bit, in a call of up to FEW_TOKENS tokens.
+
+        If not, the sums of products have another order where several tokens are computed at once.
+        """
+
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
     ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:

@@ -141,6 +141,11 @@ class Transformer(nn.Module):
         """
         return self.device.type == "cpu" and self._fast.fills_beside(tokens)
 
+    @property
+    def rounds_alike(self) -> bool:
+        """Whether the compiled kernels run the blocks: they sum each token in a fixed order."""
+        return self.fills_beside(1)
+
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         cache = checks.require_cache(step)

@@ -1,0 +1,37 @@
+"""Whether drafts and batches give the text of one token after another; see docs/decoding.md."""
+
+import torch
+
+from offramp.models.base import EarlyExitModel
+
+_FINE = (torch.float32, torch.float64)
+"""Precisions in which another order of sums changes a choice only between equally likely tokens."""
+
+
+def drafts_keep_the_text(model: EarlyExitModel) -> bool:
+    """Return whether speculative decoding gives the text of decoding without drafts.
+
+    It is so in float32 and float64, and wherever a token's numbers do not depend on the tokens
+    that are computed with it.
+    """
+    return model.dtype in _FINE or model.rounds_alike
+
+
+def batches_keep_the_text(model: EarlyExitModel) -> bool:
+    """Return whether a row of a batch gives the text of its prompt alone.
+
+    It is so in float32 and float64. In other precisions the prompts of a batch, which are run
+    together, are rounded differently.
+    """
+    return model.dtype in _FINE
+
+
+def drafts_note(model: EarlyExitModel) -> str:
+    """Return the sentence that says why drafts may change the text; empty if they do not."""
+    if drafts_keep_the_text(model):
+        return ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"In {dtype}, this model computes several tokens at once with other rounding than one, so "
+        "the text may differ from that without drafts; --dtype float32 avoids this."
+    )
