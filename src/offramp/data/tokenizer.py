@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,8 @@ _CUT_AFTER = 1 << 14  # characters
 _CUT_BEFORE = 1 << 18
 _CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 _AT_ONCE = 64  # pieces
+_LONGEST_WORD = 1024  # characters of a word in the training of BPE
+_LONG_RUN = re.compile(rf"\S{{{_LONGEST_WORD},}}|\s{{{_LONGEST_WORD},}}")  # may hold such words
 
 
 def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
@@ -33,7 +36,7 @@ def make_tokenizer(spec: str, text: str | Iterable[str]) -> Tokenizer:
     - ``characters``: one token per character of the text, and ``<unk>`` for all others.
     - ``bytes``: one token per UTF-8 byte, with the byte's value as its id.
     - ``bpe:N``: byte-level BPE with N tokens, trained on the text (Sennrich et al. 2016; Radford
-      et al. 2019).
+      et al. 2019). Words of more than 1,024 characters are cut for the training.
     - The path of a ``tokenizer.json``, or of a folder that contains one.
     - Any other string: the name of a model on the Hugging Face hub that has a tokenizer.
 
@@ -82,13 +85,46 @@ def train_bpe(tokens: int, text: str | Iterable[str]) -> Tokenizer:
         special_tokens=[],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(cut_apart(text), trainer)
+    pieces = (part for piece in cut_apart(text) for part in _short_words(piece))
+    _stoppable(lambda: tokenizer.train_from_iterator(pieces, trainer))
     if (got := tokenizer.get_vocab_size()) < tokens:
         raise ConfigError(
             f"tokenizer: expected a training text with enough words for bpe:{tokens}, "
             f"got one for at most bpe:{got}"
         )
     return tokenizer
+
+
+def _short_words(piece: str) -> Iterator[str]:
+    """Cut a piece inside words of more than ``_LONGEST_WORD`` characters, and nowhere else.
+
+    The time of training grows with the square of a word's length.
+    """
+    at, words = 0, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for run in _LONG_RUN.finditer(piece):
+        for _, (start, stop) in words.pre_tokenize_str(run[0]):
+            for cut in range(start + _LONGEST_WORD, stop, _LONGEST_WORD):
+                yield piece[at : run.start() + cut]
+                at = run.start() + cut
+    yield piece[at:]
+
+
+def _stoppable(work: Callable[[], None]) -> None:
+    """Do work of a library that answers no signals in a thread, so that Ctrl-C ends the wait."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
 def _bpe_tokens(spec: str) -> int:
