@@ -25,6 +25,7 @@ from offramp.data import (
     make_tokenizer,
     stream_corpus,
     tokenise,
+    vocabulary_size,
 )
 from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
@@ -66,7 +67,7 @@ def start_run(
     tokenizer = processes.on_main(lambda: make_tokenizer(run.tokenizer, corpus.train))
     shape = replace(
         run.model,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=max(run.model.max_position_embeddings, run.training.seq_len),
     )
     run = replace(run, model=shape)

@@ -12,6 +12,7 @@ from offramp.data.tokenizer import (
     count_unknown,
     encode,
     make_tokenizer,
+    vocabulary_size,
 )
 from offramp.data.tokens import TokenShards, tokenise
 from offramp.data.windows import TokenWindows, batch_indices, batches
@@ -33,4 +34,5 @@ __all__ = [
     "make_tokenizer",
     "stream_corpus",
     "tokenise",
+    "vocabulary_size",
 ]

@@ -250,6 +250,14 @@ def _next_cut(text: str, at: int) -> int:
     return found.end() if found else min(at + _CUT_BEFORE, len(text))
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Return the size that a vocabulary needs: the largest id + 1, as some ids may be unused.
+
+    A tokenizer whose tokens were pruned or moved has fewer tokens than that.
+    """
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 def count_unknown(tokenizer: Tokenizer, ids: Int[Tensor, " N"]) -> int:
     """Return how many ids are the tokenizer's unknown token; 0 if it has none."""
     unknown = unknown_id(tokenizer)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from offramp.data.hub import one_line
-from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
+from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer, vocabulary_size
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import read_json
 from offramp.models.base import EarlyExitModel
@@ -172,11 +172,12 @@ def find_model(name: str | Path, *, base: str | Path | None = None) -> ModelFile
 
 
 def check_vocabulary(name: str, tokenizer: Tokenizer, model: EarlyExitModel) -> None:
-    """Raise a CheckpointError for a tokenizer with more tokens than the model."""
-    if tokenizer.get_vocab_size() > model.vocab_size:
+    """Raise a CheckpointError for a tokenizer with an id that the model does not have."""
+    needed = vocabulary_size(tokenizer)
+    if needed > model.vocab_size:
         raise CheckpointError(
             f"{name}: expected a tokenizer of at most {model.vocab_size} tokens, the size of the "
-            f"model's vocabulary, got {tokenizer.get_vocab_size()}"
+            f"model's vocabulary, got ids up to {needed - 1}"
         )
 
 

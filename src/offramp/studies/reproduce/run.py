@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.data import Corpus, batches, character_tokenizer, count_unknown, encode
+from offramp.data import (
+    Corpus,
+    batches,
+    character_tokenizer,
+    count_unknown,
+    encode,
+    vocabulary_size,
+)
 from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import read_json, write_json
@@ -48,7 +55,7 @@ class SeedRun:
                 f"characters, got {len(validation_ids)}"
             )
         validation_ids = validation_ids[: whole + 1]  # whole batches only: the seed's protocol
-        config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
+        config = replace(self.model, vocab_size=vocabulary_size(tokenizer))
         model = new_model(config, seed=self.training.seed).to(self.device)
 
         best_state: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from offramp.data import vocabulary_size
 from offramp.errors import ConfigError
 from offramp.exits.schedules import loss_schedule
 from offramp.studies.study.plan import STANDARD, Recipe, Study
@@ -63,4 +64,4 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
                 f"tokens: expected enough for the recipe {run.label!r}, got {run.tokens:,} a run: "
                 f"{error}"
             ) from None
-    return tokenizer.get_vocab_size()
+    return vocabulary_size(tokenizer)

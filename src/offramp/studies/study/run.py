@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.calibration.specialise import specialise_exits, with_own_heads
 from offramp.calibration.specialise_config import SpecialiseConfig
-from offramp.data import batches, encode, make_tokenizer
+from offramp.data import batches, encode, make_tokenizer, vocabulary_size
 from offramp.data.text import Text
 from offramp.data.tokenizer import save_tokenizer
 from offramp.environment import environment
@@ -135,7 +135,7 @@ class StudyRun:
     ) -> bool:
         """Train, specialise if the recipe says so, evaluate; leave the record and the model."""
         tokenizer, train_ids, held_out, test = self.tokenised()
-        config = replace(self.model, vocab_size=tokenizer.get_vocab_size())
+        config = replace(self.model, vocab_size=vocabulary_size(tokenizer))
         model = new_model(config, seed=self.training.seed)
         start = time.perf_counter()
         result = train(

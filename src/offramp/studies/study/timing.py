@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from offramp.data import batches
+from offramp.data import batches, vocabulary_size
 from offramp.report.study_json import read_times, write_study
 from offramp.report.study_result import RoutedTimes, StaticTime, StudyTimes, TimedPolicy
 from offramp.studies.study.done import Done
@@ -55,7 +55,7 @@ def time_static(runs: Sequence[StudyRun], tokens: int, threads: int) -> dict[int
     """
     configs = {run.model.num_hidden_layers: run.model for run in runs}
     first = runs[0]
-    vocab_size = first.tokenised()[0].get_vocab_size()
+    vocab_size = vocabulary_size(first.tokenised()[0])
     models = {
         depth: new_model(replace(configs[depth], vocab_size=vocab_size), seed=0).eval()
         for depth in sorted(configs)
