@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def kill_inside_a_write(process, out: Path, chance: random.Random) -> None:
         while time.monotonic() < seen + chance.uniform(0, 0.003):
             pass
     process.kill()
+
+
+def test_a_run_killed_before_it_is_marked_as_finished_resumes(offramp, trained, tmp_path):
+    """Between ``last/`` and the end of ``unfinished.json``; extended runs by the same command."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    extend = ("train", "--resume", out, "--steps", 40)
+    commands = {("train", "--resume", out): trained, extend: None}
+    for command, same in commands.items():
+        if same is None:
+            assert offramp(*command).returncode == 0
+        expected = weights(same or out)
+        for lost in ((), ("last",)):
+            (out / "run.json").rename(out / "unfinished.json")
+            for name in lost:
+                shutil.rmtree(out / name)
+            result = offramp(*command)
+            assert result.returncode == 0, result.stderr
+            found = weights(out)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            assert not (out / "unfinished.json").exists()
 
 
 @pytest.mark.slow

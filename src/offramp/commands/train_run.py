@@ -74,28 +74,31 @@ def stored_run_file(out: Path, steps: int | None) -> StoredRun:
         else:
             found = "found none"
         raise CheckpointError(f"{out}: expected an unfinished run to continue, but {found}")
-    if steps is not None:
-        kept = Checkpoints(folder=out / "checkpoints").paths()
-        done = int(kept[-1].name.removeprefix("step-")) if kept else 0
-        if steps <= done or not kept:
-            if not kept:
-                raise CheckpointError(f"{out}: expected a checkpoint to continue from, found none")
-            raise CheckpointError(
-                f"steps: expected more than the {done} steps that the run has, got {steps}"
-            )
-    described = unfinished if unfinished.exists() else finished
-    stored = read_as(StoredRun, described)
-    training = stored.run.training
-    if steps is not None and training.steps is not None and steps < training.steps:
+    stored = read_as(StoredRun, unfinished if unfinished.exists() else finished)
+    if steps is not None and not (unfinished.exists() and steps == stored.run.training.steps):
+        _check_extension(out, steps, stored.run.training)
+    return stored
+
+
+def _check_extension(out: Path, steps: int, training: TrainConfig) -> None:
+    """Raise a CheckpointError unless a run can continue to that many steps."""
+    kept = Checkpoints(folder=out / "checkpoints").paths()
+    if not kept:
+        raise CheckpointError(f"{out}: expected a checkpoint to continue from, found none")
+    done = int(kept[-1].name.removeprefix("step-"))
+    if steps <= done:
+        raise CheckpointError(
+            f"steps: expected more than the {done} steps that the run has, got {steps}"
+        )
+    if training.steps is not None and steps < training.steps:
         raise CheckpointError(
             f"steps: expected at least the run's own {training.steps}, got {steps}"
         )
-    if steps is not None and stale(read_state(kept[-1]).validations, training):
+    if stale(read_state(kept[-1]).validations, training):
         raise CheckpointError(
             f"{out}: expected a run that ended at its last step, but this one was stopped by "
             f"--patience at step {done}; it would take no further step"
         )
-    return stored
 
 
 @dataclass(frozen=True, kw_only=True)
