@@ -7,6 +7,7 @@ is kept in the cache folder, under a hash of the checkpoint and of the versions 
 import hashlib
 import json
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from offramp.errors import CheckpointError
 from offramp.files import read_json, write_json
 from offramp.models.base import Step
 from offramp.models.huggingface.backbone import load_backbone
-from offramp.models.huggingface.library import installed, quiet, transformers
+from offramp.models.huggingface.library import installed, quiet
 from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source
 from offramp.models.weights import stored_tensors
@@ -100,7 +101,7 @@ def _key(model: Transformer, source: Source) -> str:
     """
     config = read_json(source.folder / "config.json")
     stored = {name: [info.dtype, *info.shape] for name, info in stored_tensors(source).items()}
-    versions = [__version__, transformers().__version__, torch.__version__, str(model.dtype)]
+    versions = [__version__, version("transformers"), torch.__version__, str(model.dtype)]
     digest = hashlib.sha256(json.dumps([versions, config, stored], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("exits."):

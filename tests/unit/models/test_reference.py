@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import types
 import warnings
 
 import pytest
@@ -129,6 +130,14 @@ def test_without_transformers_nothing_is_compared(checkpoint, monkeypatch, loads
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert open_model(checkpoint).runner == "native"
     assert not loads
+
+
+def test_transformers_is_not_imported_for_a_checkpoint_that_was_compared(checkpoint, monkeypatch):
+    open_model(checkpoint)
+    empty = types.ModuleType("transformers")  # whoever uses it fails
+    empty.__spec__ = transformers.__spec__
+    monkeypatch.setitem(sys.modules, "transformers", empty)
+    assert open_model(checkpoint).runner == "native"
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(checkpoint, monkeypatch, loads):
