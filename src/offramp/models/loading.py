@@ -8,7 +8,6 @@ import torch
 
 from offramp.errors import (
     CheckpointError,
-    ConfigError,
     OfframpWarning,
     UnsupportedArchitectureError,
 )
@@ -61,7 +60,7 @@ def _pretrained(
     if runner != "transformers":
         try:
             model = _in_native_decoder(files, layers, exit_head, dtype)
-        except (UnsupportedArchitectureError, CheckpointError, ConfigError):
+        except (UnsupportedArchitectureError, CheckpointError):
             if runner == "native" or not installed():
                 raise
         else:

@@ -109,6 +109,7 @@ def decoder_config(
         "hidden_act": (stored.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(stored.get("attention_bias")), False),
         "mlp_bias": (bool(stored.get("mlp_bias")), False),
+        "quantization_config": (stored.get("quantization_config"), None),
         "partial_rotary_factor": (
             rope.get("partial_rotary_factor", stored.get("partial_rotary_factor", 1.0)),
             1.0,
