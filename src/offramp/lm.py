@@ -23,6 +23,7 @@ from offramp.evaluation.sweep import SweepRow, Threshold
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import Generation
 from offramp.models.base import EarlyExitModel
+from offramp.models.bos import Bos
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_in_memory, open_model
@@ -199,6 +200,7 @@ class EarlyExitLM:
             else load_thresholds(Path(certificate))
         )
         stored.require_model(self.sha256)
+        stored.require_bos(bool(self._opened.first_tokens))
         stored.warn_of_dtype(self._opened.precision)
         return stored
 
@@ -210,6 +212,7 @@ def load(
     exits: Iterable[int] | int | None = None,
     exit_head: ExitHeadKind | None = None,
     base: str | Path | None = None,
+    bos: Bos = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EarlyExitLM:
@@ -224,6 +227,8 @@ def load(
         exit_head: What a new exit has of its own; by default nothing ("shared").
         base: The place of the backbone (a folder, or a name on the hub) of a folder of exits, if
             it was moved.
+        bos: Whether the model's first token, such as BOS, begins every window and prompt: "yes",
+            "no", or "auto", as the model was trained.
         device: Where to compute; by default the CPU, or where a model in memory is.
         dtype: Precision; by default that of the files, or of a model in memory.
 
@@ -236,7 +241,7 @@ def load(
     if not isinstance(model, str | Path):
         _refuse("with a model in memory, which has them", base=base, device=device, dtype=dtype)
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
-        return EarlyExitLM(opened)
+        return EarlyExitLM(opened.with_bos(bos))
     _refuse("with a name or folder, which has its own", tokenizer=tokenizer)
     files = find_model(model, base=base)
     if files.kind != "checkpoint":
@@ -244,7 +249,7 @@ def load(
     opened = open_model(
         files, exit_layers=layers, exit_head=exit_head, device=device or "cpu", dtype=dtype
     )
-    return EarlyExitLM(opened)
+    return EarlyExitLM(opened.with_bos(bos))
 
 
 def exit_layers_of(exits: Iterable[int] | int | None) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from offramp.commands.tune_config import TuneConfig
 from offramp.console import safe_console
 from offramp.errors import ConfigError
 from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
+from offramp.models.bos import Bos
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
 from offramp.options import config_of
@@ -104,6 +105,7 @@ def tune(
     exits: Iterable[int] | int | None = None,
     tokenizer: Any = None,
     out: str | Path | None = None,
+    bos: Bos = "auto",
     device: str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -119,6 +121,7 @@ def tune(
         tokenizer: The tokenizer of a model in memory.
         out: Folder for the exits, which must be new or empty. None uses a temporary folder;
             ``save`` keeps the model.
+        bos: Whether the model's first token, such as BOS, begins every window: see ``load``.
         device: Where to compute; by default the CPU, or where a model in memory is.
         dtype: Precision; by default float32, or that of a model in memory.
         progress: Show a progress bar.
@@ -140,7 +143,7 @@ def tune(
     folder, keep = _new_folder(out)
     with call_bar("tune", shown=progress) as show:
         tune_exits(
-            opened,
+            opened.with_bos(bos),
             str(corpus),
             folder,
             config,

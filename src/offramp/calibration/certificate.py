@@ -28,6 +28,8 @@ class Certificate:
     model_sha256: str
     dtype: str
     "Precision in which the model was measured, such as float32."
+    bos: bool
+    "Whether the model's first tokens, such as BOS, began every window."
     corpus_sha256: str
     risk: str
     epsilon: float
@@ -91,6 +93,10 @@ class Certificate:
         """Raise a CertificateError unless the certificate is this model's."""
         check_model(self.model_sha256, model_sha256)
 
+    def require_bos(self, bos: bool) -> None:
+        """Raise a CertificateError unless texts begin as those of the certificate."""
+        check_bos_used(self.bos, bos)
+
     def warn_of_dtype(self, dtype: str) -> None:
         """Warn with an OfframpWarning if the model runs in another precision."""
         warn_of_dtype(self.dtype, dtype)
@@ -133,6 +139,15 @@ def check_model(of_file: str, of_model: str) -> None:
     if of_file != of_model:
         raise CertificateError(
             f"certificate: expected one for this model, sha256 {of_model}, got one for {of_file}"
+        )
+
+
+def check_bos_used(of_file: bool, of_model: bool) -> None:
+    """Raise a CertificateError unless both were measured with BOS, or both without."""
+    if of_file != of_model:
+        made, used = ("yes" if bos else "no" for bos in (of_file, of_model))
+        raise CertificateError(
+            f"bos: expected {made}, with which the certificate's thresholds were found, got {used}"
         )
 
 

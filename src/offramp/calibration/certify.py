@@ -31,6 +31,7 @@ def certify(
     *,
     model_sha256: str,
     dtype: str = "float32",
+    bos: bool = False,
     corpus_sha256: str,
     confidence: str = "max_prob",
     path: Sequence[Sequence[float]] | None = None,
@@ -63,6 +64,7 @@ def certify(
     return Certificate(
         model_sha256=model_sha256,
         dtype=dtype,
+        bos=bos,
         corpus_sha256=corpus_sha256,
         risk=promise.risk,
         epsilon=promise.epsilon,

@@ -51,7 +51,7 @@ def with_own_heads(model: M, *, seed: int) -> M:
 
 def specialise_exits(
     model: TrainableModel,
-    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    batches: Iterable[tuple[Int[Tensor, "B S"], Int[Tensor, "B T"]]],
     config: SpecialiseConfig,
 ) -> dict[int, float]:
     """Train each exit's own parameters, in place, on the tokens that exit there.

@@ -8,6 +8,7 @@ from pathlib import Path
 from offramp.calibration.certificate import (
     DTYPES,
     Certificate,
+    check_bos_used,
     check_model,
     finite_or_word,
     warn_of_dtype,
@@ -28,6 +29,8 @@ class StoredThresholds:
     model_sha256: str
     dtype: str
     "Precision in which the model was measured."
+    bos: bool
+    "Whether the model's first tokens, such as BOS, began every window."
     sha256: str | None = None
     "Hash of the certificate; None for a compute budget, which guarantees nothing."
 
@@ -48,12 +51,17 @@ class StoredThresholds:
             missing_kv=certificate.missing_kv,
             model_sha256=certificate.model_sha256,
             dtype=certificate.dtype,
+            bos=certificate.bos,
             sha256=certificate.sha256,
         )
 
     def require_model(self, model_sha256: str) -> None:
         """Raise a CertificateError unless the thresholds are this model's."""
         check_model(self.model_sha256, model_sha256)
+
+    def require_bos(self, bos: bool) -> None:
+        """Raise a CertificateError unless texts begin as those of the calibration."""
+        check_bos_used(self.bos, bos)
 
     def warn_of_dtype(self, dtype: str) -> None:
         """Warn with an OfframpWarning if the model runs in another precision."""

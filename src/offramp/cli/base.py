@@ -53,6 +53,14 @@ Out = Annotated[Path | None, Parameter(help="Also write the figures to this JSON
 Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, Parameter(help="Threads of PyTorch (default: PyTorch's own).")]
 Precision = Literal["float32", "float64", "bfloat16"]
+BosName = Literal["auto", "yes", "no"]
+Bos = Annotated[
+    BosName,
+    Parameter(
+        help="Begin every window and prompt with the model's first token, such as BOS. auto: as "
+        "its tokenizer says, or as its exits were trained; no for a model of offramp train."
+    ),
+]
 Dtype = Annotated[Precision, Parameter(help="Precision of the model.")]
 
 
@@ -79,10 +87,12 @@ def open_for(
     base: str | Path | None = None,
     device: str,
     dtype: str | None,
+    bos: BosName = "auto",
     stored: StoredThresholds | Certificate | None = None,
 ) -> "OpenedModel":
     """Open a command's model once; a file of thresholds for another model is refused first.
 
+    ``bos`` auto is that of the stored thresholds, or else what the model was trained with.
     ``dtype`` None is the precision of the stored thresholds, or else that of the model's files.
     """
     import torch
@@ -96,8 +106,12 @@ def open_for(
     opened = open_model(files, device=device, dtype=getattr(torch, chosen) if chosen else None)
     if dtype is None and stored and opened.dtype != own_dtype(files):
         say(f"{name}: runs in {stored.dtype}, in which its thresholds were found.")
+    if bos == "auto" and stored:
+        bos = "yes" if stored.bos else "no"
+    opened = opened.with_bos(bos)
     if stored is not None:
         stored.require_model(opened.sha256)
+        stored.require_bos(bool(opened.first_tokens))
         stored.warn_of_dtype(opened.precision)
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:

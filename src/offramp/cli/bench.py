@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Dtype,
     Model,
@@ -31,6 +32,7 @@ def bench(
     corpus: str = "python-docs",
     out: Out = None,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -49,7 +51,7 @@ def bench(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype=dtype)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype)
     so_far: list[dict[str, Any]] = []
 
     def keep(content: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from offramp.calibration.promise import Promise
 from offramp.calibration.thresholds import thresholds_flag
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Dtype,
     Model,
@@ -46,6 +47,7 @@ def calibrate(
     check: Path | None = None,
     out: Path | None = None,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -71,7 +73,7 @@ def calibrate(
     checked = None if check is None else Certificate.load(check)
 
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype=dtype, stored=checked)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=checked)
     measure, kept = confidence or "max_prob", promise or Promise()
     with token_bar("trace") as on_tokens:
         if checked is not None:

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Dtype,
     Model,
@@ -37,6 +38,7 @@ def confidence(
         Path | None, Parameter(help="Also write the figures to this JSON file, and a plot as .png.")
     ] = None,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -66,7 +68,7 @@ def confidence(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype="float32" if fit else dtype)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype="float32" if fit else dtype)
     if fit is not None:
         say(f"Fitting gates and temperatures to {fit}; this can take minutes")
         with bars(console) as drawn:

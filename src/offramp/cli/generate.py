@@ -13,6 +13,7 @@ from rich.text import Text
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Model,
     Precision,
@@ -77,6 +78,7 @@ def generate(
     chat: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Precision | None = None,
@@ -114,7 +116,7 @@ def generate(
     )
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype=dtype, stored=stored)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
     _run(
         opened,
         config if stored is None else _with_thresholds(config, stored, keys_values),

@@ -2,6 +2,7 @@
 
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Dtype,
     Model,
@@ -26,6 +27,7 @@ def probe(
     tokens: int | None = None,
     out: Out = None,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -45,7 +47,7 @@ def probe(
     from offramp.report.probe import probe_table
 
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype=dtype)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype)
     with token_bar("probe") as on_tokens:
         content = run_probe(opened, corpus, tokens=tokens, on_tokens=on_tokens)
     shown = output()

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from offramp.calibration.thresholds import load_thresholds
 from offramp.cli.base import (
     Base,
+    Bos,
     Device,
     Dtype,
     Model,
@@ -38,6 +39,7 @@ def sweep(
     certificate: Path | None = None,
     out: Path | None = None,
     base: Base = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -69,7 +71,7 @@ def sweep(
     from offramp.report.sweep import sweep_table, sweep_verdict
 
     use(device, threads)
-    opened = open_for(model, base=base, device=device, dtype=dtype, stored=stored)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
     with token_bar("trace") as on_tokens:
         content = run_sweep(
             opened, corpus, parsed, confidence=measure, stored=stored, on_tokens=on_tokens

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from offramp.cli.base import Device, Dtype, Threads, console, output, say, say_verdict, use
+from offramp.cli.base import Bos, Device, Dtype, Threads, console, output, say, say_verdict, use
 from offramp.commands.tune_config import TuneConfig
 
 
@@ -16,6 +16,7 @@ def tune(
     corpus: str,
     out: Path,
     tuning: Annotated[TuneConfig | None, Parameter(name="*")] = None,
+    bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
@@ -52,6 +53,7 @@ def tune(
 
         config = tuning or TuneConfig()
         opened = open_for_tuning(model, config, device=device, dtype=getattr(torch, dtype))
+        opened = opened.with_bos(bos)
         trained = run_tune(opened, corpus, out, config, on_progress=on_progress)
     if trained["after"]:
         shown = output()

@@ -37,6 +37,7 @@ def certify(
         promise,
         model_sha256=opened.sha256,
         dtype=opened.precision,
+        bos=bool(opened.first_tokens),
         corpus_sha256=text.corpus.sha256,
         confidence=confidence,
         path=path,
@@ -94,6 +95,7 @@ def check(
     Raises CertificateError for another model's certificate.
     """
     certificate.require_model(opened.sha256)
+    certificate.require_bos(bool(opened.first_tokens))
     opened.require_exits()
     text = read_text(opened, corpus)
     trace = text.trace((certificate.confidence,), on_tokens=on_tokens)

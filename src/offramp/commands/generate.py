@@ -19,10 +19,10 @@ def generate(
 ) -> Generation:
     """Begin a text; its tokens come as the result is iterated.
 
-    ``chat`` puts the prompt into the model's chat template. The text also ends at the model's
-    end tokens.
+    The prompt begins with the model's first tokens, such as BOS. ``chat`` puts it into the
+    model's chat template instead. The text also ends at the model's end tokens.
     """
-    ids = chat_ids(opened, prompt) if chat else encode_prompt(opened.tokenizer, prompt)
+    ids = chat_ids(opened, prompt) if chat else prompt_ids(opened, prompt)
     stops = (*config.stop_tokens, *opened.end_tokens)
     return generate_ids(
         opened.model,
@@ -31,6 +31,13 @@ def generate(
         tokenizer=opened.tokenizer,
         fitted=opened.fitted,
     )
+
+
+def prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:
+    """Token ids of a prompt, which begins with the model's first tokens once."""
+    ids = encode_prompt(opened.tokenizer, prompt, special_tokens=False)
+    first = list(opened.first_tokens)
+    return ids if ids[: len(first)] == first else first + ids
 
 
 def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:

@@ -43,6 +43,7 @@ def sweep(
     """
     if stored is not None:
         stored.require_model(opened.sha256)
+        stored.require_bos(bool(opened.first_tokens))
         thresholds, confidence = [stored.thresholds], stored.confidence
     confidence_named(confidence)
     chosen = default_thresholds(confidence) if thresholds is None else thresholds

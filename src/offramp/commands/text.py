@@ -85,6 +85,7 @@ class MeasuredText:
     def cost(self) -> ModelCost | None:
         """FLOPs by part; None for a model whose blocks cannot be run one by one."""
         context = (min(self.opened.window, len(self.ids) - 1) + 1) / 2
+        context += len(self.opened.first_tokens)
         try:
             return model_cost(self.opened.model, context=context, fitted=self.opened.fitted)
         except UnsupportedArchitectureError:
@@ -102,6 +103,7 @@ class MeasuredText:
             "seen_in_training": self.seen_in_training,
             "untrained": not self.opened.exits_trained,
             "unfinished": self.opened.unfinished,
+            "bos": bool(self.opened.first_tokens),
             "temperatures": dict(self.opened.fitted.temperatures),
             "corpus": {
                 "name": self.corpus.name,
@@ -142,6 +144,8 @@ def windows(
     opened: OpenedModel, ids: Int[Tensor, " N"], order: torch.Generator | None = None
 ) -> Any:
     """Batches of windows of a text, of a size at which the logits of one exit fit the memory."""
-    a_window = opened.window * opened.model.vocab_size
+    a_window = (opened.window + len(opened.first_tokens)) * opened.model.vocab_size
     rows = max(1, min(BATCH, LARGEST_LOGITS // a_window))
-    return batches(ids, seq_len=opened.window, batch_size=rows, order=order)
+    return batches(
+        ids, seq_len=opened.window, batch_size=rows, order=order, first=opened.first_tokens
+    )

@@ -1,6 +1,6 @@
 """From a pretrained checkpoint to one with trained exits: ``offramp tune``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,18 @@ def _trained(
     """Train the exits, and return the record of their training, with the figures of both ends."""
     model = opened.model
     model.silence_untrained()  # the exits are about to be trained
-    before = measure(model, ids[len(ids) - held_out :], config.seq_len)
+    first = opened.first_tokens
+    before = measure(model, ids[len(ids) - held_out :], config.seq_len, first)
     if config.unfreeze:
-        _tune_jointly(model, ids, held_out, config, on_progress)
+        _tune_jointly(model, ids, held_out, config, first, on_progress)
     else:
-        tune_exits(model, ids[: len(ids) - held_out], config.frozen(), on_progress=on_progress)
+        tune_exits(
+            model,
+            ids[: len(ids) - held_out],
+            config.frozen(),
+            first_tokens=first,
+            on_progress=on_progress,
+        )
     return {
         **asdict(config),
         "exit_layers": list(model.exit_layers),
@@ -128,7 +135,8 @@ def _trained(
         },
         "held_out_tokens": held_out,
         "before": before,
-        "after": measure(model, ids[len(ids) - held_out :], config.seq_len),
+        "after": measure(model, ids[len(ids) - held_out :], config.seq_len, first),
+        "bos": bool(first),
         "environment": environment(str(model.device)),
     }
 
@@ -140,13 +148,15 @@ def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:
     return chosen
 
 
-def measure(model: EarlyExitModel, ids: Int[Tensor, " N"], seq_len: int) -> list[dict[str, Any]]:
+def measure(
+    model: EarlyExitModel, ids: Int[Tensor, " N"], seq_len: int, first_tokens: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """Agreement with the final layer and PPL of each exit; empty without tokens to predict."""
     if len(ids) < 2:
         return []
-    seq_len = min(seq_len, model.max_length)
+    seq_len = min(seq_len, max(1, model.max_length - len(first_tokens)))
     rows = max(1, min(8, LARGEST_LOGITS // (seq_len * model.vocab_size)))
-    trace = collect_trace(model, batches(ids, seq_len=seq_len, batch_size=rows))
+    trace = collect_trace(model, batches(ids, seq_len=seq_len, batch_size=rows, first=first_tokens))
     return [
         {
             "exit_layer": layer,
@@ -162,6 +172,7 @@ def _tune_jointly(
     ids: Tensor,
     held_out: int,
     config: TuneConfig,
+    first_tokens: Sequence[int],
     on_progress: OnProgress,
 ) -> None:
     def on_step(progress: Progress) -> None:
@@ -177,10 +188,15 @@ def _tune_jointly(
     model.exits.trained = True
     model.requires_grad_(True)
     validation = ids[len(ids) - max(held_out, 2) :]
+    joint = config.joint(model.exit_layers)
+    longest = max(1, model.max_length - len(first_tokens))
+    if first_tokens and joint.seq_len > longest:
+        joint = replace(joint, seq_len=longest)
     train(
         model,
         ids[: len(ids) - held_out],
         validation,
-        config.joint(model.exit_layers),
+        joint,
         on_step=on_step,
+        first_tokens=first_tokens,
     )

@@ -250,6 +250,20 @@ def _next_cut(text: str, at: int) -> int:
     return found.end() if found else min(at + _CUT_BEFORE, len(text))
 
 
+def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that the tokenizer's post-processor puts before every text, such as BOS."""
+    try:
+        ids = tokenizer.encode("a", add_special_tokens=True)
+        plain = tokenizer.encode("a", add_special_tokens=False)
+    except Exception:  # the library raises plain Exception: it has no token for this letter
+        return ()
+    if not len(plain):
+        return ()
+    return tuple(
+        islice(ids.ids, next((i for i, m in enumerate(ids.special_tokens_mask) if not m), 0))
+    )
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Return the size that a vocabulary needs: the largest id + 1, as some ids may be unused.
 

@@ -18,8 +18,12 @@ def batches(
     batch_size: int,
     drop_last: bool = False,
     order: torch.Generator | None = None,
-) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
+    first: Sequence[int] = (),
+) -> Iterator[tuple[Int[Tensor, "B S"], Int[Tensor, "B T"]]]:
     """Yield (inputs, targets) of contiguous windows that do not overlap.
+
+    ``first`` are ids that begin the inputs of every window and have no target; the targets are
+    those of the last T inputs.
 
     The windows are in the order of the text, or in a random order drawn from ``order``. Every
     token except the first is a target once. With ``drop_last``, incomplete windows and batches
@@ -34,23 +38,36 @@ def batches(
     rows = torch.arange(whole) if order is None else torch.randperm(whole, generator=order)
     for start in range(0, end, batch_size):
         chosen = rows[start : min(start + batch_size, end)]
-        yield inputs[chosen], targets[chosen]
+        yield _begin(inputs[chosen], first), targets[chosen]
     if not drop_last and predictions > whole * seq_len:
         rest = ids[whole * seq_len :]
-        yield rest[None, :-1], rest[None, 1:]
+        yield _begin(rest[None, :-1], first), rest[None, 1:]
+
+
+def _begin(inputs: Int[Tensor, "B T"], first: Sequence[int]) -> Int[Tensor, "B S"]:
+    """Put tokens before every row."""
+    if not first:
+        return inputs
+    return torch.cat((inputs.new_tensor(first).expand(len(inputs), -1), inputs), dim=1)
 
 
 class TokenWindows:
     """The complete windows of a text with random access, in memory or on disk.
 
     Window i contains tokens i * seq_len to (i + 1) * seq_len - 1; its targets are shifted by
-    one token. An incomplete last window is dropped.
+    one token. An incomplete last window is dropped. ``first`` is that of ``batches``.
     """
 
-    def __init__(self, tokens: Int[Tensor, " N"] | TokenShards, *, seq_len: int) -> None:
+    def __init__(
+        self,
+        tokens: Int[Tensor, " N"] | TokenShards,
+        *,
+        seq_len: int,
+        first: Sequence[int] = (),
+    ) -> None:
         if seq_len < 1:
             raise ConfigError(f"seq_len: expected at least 1, got {seq_len}")
-        self.tokens, self.seq_len = tokens, seq_len
+        self.tokens, self.seq_len, self.first = tokens, seq_len, tuple(first)
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.seq_len
@@ -67,11 +84,11 @@ class TokenWindows:
 
     def batch(
         self, indices: Int[Tensor, " B"] | Sequence[int]
-    ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    ) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B T"]]:
         """Return (inputs, targets) of these windows; ``indices`` must not be empty."""
         windows = [self[int(index)] for index in indices]
         inputs, targets = (torch.stack(part) for part in zip(*windows, strict=True))
-        return inputs, targets
+        return _begin(inputs, self.first), targets
 
 
 def num_batches(num_windows: int, *, batch_size: int) -> int:

@@ -27,7 +27,7 @@ class ExitSample:
 
 def collect_sample(
     model: EarlyExitModel,
-    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    batches: Iterable[tuple[Int[Tensor, "B S"], Int[Tensor, "B T"]]],
     *,
     max_tokens: int,
 ) -> ExitSample:
@@ -58,7 +58,7 @@ def _first(
     """Yield batches up to ``max_tokens`` tokens; the last batch is cut to complete windows."""
     left = max_tokens
     for inputs, targets in batches:
-        windows = -(-left // inputs.shape[1])
+        windows = -(-left // targets.shape[1])
         yield inputs[:windows], targets[:windows]
         left -= targets[:windows].numel()
         if left <= 0:

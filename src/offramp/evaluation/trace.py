@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -151,7 +151,7 @@ def perplexity(mean_nll: float) -> float:
 @torch.inference_mode()
 def collect_trace(
     model: EarlyExitModel,
-    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    batches: Iterable[tuple[Int[Tensor, "B S"], Int[Tensor, "B T"]]],
     *,
     layers: Sequence[int] | None = None,
     measures: Sequence[str] = ("max_prob",),
@@ -185,7 +185,7 @@ def collect_trace(
     for inputs, targets in batches:
         inputs, targets = inputs.to(model.device), targets.to(model.device)
         states = {
-            layer: h.flatten(0, 1)
+            layer: predicting(h, targets).flatten(0, 1)
             for layer, h in model.states_at(inputs, sorted(wanted), step=whole_step(inputs))
         }
         if on_states:
@@ -229,6 +229,11 @@ def _check_numbers(name: str, part: Tensor, layers: Sequence[int], model: EarlyE
         f"{where}: expected {what} that are finite numbers, got nan: check the weights of the "
         f"model and its precision ({str(model.dtype).removeprefix('torch.')})"
     )
+
+
+def predicting(h: Float[Tensor, "B S D"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """Return the states that predict a target: inputs may begin with tokens without one."""
+    return h if h.shape[1] == targets.shape[1] else h[:, -targets.shape[1] :]
 
 
 def _patience(argmax: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ Each command, and ``offramp.load``, uses one ``OpenedModel`` and does not search
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from offramp.errors import (
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import TrainableModel
+from offramp.models.bos import bos_tokens
 from offramp.models.fitted import check_fitted, load_fitted
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.exits_file import from_pretrained
@@ -61,6 +62,9 @@ class OpenedModel:
     "What the model and its exits were trained on."
     end_tokens: tuple[int, ...] = ()
     "Ids of the tokens that end every text of this model."
+    first_tokens: tuple[int, ...] = ()
+    """Ids that begin every window and prompt, such as BOS: context, never predicted. See
+    ``with_bos``."""
     files: ModelFiles | None = None
     "The model's files; None for a model in memory."
     chat_tokenizer: Any = None
@@ -96,8 +100,31 @@ class OpenedModel:
 
     @property
     def window(self) -> int:
-        """Number of tokens per window of text: that of the training, or 256 if unknown."""
-        return self.record.window or min(DEFAULT_WINDOW, self.model.max_length)
+        """Number of tokens per window of text: that of the training, or 256 if unknown.
+
+        The first tokens are not counted, but have room in the model's longest sequence.
+        """
+        longest = max(1, self.model.max_length - len(self.first_tokens))
+        return min(self.record.window or DEFAULT_WINDOW, longest)
+
+    def with_bos(self, bos: str) -> "OpenedModel":
+        """Return the model whose texts begin as ``bos`` says: auto, yes or no.
+
+        ``auto`` is what the model was trained with. Raises ConfigError for ``yes`` if neither the
+        tokenizer nor the config names such a token.
+        """
+        backbone = getattr(self.model, "backbone", None) if self.files is None else None
+        chosen = bos_tokens(
+            bos,
+            self.tokenizer,
+            self.files,
+            vocab_size=self.model.vocab_size,
+            plain=self.files.kind == "native"
+            if self.files is not None
+            else isinstance(self.model, Transformer),
+            config=self.files.config if self.files else vars(getattr(backbone, "config", self)),
+        )
+        return self if chosen == self.first_tokens else replace(self, first_tokens=chosen)
 
     @cached_property
     def sha256(self) -> str:
@@ -160,7 +187,7 @@ def open_model(
         record=files.record,
         end_tokens=_of_vocabulary(files.end_tokens, model),
         files=files,
-    )
+    ).with_bos("auto")
 
 
 def open_in_memory(
@@ -210,7 +237,7 @@ def open_in_memory(
         if end is None
         else _of_vocabulary(token_ids(end, f"{type(model).__name__} in memory"), opened),
         chat_tokenizer=tokenizer if backend is not tokenizer else None,
-    )
+    ).with_bos("auto")
 
 
 def _of_vocabulary(ids: tuple[int, ...], model: TrainableModel) -> tuple[int, ...]:

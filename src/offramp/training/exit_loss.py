@@ -47,7 +47,7 @@ class ExitLoss(nn.Module):
 
     def forward(
         self,
-        inputs: Int[Tensor, "B T"],
+        inputs: Int[Tensor, "B S"],
         targets: Int[Tensor, "B T"],
         *,
         step: int,
@@ -55,11 +55,14 @@ class ExitLoss(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the loss in nats per token, and the detached CE of each weighted layer.
 
-        ``rows`` are the rows of the global batch that these inputs are (default: all).
+        ``inputs`` may begin with tokens that have no target. ``rows`` are the rows of the global
+        batch that these inputs are (default: all).
         """
         weights = self.schedule.at(step)
         rows = rows or slice(0, len(inputs))
         states = self._states(inputs, weights, step, rows)
+        if inputs.shape[1] > targets.shape[1]:
+            states = {layer: h[:, -targets.shape[1] :] for layer, h in states.items()}
         parameters = dict(self.model.named_parameters())
         autocast = self.config.precision == "bfloat16"
         # a cast weight is not kept from chunk to chunk: each chunk's graph is dropped

@@ -49,9 +49,12 @@ def tune_exits(
     ids: Int[Tensor, " N"],
     config: FrozenConfig,
     *,
+    first_tokens: Sequence[int] = (),
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
     """Train the exits' own heads in place; the frozen backbone runs once over the text.
+
+    ``first_tokens`` begin every window, and nothing is learnt from their states.
 
     Afterwards the backbone is frozen and the model is in eval mode. Raises ConfigError if the
     exits have no parameters of their own, CorpusError for fewer than 2 tokens, and TrainingError
@@ -63,7 +66,7 @@ def tune_exits(
     parameters = [p for p in model.exits.parameters() if p.requires_grad]
     if len(ids) < 2:
         raise CorpusError(f"corpus: expected at least 2 tokens, got {len(ids)}")
-    seq_len = min(config.seq_len, model.max_length)
+    seq_len = min(config.seq_len, max(1, model.max_length - len(first_tokens)))
     spans = portions(model, len(ids) - 1, seq_len, layers=len(model.exit_layers))
     steps = sum(config.epochs * math.ceil(len(span) / config.batch_size) for span in spans)
     generator = torch.Generator().manual_seed(config.seed)
@@ -79,7 +82,7 @@ def tune_exits(
     step = read = 0
     for index, span in enumerate(spans):
         kept = None
-        for done, found in keep_states(model, ids, span, seq_len):
+        for done, found in keep_states(model, ids, span, seq_len, first_tokens):
             on_progress(TuneProgress(doing="states", done=read + done, total=len(ids) - 1))
             kept = found or kept
         assert kept is not None

@@ -1,6 +1,6 @@
 """The states of a frozen backbone, which are computed once and kept in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,12 @@ def portions(model: TrainableModel, tokens: int, seq_len: int, *, layers: int) -
 
 @torch.no_grad()
 def keep_states(
-    model: TrainableModel, ids: Tensor, span: range, seq_len: int
+    model: TrainableModel, ids: Tensor, span: range, seq_len: int, first_tokens: Sequence[int] = ()
 ) -> Iterator[tuple[int, KeptStates | None]]:
-    """Yield (tokens done, None), and at the end the states; windows are those of ``batches``."""
+    """Yield (tokens done, None), and at the end the states; windows are those of ``batches``.
+
+    ``first_tokens`` begin every window; their states are not kept.
+    """
     layers = model.exit_layers
     kept: dict[int, Tensor] = {}
     done = 0
@@ -50,10 +53,12 @@ def keep_states(
         length = seq_len if rest >= seq_len else rest
         first = span.start + done
         inputs = ids[first : first + rows * length].view(rows, length).to(model.device)
+        begun = inputs.new_tensor(first_tokens, dtype=inputs.dtype).expand(rows, -1)
+        inputs = torch.cat((begun, inputs), dim=1) if len(first_tokens) else inputs
         for layer, h in model.states_at(inputs, layers, step=whole_step(inputs)):
             if layer not in kept:
                 kept[layer] = torch.empty(len(span), h.shape[-1], dtype=h.dtype, device=h.device)
-            kept[layer][done : done + rows * length] = h.flatten(0, 1)
+            kept[layer][done : done + rows * length] = h[:, len(first_tokens) :].flatten(0, 1)
         done += rows * length
         yield done, None
     targets = ids[span.start + 1 : span.stop + 1].to(model.device)

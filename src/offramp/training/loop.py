@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 
@@ -79,6 +79,7 @@ def train(
     on_damaged: Callable[[str], None] = lambda sentence: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoints: Checkpoints | None = None,
+    first_tokens: Sequence[int] = (),
 ) -> TrainResult:
     """Train the model in place, on the device it is on.
 
@@ -97,7 +98,7 @@ def train(
     Raises ConfigError if the config does not fit the model or the processes, CorpusError for
     too little text, and TrainingError if a loss or a validation score is not finite.
     """
-    run = TrainingRun(model, train_tokens, validation_ids, config, checkpoints=checkpoints)
+    run = TrainingRun(model, train_tokens, validation_ids, config, checkpoints, first_tokens)
     run.resume(on_damaged)
     while not run.finished:
         progress = run.step()
@@ -128,14 +129,14 @@ class TrainingRun:
         train_tokens: Tokens,
         validation_ids: Int[Tensor, " M"],
         config: TrainConfig,
-        *,
         checkpoints: Checkpoints | None = None,
+        first_tokens: Sequence[int] = (),
     ) -> None:
         self.model, self.config, self.checkpoints = model, config, checkpoints
         self.validation_ids = validation_ids
         self.processes = join(model.device)
         check_processes(config, self.processes)
-        self.windows = TokenWindows(train_tokens, seq_len=config.seq_len)
+        self.windows = TokenWindows(train_tokens, seq_len=config.seq_len, first=first_tokens)
         self.steps_an_epoch = len(self.windows) // config.batch_size
         if self.steps_an_epoch < 1:
             raise CorpusError(
@@ -255,7 +256,8 @@ class TrainingRun:
         """
         try:
             with callable_in_parts(self.module):
-                found = validate(self.model, self.validation_ids, self.target, self.config)
+                first = self.windows.first
+                found = validate(self.model, self.validation_ids, self.target, self.config, first)
         except CheckpointError as error:
             self.save()
             raise TrainingError(f"step {self.done}: {error}") from None

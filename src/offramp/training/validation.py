@@ -41,10 +41,16 @@ def validate(
     validation_ids: Int[Tensor, " M"],
     weights: Mapping[int, float],
     config: TrainConfig,
+    first_tokens: Sequence[int] = (),
 ) -> tuple[float, dict[int, float]]:
     """Return the score that the run minimises, and the PPL of every exit and weighted layer."""
     layers = sorted({*model.exit_layers, *weights})
-    windows = batches(validation_ids, seq_len=config.seq_len, batch_size=config.batch_size)
+    windows = batches(
+        validation_ids,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        first=first_tokens,
+    )
     trace = collect_trace(model, windows, layers=layers)
     exit_ppl = {layer: trace.ppl(layer) for layer in layers}
     if config.select_at is None:

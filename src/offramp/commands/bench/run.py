@@ -36,11 +36,18 @@ def run_bench(
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
     model = opened.model
-    prompts = prompts_of(corpus_name, opened.tokenizer, config, max_length=model.max_length)
+    prompts = prompts_of(
+        corpus_name,
+        opened.tokenizer,
+        config,
+        max_length=model.max_length,
+        first_tokens=opened.first_tokens,
+    )
     task = Task(model=model, fitted=opened.fitted, config=config, prompts=prompts)
     about = {
         "dtype": str(opened.dtype).removeprefix("torch."),
         "untrained": not opened.exits_trained,
+        "bos": bool(opened.first_tokens),
         "config": asdict(config),
         "environment": environment(str(model.device)),
     }

@@ -37,9 +37,16 @@ class Task:
 
 
 def prompts_of(
-    corpus_name: str, tokenizer: Tokenizer, config: BenchConfig, *, max_length: int
+    corpus_name: str,
+    tokenizer: Tokenizer,
+    config: BenchConfig,
+    *,
+    max_length: int,
+    first_tokens: Sequence[int] = (),
 ) -> list[Batch]:
     """Prompts at equal distances in a corpus (its test split where it has one), in batches.
+
+    Each begins with ``first_tokens``, which are among its ``prompt_tokens``.
 
     Raises CorpusError for a corpus shorter than one prompt, and ConfigError where a prompt and
     its new tokens are longer than ``max_length``.
@@ -59,6 +66,8 @@ def prompts_of(
         )
     space = (len(ids) - config.prompt_tokens) / max(1, config.prompts)
     starts = [int(space * number) for number in range(config.prompts)]
-    prompts = [ids[start : start + config.prompt_tokens] for start in starts]
+    first = list(first_tokens)[: config.prompt_tokens - 1]
+    taken = config.prompt_tokens - len(first)
+    prompts = [first + ids[start : start + taken] for start in starts]
     size = config.batch_size
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
