@@ -28,8 +28,6 @@ class Certificate:
     model_sha256: str
     dtype: str
     "Precision in which the model was measured, such as float32."
-    bos: bool
-    "Whether the model's first tokens, such as BOS, began every window."
     corpus_sha256: str
     risk: str
     epsilon: float
@@ -88,6 +86,11 @@ class Certificate:
     def bound(self) -> float:
         """Value at which the loss of each token is clipped: nats, or 1 for disagreement."""
         return float(self.assumptions["bound"])
+
+    @property
+    def bos(self) -> bool:
+        """Whether the model's first tokens, such as BOS, began every window."""
+        return self.assumptions.get("bos") is True
 
     def require_model(self, model_sha256: str) -> None:
         """Raise a CertificateError unless the certificate is this model's."""

@@ -64,7 +64,6 @@ def certify(
     return Certificate(
         model_sha256=model_sha256,
         dtype=dtype,
-        bos=bos,
         corpus_sha256=corpus_sha256,
         risk=promise.risk,
         epsilon=promise.epsilon,
@@ -77,7 +76,10 @@ def certify(
         p_values=p_values,
         expected_compute_pct=row.compute_pct,
         expected_flops_pct=row.flops_pct,
-        assumptions=_assumptions(promise, steps, sequence_tokens=trace.num_tokens // n),
+        assumptions={
+            **_assumptions(promise, steps, sequence_tokens=trace.num_tokens // n),
+            "bos": bos,
+        },
     ).signed()
 
 

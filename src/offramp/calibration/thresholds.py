@@ -29,7 +29,7 @@ class StoredThresholds:
     model_sha256: str
     dtype: str
     "Precision in which the model was measured."
-    bos: bool
+    bos: bool = False
     "Whether the model's first tokens, such as BOS, began every window."
     sha256: str | None = None
     "Hash of the certificate; None for a compute budget, which guarantees nothing."
