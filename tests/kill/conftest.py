@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -222,7 +223,7 @@ def make_everything_small() -> None:
     from offramp.exits.gate import GateConfig
     from offramp.studies import runs
     from offramp.studies.reproduce import study as reproduction
-    from offramp.studies.study import recipe
+    from offramp.studies.study import recipe, timing
     from offramp.studies.study.plan import GateFit, Recipe
     from offramp.studies.study.studies import STUDIES
 
@@ -253,6 +254,7 @@ def make_everything_small() -> None:
     recipe.CHARACTERS = replace(recipe.CHARACTERS, **small)
     reproduction.TRAIN_CHARACTERS, reproduction.VALIDATION_CHARACTERS = 2200, 2100
     reproduction.PANGRAM_EPOCHS = 1
+    timing.PASS_BATCHES = timing.ROUNDS = 1
     study = STUDIES["objectives"]
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
     shape |= {"num_key_value_heads": 2, "intermediate_size": 32, "exit_layers": (1,)}
@@ -317,9 +319,13 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
         __import__(f"offramp.commands.{name}")
     for name in ("report.progress", "report.study", "report.confidence", "report.html"):
         __import__(f"offramp.{name}")
-    made = Children(tmp_path_factory.mktemp("kill"))
+    memory = Path("/dev/shm")  # where a sync takes no time
+    in_memory = memory.is_dir() and os.access(memory, os.W_OK)
+    folder = Path(mkdtemp(dir=memory)) if in_memory else tmp_path_factory.mktemp("kill")
+    made = Children(folder)
     yield made
     print(f"\n{made.killed} kills")
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

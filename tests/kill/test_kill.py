@@ -8,7 +8,8 @@ operations, and at random moments. After each kill
   one sentence what to do, and doing that works;
 - no temporary file is left then.
 
-KILLS is the number of kills; with few, the operations are a sample of all.
+KILLS is the number of kills; with fewer than some 420, the operations of each command are a sample
+of all.
 """
 
 import hashlib
@@ -127,15 +128,15 @@ CASES = {
             (root / "model" / "metrics.csv").read_text().splitlines()[0],
         ),
         out="model",
-        weight=3,
+        weight=8,
     ),
     "train --steps": Case(
         before=[begin, command(TRAIN)],
         arguments=["train", "--resume", "model", "--steps", "6"],
         outcome=lambda root: (tensors(root / "model"), (root / "model" / "run.json").exists()),
         out="model",
+        weight=5,
         opens="model",
-        weight=2,
     ),
     "tune": Case(
         before=[make_base],
@@ -148,14 +149,15 @@ CASES = {
         arguments=[*TUNE, "--unfreeze"],
         outcome=lambda root: tensors(root / "tuned"),
         out="tuned",
+        weight=2,
     ),
     "confidence --fit": Case(
         before=TUNED,
         arguments=FIT,
         outcome=lambda root: (tensors(root / "tuned"), figures("measures.json")(root)),
         out="measures.json",
-        opens="tuned",
         weight=2,
+        opens="tuned",
         folders=["tuned"],
     ),
     "confidence --fit again": Case(
@@ -171,6 +173,7 @@ CASES = {
         arguments=["specialise", "model", *CORPUS, "--compute-budget", "95", "--out", "special"],
         outcome=lambda root: tensors(root / "special"),
         out="special",
+        weight=2,
         opens="model",
     ),
     "export": Case(
@@ -202,7 +205,6 @@ CASES = {
             (root / "study" / "recipe.toml").read_text(),
         ),
         out="study",
-        weight=2,
         folders=["study/runs"],
     ),
     "reproduce": Case(
@@ -282,14 +284,15 @@ def check_after_kill(children, case: Case, expected: object) -> None:
 
 
 @pytest.fixture(params=CASES)
-def prepared(request, children, tmp_path) -> tuple[Case, Path, object]:
+def prepared(request, children) -> tuple[Case, Path, object]:
     """A command, the folder that it begins in, and what it leaves if it isn't killed."""
     case = CASES[request.param]
     children.reset(None)
     for step in case.before:
         ended = children.run(step)
         assert ended.code == 0, ended.text[-2000:]
-    template = tmp_path / "template"
+    template = children.root.with_name("template")
+    shutil.rmtree(template, ignore_errors=True)
     shutil.copytree(children.root, template, symlinks=True)
     ended = children.run(command(case.arguments))
     assert ended.code == 0, ended.text[-2000:]
