@@ -176,8 +176,16 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def check_out_file(out: Path | None) -> None:
-    """Refuse, before any work, an --out that cannot be a file."""
-    if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+    """Refuse, before any work, an --out that cannot be a file; a device or a pipe may be one."""
+    if out is None:
+        return
+    try:
+        special = out.exists() and not out.is_file()
+        place = out if special else Path(os.path.realpath(out)).parent
+        writable = not out.is_dir() and os.access(place, os.W_OK)
+    except (OSError, ValueError):  # a name that is too long, or no name
+        writable = False
+    if not writable:
         raise CheckpointError(f"{out}: expected the name of a file in a folder to write into")
 
 
