@@ -52,13 +52,25 @@ oldest: $(INSTALLED)
 newest: $(INSTALLED)
 	$(call test_with,transformers,$(VENV)-newest)
 
+# Every causal language model of transformers as a small random model: what is installed, then
+# the oldest version. The tests of one family make its model once.
+families: $(INSTALLED)
+	$(BIN)/$(FAMILIES)
+	$(call venv_with,$(OLDEST_TRANSFORMERS),$(VENV)-oldest)
+	$(VENV)-oldest/bin/$(FAMILIES)
+FAMILIES = python -m pytest -q -n logical --dist load tests/families
+
 define test_with
+$(call venv_with,$(1),$(2))
+$(2)/bin/$(PYTEST) -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
+endef
+
+define venv_with
 $(BIN)/python -m venv --clear $(2)
 $(2)/bin/python -c "import site; print(site.getsitepackages()[0])" > $(2)/here
 $(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" > "$$(cat $(2)/here)/above.pth"
 $(2)/bin/pip install --quiet --disable-pip-version-check --upgrade "$(1)"
 $(2)/bin/python -c "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)"
-$(2)/bin/$(PYTEST) -q tests/parity/test_huggingface.py tests/parity/test_padding.py tests/unit/models tests/e2e/test_tune.py
 endef
 
 # The kernels' tests with a build of the kernels that ends the process at an access beside a tensor

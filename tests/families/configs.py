@@ -32,6 +32,7 @@ DECODERS = (
 )
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
 MAMBA = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+CONVOLUTION = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
 ROPE = {"rope_theta": 10000.0}
 INDEXER = {
     "indexer_n_heads": 4,
@@ -71,14 +72,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": INDEXER,
     "qwen4_exp": {"text_config": INDEXER},
-    "xlstm": {"qk_dim_factor": 1.0, "autocast_kernel_dtype": "float32"},
-    "lfm2_moe": {
-        "num_hidden_layers": 4,
-        "layer_types": ["conv", "full_attention"] * 2,
-    },
+    "xlstm": {"autocast_kernel_dtype": "float32"},
+    "lfm2": CONVOLUTION,
+    "lfm2_moe": CONVOLUTION,
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
 }
 """Fields that differ from a family's defaults."""
+
+SMALL = {"xlstm": {"hidden_size": 256, "embedding_dim": 256}}  # which rounds widths up
+"""Fields of the small config that differ."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, not a decoder": ("bert", {"is_decoder": False}),
@@ -116,6 +118,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 96, "max_position_embeddings": 8192, "rope_parameters": LONGROPE},
     ),
     "phi3, longrope": ("phi3", {"max_position_embeddings": 8192, "rope_parameters": LONGROPE}),
+    "phimoe, longrope": (
+        "phimoe",
+        {
+            "max_position_embeddings": 8192,
+            "rope_parameters": {
+                **LONGROPE,
+                "short_factor": [1.0 + 0.1 * i for i in range(64)],
+                "long_factor": [4.0 + 0.2 * i for i in range(64)],
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+            },
+        },
+    ),
     "phi3, window": ("phi3", {"sliding_window": 512}),
     "qwen2, windows above layer 2": (
         "qwen2",
@@ -151,19 +166,28 @@ def families() -> list[str]:
 def config_of(name: str) -> Any:
     """Return the full config of a family or variant."""
     kind, fields = VARIANTS.get(name, (name, CHANGES.get(name, {})))
-    return transformers.CONFIG_MAPPING[kind](**fields)
+    config = transformers.CONFIG_MAPPING[kind](**fields)
+    for part in (config, getattr(config, "text_config", config)):
+        if not hasattr(part, "pad_token_id"):  # which 5.0 forgets in some families
+            part.pad_token_id = None
+    return config
 
 
 def model_of(name: str) -> Any:
     """Return a small random model of a family or variant, norms and biases included."""
-    torch.manual_seed(0)
-    config = small_config(config_of(name))
-    if name.startswith("musicgen"):  # the library makes only its decoder
-        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        lm = kind(config.decoder).eval()
+    if name.startswith("musicgen"):  # the language model is only the decoder of what it names
+        kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
+        config = small_config(kind.config_class())
     else:
-        lm = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+        config = small_config(config_of(name))
+        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    for field, value in SMALL.get(name, {}).items():
+        setattr(config, field, value)
+    if kind.config_class is type(getattr(config, "text_config", None)):
+        config = config.text_config
+    torch.manual_seed(0)
     with torch.no_grad():
+        lm = kind._from_config(config).eval().float()
         for parameter in lm.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return lm

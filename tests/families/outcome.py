@@ -1,9 +1,10 @@
 """What offramp says about a family when it is opened."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
+import torch
 from configs import model_of
 
 from offramp.errors import UnsupportedArchitectureError
@@ -11,11 +12,11 @@ from offramp.models.huggingface.exits_file import from_pretrained
 from offramp.models.huggingface.model import HuggingFaceModel
 
 GROUPS = {
-    "blocks": "Everything: block by block, with a cache",
-    "no cache": "Block by block, without a cache",
-    "whole": "Only as a whole",
-    "refused": "Refused",
-    "broken": "Not checked, since transformers cannot make the model",
+    "blocks": "block by block, with a cache",
+    "no cache": "block by block, without a cache",
+    "whole": "only as a whole",
+    "refused": "refused",
+    "broken": "not checked: transformers cannot make a small model",
 }
 
 
@@ -29,7 +30,7 @@ class Outcome:
     lm: Any = None
 
 
-@cache
+@lru_cache(maxsize=2)
 def outcome_of(name: str) -> Outcome:
     """Open a small random model of a family or variant."""
     try:
@@ -41,6 +42,11 @@ def outcome_of(name: str) -> Outcome:
     except UnsupportedArchitectureError as error:
         return Outcome(group="refused", why=str(error), lm=lm)
     model.silence_untrained()
+    try:
+        with torch.no_grad():
+            lm(input_ids=torch.arange(3, 47)[None])
+    except Exception as error:  # this is the plain model
+        return Outcome(group="broken", why=" ".join(str(error).split()))
     if model.why_no_blocks:
         return Outcome(group="whole", why=model.why_no_blocks, model=model, lm=lm)
     try:

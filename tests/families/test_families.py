@@ -28,9 +28,14 @@ assert LENGTH > BOUNDARY + WINDOW
 NAMES = [*families(), *VARIANTS]
 
 
-@pytest.fixture(params=NAMES)
-def opened(request):
-    outcome = outcome_of(request.param)
+@pytest.fixture(params=NAMES, scope="module")
+def outcome(request):
+    """The tests of one family run together, since its model is made once."""
+    return outcome_of(request.param)
+
+
+@pytest.fixture
+def opened(outcome):
     if outcome.model is None:
         pytest.skip(outcome.group)
     return outcome
@@ -57,7 +62,10 @@ def rows_of(model):
 
 
 def plain(lm, ids):
-    return lm(input_ids=ids[None]).logits[0]
+    try:
+        return lm(input_ids=ids[None]).logits[0]
+    except ValueError:  # a few layers of a hybrid model may have no place for the cache's length
+        return lm(input_ids=ids[None], use_cache=False).logits[0]
 
 
 def at(model, ids, layer, real=None):
@@ -71,9 +79,7 @@ def close(actual, expected, near=2e-3):
     assert worst < near, f"differs by {worst:.2g} of the logits' standard deviation"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_family_is_opened_or_refused_in_one_sentence(name):
-    outcome = outcome_of(name)
+def test_each_family_is_opened_or_refused_in_one_sentence(outcome):
     assert "\n" not in outcome.why
     if outcome.group in ("refused", "no cache"):
         assert outcome.why.count(": ") >= 1

@@ -134,8 +134,10 @@ def _compare(runner: BlockRunner) -> Trial:
     length = min(LENGTH, runner.longest.positions)
     random = torch.Generator().manual_seed(0)
     most = min(290, runner.layout.head.out_features)
+    device = runner.layout.head.weight.device
     long, short = rows = tuple(
-        torch.randint(3, most, (n,), generator=random) for n in (length, length - SHORTER)
+        torch.randint(3, most, (n,), generator=random, device="cpu").to(device)
+        for n in (length, length - SHORTER)
     )
     modules = runner.layout.block_modules
     of_long, of_short = (plain_pass(runner.lm, ids[None], modules) for ids in rows)

@@ -17,7 +17,8 @@ WINDOW, BOUNDARY, LONGEST = 8, 24, 128
 DEPTH = re.compile(r"(n|num|decoder|encoder|num_decoder|num_encoder)_(hidden_)?layers?|num_blocks")
 """Names of the number of layers."""
 _DROPPED = re.compile(
-    "quantization_config|dtype|torch_dtype|architectures|auto_map|id2label|label2id|_name_or_path"
+    "quantization_config|dtype|torch_dtype|architectures|auto_map|id2label|label2id|_name_or_path|"
+    "return_dict|output_attentions|output_hidden_states|chunk_size_feed_forward|problem_type"
 )
 _NUMBERS_OF_LAYERS = re.compile(
     r"cross_attention_layers|full_attn_idxs|hybrid_layer_ids|mlp_only_layers|moe_layers|"
@@ -48,7 +49,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # the first whose pattern is the whole
     (r"(index_)?topk_blocks|index_topk|indexer_budget", WINDOW),
     (r"index_block_size", 4),
     (r"ngram_vocab_size_base", VOCABULARY),
-    (r".*vocab(ulary)?_size.*", VOCABULARY),
+    (r".*vocab(ulary)?(_size.*)?", VOCABULARY),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts", lambda v, _: min(v, 2)),
     (r"n_group|num_expert_group", lambda v, _: min(v, 2)),
     (r"topk_group", 1),
@@ -108,7 +109,7 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
     layers = _chosen_layers(fields, depth)
     small: dict[str, Any] = {}
     for name, value in fields.items():
-        if _DROPPED.fullmatch(str(name)):
+        if _DROPPED.fullmatch(str(name)) or (name == "is_encoder_decoder" and not value):
             continue
         if isinstance(value, dict):
             small[name] = _small_dict(name, value, layers, fields)
@@ -148,6 +149,8 @@ def _size(name: str, value: int, fields: Mapping[str, Any], depth: int) -> int:
 def _small_list(
     name: str, value: list[Any], depth: int, layers: list[int], fields: Mapping[str, Any]
 ) -> list[Any]:
+    if name == "attention_types":  # GPT-Neo: [[["global", "local"], 12]]
+        return [[kinds, len(layers) // len(kinds)] for kinds, _ in value[:1]]
     if _NUMBERS_OF_LAYERS.fullmatch(name):
         new = [layers.index(each) for each in value if each in layers]
         return sorted(new) if new or not value else [len(layers) - 1]
@@ -169,7 +172,8 @@ def _rope(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             new[name] = _rope(value, fields)
         elif name in ("short_factor", "long_factor") and isinstance(value, list):
-            new[name] = value[: max(1, len(value) * HEAD // _head(fields))]
+            factors = max(1, len(value) * HEAD // _head(fields))
+            new[name] = (value + value[-1:] * factors)[:factors]
         elif name == "mrope_section" and isinstance(value, list):
             half = sum(value) * HEAD // _head(fields)
             rest = [each * half // sum(value) for each in value[1:]]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.data.hub import one_line
 from offramp.errors import UnsupportedArchitectureError
 from offramp.models.base import Step
+from offramp.models.checks import check_ids
 from offramp.models.huggingface.calls import accepted, plain_pass
 from offramp.models.huggingface.layout import Layout, close, decoder_config
 
@@ -58,12 +60,20 @@ def _states(backbone: Any, layout: Layout, input_ids: Tensor) -> list[Tensor | N
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         last[:] = [args[0]]
 
-    with first.register_forward_pre_hook(note) if first else nullcontext():
-        out = base(
-            input_ids=input_ids, **accepted(base, use_cache=False), output_hidden_states=True
-        )
-    states = out.hidden_states
     config = decoder_config(backbone)
+    with first.register_forward_pre_hook(note) if first else nullcontext():
+        options = accepted(base, use_cache=False)
+        try:
+            out = base(input_ids=input_ids, output_hidden_states=True, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # depends on the architecture
+            check_ids(input_ids, layout.head.out_features)
+            raise UnsupportedArchitectureError(
+                f"{config.model_type}: a pass of the whole model over {input_ids.shape[0]} x "
+                f"{input_ids.shape[1]} tokens fails: {one_line(error)}"
+            ) from error
+    states = out.hidden_states
     expected = config.num_hidden_layers + 1
     if states is None or len(states) != expected:
         raise UnsupportedArchitectureError(
