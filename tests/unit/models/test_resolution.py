@@ -256,6 +256,13 @@ def test_missing_tensors_and_wrong_sizes_are_refused_by_name(plain, runner):
 
 
 @pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_an_own_lm_head_of_another_size_is_refused_by_name(plain, runner):
+    change(plain, lambda state: {**state, "lm_head.weight": torch.ones(9, 32)})
+    with pytest.raises(CheckpointError, match=r"do not fit config\.json: .*lm_head\.weight"):
+        open_model(plain, runner=runner)
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
 def test_weights_of_whole_numbers_are_refused(plain, runner):
     change(plain, lambda s: {**s, "model.norm.weight": torch.ones(32, dtype=torch.int8)})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected .* got I8"):

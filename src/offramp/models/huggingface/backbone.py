@@ -57,6 +57,7 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
                 ignore_mismatched_sizes=True,  # reported and refused below, with their names
             )
         except Exception as error:  # the library raises many kinds of errors
+            refuse_tensors(source, {"of another size are": _of_another_size(source, config)})
             raise CheckpointError(f"{source.id}: cannot be loaded: {one_line(error)}") from None
     stored = stored_tensors(source)
     unknown = [
@@ -108,6 +109,18 @@ def _config_of(source: Source) -> Any:
             f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
         )
     return config
+
+
+def _of_another_size(source: Source, config: Any) -> list[str]:
+    """Return the stored tensors whose shape is not that in a model of this config."""
+    with suppress(Exception), torch.device("meta"):  # of a config that cannot be used, either
+        model = transformers().AutoModelForCausalLM.from_config(config)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        stored = stored_tensors(source)
+        return [
+            name for name in stored if stored[name].shape != shapes.get(name, stored[name].shape)
+        ]
+    return []
 
 
 def _note_untied(model: Any) -> None:
