@@ -12,8 +12,11 @@ install_import_hook(  # before the first import of offramp
     [f"offramp.{name}" for name in CHECKED], "beartype.beartype"
 )
 
+import contextlib
+import io
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +24,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offramp import cli
+from offramp.cli.base import console
 from offramp.data import make_tokenizer
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
@@ -126,3 +131,33 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "text.txt").write_text(TEXT)
     return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def offramp(cache: None) -> Command:
+    """Run the command line as a user does (in this process, to spare the start of torch)."""
+
+    def run(*arguments: object) -> Outcome:
+        stdout, stderr = io.StringIO(), io.StringIO()
+        code = 0
+        console.file = stderr
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                cli.main([str(argument) for argument in arguments])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+    return run

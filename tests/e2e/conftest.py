@@ -1,45 +1,14 @@
-"""The command line, run as a user runs it (in this process, to spare the start of torch)."""
+"""What the tests of the command line share."""
 
-import contextlib
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from offramp import cli
-from offramp.cli.base import console
-
-
-@dataclass(frozen=True)
-class Outcome:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Outcome]
-
 
 @pytest.fixture(scope="session")
-def offramp() -> Command:
-    def run(*arguments: object) -> Outcome:
-        stdout, stderr = io.StringIO(), io.StringIO()
-        code = 0
-        console.file = stderr
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                cli.main([str(argument) for argument in arguments])
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-        return Outcome(code, stdout.getvalue(), stderr.getvalue())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def trained(offramp: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(offramp: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder that ``offramp train`` wrote: 4 layers, exits at 1 and 2."""
     out = tmp_path_factory.mktemp("trained") / "model"
     result = offramp(

@@ -1,12 +1,17 @@
 """The figures of a run by step, in a CSV file."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from offramp.errors import CheckpointError
 from offramp.files import replacing
+from offramp.reading import read_bytes
+
+CSV_BYTES = 1 << 30
+"""Largest metrics file that is read."""
 
 
 class MetricsFile:
@@ -62,9 +67,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the complete rows of a CSV file, by column. Raises CheckpointError for another."""
+    data = read_bytes(path, at_most=CSV_BYTES)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
+    except (UnicodeError, csv.Error) as error:
         raise CheckpointError(f"{path}: expected a readable CSV file, got {error}") from None
     return [row for row in rows if None not in row and None not in row.values()]

@@ -57,10 +57,11 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: expected a decoder config under 'model'")
     config = value_of(DecoderConfig, stored, path)
     state = read_tensors(folder / "model.safetensors")
-    model = empty_model(config, state, folder / "config.json")
     if config.tie_word_embeddings:
         state[_TIED] = state.get("model.embed_tokens.weight", torch.empty(0))
-    try:
+    try:  # shapes first, on a model that takes no memory
+        empty_model(config, state, path, device="meta").load_state_dict(state, assign=True)
+        model = empty_model(config, state, path)
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
