@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
-.PHONY: reproduce demo test check format lint types imports tests oldest newest sanitize benchmark clean
+.PHONY: reproduce demo test check format lint types imports tests oldest newest sanitize fuzz benchmark clean
 
 reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
@@ -91,6 +91,12 @@ sanitize: $(INSTALLED)
 KILLS ?= 300
 kill: $(INSTALLED)
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/kill
+
+# Damaged files and hostile flags: make fuzz FUZZ=2000 is what CI runs.
+FUZZ ?= 20000
+FUZZERS := $(addprefix tests/faults/test_,outside_files.py command_line.py values.py tokenizers.py)
+fuzz: $(INSTALLED)
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n logical --dist worksteal -q $(FUZZERS)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py

@@ -206,12 +206,12 @@ def file_sha256(*paths: Path) -> str:
     """Return the SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with path.open("rb") as file:
+        with open_regular(path) as file:
+            try:
                 while piece := file.read(1 << 22):
                     digest.update(piece)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
 from offramp.models.bos import Bos
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
-from offramp.options import config_of
+from offramp.options import check_processes, config_of
 from offramp.report.progress import StudyBars, bars, call_bar
 from offramp.report.result import ResultTable
 from offramp.report.study_json import to_json
@@ -181,8 +181,7 @@ def study(
     out = Path(out)
     chosen = {**options, "corpus": str(corpus), "test": None if test is None else str(test)}
     config = config_of(StudyConfig, chosen)
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    check_processes(jobs=jobs)
     workers = Workers(
         folder=out / "runs" if runs is None else Path(runs), jobs=jobs or default_jobs()
     )

@@ -6,9 +6,11 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from offramp.errors import ConfigError
-from offramp.schema import fitting
+from offramp.schema import fitting, shown
 
 Config = TypeVar("Config")
+MOST_PROCESSES = 1024
+"""Largest number of threads or processes that may be asked for; more would end the process."""
 
 
 def config_of(
@@ -27,3 +29,10 @@ def config_of(
             hint = f"perhaps {near[0]}" if near else f"one of {', '.join([*names, *also])}"
             raise ConfigError(f"{name}: expected the name of an option, {hint}")
     return fitting(config, options)
+
+
+def check_processes(**numbers: int | None) -> None:
+    """Raise a ConfigError for a number of threads or processes that no machine can start."""
+    for name, value in numbers.items():
+        if value is not None and not 1 <= value <= MOST_PROCESSES:
+            raise ConfigError(f"{name}: expected from 1 to {MOST_PROCESSES}, got {shown(value)}")

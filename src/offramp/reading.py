@@ -23,8 +23,8 @@ from offramp.schema import fitting
 Value = TypeVar("Value")
 JSON_BYTES = 64 << 20
 """Largest JSON or TOML file that is read."""
-ARRAY_BYTES = 64 << 30
-"""Largest file of arrays that is read, unpacked."""
+ARRAY_BYTES = 4 << 30
+"""Largest file of arrays that is read, before and after it is unpacked."""
 
 _WRONG_CONTENT = (
     ArithmeticError,
@@ -96,6 +96,26 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
             return file.read()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_arrays(path: Path, expected: str) -> dict[str, Any]:
+    """Return the arrays of an npz file by name; pickles and what unpacks to too much are refused.
+
+    ``expected`` says what the file should contain. Raises CheckpointError.
+    """
+    import numpy as np
+
+    with (
+        parsing(path, expected),
+        open_regular(path, at_most=ARRAY_BYTES) as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
+        size = sum(member.file_size for member in stored.zip.infolist())
+        if size > ARRAY_BYTES:
+            raise CheckpointError(
+                f"{path}: expected at most {ARRAY_BYTES:,} unpacked bytes, got {size:,}"
+            )
+        return {name: stored[name] for name in stored.files}
 
 
 @contextmanager

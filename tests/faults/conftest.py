@@ -21,12 +21,16 @@ SECONDS = 10
 hypothesis.settings.register_profile(
     "faults",
     deadline=None,
-    derandomize="CI" in os.environ,
+    derandomize="CI" in os.environ,  # else other examples each time; one that fails is printed
     print_blob=True,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-hypothesis.settings.load_profile("faults")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _many_examples() -> None:
+    hypothesis.settings.load_profile("faults")
 
 
 class Hang(BaseException):

@@ -235,7 +235,7 @@ def make_special(path: Path, kind: str) -> None:
         path.symlink_to("nowhere")
     elif kind == "huge":
         with path.open("wb") as file:
-            file.truncate(1 << 34)
+            file.truncate(1 << 31)
 
 
 def sign_again(path: Path) -> None:
@@ -390,15 +390,28 @@ def test_a_damaged_file_of_a_study_is_a_sentence(name, study_files, in_time):
     check()
 
 
-def member(name: str, content: bytes, *, times: int = 1) -> Callable[[Path], None]:
-    """Replace an array of an npz file by other bytes, which compress well."""
+def member(path: Path, content: bytes, *, times: int = 1) -> None:
+    """Write an npz file of one array, whose bytes compress well."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("targets.npy", "w", force_zip64=True) as file,
+    ):
+        for _ in range(times):
+            file.write(content)
 
-    def replace(path: Path) -> None:
-        with (
-            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-            archive.open(f"{name}.npy", "w", force_zip64=True) as file,
-        ):
-            for _ in range(times):
-                file.write(content)
 
-    return replace
+@pytest.mark.parametrize("name", ["frontiers.npz", "trace.npz"])
+def test_pickles_bombs_and_shapes_of_arrays_are_refused(name, tmp_path, in_time):
+    path = tmp_path / name
+    np.savez(path, layers=np.array([{}, None], dtype=object), targets=np.array([1]))
+    cases = [path.read_bytes()]
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (%s,), }"
+    for shape in (b"9" * 12, b"9" * 18, b"-1", b"1e9", b"9" * 4000):
+        member(path, (header % shape).ljust(127) + b"\n")
+        cases.append(path.read_bytes())
+    member(path, b"\0" * (64 << 20), times=80)  # unpacks to 5 GB
+    cases.append(path.read_bytes())
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises(OfframpError, match=str(path)), in_time():
+            STUDY_FILES[name](path)

@@ -62,6 +62,10 @@ def _convert(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     for token in tokens if type_ in (int, int | None) else ():
         if not re.fullmatch(r"\s*[+-]?[0-9_]+\s*", token.value):
             raise cyclopts.CoercionError(token=token, target_type=int)
+        if len(token.value) > 19 and abs(int(token.value[:99])) >= 1 << 63:
+            raise cyclopts.CycloptsError(
+                msg=f"{token.keyword}: expected a number below 2^63, got {token.value}"
+            )
     if any(
         get_origin(part) is tuple for part in (type_, *get_args(type_))
     ):  # a list, or perhaps none
@@ -112,6 +116,9 @@ def run(arguments: Sequence[str] | None) -> None:
         if utf8(argument) is None:
             say_line(f"expected arguments in UTF-8, got {argument!r}")
             sys.exit(2)
+        if "\0" in argument:
+            say_line(f"expected arguments without the character NUL, got {argument!r}")
+            sys.exit(2)
     if given in ([], ["help"]) or given[0] in app.help_flags:  # the list of all commands
         for name in COMMANDS:
             _ = app[name].help  # reads the command's module
@@ -119,17 +126,25 @@ def run(arguments: Sequence[str] | None) -> None:
         with _spoken_warnings():
             app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except (cyclopts.CycloptsError, OfframpError) as error:
-        sentence = _unknown_option(given) or " ".join(str(error).split())
+        sentence = _unknown_option(given) or _one_line(str(error))
         field, colon, rest = sentence.partition(":")  # a config's field, by its flag's name
         if not is_first_process():  # rank 0 says it, and its launcher ends this process meanwhile,
             time.sleep(LAUNCHER_SECONDS)  # unless only this one failed
         say_line(f"{FLAGS.get(field, field)}{colon}{rest}")
         sys.exit(2)
     except (MemoryError, RuntimeError, OSError, ImportError, SystemError) as error:
-        if (found := memory_sentence(error)) is None:
+        found = memory_sentence(error)
+        if found is None and isinstance(error, OSError) and error.filename is not None:
+            found = _one_line(f"{error.filename}: {error.strerror}")
+        if found is None:
             raise
         say_line(found)
         sys.exit(2)
+
+
+def _one_line(said: str) -> str:
+    """Return an error's sentence on one line, with its endless words cut."""
+    return re.sub(r"\S{1000,}", lambda word: f"{word[0][:80]}...", " ".join(said.split()))
 
 
 def say_line(sentence: str) -> None:

@@ -21,6 +21,7 @@ from offramp.cli.app import is_first_process
 from offramp.cli.interrupts import work_begins
 from offramp.console import safe_console
 from offramp.errors import CheckpointError, ConfigError
+from offramp.options import check_processes
 
 if TYPE_CHECKING:
     from offramp.models.open import OpenedModel
@@ -75,8 +76,7 @@ def use(device: str, threads: int | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ConfigError(f"device: {device!r} is not available; use cpu") from None
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads: expected at least 1, got {threads}")
+        check_processes(threads=threads)
         torch.set_num_threads(threads)
     work_begins()
 

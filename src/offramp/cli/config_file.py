@@ -16,6 +16,8 @@ from cyclopts.config import Dict
 
 from offramp.errors import ConfigError
 from offramp.files import replacing
+from offramp.reading import JSON_BYTES, parse_json, parsing, read_bytes
+from offramp.schema import shown
 
 NOT_IN_A_FILE = {"config", "resume"}
 
@@ -53,15 +55,12 @@ def write_config_file(path: Path, flags: Mapping[str, object]) -> None:
 
 def _settings(path: Path) -> dict[str, Any]:
     """{flag: value}; lists as one word between commas, as a flag has them."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"config: expected a TOML or JSON file, found no {path}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected TOML, or JSON in a .json file, got: {error}") from None
+    data = read_bytes(path, at_most=JSON_BYTES)
+    with parsing(path, "TOML, or JSON in a .json file"):
+        text = data.decode("utf-8")
+        content = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(content).__name__}")
+        raise ConfigError(f"{path}: expected keys and values, got {shown(content)}")
     settings: dict[str, Any] = {}
     for key, value in content.items():
         flag = key.replace("_", "-")

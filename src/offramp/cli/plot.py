@@ -21,6 +21,8 @@ def plot(file: Path, *, out: Path | None = None) -> None:
     out
         The picture: PNG, SVG or PDF, by the name's ending (default: FILE with the ending .png).
     """
+    if not file.name:
+        raise ConfigError(f"file: expected a result file, got {file}")
     out = out or file.with_suffix(".png")
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"out: expected a name that ends in .png, .svg or .pdf, got {out}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from offramp.cli.base import Device, console, new_folder, output, say, use
-from offramp.errors import ConfigError
+from offramp.options import check_processes
 from offramp.studies.reproduce.config import ReproduceConfig
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def reproduce(
         Processes that train at a time (default: one a core).
     """
     config = config or ReproduceConfig()
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    check_processes(jobs=jobs)
     from offramp.report.progress import bars
     from offramp.report.reproduction_tables import rich_tables
     from offramp.report.text import headline

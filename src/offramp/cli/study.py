@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from offramp.cli.base import console, output, say
 from offramp.cli.interrupts import work_begins
 from offramp.errors import ConfigError
+from offramp.options import check_processes
 from offramp.studies.study.config import StudyConfig
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ class Where:
     def __post_init__(self) -> None:
         if self.jobs is not None and self.ray is not None:
             raise ConfigError("ray: expected --jobs or --ray, got both")
-        for name, value in (("jobs", self.jobs), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        check_processes(jobs=self.jobs, threads=self.threads)
 
     def workers(self, out: Path) -> "Workers":
         """The processes that train: one for each core unless chosen otherwise, or a cluster."""

@@ -91,7 +91,7 @@ def offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the message of a library's error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 

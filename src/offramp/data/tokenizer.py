@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -16,12 +16,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 
 from offramp.data.hub import hub_reachable, offline, one_line
-from offramp.errors import ConfigError, CorpusError
+from offramp.data.tokenizer_errors import failing, is_failure, silent, try_out
+from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import replacing
+from offramp.reading import read_bytes
 
 UNKNOWN = "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
 _BYTES = 256
+_TOKENIZER_BYTES = 1 << 30
+_ENCODES = "tokenizer: expected one that can encode this text"
 _CUT_AFTER = 1 << 14  # characters
 _CUT_BEFORE = 1 << 18
 _CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
@@ -141,7 +145,9 @@ def _stored_tokenizer(spec: str) -> Tokenizer:
     expected = f"characters, bytes, bpe:N, or the path of a {TOKENIZER_FILE} or a folder with one"
     try:
         if path.is_file():
-            tokenizer = Tokenizer.from_file(str(path))
+            stored = read_bytes(path, at_most=_TOKENIZER_BYTES)
+            with silent():
+                tokenizer = Tokenizer.from_buffer(stored)
         elif Path(spec).exists() or spec.endswith(".json") or spec.startswith((".", "/", "~")):
             raise CorpusError(f"tokenizer {spec}: expected {expected}; there is no such file")
         else:
@@ -149,9 +155,13 @@ def _stored_tokenizer(spec: str) -> Tokenizer:
             expected += ", or the name of a model on the Hugging Face hub"
             with nullcontext() if reachable else offline():
                 tokenizer = Tokenizer.from_pretrained(spec)
+    except CheckpointError as error:  # of the file
+        raise CorpusError(f"tokenizer {error}") from None
     except CorpusError:
         raise
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         if path.is_file():
             message = (
                 f"expected a {TOKENIZER_FILE} of the tokenizers library, got: {one_line(error)}"
@@ -166,6 +176,7 @@ def _stored_tokenizer(spec: str) -> Tokenizer:
         raise CorpusError(f"tokenizer {spec}: {message}") from None
     tokenizer.no_truncation()  # a stored tokenizer may truncate and pad; texts must stay whole
     tokenizer.no_padding()
+    try_out(tokenizer, spec)
     return tokenizer
 
 
@@ -191,7 +202,7 @@ def encode_pieces(tokenizer: Tokenizer, text: str | Iterable[str]) -> Iterator[N
     """
     pieces = iter(cut_apart(text))
     while some := list(islice(pieces, _AT_ONCE)):
-        with _encoding():
+        with failing(_ENCODES):
             batch = tokenizer.encode_batch_fast(some, add_special_tokens=False)
         for encoded in batch:
             yield np.asarray(encoded.ids, np.int64)
@@ -202,18 +213,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool = Tru
 
     Raises CorpusError if the tokenizer fails, as one without an unknown token may.
     """
-    with _encoding():
+    with failing(_ENCODES):
         return list(tokenizer.encode(text, add_special_tokens=special_tokens).ids)
-
-
-@contextmanager
-def _encoding() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the library raises plain Exception
-        raise CorpusError(
-            f"tokenizer: expected one that can encode this text, got: {one_line(error)}"
-        ) from None
 
 
 def cut_apart(text: str | Iterable[str]) -> Iterator[str]:

@@ -16,8 +16,9 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.reader import ChunkReader
 from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.files import parsing, writing
+from offramp.files import writing
 from offramp.models.base import EarlyExitModel, whole_step
+from offramp.reading import parsing, read_arrays
 
 _PER_EXIT = ("nll", "argmax", "kl", "expected_kl")
 _PER_TOKEN = ("sequence", "position")
@@ -122,14 +123,9 @@ class ExitTrace:
     @classmethod
     def load(cls, path: Path) -> "ExitTrace":
         """Read a trace that ``save`` wrote. Raises CheckpointError if the file is damaged."""
-        with (
-            parsing(path, "a trace"),
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as stored,
-        ):
-            num_layers, *exit_layers = stored["layers"].tolist()
-            arrays = {name: stored[name] for name in stored.files if name != "layers"}
-            prefix = "confidence."
+        arrays, prefix = read_arrays(path, "a trace"), "confidence."
+        with parsing(path, "a trace"):
+            num_layers, *exit_layers = arrays.pop("layers").tolist()
             return cls(
                 num_layers=num_layers,
                 exit_layers=tuple(exit_layers),

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from offramp.data.tokenizer_errors import decode
+
 _PART = "\ufffd"  # a tokenizer returns it for an incomplete character
 
 
@@ -27,8 +29,8 @@ class TextStream:
         if self.tokenizer is None or self.stopped:
             return ""
         self._ids.append(token)
-        before = self.tokenizer.decode(self._ids[self._start : self._read])
-        text = self.tokenizer.decode(self._ids[self._start :])
+        before = decode(self.tokenizer, self._ids[self._start : self._read])
+        text = decode(self.tokenizer, self._ids[self._start :])
         if text.endswith(_PART) and len(self._ids) - self._read < 8:
             return ""
         self._start, self._read = self._read, len(self._ids)
@@ -38,8 +40,8 @@ class TextStream:
         """Return the text that was held back; call it at the end."""
         if self.tokenizer is None or self.stopped:
             return ""
-        before = self.tokenizer.decode(self._ids[self._start : self._read])
-        rest = self.tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = decode(self.tokenizer, self._ids[self._start : self._read])
+        rest = decode(self.tokenizer, self._ids[self._start :])[len(before) :]
         self._start = self._read = len(self._ids)
         out = self._release(rest) + ("" if self.stopped else self._held)
         self._held = ""

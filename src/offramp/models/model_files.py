@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer, vocabulary_size
+from offramp.data.tokenizer_errors import is_failure
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import read_json
 from offramp.models.base import EarlyExitModel
@@ -198,7 +199,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
         raise CheckpointError(str(error)) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the model's tokenizer, found none") from None
-    except Exception as error:  # transformers raises many kinds of errors
+    except BaseException as error:  # transformers raises many kinds of errors
+        if not is_failure(error):
+            raise
         raise CheckpointError(
             f"{path}: expected the model's tokenizer, found none that can be read: "
             f"{one_line(error)}"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.errors import CheckpointError
-from offramp.files import file_sha256, obey_umask, read_tensors, reason, sync
+from offramp.files import file_sha256, obey_umask, read_tensors, reason, sync, tensor_infos
 from offramp.models.base import TrainableModel
 from offramp.reading import parsing, read_json, value_of
 from offramp.training.distributed import ALONE, Processes, sharded_like, whole
@@ -169,6 +169,7 @@ def _load(path: Path, model: TrainableModel, optimizer: torch.optim.Optimizer) -
             f"sha256 {mine}, got one of {state.model_sha256}"
         )
     for name in (MODEL, OPTIMIZER):
+        tensor_infos(path / name)  # before all of it is read
         if file_sha256(path / name) != state.sha256.get(name):
             raise CheckpointError(f"{path / name}: expected the hash in {STATE}, got another")
     held = dict(model.named_parameters())

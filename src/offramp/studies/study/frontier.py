@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from offramp.evaluation.routed import RoutedTrace
 from offramp.evaluation.sweep import finite_nll
 from offramp.evaluation.trace import ExitTrace
-from offramp.files import parsing, writing
+from offramp.files import writing
+from offramp.reading import parsing, read_arrays
 
 Floats = NDArray[np.float64]
 STRETCHES = 64
@@ -87,12 +88,10 @@ def save_frontiers(path: Path, frontiers: Mapping[FrontierKey, Frontier]) -> Non
 
 def load_frontiers(path: Path) -> dict[FrontierKey, Frontier]:
     """Read the frontiers of ``save_frontiers``. Raises CheckpointError if the file is damaged."""
-    with (
-        parsing(path, "the frontiers of a run of offramp study"),
-        path.open("rb") as file,
-        np.load(file, allow_pickle=False) as stored,
-    ):
-        names = sorted({name.rpartition("/")[0] for name in stored.files})
+    expected = "the frontiers of a run of offramp study"
+    stored = read_arrays(path, expected)
+    names = sorted({name.rpartition("/")[0] for name in stored})
+    with parsing(path, expected):
         return {
             _key(name): Frontier(**{of: stored[f"{name}/{of}"].astype("f8") for of in _ARRAYS})
             for name in names
