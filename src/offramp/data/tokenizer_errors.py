@@ -52,7 +52,11 @@ def silent() -> Iterator[None]:
     """Drop what the library writes to standard error by itself: where in Rust it failed."""
     with suppress(AttributeError, OSError):
         sys.stderr.flush()
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
     try:
         with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 2)
