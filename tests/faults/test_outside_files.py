@@ -265,7 +265,8 @@ def sign_again(path: Path) -> None:
 
 def damage(path: Path, mutation: tuple[Any, ...], others: list[Path], signed: bool) -> None:
     if mutation[0] == "special":
-        make_special(path, mutation[1])
+        is_text = path.suffix in (".txt", ".jsonl")  # may be as large as it likes
+        make_special(path, "device" if is_text and mutation[1] == "huge" else mutation[1])
         return
     path.write_bytes(changed(path.read_bytes(), mutation, others))
     if signed:
