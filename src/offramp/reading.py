@@ -8,14 +8,10 @@ Whatever is wrong is one CheckpointError that names the file and the field.
 import json
 import os
 import stat
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from zipfile import BadZipFile
-
-from safetensors import SafetensorError
 
 from offramp.errors import CheckpointError, ConfigError, OfframpError
 from offramp.schema import fitting
@@ -25,23 +21,6 @@ JSON_BYTES = 64 << 20
 """Largest JSON or TOML file that is read."""
 ARRAY_BYTES = 4 << 30
 """Largest file of arrays that is read, before and after it is unpacked."""
-
-_WRONG_CONTENT = (
-    ArithmeticError,
-    AttributeError,
-    BadZipFile,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    SafetensorError,
-    RuntimeError,  # of PyTorch, for tensors of a wrong shape or type
-    TypeError,
-    ValueError,
-    zlib.error,
-)
-"""Errors of code that parses content of another kind than it expects."""
 
 
 def read_json(path: Path, *, at_most: int = JSON_BYTES) -> Any:
@@ -153,15 +132,15 @@ def _kind(mode: int) -> str:
 def parsing(path: Path, expected: str) -> Iterator[None]:
     """Convert errors from content of a wrong kind to a CheckpointError that names the file.
 
-    ``expected`` says what the file should contain. Errors of offramp are not changed. A panic of
-    a library in Rust, such as tokenizers, counts as wrong content.
+    ``expected`` says what the file should contain. Errors of offramp are not changed. Whatever
+    else a parser raises counts as wrong content, and so does a panic of a library in Rust.
     """
     try:
         yield
     except OfframpError:
         raise
     except BaseException as error:
-        if not (isinstance(error, _WRONG_CONTENT) or is_panic(error)):
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
         said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise CheckpointError(f"{path}: expected {expected}, got: {said}") from None
