@@ -36,7 +36,7 @@ def refused(result, *expected):
         (["--heads", "3"], ["dim", "got 16"]),
         (["--device", "cuda:9"], ["device", "cuda:9"]),
         (["--device", "toaster"], ["device", "toaster"]),
-        (["--threads", "0"], ["threads", "at least 1"]),
+        (["--threads", "0"], ["threads", "from 1 to 1024"]),
         (["--steps", "0"], ["steps", "at least 1"]),
         (["--lr", "nan"], ["lr", "nan"]),
         (["--seq-len", "5000", "--batch-size", "50"], ["250001", "got 100000"]),
