@@ -117,3 +117,20 @@ def test_bad_input_is_one_sentence(offramp, trained, arguments, said):
     assert result.returncode == 2, result.stdout
     assert said.replace("_", "-") in result.stderr.replace("_", "-")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculation_says_once_where_rounding_may_change_the_text(
+    offramp, checkpoint, tmp_path, dtype
+):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((checkpoint / "tokenizer.json").read_text())
+    flags = ("--dtype", dtype, "--speculative", "--max-new-tokens", 8, "--json")
+    result = offramp("generate", tmp_path, "quick", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the text may differ from that without drafts") == (
+        dtype == "bfloat16"
+    )
+    assert json.loads(result.stdout)["lossless"] == (dtype == "float32")

@@ -95,6 +95,25 @@ def test_every_confidence_measure_names_it(broken, measure):
             pass
 
 
+@pytest.mark.parametrize("command", ["tune", "sweep"])
+def test_a_model_of_transformers_with_nan_is_not_called_another_architecture(
+    offramp, checkpoint, tmp_path, command
+):
+    transformers = pytest.importorskip("transformers")
+    folder, out = tmp_path / "gpt2", tmp_path / "out"
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=64)
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        lm.transformer.h[1].mlp.c_proj.weight[3] = math.nan
+    lm.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text((checkpoint / "tokenizer.json").read_text())
+    flags = ("--corpus", checkpoint / "text.txt", "--out", out)
+    result = offramp(command, folder, *flags)
+    assert result.returncode == 2
+    assert "exit layer 3, the last: expected logits that are finite numbers" in result.stderr
+    assert not out.exists()
+
+
 def test_the_first_batch_is_enough(broken):
     model = open_model(broken("exit")).model
 

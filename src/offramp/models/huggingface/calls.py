@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.data.hub import one_line
-from offramp.errors import UnsupportedArchitectureError
+from offramp.errors import CheckpointError, UnsupportedArchitectureError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +65,12 @@ def watched_pass(lm: Any, ids: Tensor, kind: str) -> tuple[list[Call], Tensor, A
         raise UnsupportedArchitectureError(
             f"{kind}: expected a language model that needs only token ids, got one that fails: "
             f"{one_line(failed or ValueError())}"
+        )
+    if logits.isnan().any():  # or every comparison below would blame the architecture
+        raise CheckpointError(
+            f"{kind}: exit layer {lm.config.get_text_config().num_hidden_layers}, the last: "
+            "expected logits that are finite numbers, got nan: check the weights of the model "
+            f"and its precision ({str(logits.dtype).removeprefix('torch.')})"
         )
     if _sees_later_tokens(lm, ids, logits, embedded):
         raise UnsupportedArchitectureError(
