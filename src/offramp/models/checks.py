@@ -79,7 +79,7 @@ def checked_end(
     batch, tokens = x.shape[0], x.shape[1]
     if positions.shape != (1, tokens):
         check_tensor("positions", positions, (batch, tokens), torch.long, x.device)
-    elif positions.dtype != torch.long or positions.device != x.device:
+    elif positions.dtype != torch.long or positions.is_cpu != x.is_cpu:
         check_tensor("positions", positions, (1, tokens), torch.long, x.device)
     if real is not None:
         check_tensor("real", real, (batch, tokens), torch.bool, x.device)
@@ -96,17 +96,17 @@ def checked_end(
         raise ConfigError(f"sequence length: expected at most {longest} ({why}), got {last + 1}")
     if cache is None:
         return int(tokens)
-    cache.require(last + 1)
-    _check_rows(step, batch, x.device, cache)
+    _, held, _, slots, _ = cache.keys.shape
+    if last + 1 >= slots:  # the last slot is a spare one
+        cache.require(int(last + 1))
+    if step.rows is not None:
+        _check_rows(step.rows, batch, x.device, held)
+    elif batch != held:
+        raise ConfigError(f"rows: the cache holds {held} rows, got {batch} without their names")
     return int(last + 1)
 
 
-def _check_rows(step: Step, batch: int, device: torch.device, cache: KVCache) -> None:
-    held, rows = cache.keys.shape[1], step.rows
-    if rows is None:
-        if batch != held:
-            raise ConfigError(f"rows: the cache holds {held} rows, got {batch} without their names")
-        return
+def _check_rows(rows: Tensor, batch: int, device: torch.device, held: int) -> None:
     check_tensor("rows", rows, (batch,), torch.long, device)
     for row in rows.tolist():
         if not 0 <= row < held:

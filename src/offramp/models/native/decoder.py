@@ -274,7 +274,7 @@ class Transformer(nn.Module):
 
     def _end(self, h: Tensor, step: Step) -> int:
         """Return the largest position of a key, plus 1, for a call on states ``h``."""
-        key = (self, h.shape[0], h.shape[1])
+        key = self, h.shape[:2]
         end: int | None = step.memo.get(key)
         if end is None:
             owner = self._buffers["cos"]  # replaced when the model gets another type or device

@@ -51,15 +51,19 @@ def linear(
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
     half times the second half.
     """
-    if not kernels_fit(weight, _LANES) or weight.dim() != 2:
+    if weight.dim() != 2 or weight.dtype not in DTYPES or not weight.is_contiguous():
         raise ConfigError(f"weight: expected what a kernel can read, got {about(weight)}")
     outputs, inputs = weight.shape
-    tokens = len(x) if x.dim() else 0
-    check_tensor("x", x, (tokens, inputs * (1 + bool(gated))), torch.float32, CPU)
+    tokens = x.shape[0] if x.dim() else 0
+    wide = 2 * inputs if gated else inputs
+    if x.shape != (tokens, wide) or x.dtype != torch.float32 or not (x.is_cpu and weight.is_cpu):
+        check_tensor("weight", weight, (outputs, inputs), weight.dtype, CPU)
+        check_tensor("x", x, (tokens, wide), torch.float32, CPU)
     x = x.contiguous()
     if norm is not None:
         norm = norm.to(weight.dtype).contiguous()
-        check_tensor("norm", norm, (inputs,), weight.dtype, CPU)
+        if norm.shape != (inputs,) or not norm.is_cpu:
+            check_tensor("norm", norm, (inputs,), weight.dtype, CPU)
     if residual is not None:
         check_tensor("residual", residual, (tokens, outputs), torch.float32, CPU)
         residual = residual.contiguous()
@@ -115,6 +119,7 @@ class KernelCache:
         ):
             check_tensor(name, tensor, shape, dtype, CPU, contiguous=True)
         self._held = (keys, values, lengths, cos, sin)
+        self.weights: KernelWeights | None = None  # those that fit, when they were last used
         self.dtype = keys.dtype
         self.bfloat16 = keys.dtype == torch.bfloat16
         addresses = [each.data_ptr() for each in self._held]
@@ -133,6 +138,17 @@ class KernelCache:
             and lengths.data_ptr() == self.lengths_at
         )
 
+    def require(self, weights: KernelWeights) -> None:
+        """Raise a ConfigError unless the weights are those of the model that made the cache."""
+        got = (weights.count, weights.kv_heads, weights.size, weights.dtype)
+        if got != (self.blocks, self.kv_heads, self.size, self.dtype):
+            raise ConfigError(
+                "weights: expected those of the model that made the cache, "
+                f"({self.blocks} layers, {self.kv_heads} heads of {self.size}, {self.dtype}), "
+                f"got ({got[0]} layers, {got[1]} heads of {got[2]}, {got[3]})"
+            )
+        self.weights = weights
+
     def scores(self, threads: int) -> int:
         """Return the address of a buffer for the attention scores of this many threads."""
         if self._threads < threads:
@@ -143,22 +159,23 @@ class KernelCache:
 class CachedTokens:
     """Some tokens and their places in a cache: ``slots`` are their positions in their rows.
 
-    Raises a ConfigError for a place that the cache does not have.
+    Raises a ConfigError for a place that the cache does not have, unless the places are
+    ``checked`` already.
     """
 
     def __init__(
-        self, cache: KernelCache, *, slots: Int[Tensor, " N"], rows: Int[Tensor, " N"]
+        self,
+        cache: KernelCache,
+        *,
+        slots: Int[Tensor, " N"],
+        rows: Int[Tensor, " N"],
+        checked: bool = False,
     ) -> None:
         self._cache, self._held = cache, (slots, rows)
-        self.tokens = len(slots) if slots.dim() else 0
-        for name, places, held in (
-            ("slots", slots, min(cache.capacity, cache.positions)),
-            ("rows", rows, cache.rows),
-        ):
-            check_tensor(name, places, (self.tokens,), torch.long, CPU, contiguous=True)
-            for place in places.tolist():
-                if not 0 <= place < held:
-                    raise ConfigError(f"{name}: expected from 0 to {held - 1}, got {place}")
+        self.tokens = slots.shape[0] if slots.dim() else 0
+        if not checked:
+            _check_places("slots", slots, self.tokens, min(cache.capacity, cache.positions))
+            _check_places("rows", rows, self.tokens, cache.rows)
         self._slots, self._of_rows = slots.data_ptr(), rows.data_ptr()
         self._threads = torch.get_num_threads()
 
@@ -177,19 +194,15 @@ class CachedTokens:
         their keys and values are computed.
         """
         cache = self._cache
-        got = (weights.count, weights.kv_heads, weights.size, weights.dtype)
-        if got != (cache.blocks, cache.kv_heads, cache.size, cache.dtype):
-            raise ConfigError(
-                "weights: expected those of the model that made the cache, "
-                f"({cache.blocks} layers, {cache.kv_heads} heads of {cache.size}, {cache.dtype}), "
-                f"got ({got[0]} layers, {got[1]} heads of {got[2]}, {got[3]})"
-            )
+        if cache.weights is not weights:
+            cache.require(weights)
         if not (0 <= start <= stop <= cache.blocks and 0 <= kept <= self.tokens):
             raise ConfigError(
                 f"layers: expected a part of 0 to {cache.blocks} and at most {self.tokens} kept "
                 f"tokens, got {start} to {stop} and {kept}"
             )
-        check_tensor("x", x, (self.tokens, weights.hidden), x.dtype, CPU)
+        if x.shape != (self.tokens, weights.hidden) or not x.is_cpu:
+            check_tensor("x", x, (self.tokens, weights.hidden), x.dtype, CPU)
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         shape = weights
         attended = shape.heads * cache.size
@@ -261,3 +274,11 @@ class CachedTokens:
             self._threads,
         )
         return out
+
+
+def _check_places(name: str, places: Tensor, tokens: int, held: int) -> None:
+    """Raise a ConfigError unless these are ``tokens`` numbers from 0 to ``held`` - 1."""
+    check_tensor(name, places, (tokens,), torch.long, CPU, contiguous=True)
+    for place in places.tolist():
+        if not 0 <= place < held:
+            raise ConfigError(f"{name}: expected from 0 to {held - 1}, got {place}")

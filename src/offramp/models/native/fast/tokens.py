@@ -122,7 +122,7 @@ class KernelCall(Call):
         else:
             rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
         slots = self.slots.reshape(-1).contiguous()
-        return kernels.CachedTokens(self._cache, slots=slots, rows=rows.contiguous())
+        return kernels.CachedTokens(self._cache, slots=slots, rows=rows.contiguous(), checked=True)
 
     @property
     def _cache(self) -> kernels.KernelCache:
