@@ -14,7 +14,7 @@ def drafts_keep_the_text(model: EarlyExitModel) -> bool:
     It is so in float32 and float64, and wherever a token's numbers do not depend on the tokens
     that are computed with it.
     """
-    return model.dtype in _FINE or model.rounds_alike
+    return model.dtype in _FINE or model.rounds_alike()
 
 
 def batches_keep_the_text(model: EarlyExitModel) -> bool:

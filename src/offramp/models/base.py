@@ -123,9 +123,8 @@ class EarlyExitModel(Protocol):
         ``project_kv`` is called first.
         """
 
-    @property
     def rounds_alike(self) -> bool:
-        """Whether a token has the same numbers, bit for bit, in a call of up to FEW_TOKENS tokens.
+        """Return whether a token has the same numbers, bit for bit, in a call of up to FEW_TOKENS tokens.
 
         If not, the sums of products have another order where several tokens are computed at once.
         """

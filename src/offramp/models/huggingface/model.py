@@ -145,8 +145,9 @@ class HuggingFaceModel(nn.Module):
         """Return False: blocks of ``transformers`` do not project keys and values of others."""
         return False
 
-    rounds_alike = False
-    "Matrix products of several rows are summed in another order than those of one."
+    def rounds_alike(self) -> bool:
+        """Return False: products of several rows are summed in another order than those of one."""
+        return False
 
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step

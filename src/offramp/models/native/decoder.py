@@ -141,9 +141,8 @@ class Transformer(nn.Module):
         """
         return self.device.type == "cpu" and self._fast.fills_beside(tokens)
 
-    @property
     def rounds_alike(self) -> bool:
-        """Whether the compiled kernels run the blocks: they sum each token in a fixed order."""
+        """Return whether the compiled kernels run the blocks: they sum each token in one order."""
         return self.fills_beside(1)
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
