@@ -124,9 +124,10 @@ class EarlyExitModel(Protocol):
         """
 
     def rounds_alike(self) -> bool:
-        """Return whether a token has the same numbers, bit for bit, in a call of up to FEW_TOKENS tokens.
+        """Return whether a token has the same numbers, bit for bit, alone and with other tokens.
 
-        If not, the sums of products have another order where several tokens are computed at once.
+        This is about calls of up to FEW_TOKENS tokens. If not, the sums of products have another
+        order where several tokens are computed at once.
         """
 
     def states_at(
