@@ -53,7 +53,7 @@ class BlockRunner:
         arguments = accepted(
             self.lm,
             input_ids=input_ids,
-            position_ids=step.positions.expand(len(input_ids), -1),
+            position_ids=step.positions.repeat(len(input_ids) // len(step.positions), 1),
             attention_mask=torch.ones_like(input_ids),
             use_cache=False,
         )
