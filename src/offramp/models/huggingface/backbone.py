@@ -114,7 +114,7 @@ def _config_of(source: Source) -> Any:
 def _of_another_size(source: Source, config: Any) -> list[str]:
     """Return the stored tensors whose shape is not that in a model of this config."""
     with suppress(Exception), torch.device("meta"):  # of a config that cannot be used, either
-        model = transformers().AutoModelForCausalLM.from_config(config)
+        model = transformers().AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         stored = stored_tensors(source)
         return [
