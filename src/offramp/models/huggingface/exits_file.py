@@ -6,6 +6,7 @@ head, training, policy) and ``exits.safetensors`` (``exits.<layer>.norm.weight``
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import (
     file_sha256,
-    read_json,
     read_tensors,
     replacing,
     write_json,
@@ -26,13 +26,15 @@ from offramp.files import (
 from offramp.folders import new_folder
 from offramp.models.base import to_precision
 from offramp.models.exit_heads import ExitHeads
-from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
+from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
 from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.huggingface.places import base_of, place_of
 from offramp.models.sources import Source, find_checkpoint
 from offramp.models.weights import DTYPES
+from offramp.reading import read_json, value_of
+from offramp.schema import shown
 from offramp.version import __version__
 
 FORMAT = 1
@@ -193,26 +195,38 @@ def _described_by(folder: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    id: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The fields of ``offramp.json`` that are read."""
+
+    base: _Base
+    exit_layers: tuple[int, ...]
+    exit_head: ExitHeadKind
+    dtype: str
+    trained: Mapping[str, Any] | None = None
+    policy: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
 def read_exits(folder: str | Path) -> dict[str, Any]:
     """Return the content of a folder's ``offramp.json``."""
     path = _described_by(Path(folder))
     about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
-        raise CheckpointError(f"{path}: expected exits of format {FORMAT}, got format {found!r}")
-    base, layers = about.get("base"), about.get("exit_layers")
-    valid = {
-        "base": isinstance(base, dict)
-        and all(isinstance(base.get(name), str) for name in ("id", "sha256")),
-        "exit_layers": isinstance(layers, list) and all(type(layer) is int for layer in layers),
-        "exit_head": about.get("exit_head") in EXIT_HEAD_KINDS,
-        "dtype": str(about.get("dtype")) in DTYPES,
-        "trained": isinstance(about.get("trained"), dict | None),
-        "policy": isinstance(about.get("policy"), dict | None),
-    }
-    for name, fits in valid.items():
-        if not fits:
-            raise CheckpointError(f"{path}: expected {name}, got {about.get(name)!r}")
+        raise CheckpointError(
+            f"{path}: expected exits of format {FORMAT}, got format {shown(found)}"
+        )
+    value_of(_Stored, about, path, foreign=True)
     return about
 
 
