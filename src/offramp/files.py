@@ -1,4 +1,4 @@
-"""Read and write JSON and safetensors files.
+"""Write JSON and safetensors files, and read safetensors.
 
 Each file is written under a temporary name in the same folder, synced to disk and then renamed,
 so a file with its final name is always complete. Weights are safetensors; nothing loads a pickle.
@@ -24,9 +24,7 @@ import psutil
 from safetensors import SafetensorError, safe_open
 
 from offramp.errors import CheckpointError
-from offramp.reading import open_regular
-from offramp.reading import parsing as parsing
-from offramp.reading import read_json as read_json
+from offramp.reading import open_regular, parsing
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from offramp.files import read_json
+from offramp.reading import read_json
 from offramp.studies.reproduce import study
 
 

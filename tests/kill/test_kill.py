@@ -221,7 +221,8 @@ def check_whole(root: Path) -> None:
     """In a child: every file with a final name is readable."""
     import numpy as np
 
-    from offramp.files import read_json, read_tensors
+    from offramp.files import read_tensors
+    from offramp.reading import read_json
     from offramp.training.metrics_file import read_rows
 
     for path in sorted(root.rglob("*")):

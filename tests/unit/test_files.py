@@ -16,14 +16,13 @@ from offramp.files import (
     count_parameters,
     file_sha256,
     obey_umask,
-    parsing,
-    read_json,
     read_tensors,
     replacing,
     stored_fields,
     tensor_infos,
     write_json,
 )
+from offramp.reading import parsing, read_json
 
 
 def names(folder):

@@ -30,11 +30,12 @@ from offramp.data import (
 from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import read_json, remove, write_json, writing
+from offramp.files import remove, write_json, writing
 from offramp.folders import locked, new_folder, remove_temporary, sync_tree
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.decoder import Transformer
+from offramp.reading import read_json
 from offramp.training.checkpoint import Checkpoints
 from offramp.training.distributed import Processes, check_processes, join, whole_model
 from offramp.training.loop import Progress, TrainResult, new_model, train

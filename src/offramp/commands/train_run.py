@@ -7,10 +7,10 @@ from pathlib import Path
 from offramp.errors import CheckpointError
 from offramp.exits.weightings import parse_loss_weights
 from offramp.exits.weights import RECOMMENDED
-from offramp.files import count_parameters, read_json
+from offramp.files import count_parameters
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.config import DecoderConfig
-from offramp.reading import read_as
+from offramp.reading import read_as, read_json
 from offramp.training.checkpoint import Checkpoints, read_state
 from offramp.training.config import TrackerName, TrainConfig
 from offramp.training.loop import Progress, TrainResult

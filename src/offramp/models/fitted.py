@@ -17,9 +17,10 @@ from torch import Tensor
 
 from offramp.errors import CheckpointError, OfframpWarning
 from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits, Gate, gate_of
-from offramp.files import parsing, read_tensors, replacing
+from offramp.files import read_tensors, replacing
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_FILE
+from offramp.reading import parsing
 
 FITTED_FILE = "fitted.safetensors"
 _FITTED_TO = "exits_sha256"

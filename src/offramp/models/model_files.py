@@ -13,12 +13,12 @@ from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer, vocabulary_size
 from offramp.data.tokenizer_errors import is_failure
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import read_json
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_JSON, read_exits
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.places import base_of
 from offramp.models.sources import Source, find_checkpoint
+from offramp.reading import read_json
 
 UNFINISHED = "unfinished.json"
 """The file that is in a run's folder until the run has ended."""

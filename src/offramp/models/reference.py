@@ -15,13 +15,14 @@ import torch
 
 from offramp.cache import cache_folder
 from offramp.errors import CheckpointError
-from offramp.files import read_json, write_json
+from offramp.files import write_json
 from offramp.models.base import Step
 from offramp.models.huggingface.backbone import load_backbone
 from offramp.models.huggingface.library import installed, quiet
 from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source
 from offramp.models.weights import stored_tensors
+from offramp.reading import read_json
 from offramp.version import __version__
 
 _TOKENS, _NEAR = 64, 48

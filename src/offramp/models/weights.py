@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from offramp.errors import CheckpointError
-from offramp.files import TensorInfo, read_json, read_tensors, tensor_infos
+from offramp.files import TensorInfo, read_tensors, tensor_infos
 from offramp.models.sources import Source
+from offramp.reading import read_json
 
 DTYPES = {
     "float64": torch.float64,

@@ -8,7 +8,8 @@ import altair as alt
 import vl_convert
 
 from offramp.errors import ConfigError
-from offramp.files import read_json, replacing
+from offramp.files import replacing
+from offramp.reading import read_json
 from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, spec_of, vegalite_version
 from offramp.report.study_plots import recipes

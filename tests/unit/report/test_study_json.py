@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from offramp.errors import CheckpointError
-from offramp.files import read_json, write_json
+from offramp.files import write_json
+from offramp.reading import read_json
 from offramp.report.study_json import read_study, read_times, write_study
 
 STUDIES = Path(__file__).parents[3] / "docs" / "studies"

@@ -9,7 +9,7 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import obey_umask, read_json
+from offramp.files import obey_umask
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source
 from offramp.models.weights import (
@@ -19,6 +19,7 @@ from offramp.models.weights import (
     stored_dtype,
     stored_tensors,
 )
+from offramp.reading import read_json
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of layers in a config, which a library may try to make, however many."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
-from offramp.files import parsing, read_json
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.native.checkpoint import empty_model
@@ -20,6 +19,7 @@ from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
 from offramp.models.weights import load_state, refuse_tensors, stored_dtype
 from offramp.options import config_of
+from offramp.reading import parsing, read_json
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FAMILIES = ("llama", "mistral")

@@ -17,8 +17,9 @@ from offramp.data import (
 )
 from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
-from offramp.files import read_json, write_json
+from offramp.files import write_json
 from offramp.models.native.config import DecoderConfig
+from offramp.reading import read_json
 from offramp.studies.runs import reading_run
 from offramp.training.config import TrainConfig
 from offramp.training.loop import Progress, new_model, train

@@ -17,9 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 from offramp.data import Corpus, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
-from offramp.files import read_json, replacing, stored_fields, write_json
+from offramp.files import replacing, stored_fields, write_json
 from offramp.folders import working_in
 from offramp.models.native.config import DecoderConfig
+from offramp.reading import read_json
 from offramp.report import html, plots, reproduction_tables
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig

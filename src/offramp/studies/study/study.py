@@ -8,8 +8,9 @@ from typing import Any
 
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError
-from offramp.files import read_json, write_json
+from offramp.files import write_json
 from offramp.folders import working_in
+from offramp.reading import read_json
 from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offramp.errors import CheckpointError
-from offramp.files import read_json, write_json
+from offramp.files import write_json
 from offramp.models.native import checkpoint
 from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
+from offramp.reading import read_json
 
 
 def save(model, folder, **about):

@@ -9,8 +9,8 @@ import pytest
 
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.errors import CheckpointError
-from offramp.files import read_json
 from offramp.models.native.config import DecoderConfig
+from offramp.reading import read_json
 from offramp.studies.reproduce import study as reproduction
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.format import FORMAT_FIELDS, record_of

@@ -8,7 +8,7 @@ from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import ConfigError
 from offramp.exits.schedules import loss_schedule
-from offramp.files import read_json
+from offramp.reading import read_json
 from offramp.studies.study import recipe
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.plan import GateFit
