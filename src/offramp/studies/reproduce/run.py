@@ -1,6 +1,6 @@
 """One training run of the reproduction, and the files that it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from offramp.errors import CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import write_json
 from offramp.models.native.config import DecoderConfig
-from offramp.reading import read_json
+from offramp.reading import read_json, value_of
 from offramp.studies.runs import reading_run
 from offramp.training.config import TrainConfig
 from offramp.training.loop import Progress, new_model, train
@@ -111,7 +111,28 @@ def load_run(folder: Path) -> RunResult:
     """Read the files that ``SeedRun.work`` wrote."""
     with reading_run(folder):
         return RunResult(
-            about=read_json(folder / "run.json"),
+            about=_about(folder / "run.json"),
             best=ExitTrace.load(folder / "best.npz"),
             last=ExitTrace.load(folder / "last.npz"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """The content of a run's ``run.json``."""
+
+    name: str
+    corpus: Mapping[str, str]
+    model: DecoderConfig
+    training: TrainConfig
+    parameters: int
+    train_tokens: int
+    validation_tokens: int
+    unknown_tokens: int
+    validations: tuple[Validation, ...]
+
+
+def _about(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(path)
+    value_of(_About, content, path)
+    return content
