@@ -249,7 +249,9 @@ def load(
     opened = open_model(
         files, exit_layers=layers, exit_head=exit_head, device=device or "cpu", dtype=dtype
     )
-    return EarlyExitLM(opened.with_bos(bos))
+    opened = opened.with_bos(bos)
+    opened.warn_of_bos()
+    return EarlyExitLM(opened)
 
 
 def exit_layers_of(exits: Iterable[int] | int | None) -> tuple[int, ...] | None:

@@ -180,3 +180,11 @@ def test_check_detects_a_false_promise_whose_hash_was_made_anew(offramp, copy):
     result = offramp("calibrate", copy / "tuned", "--corpus", text, "--check", path)
     assert result.returncode == 0, result.stderr
     assert "broken" in result.stdout
+
+
+@pytest.mark.parametrize("confidence", ["max_prob", "margin"])
+def test_a_certificate_has_its_own_confidence(offramp, copy, confidence):
+    """The measure that is the default without a certificate is refused, too, not ignored."""
+    result = generate(offramp, copy, "--confidence", confidence)
+    assert result.returncode == 2
+    assert "confidence: expected none with --certificate, which has its own" in result.stderr

@@ -113,6 +113,7 @@ def open_for(
         stored.require_model(opened.sha256)
         stored.require_bos(bool(opened.first_tokens))
         stored.warn_of_dtype(opened.precision)
+    opened.warn_of_bos()
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:
         say(

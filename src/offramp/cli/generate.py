@@ -1,6 +1,7 @@
 """offramp generate."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 FULL_DEPTH = GenerateConfig()
 SHALLOW, DEEP = (70, 170, 240), (240, 150, 60)
 """Colours of the first and of the last exit before full depth."""
+SET_HERE = re.compile("^(?!(threshold|decay|confidence|missing_kv|stop_strings|stop_tokens)$)")
+"""The fields of the config that the command's own flags set."""
 Thresholds = Annotated[
     str | None,
     Parameter(
@@ -54,6 +57,14 @@ Decay = Annotated[
         "--max-new-tokens.",
     ),
 ]
+Measure = Annotated[
+    str | None,
+    Parameter(
+        name="--confidence",
+        help="The confidence measure, for exits and drafts (default: that of the certificate, or "
+        "max_prob).",
+    ),
+]
 KeysValues = Annotated[
     MissingKV | None,
     Parameter(
@@ -67,11 +78,12 @@ KeysValues = Annotated[
 def generate(
     model: Model,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    config: Annotated[GenerateConfig, Parameter(name="*")] = FULL_DEPTH,
+    config: Annotated[GenerateConfig, Parameter(name="*", parse=SET_HERE)] = FULL_DEPTH,
     *,
     thresholds: Thresholds = None,
     falling: Decay = None,
     certificate: Path | None = None,
+    measure: Measure = None,
     keys_values: KeysValues = None,
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
@@ -104,13 +116,16 @@ def generate(
         Precision of the model (default: that of the certificate, or of the model's files).
     """
     stored = None if certificate is None else load_thresholds(certificate)
-    for name, value in (("threshold", thresholds), ("decay", falling)):
+    given = {"threshold": thresholds, "decay": falling, "confidence": measure}
+    for name, value in given.items():
         if stored is not None and value is not None:
-            raise ConfigError(f"{name}: expected none with --certificate, whose thresholds hold")
+            own = "which has its own" if name == "confidence" else "whose thresholds hold"
+            raise ConfigError(f"{name}: expected none with --certificate, {own}")
     config = replace(
         config,
         threshold=None if thresholds is None else _threshold(thresholds),
         decay=falling,
+        confidence=measure or config.confidence,
         missing_kv=keys_values or config.missing_kv,
         stop_strings=tuple(utf8(each) or "" for each in stop or ()),
     )

@@ -144,6 +144,7 @@ def fit_to_ids(
         },
         temperatures=fit_temperatures(opened.model, held_out),
         draft_vocab=opened.fitted.draft_vocab,
+        bos=bool(opened.first_tokens),
     )
 
 

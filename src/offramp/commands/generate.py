@@ -86,11 +86,6 @@ def with_thresholds(
             f"missing_kv: expected {stored.missing_kv}, under which the certificate's guarantee "
             f"was made, got {missing_kv}"
         )
-    if config.confidence not in ("max_prob", stored.confidence):
-        raise ConfigError(
-            f"confidence: expected {stored.confidence}, the measure of the stored thresholds, got "
-            f"{config.confidence}"
-        )
     kept: Any = missing_kv or stored.missing_kv
     return replace(
         config,

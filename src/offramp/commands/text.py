@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from offramp.data.corpus import Corpus, load_corpus
-from offramp.data.tokenizer import count_unknown, encode
+from offramp.data.tokenizer import encode
+from offramp.data.vocabulary import count_unknown
 from offramp.data.windows import batches
 from offramp.errors import CheckpointError, CorpusError, UnsupportedArchitectureError
 from offramp.evaluation.cost import ModelCost, model_cost

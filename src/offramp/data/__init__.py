@@ -9,12 +9,11 @@ from offramp.data.text import Text
 from offramp.data.tokenizer import (
     UNKNOWN,
     character_tokenizer,
-    count_unknown,
     encode,
     make_tokenizer,
-    vocabulary_size,
 )
 from offramp.data.tokens import TokenShards, tokenise
+from offramp.data.vocabulary import count_unknown, vocabulary_size
 from offramp.data.windows import TokenWindows, batch_indices, batches
 
 __all__ = [

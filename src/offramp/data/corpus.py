@@ -123,7 +123,8 @@ def _folder(name: str, path: Path) -> StreamedCorpus:
         named = {Path(file).stem: files_text([at]) for file, at in splits.items()}
         return _named(name, named, "file")
     found = text_files(path)
-    links = f"{found.skipped} {'link leads' if found.skipped == 1 else 'links lead'} outside it"
+    lead = "link leads" if found.skipped == 1 else "links lead"
+    links = f"{found.skipped} {lead} outside it or nowhere"
     if not found.files:
         why = f"; {links}" if found.skipped else ""
         raise CorpusError(f"{name}: expected a folder with text files, got one without{why}")

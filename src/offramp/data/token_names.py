@@ -4,7 +4,8 @@ import re
 
 from tokenizers import Tokenizer
 
-from offramp.data.tokenizer import byte_characters, encode_prompt, unknown_id
+from offramp.data.tokenizer import byte_characters, encode_prompt
+from offramp.data.vocabulary import unknown_id
 from offramp.errors import ConfigError, CorpusError
 
 LITERAL = "text:"

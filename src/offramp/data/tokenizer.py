@@ -1,6 +1,5 @@
 """Make or load tokenizers, and encode texts of any length."""
 
-import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -263,29 +262,6 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(
         islice(ids.ids, next((i for i, m in enumerate(ids.special_tokens_mask) if not m), 0))
     )
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Return the size that a vocabulary needs: the largest id + 1, as some ids may be unused.
-
-    A tokenizer whose tokens were pruned or moved has fewer tokens than that.
-    """
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-
-def count_unknown(tokenizer: Tokenizer, ids: Int[Tensor, " N"]) -> int:
-    """Return how many ids are the tokenizer's unknown token; 0 if it has none."""
-    unknown = unknown_id(tokenizer)
-    return 0 if unknown is None else int(torch.eq(ids, unknown).sum())
-
-
-def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the unknown token; None if there is none."""
-    if isinstance(tokenizer.model, models.Unigram):  # has no attribute for it
-        stored = json.loads(tokenizer.to_str())["model"]["unk_id"]
-        return None if stored is None else int(stored)
-    token = tokenizer.model.unk_token
-    return tokenizer.token_to_id(token) if token else None
 
 
 def _pieces(text: str | Iterable[str]) -> Iterable[str]:

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from offramp.data.text import sha256
-from offramp.data.tokenizer import encode_pieces, unknown_id
+from offramp.data.tokenizer import encode_pieces
+from offramp.data.vocabulary import unknown_id
 from offramp.errors import ConfigError, CorpusError, OfframpWarning
 from offramp.files import file_sha256, reason, sync
 

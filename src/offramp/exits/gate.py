@@ -80,6 +80,9 @@ class FittedExits:
     draft_vocab: Int[Tensor, " W"] | None = None
     """Ids of the tokens that a draft may contain, the most frequent ones; None for all tokens. The
     head of the draft is then a slice of the LM head, and costs proportionally less."""
+    bos: bool | None = None
+    """Whether the model's first tokens, such as BOS, began the windows to which gates and
+    temperatures were fitted; None if unknown."""
 
     def __repr__(self) -> str:
         gates = {kind: sorted(by_layer) for kind, by_layer in self.gates.items()}

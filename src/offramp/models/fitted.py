@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from offramp.models.huggingface.exits_file import EXITS_FILE
 from offramp.reading import parsing
 
 FITTED_FILE = "fitted.safetensors"
-_FITTED_TO = "exits_sha256"
+_FITTED_TO, _BOS = "exits_sha256", "bos"
 _TEMPERATURE, _DRAFT_VOCAB = "temperature", "draft_vocab"
 
 
@@ -43,8 +44,11 @@ def save_fitted(fitted: FittedExits, folder: Path, *, exits: str) -> None:
         tensors[f"{_TEMPERATURE}.{layer}"] = torch.tensor(temperature, dtype=torch.float64)
     if fitted.draft_vocab is not None:
         tensors[_DRAFT_VOCAB] = fitted.draft_vocab.contiguous()
+    about = {"format": "pt", _FITTED_TO: exits}
+    if fitted.bos is not None:
+        about[_BOS] = "yes" if fitted.bos else "no"
     with replacing(folder / FITTED_FILE) as aside:
-        save_file(tensors, aside, metadata={"format": "pt", _FITTED_TO: exits})
+        save_file(tensors, aside, metadata=about)
 
 
 def fitted_path(folder: Path) -> Path | None:
@@ -69,17 +73,19 @@ def load_fitted(
         return NOTHING_FITTED
     with parsing(path, "gates, temperatures and a draft vocabulary"):
         found = _read(path, device)
-        if path.name == FITTED_FILE and exits is not None:
-            with safe_open(path, framework="pt") as file:
-                fitted_to = (file.metadata() or {}).get(_FITTED_TO)
-            if fitted_to != exits():
-                warnings.warn(
-                    f"{path}: its gates were fitted to other exits than the model's, so they are "
-                    f"not used; fit them again with: offramp confidence {folder} --fit TEXT",
-                    OfframpWarning,
-                    stacklevel=2,
-                )
-                return NOTHING_FITTED
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        if _BOS in about:
+            found = replace(found, bos=about[_BOS] == "yes")
+        apart = path.name == FITTED_FILE
+        if apart and exits is not None and about.get(_FITTED_TO) != exits():
+            warnings.warn(
+                f"{path}: its gates were fitted to other exits than the model's, so they are "
+                f"not used; fit them again with: offramp confidence {folder} --fit TEXT",
+                OfframpWarning,
+                stacklevel=2,
+            )
+            return NOTHING_FITTED
     return found
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from offramp.data.hub import one_line
-from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer, vocabulary_size
+from offramp.data.tokenizer import TOKENIZER_FILE, make_tokenizer
 from offramp.data.tokenizer_errors import is_failure
+from offramp.data.vocabulary import vocabulary_size
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_JSON, read_exits

@@ -3,6 +3,7 @@
 Each command, and ``offramp.load``, uses one ``OpenedModel`` and does not search for files again.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from torch import nn
 
 from offramp.errors import (
     ConfigError,
+    OfframpWarning,
     UnsupportedArchitectureError,
 )
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
@@ -126,10 +128,31 @@ class OpenedModel:
         )
         return self if chosen == self.first_tokens else replace(self, first_tokens=chosen)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """The hash of weights, config, tokenizer, exits and gates, which certificates name."""
+        """The hash of weights, config, tokenizer, exits and gates, which certificates name.
+
+        That of a model in memory is computed each time, since its parameters may change.
+        """
+        return self._hash() if self.files is None else self._stored_sha256
+
+    @cached_property
+    def _stored_sha256(self) -> str:
+        return self._hash()
+
+    def _hash(self) -> str:
         return model_sha256(self.model, self.tokenizer.to_str(), self.fitted, self.files)
+
+    def warn_of_bos(self) -> None:
+        """Warn with an OfframpWarning if gates were fitted to texts that begin differently."""
+        if self.fitted.bos not in (None, bool(self.first_tokens)):
+            fitted, other = ("yes", "no") if self.fitted.bos else ("no", "yes")
+            warnings.warn(
+                f"{self.name}: its gates and temperatures were fitted with --bos {fitted}, but "
+                f"texts begin with --bos {other}",
+                OfframpWarning,
+                stacklevel=3,
+            )
 
     def require_exits(self) -> None:
         """Raise a ConfigError if the model has no exit before its last layer."""
@@ -208,6 +231,8 @@ def open_in_memory(
             "tokenizer: expected a fast tokenizer of transformers, or one of the tokenizers "
             f"library, with a model in memory, got {type(tokenizer).__name__}"
         )
+    if isinstance(model, nn.Module) and any(each.is_meta for each in model.parameters()):
+        raise ConfigError("model: expected parameters with values, got some on the meta device")
     own = isinstance(model, Transformer | HuggingFaceModel)
     if not own and not isinstance(model, nn.Module):
         raise ConfigError(

@@ -85,6 +85,8 @@ class _Index:
 
     weight_map: Mapping[str, str]
     "The file of each parameter."
+    metadata: Mapping[str, Any]
+    "Sizes; transformers refuses an index without it."
 
     def __post_init__(self) -> None:
         if not self.weight_map:

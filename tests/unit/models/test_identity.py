@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 
 from offramp import from_pretrained, save_exits
+from offramp.errors import ConfigError
 from offramp.exits.gate import FittedExits, Gate
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.open import open_in_memory, open_model
@@ -130,3 +131,19 @@ def test_a_backbone_that_was_trained_is_saved_with_the_exits(tuned, tmp_path):
     assert torch.equal(again.model.model.norm.weight, opened.model.model.norm.weight)
     save_model(open_model(tuned, runner="transformers"), tmp_path / "exits")
     assert not (tmp_path / "exits" / "model.safetensors").exists()
+
+
+def test_a_model_in_memory_that_changes_is_another_model(checkpoint):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    opened = open_in_memory(lm, Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
+    before = opened.sha256
+    assert opened.sha256 == before
+    with torch.no_grad():
+        lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    assert opened.sha256 != before
+
+
+def test_a_model_without_values_is_refused(checkpoint):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).to("meta")
+    with pytest.raises(ConfigError, match="got some on the meta device"):
+        open_in_memory(lm, Tokenizer.from_file(str(checkpoint / "tokenizer.json")))

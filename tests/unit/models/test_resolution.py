@@ -330,3 +330,25 @@ def test_other_families_resolve_ties_alike(family, tmp_path):
     with torch.no_grad():
         found = load_weights(find_model(tmp_path))
         torch.testing.assert_close(found(IDS), expected, rtol=0, atol=1e-5)
+
+
+def test_an_index_that_transformers_cannot_read_is_refused_in_a_sentence(sharded):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    for runner in (None, *RUNNERS):
+        with pytest.raises(CheckpointError, match=r"index\.json: metadata: expected"):
+            open_model(sharded, runner=runner)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_precision_that_is_none_is_named(plain, field):
+    configure(plain, **{"dtype": None, field: "auto"})
+    for runner in (None, *RUNNERS):
+        with pytest.raises(CheckpointError, match=r"expected one of float64, .*got 'auto'"):
+            open_model(plain, runner=runner)
+
+
+def test_both_sizes_of_a_tensor_that_does_not_fit_are_named(plain):
+    change(plain, lambda state: {**state, "model.norm.weight": torch.ones(31)})
+    with pytest.raises(CheckpointError, match=r"\(expected \(32,\), got \(31,\)\)"):
+        open_model(plain)

@@ -70,7 +70,10 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
         source,
         {
             "they lack": report["missing_keys"],
-            "of another size are": report["mismatched_keys"],
+            "of another size are": [
+                f"{name} (expected {tuple(expected)}, got {tuple(got)})"
+                for name, got, expected in report["mismatched_keys"]
+            ],
             "they have an unknown": unknown,
         },
     )
@@ -102,6 +105,7 @@ def _config_of(source: Source) -> Any:
         try:
             config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds of errors
+            stored_dtype(source)  # raises the error of a precision that is none
             raise CheckpointError(f"{path}: expected a config, got: {one_line(error)}") from None
     encodes = getattr(config, "is_encoder_decoder", False)
     if encodes or type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
