@@ -64,8 +64,13 @@ def _pretrained(
             if runner == "native" or not installed():
                 raise
         else:
-            if runner == "native" or agrees(model, files.backbone):
+            if agrees(model, files.backbone):
                 return model
+            if runner == "native":
+                raise UnsupportedArchitectureError(
+                    f"{files.name}: the native decoder gives other logits than transformers; "
+                    "offramp.from_pretrained takes any causal language model"
+                )
             warnings.warn(
                 f"{files.name}: transformers runs this model, since the native decoder gives other "
                 "logits",

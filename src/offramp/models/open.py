@@ -177,7 +177,8 @@ def open_model(
     folder of a Hugging Face checkpoint, a name on the hub, or ``smollm2-135m``. With ``runner``
     None, Llama-family checkpoints run in the native decoder, which decodes faster, and others in
     transformers. The native decoder is compared with transformers when it first opens a
-    checkpoint; if it gives other logits, transformers runs the model, with an OfframpWarning.
+    checkpoint; if it gives other logits, transformers runs the model, with an OfframpWarning, or,
+    with ``runner`` native, an UnsupportedArchitectureError is raised.
     ``exit_layers`` and ``exit_head`` are only for plain checkpoints; None puts exits at each
     quarter of the depth. ``dtype`` None keeps the precision of the files, or that in which the
     exits were trained.

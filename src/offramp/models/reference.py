@@ -8,10 +8,12 @@ import hashlib
 import json
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offramp.cache import cache_folder
 from offramp.errors import CheckpointError
@@ -27,6 +29,8 @@ from offramp.version import __version__
 
 _TOKENS, _NEAR = 64, 48
 """Number of tokens that are compared; the positions of the others are far apart."""
+_CACHED = (4, 1, 1, 1, 1)
+"""Numbers of tokens in the last calls of the pass with a cache, over the near tokens."""
 _FARTHEST = 4096
 """End of the compared positions: float32 angles of later ones are rounded differently."""
 _TOLERANCES = {torch.bfloat16: 0.15, torch.float16: 0.02}
@@ -68,7 +72,7 @@ def _difference(model: Transformer, reference: Any) -> float:
     """Return how much a token's logits differ, as a share of their spread.
 
     It is the median over the tokens, since bfloat16 rounds a few differently; of those near each
-    other or of those far apart, whichever is larger.
+    other, of those far apart, or of those that are decoded with a cache, whichever is largest.
     """
     device = model.device
     random = torch.Generator().manual_seed(0)
@@ -89,9 +93,31 @@ def _difference(model: Transformer, reference: Any) -> float:
         ).logits.float()
     if not theirs.isfinite().all():
         return 0.0  # such a model cannot be compared
-    differences = (mine - theirs).square().mean(dim=-1).sqrt() / theirs.std()
-    groups = differences.nan_to_num(nan=torch.inf)[0].split(_NEAR)
-    return max(float(group.median()) for group in groups)
+    decoded = _decoded(model, ids[:, : len(near)])
+    pairs = ((mine, theirs), (decoded, theirs[:, : len(near)][:, -decoded.shape[1] :]))
+    whole, last = (
+        ((a - b).square().mean(dim=-1).sqrt() / theirs.std()).nan_to_num(nan=torch.inf)[0]
+        for a, b in pairs
+    )
+    return max(float(group.median()) for group in (*whole.split(_NEAR), *last.split(_CACHED[0])))
+
+
+def _decoded(model: Transformer, ids: Tensor) -> Tensor:
+    """Return the logits (1, T, V) of the last tokens, which are decoded with a cache."""
+    count = ids.shape[1]
+    bounds = [0, *(max(0, count - sum(_CACHED[at:])) for at in range(len(_CACHED))), count]
+    cache = model.make_cache(1, count)
+    parts = []
+    for start, stop in pairwise(bounds):
+        if start == stop:  # of a model of few positions
+            continue
+        positions = torch.arange(start, stop, device=ids.device)[None]
+        step = Step(positions=positions, cache=cache)
+        h = model.run_layers(
+            model.embed(ids[:, start:stop], step=step), 0, model.num_layers, step=step
+        )
+        parts.append(model.unembed(h, model.num_layers).float())
+    return torch.cat(parts, dim=1)[:, -sum(_CACHED) :]
 
 
 def _key(model: Transformer, source: Source) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from offramp.errors import OfframpWarning
+from offramp.errors import OfframpWarning, UnsupportedArchitectureError
 from offramp.models import reference
 from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
@@ -147,7 +147,28 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(checkpoint, 
     assert len(loads) == 2
 
 
-def test_a_chosen_runner_is_not_compared(checkpoint, loads):
-    assert open_model(checkpoint, runner="native").runner == "native"
+def test_transformers_as_the_chosen_runner_is_not_compared(checkpoint, loads):
     assert open_model(checkpoint, runner="transformers").runner == "transformers"
     assert not loads
+
+
+def test_the_native_decoder_as_the_chosen_runner_is_compared(checkpoint, loads, monkeypatch):
+    assert open_model(checkpoint, runner="native").runner == "native"
+    assert len(loads) == 1
+    monkeypatch.setattr(reference, "_TOLERANCE", 0.0)
+    with pytest.raises(UnsupportedArchitectureError, match="gives other logits than transformers"):
+        open_model(checkpoint, runner="native", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_with_a_cache_is_compared_too(checkpoint, monkeypatch, dtype):
+    """The steps of a few tokens run in other code than whole sequences."""
+    run = llama.Transformer.run_layers
+
+    def wrong(self, h, start, stop, *, step):
+        h = run(self, h, start, stop, step=step)
+        return h + h.roll(1, dims=-1) if step.cache is not None and h.shape[1] == 1 else h
+
+    monkeypatch.setattr(llama.Transformer, "run_layers", wrong)
+    with pytest.warns(OfframpWarning, match="transformers runs this model, since the native"):
+        load_weights(find_model(checkpoint), dtype=dtype)
