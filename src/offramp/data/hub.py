@@ -93,7 +93,8 @@ def offline() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """Return the message of a library's error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    return f"{kind}: {said}" if isinstance(error, KeyError) else said or kind
 
 
 def _load(name: str) -> Any:

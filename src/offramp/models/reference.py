@@ -95,8 +95,9 @@ def _difference(model: Transformer, reference: Any) -> float:
         return 0.0  # such a model cannot be compared
     decoded = _decoded(model, ids[:, : len(near)])
     pairs = ((mine, theirs), (decoded, theirs[:, : len(near)][:, -decoded.shape[1] :]))
+    spread = theirs.std().clamp(min=torch.finfo(theirs.dtype).tiny)  # zero if all are alike
     whole, last = (
-        ((a - b).square().mean(dim=-1).sqrt() / theirs.std()).nan_to_num(nan=torch.inf)[0]
+        ((a - b).square().mean(dim=-1).sqrt() / spread).nan_to_num(nan=torch.inf)[0]
         for a, b in pairs
     )
     return max(float(group.median()) for group in (*whole.split(_NEAR), *last.split(_CACHED[0])))

@@ -4,12 +4,13 @@ import dataclasses
 import sys
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
 
-from offramp.errors import OfframpWarning, UnsupportedArchitectureError
+from offramp.errors import CheckpointError, OfframpWarning, UnsupportedArchitectureError
 from offramp.models import reference
 from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
@@ -145,6 +146,30 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(checkpoint, 
     for _ in range(2):
         assert open_model(checkpoint).runner == "native"
     assert len(loads) == 2
+
+
+def test_an_lm_head_of_zeros_is_no_difference(checkpoint, tmp_path):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        lm.model.norm.weight.zero_()
+    lm.save_pretrained(tmp_path / "zeros")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OfframpWarning)
+        model = load_weights(find_model(tmp_path / "zeros"))
+    assert isinstance(model, llama.Transformer)
+
+
+@pytest.mark.parametrize("scale", [1e37, torch.inf])
+def test_weights_that_overflow_do_not_blame_the_architecture(checkpoint, tmp_path, scale):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        lm.model.norm.weight.mul_(scale)
+        finite = bool(lm(IDS).logits.isfinite().all())
+    assert finite == (scale == 1e37)
+    lm.save_pretrained(tmp_path / "large")
+    expected = nullcontext() if finite else pytest.raises(CheckpointError, match=r"got (nan|inf)")
+    with expected:
+        load_weights(find_model(tmp_path / "large"), runner="transformers")
 
 
 def test_transformers_as_the_chosen_runner_is_not_compared(checkpoint, loads):

@@ -66,10 +66,12 @@ def watched_pass(lm: Any, ids: Tensor, kind: str) -> tuple[list[Call], Tensor, A
             f"{kind}: expected a language model that needs only token ids, got one that fails: "
             f"{one_line(failed or ValueError())}"
         )
-    if logits.isnan().any():  # or every comparison below would blame the architecture
+    wrong = {"nan": logits.isnan(), "inf": logits.isposinf()}  # a model may forbid tokens by -inf
+    got = next((name for name, found in wrong.items() if found.any()), None)
+    if got:  # or every comparison below would blame the architecture
         raise CheckpointError(
             f"{kind}: exit layer {lm.config.get_text_config().num_hidden_layers}, the last: "
-            "expected logits that are finite numbers, got nan: check the weights of the model "
+            f"expected logits that are finite numbers, got {got}: check the weights of the model "
             f"and its precision ({str(logits.dtype).removeprefix('torch.')})"
         )
     if _sees_later_tokens(lm, ids, logits, embedded):
@@ -98,7 +100,9 @@ def _sees_later_tokens(lm: Any, ids: Tensor, logits: Tensor, embedded: list[Tens
     """Return whether the first token's logits depend on later tokens."""
     try:
         [later] = torch.autograd.grad(logits[0, 0].float().sum(), embedded[:1], allow_unused=True)
-    except Exception:  # the pass overwrites what a gradient needs, or has no gradient
+        if later is not None and not later.isfinite().all():
+            raise OverflowError
+    except Exception:  # the pass overwrites what a gradient needs, or has no finite gradient
         with torch.no_grad():
             others = ids.flip(1).index_copy(1, torch.zeros_like(ids[0, :1]), ids[:, :1])
             again = lm(input_ids=others, **accepted(lm, use_cache=False)).logits
