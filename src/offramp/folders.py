@@ -69,6 +69,7 @@ def claimed(out: Path) -> Iterator[None]:
     If the run fails while the folder is still empty, the folder is removed if it was created
     here. Raises CheckpointError as ``check_free`` and ``locked`` do.
     """
+    out = Path(os.path.realpath(out))  # mkdir would make "new" for new/..
     check_free(out)
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:

@@ -161,3 +161,13 @@ def test_temporary_files_are_removed(tmp_path):
     (tmp_path / ".last.tmp").mkdir()
     remove_temporary(tmp_path, tmp_path / "none")
     assert names(tmp_path) == [".keep", ".tmpdir", "a.tmp"]
+
+
+def test_a_claim_by_a_path_that_goes_back_makes_nothing_else(tmp_path):
+    (tmp_path / "other").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="expected a new or empty folder"),
+        claimed(tmp_path / "new" / ".."),
+    ):
+        pass
+    assert names(tmp_path) == ["other"]

@@ -112,6 +112,12 @@ def show_help(*command: str) -> None:
 def run(arguments: Sequence[str] | None) -> None:
     """Run the command that the arguments name; a user's mistake is a sentence and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.flags.optimize > 1:
+        say_line(
+            "Python: expected its docstrings, which some packages read, but -OO or "
+            "PYTHONOPTIMIZE=2 removes them; use -O"
+        )
+        sys.exit(2)
     for argument in given:
         if utf8(argument) is None:
             say_line(f"expected arguments in UTF-8, got {argument!r}")

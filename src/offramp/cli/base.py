@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from offramp.models.open import OpenedModel
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if os.environ.get("COLUMNS") == "0":  # of which rich would make lines without characters
+    del os.environ["COLUMNS"]
 console = safe_console(stderr=True, quiet=not is_first_process())
 
 Model = Annotated[

@@ -7,6 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import psutil
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from offramp.data import (
     tokenise,
     vocabulary_size,
 )
+from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
@@ -73,10 +76,7 @@ def start_run(
     )
     run = replace(run, model=shape)
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
-    try:
-        model = new_model(run.model, seed=run.training.seed)  # before a folder is claimed
-    except RuntimeError as error:
-        raise ConfigError(f"model: expected one that fits the memory, got: {error}") from None
+    model = _new_model(run)  # before a folder is claimed
 
     existed = out.exists()
 
@@ -95,6 +95,24 @@ def start_run(
             for path in out.iterdir() if existed else (out,):
                 remove(path)
         raise
+
+
+def _new_model(run: TrainRun) -> Transformer:
+    """Make the model of a run. Raises ConfigError if it does not fit the memory."""
+    try:
+        with torch.device("meta"):  # takes no memory
+            values = sum(each.numel() for each in Transformer(run.model).parameters())
+        needed = 4 * values
+        if needed > (there := psutil.virtual_memory().total + psutil.swap_memory().total):
+            raise ConfigError(
+                f"model: expected one that fits the memory of {there:,} bytes, got {values:,} "
+                f"parameters of {needed:,} bytes"
+            )
+        return new_model(run.model, seed=run.training.seed)
+    except (RuntimeError, TypeError, OverflowError) as error:  # of sizes beyond 64 bits, too
+        raise ConfigError(
+            f"model: expected one that fits the memory, got: {one_line(error)}"
+        ) from None
 
 
 def resume_run(

@@ -24,6 +24,7 @@ PREFIX = "hf:"
 COLUMN = "text"
 _ANSWER_SECONDS = 5.0
 _ROWS = 1000
+_LONGEST = 1000  # characters of a library's message
 
 
 def dataset_splits(name: str) -> dict[str, Text]:
@@ -92,8 +93,9 @@ def offline() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of a library's error on one line."""
-    said, kind = " ".join(str(error).split()), type(error).__name__
+    """Return the message of a library's error on one line, without a stack of C++ and not long."""
+    said = " ".join(str(error).partition("Exception raised from")[0].split())
+    said, kind = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}...", type(error).__name__
     return f"{kind}: {said}" if isinstance(error, KeyError) else said or kind
 
 

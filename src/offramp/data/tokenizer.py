@@ -19,10 +19,12 @@ from offramp.data.tokenizer_errors import failing, is_failure, silent, try_out
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.files import replacing
 from offramp.reading import read_bytes
+from offramp.schema import shown
 
 UNKNOWN = "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
 _BYTES = 256
+_MOST_TOKENS = 1 << 20  # of bpe:N; the library reserves memory for all of them
 _TOKENIZER_BYTES = 1 << 30
 _ENCODES = "tokenizer: expected one that can encode this text"
 _CUT_AFTER = 1 << 14  # characters
@@ -132,8 +134,12 @@ def _stoppable(work: Callable[[], None]) -> None:
 
 def _bpe_tokens(spec: str) -> int:
     number = spec.removeprefix("bpe:")
-    if not (number.isascii() and number.isdigit() and int(number) > _BYTES):
-        raise ConfigError(f"tokenizer: expected bpe:N with N at least {_BYTES + 1}, got {spec!r}")
+    known = number.isascii() and number.isdigit() and len(number) < 20
+    if not (known and _BYTES < int(number) <= _MOST_TOKENS):
+        raise ConfigError(
+            f"tokenizer: expected bpe:N with N at least {_BYTES + 1} and at most {_MOST_TOKENS}, "
+            f"got {shown(spec)}"
+        )
     return int(number)
 
 

@@ -66,7 +66,7 @@ def load_checkpoint(
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / 'model.safetensors'}: the weights do not fit config.json: "
-            + " ".join(str(error).split())
+            + one_line(error)
         ) from None
     to_precision(model, dtype)
     return model.to(device).eval(), about

@@ -9,6 +9,10 @@ from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 
 NormOrder = Literal["pre", "post"]
 RopeType = Literal["default", "linear", "llama3"]
+MOST_LAYERS = 4096
+"""Largest number of blocks. The deepest published decoders have about 1,000."""
+MOST_ANGLES = 1 << 28
+"""Largest size of a table of rotary positions: 2,097,152 positions of heads of width 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,10 @@ class DecoderConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"num_hidden_layers: expected at most {MOST_LAYERS}, got {self.num_hidden_layers}"
+            )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -111,6 +119,11 @@ class DecoderConfig:
             object.__setattr__(self, "num_key_value_heads", heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if (self.head_dim or 0) * self.max_position_embeddings > MOST_ANGLES:
+            raise ConfigError(
+                f"max_position_embeddings: expected at most {MOST_ANGLES // (self.head_dim or 1)} "
+                f"with heads of width {self.head_dim}, got {self.max_position_embeddings}"
+            )
 
     def _check_rope(self) -> None:
         """Raise a ConfigError for a scaling of the rotary positions that makes no sense."""

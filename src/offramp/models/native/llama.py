@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.native.checkpoint import empty_model
-from offramp.models.native.config import DecoderConfig
+from offramp.models.native.config import MOST_ANGLES, DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.sources import Source, find_checkpoint
 from offramp.models.weights import load_state, refuse_tensors, stored_dtype
@@ -58,7 +59,7 @@ def load_native(
         fits = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{source.id}: the weights do not fit config.json: {' '.join(str(error).split())}"
+            f"{source.id}: the weights do not fit config.json: {one_line(error)}"
         ) from None
     missing = [name for name in fits.missing_keys if not name.startswith("exits.")]
     refuse_tensors(source, {"they lack": missing, "they have an unknown": fits.unexpected_keys})
@@ -138,7 +139,22 @@ def decoder_config(
         "rope_theta": float(rope.get("rope_theta", stored.get("rope_theta", 10_000.0))),
         **_rope_scaling(rope, stored, longest),
     }
+    _check_positions(shape)
     return config_of(DecoderConfig, shape)
+
+
+def _check_positions(shape: Mapping[str, Any]) -> None:
+    """Refuse more positions than the native decoder has a table for; transformers has none."""
+    names = ("hidden_size", "num_attention_heads", "max_position_embeddings")
+    if any(type(shape[name]) is not int or shape[name] < 1 for name in names):
+        return  # the decoder's config names it
+    width = shape["head_dim"] or shape["hidden_size"] // shape["num_attention_heads"]
+    if (longest := shape["max_position_embeddings"]) * width > MOST_ANGLES:
+        raise UnsupportedArchitectureError(
+            f"max_position_embeddings: the native decoder supports at most {MOST_ANGLES // width} "
+            f"with heads of width {width}, got {longest}; offramp.from_pretrained takes any causal "
+            "language model"
+        )
 
 
 _SCALINGS = {
