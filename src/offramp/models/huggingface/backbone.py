@@ -1,5 +1,6 @@
 """Load and save causal language models of ``transformers`` as plain checkpoints."""
 
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from offramp.reading import read_json
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of layers in a config, which a library may try to make, however many."""
+_TIMES = 8
+"""Times as many numbers as are stored, with which a model is certainly not that of the weights."""
 _TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,6 +48,7 @@ def load_backbone(source: Source, dtype: torch.dtype | None) -> Any:
     if not quantised:
         check_types(source)
         dtype = dtype or stored_dtype(source)
+        _refuse_size(source, config)
     with quiet():
         try:
             model, report = transformers().AutoModelForCausalLM.from_pretrained(
@@ -116,16 +120,26 @@ def _config_of(source: Source) -> Any:
     return config
 
 
+def _refuse_size(source: Source, config: Any) -> None:
+    """Refuse a config of a far larger model than the weights fill, before its memory is taken."""
+    needed = sum(map(math.prod, _shapes(config).values()))
+    there = sum(math.prod(info.shape) for info in stored_tensors(source).values())
+    if needed > _TIMES * there:
+        refuse_tensors(source, {"of another size are": _of_another_size(source, config)})
+
+
 def _of_another_size(source: Source, config: Any) -> list[str]:
     """Return the stored tensors whose shape is not that in a model of this config."""
-    with suppress(Exception), torch.device("meta"):  # of a config that cannot be used, either
+    shapes, stored = _shapes(config), stored_tensors(source)
+    return [name for name in stored if stored[name].shape != shapes.get(name, stored[name].shape)]
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model of this config by name; none if it cannot be made."""
+    with suppress(Exception), quiet(), torch.device("meta"):  # a config that cannot be used, either
         model = transformers().AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        stored = stored_tensors(source)
-        return [
-            name for name in stored if stored[name].shape != shapes.get(name, stored[name].shape)
-        ]
-    return []
+        return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {}
 
 
 def _note_untied(model: Any) -> None:
