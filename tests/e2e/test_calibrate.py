@@ -99,6 +99,7 @@ def test_a_text_of_the_training_is_warned_of(offramp, model):
         (["--delta", "1"], "delta: expected"),
         (["--risk", "x"], "risk: expected one of"),
         (["--confidence", "x"], "confidence: expected one of"),
+        (["--confidence", ""], "confidence: expected one of"),
         (["--compute-budget", "65", "--risk", "disagreement"], "expected a promise, a budget or"),
         (["--compute-budget", "5"], "budget"),
         (["--check", "nowhere.json"], "expected a file"),

@@ -105,6 +105,7 @@ def test_drafting_has_flags(offramp, trained):
         (("The", "--threshold", "x"), "threshold: expected a number"),
         (("The", "--threshold", "0.5:0.5:0.5"), "thresholds: expected 2"),
         (("The", "--confidence", "gate", "--threshold", "0.5"), "gate"),
+        (("The", "--confidence", "", "--threshold", "0.5"), "confidence: expected one of"),
         (("The", "--speculative", "--draft-exit", "3"), "draft_exit: expected one of the exits"),
         (("The", "--speculative", "--threshold", "0.5"), "threshold: expected none with"),
         (("The", "--decay", "4"), "decay: expected a threshold too, got only decay 4"),

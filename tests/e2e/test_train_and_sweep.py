@@ -257,6 +257,7 @@ def test_confidence_chooses_the_unit_of_the_thresholds(offramp, trained):
     result = offramp("sweep", trained, "--corpus", "pangram", "--confidence", "patience")
     assert result.returncode == 0, result.stderr
     assert "thresholds on patience" in result.stdout
+    assert offramp("sweep", trained, "--corpus", "pangram", "--confidence", "").returncode == 2
     refused = offramp("sweep", trained, "--corpus", "pangram", "--confidence", "gain")
     assert refused.returncode == 2
     assert "a fitted gain" in refused.stderr

@@ -74,7 +74,7 @@ def calibrate(
 
     use(device, threads)
     opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=checked)
-    measure, kept = confidence or "max_prob", promise or Promise()
+    measure, kept = "max_prob" if confidence is None else confidence, promise or Promise()
     with token_bar("trace") as on_tokens:
         if checked is not None:
             show, results = _check(opened, corpus, checked, kept, on_tokens)
@@ -104,7 +104,7 @@ def _check_mode(
         raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
     if check is not None and confidence is not None:
         raise ConfigError("confidence: expected none with --check, since the certificate names it")
-    check_confidence(confidence or "max_prob")
+    check_confidence("max_prob" if confidence is None else confidence)
 
 
 def _check(

@@ -125,7 +125,7 @@ def generate(
         config,
         threshold=None if thresholds is None else _threshold(thresholds),
         decay=falling,
-        confidence=measure or config.confidence,
+        confidence=config.confidence if measure is None else measure,
         missing_kv=keys_values or config.missing_kv,
         stop_strings=tuple(utf8(each) or "" for each in stop or ()),
     )

@@ -62,7 +62,7 @@ def sweep(
     for name, value in (("thresholds", thresholds), ("confidence", confidence)):
         if certificate is not None and value is not None:
             raise ConfigError(f"{name}: expected none with --certificate, which has its own")
-    check_confidence(measure := confidence or "max_prob")
+    check_confidence(measure := "max_prob" if confidence is None else confidence)
     parsed = None if thresholds is None else parse_thresholds(thresholds)
     check_out_file(out)
     stored = None if certificate is None else load_thresholds(certificate)
