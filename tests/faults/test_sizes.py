@@ -89,3 +89,27 @@ def test_a_terminal_of_no_columns_gets_every_sentence(world):
     )
     assert result.returncode == 0
     assert "its exits were never trained" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_labels": 10**9}, {"vision_config": {"num_hidden_layers": 10**9}}],
+)
+def test_a_number_of_which_a_library_makes_a_list_is_refused(in_order, world, tmp_path, changes):
+    folder = tmp_path / "model"
+    shutil.copytree(world / "checkpoint", folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    result = in_order("probe", folder, "--corpus", world / "small.txt")
+    assert result.returncode == 2
+    assert "expected at most 100000, got 1000000000" in result.stderr
+
+
+def test_a_sentence_has_an_end(in_order, world, tmp_path):
+    config = tmp_path / "flags.json"
+    config.write_text(json.dumps({f"key{number}": 1 for number in range(10_000)}))
+    result = in_order(
+        *("train", "--corpus", world / "text.txt", "--out", tmp_path / "out", "--config", config)
+    )
+    assert result.returncode == 2
+    assert len(result.stderr) < 4100

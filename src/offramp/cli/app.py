@@ -43,6 +43,7 @@ COMMANDS = (
 )
 """Each is the function of its name in the module of its name."""
 LAUNCHER_SECONDS = 10
+LONGEST_SENTENCE = 4000  # characters
 FLAGS = {  # a config's field: its flag, where they differ
     "hidden_size": "dim",
     "num_hidden_layers": "layers",
@@ -149,8 +150,9 @@ def run(arguments: Sequence[str] | None) -> None:
 
 
 def _one_line(said: str) -> str:
-    """Return an error's sentence on one line, with its endless words cut."""
-    return re.sub(r"\S{1000,}", lambda word: f"{word[0][:80]}...", " ".join(said.split()))
+    """Return an error's sentence on one line, with endless words and lists cut."""
+    line = re.sub(r"\S{1000,}", lambda word: f"{word[0][:80]}...", " ".join(said.split()))
+    return line if len(line) <= LONGEST_SENTENCE else f"{line[:LONGEST_SENTENCE]}..."
 
 
 def say_line(sentence: str) -> None:

@@ -21,9 +21,13 @@ from offramp.models.weights import (
     stored_tensors,
 )
 from offramp.reading import read_json
+from offramp.schema import shown
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of layers in a config, which a library may try to make, however many."""
+_COUNTS = (*_LAYERS, "num_labels", "encoder_layers", "decoder_layers", "depth")
+_MOST = 100_000
+"""Largest number of layers or of labels."""
 _TIMES = 8
 """Times as many numbers as are stored, with which a model is certainly not that of the weights."""
 _TEXT_FILES = (
@@ -105,6 +109,7 @@ def _config_of(source: Source) -> Any:
                 f"{path}: {name}: expected 1 to {tensors}, the number of stored parameters, "
                 f"got {layers!r}"
             )
+    _refuse_counts(stored, path)
     with quiet():
         try:
             config = library.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
@@ -118,6 +123,15 @@ def _config_of(source: Source) -> Any:
             f"{config.model_type}{', an encoder-decoder model' if encodes else ''}"
         )
     return config
+
+
+def _refuse_counts(stored: Any, path: Path) -> None:
+    """Refuse numbers of which the library's configs make lists, in any part of a config."""
+    for name, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
+        if name in _COUNTS and isinstance(value, int) and value > _MOST:
+            raise CheckpointError(f"{path}: {name}: expected at most {_MOST}, got {shown(value)}")
+        if isinstance(value, dict | list):
+            _refuse_counts(value, path)
 
 
 def _refuse_size(source: Source, config: Any) -> None:
