@@ -133,3 +133,28 @@ def test_a_folder_with_its_place_in_full_still_opens(tuned, lost):
     }
     (lost / "offramp.json").write_text(json.dumps(about))
     assert find_model(lost).backbone.folder == tuned / "models" / "base"
+
+
+def test_a_changed_config_of_the_backbone_is_said(offramp, tuned, tmp_path):
+    copy = shutil.copytree(tuned, tmp_path / "copy")
+    path = copy / "models" / "base" / "config.json"
+    config = json.loads(path.read_text())
+    for field, value, said in (
+        ("transformers_version", "5.0.0", False),
+        ("dtype", "bfloat16", False),
+        ("rms_norm_eps", 0.1, True),
+    ):
+        path.write_text(json.dumps(config | {field: value}))
+        for runner in ("models/beside", "models/base/inside"):
+            result = offramp("generate", copy / runner, "7 quick", "--max-new-tokens", 2)
+            assert result.returncode == 0, result.stderr
+            assert result.stderr.count("trained with another config.json") == said
+    path.write_text(json.dumps(config))
+    tokenizer = path.with_name("tokenizer.json")
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    permuted = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    content["model"]["vocab"] = permuted
+    tokenizer.write_text(json.dumps(content))
+    result = offramp("generate", copy / "models/beside", "7 quick", "--max-new-tokens", 2)
+    assert "trained with another tokenizer.json" in result.stderr

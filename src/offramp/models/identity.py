@@ -16,18 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from offramp.exits.gate import FittedExits
 from offramp.models.base import TrainableModel
+from offramp.models.computation import computation
 from offramp.models.huggingface.exits_file import EXITS_FILE
 from offramp.models.model_files import ModelFiles
 from offramp.models.native.decoder import Transformer
-from offramp.models.native.llama import decoder_config
-
-_WRITTEN_ANEW = {
-    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
-}
-"""Fields of a Hugging Face config that saving changes."""
 
 
 @torch.no_grad()
@@ -87,10 +81,7 @@ def _config(model: TrainableModel, files: ModelFiles | None, native: bool) -> Ma
         return model.config.stored()
     backbone: Any = None if files else model.to_transformers()
     stored = files.config if files else json.loads(backbone.config.to_json_string())
-    try:
-        return decoder_config(stored, exit_layers=(), exit_head="shared").stored()
-    except (UnsupportedArchitectureError, CheckpointError, ConfigError):
-        return {key: value for key, value in stored.items() if key not in _WRITTEN_ANEW}
+    return computation(stored)
 
 
 def _heads(

@@ -25,6 +25,7 @@ from offramp.files import (
 )
 from offramp.folders import new_folder
 from offramp.models.base import to_precision
+from offramp.models.computation import file_hashes
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.backbone import load_backbone, save_backbone
@@ -167,7 +168,11 @@ def write_exits(
         content = {
             "format": FORMAT,
             "offramp_version": __version__,
-            "base": {**place_of(source, folder), "sha256": source.sha256},
+            "base": {
+                **place_of(source, folder),
+                "sha256": source.sha256,
+                **file_hashes(source),
+            },
             "model_type": model_type,
             "dtype": str(dtype).removeprefix("torch."),
             "exit_layers": list(exit_layers),
@@ -199,6 +204,8 @@ def _described_by(folder: Path) -> Path:
 class _Base:
     id: str
     sha256: str
+    config_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """Where the backbone of a folder of exits is: ``base`` in ``offramp.json``."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import CheckpointError
+from offramp.errors import CheckpointError, OfframpWarning
+from offramp.models.computation import file_hashes
 from offramp.models.sources import Source, find_checkpoint
 
 
@@ -14,8 +16,9 @@ def base_of(
 ) -> Source:
     """Return the checkpoint of a folder's exits, by the content ``about`` of ``read_exits``.
 
-    ``base`` is its place, if it was moved. Raises CheckpointError if it is not found, or has
-    changed.
+    ``base`` is its place, if it was moved. Raises CheckpointError if it is not found or has other
+    weights, and warns with an OfframpWarning if its config computes something
+    else or its tokenizer is another one.
     """
     stored = about["base"]
     wrong: list[CheckpointError] = []
@@ -30,6 +33,8 @@ def base_of(
             )
             continue
         if source.sha256 == stored["sha256"]:
+            if source is not base:
+                _compare_files(folder, stored, source)
             return source
         wrong.append(
             CheckpointError(
@@ -38,6 +43,18 @@ def base_of(
             )
         )
     raise wrong[0]
+
+
+def _compare_files(folder: Path, stored: Mapping[str, Any], source: Source) -> None:
+    now = file_hashes(source)
+    for key, name in (("config_sha256", "config.json"), ("tokenizer_sha256", "tokenizer.json")):
+        if stored.get(key) not in (None, now.get(key)):
+            warnings.warn(
+                f"{folder}: its exits were trained with another {name} of {source.id} than the one "
+                "that is there now, so their results may be wrong",
+                OfframpWarning,
+                stacklevel=3,
+            )
 
 
 def _places(folder: Path, stored: Mapping[str, Any]) -> list[str]:
