@@ -1,5 +1,7 @@
 """A user's mistake: exit code 2, one clear sentence, and nothing written."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,3 +148,14 @@ def test_resume_refuses_what_it_cannot_go_on_with(offramp, trained, tmp_path):
     assert refused(offramp("train", "--resume", trained, "--lr", 9), "no other flag")
     assert refused(offramp("train", "--resume", trained, "--steps", 9), "more than the 30 steps")
     assert refused(offramp("train", "--corpus", "pangram"), "--out")
+
+
+def test_resume_refuses_a_tokenizer_that_has_changed(offramp, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    assert refused(offramp("train", "--resume", run, "--steps", 60), "tokenizer that the run began")

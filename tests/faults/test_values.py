@@ -6,6 +6,7 @@ holds only an adapter, and an output that cannot be written.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,14 @@ def test_a_folder_with_only_an_adapter_is_named(offramp, world, tmp_path):
         result = offramp(*arguments)
         assert result.returncode == 2
         assert "expected a whole model, got an adapter of the peft library" in result.stderr
+
+
+def test_an_adapter_beside_a_whole_model_is_not_ignored(offramp, world, tmp_path):
+    model = shutil.copytree(world / "checkpoint", tmp_path / "model")
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    result = offramp("sweep", model, "--corpus", world / "small.txt")
+    assert result.returncode == 2
+    assert "got an adapter of the peft library" in result.stderr
 
 
 @pytest.mark.parametrize(

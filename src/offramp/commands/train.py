@@ -15,8 +15,10 @@ from torch import Tensor
 from offramp.cache import cache_folder
 from offramp.commands.train_run import (
     NOBODY,
+    StoredRun,
     TrainRun,
     Watcher,
+    check_tokenizer,
     resolve,
     stored_run_file,
 )
@@ -33,7 +35,7 @@ from offramp.data.hub import one_line
 from offramp.data.tokenizer import TOKENIZER_FILE, save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CheckpointError, ConfigError, CorpusError
-from offramp.files import remove, write_json, writing
+from offramp.files import file_sha256, remove, write_json, writing
 from offramp.folders import locked, new_folder, remove_temporary, sync_tree
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.checkpoint import save_checkpoint
@@ -83,8 +85,9 @@ def start_run(
     def claim() -> None:
         with new_folder(out) as folder:
             save_tokenizer(tokenizer, folder)
-            content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
-            write_json(folder / UNFINISHED, content)
+            written = file_sha256(folder / TOKENIZER_FILE)
+            begun = StoredRun(run=run, corpus_sha256=corpus.sha256, tokenizer_sha256=written)
+            write_json(folder / UNFINISHED, asdict(begun))
 
     processes.on_main(claim)
     try:
@@ -121,7 +124,7 @@ def resume_run(
     """Continue a run that was stopped or killed, from its newest whole checkpoint.
 
     ``steps`` gives the run another length in steps; a finished run continues with it, too.
-    Raises CheckpointError if there is no such run, or the corpus has changed since.
+    Raises CheckpointError if there is no such run, or if corpus or tokenizer have changed.
     """
     stored = stored_run_file(out, steps)
     run = stored.run
@@ -136,6 +139,7 @@ def resume_run(
             f"{run.corpus}: expected the corpus that the run began with, sha256 "
             f"{stored.corpus_sha256}, got {corpus.sha256}"
         )
+    check_tokenizer(out / TOKENIZER_FILE, stored)
     tokenizer = make_tokenizer(str(out / TOKENIZER_FILE), "")
     tokens = processes.main_first(lambda: _tokens(run, corpus, tokenizer))
     model = new_model(run.model, seed=run.training.seed)
@@ -143,7 +147,7 @@ def resume_run(
         stored_run_file(out, steps)  # another process may have finished it
         processes.on_main(lambda: remove_temporary(out, out / "checkpoints"))
         if steps is not None:
-            content = {"run": asdict(run), "corpus_sha256": corpus.sha256}
+            content = asdict(replace(stored, run=run))
             processes.on_main(lambda: write_json(out / UNFINISHED, content))
         return _train(run, model, out, corpus, tokenizer, *tokens, processes, watcher)
 

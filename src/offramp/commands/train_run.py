@@ -7,7 +7,7 @@ from pathlib import Path
 from offramp.errors import CheckpointError
 from offramp.exits.weightings import parse_loss_weights
 from offramp.exits.weights import RECOMMENDED
-from offramp.files import count_parameters
+from offramp.files import count_parameters, file_sha256
 from offramp.models.model_files import FINISHED, UNFINISHED
 from offramp.models.native.config import DecoderConfig
 from offramp.reading import read_as, read_json
@@ -34,6 +34,7 @@ class StoredRun:
 
     run: TrainRun
     corpus_sha256: str
+    tokenizer_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,17 @@ def stored_run_file(out: Path, steps: int | None) -> StoredRun:
     if steps is not None and not (unfinished.exists() and steps == stored.run.training.steps):
         _check_extension(out, steps, stored.run.training)
     return stored
+
+
+def check_tokenizer(path: Path, stored: StoredRun) -> None:
+    """Raise a CheckpointError for another tokenizer than the run's; a missing one is reported."""
+    if stored.tokenizer_sha256 is None or not path.is_file():
+        return
+    if (found := file_sha256(path)) != stored.tokenizer_sha256:
+        raise CheckpointError(
+            f"{path}: expected the tokenizer that the run began with, sha256 "
+            f"{stored.tokenizer_sha256}, got {found}"
+        )
 
 
 def _check_extension(out: Path, steps: int, training: TrainConfig) -> None:

@@ -117,12 +117,13 @@ def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
         return _demo()
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{name}: expected a whole model, got an adapter of the peft library "
+                "(adapter_config.json); merge it into its base model first (merge_and_unload, then "
+                "save_pretrained)"
+            )
         if not (folder / "config.json").is_file():
-            if (folder / "adapter_config.json").is_file():
-                raise CheckpointError(
-                    f"{name}: expected a whole model, got an adapter of the peft library; merge it "
-                    "into its base model first (merge_and_unload, then save_pretrained)"
-                )
             raise CheckpointError(f"{folder / 'config.json'}: expected a file, found none")
         return Source(id=name, folder=folder)
     if folder.exists():
