@@ -58,7 +58,7 @@ families: $(INSTALLED)
 	$(BIN)/$(FAMILIES)
 	$(call venv_with,$(OLDEST_TRANSFORMERS),$(VENV)-oldest)
 	$(VENV)-oldest/bin/$(FAMILIES)
-FAMILIES = python -m pytest -q -n logical --dist load tests/families
+FAMILIES = python -m pytest -q -n logical --dist loadgroup tests/families
 
 define test_with
 $(call venv_with,$(1),$(2))
