@@ -1,5 +1,6 @@
 """offramp confidence."""
 
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -72,11 +73,8 @@ def confidence(
     if fit is not None:
         say(f"Fitting gates and temperatures to {fit}; this can take minutes")
         with bars(console) as drawn:
-            opened = fit_exits(
-                opened,
-                fit,
-                on_gate=lambda done, total: drawn.show("fit", done=done, total=total, text="gates"),
-            )
+            show = partial(drawn.show, "fit", text="gates")
+            opened = fit_exits(opened, fit, on_gate=lambda done, of: show(done=done, total=of))
         say(f"Stored gates and temperatures in {quote(str(model))}")
     with token_bar("trace") as on_tokens:
         content = measure_confidence(opened, corpus, measures=measures, on_tokens=on_tokens)

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,11 +116,8 @@ def generate(
         Precision of the model (default: that of the certificate, or of the model's files).
     """
     stored = None if certificate is None else load_thresholds(certificate)
-    given = {"threshold": thresholds, "decay": falling, "confidence": measure}
-    for name, value in given.items():
-        if stored is not None and value is not None:
-            own = "which has its own" if name == "confidence" else "whose thresholds hold"
-            raise ConfigError(f"{name}: expected none with --certificate, {own}")
+    if stored is not None:
+        _check_alone({"threshold": thresholds, "decay": falling, "confidence": measure})
     config = replace(
         config,
         threshold=None if thresholds is None else _threshold(thresholds),
@@ -132,14 +129,18 @@ def generate(
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
     opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
-    _run(
-        opened,
-        config if stored is None else _with_thresholds(config, stored, keys_values),
-        prompt=text,
-        stops=[utf8(each) or "" for each in stop_token or ()],
-        chat=chat,
-        as_json=json_,
-    )
+    if stored is not None:
+        config = _with_thresholds(config, stored, keys_values)
+    stops = [utf8(each) or "" for each in stop_token or ()]
+    _run(opened, config, prompt=text, stops=stops, chat=chat, as_json=json_)
+
+
+def _check_alone(given: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for options that a certificate already contains."""
+    for name, value in given.items():
+        if value is not None:
+            own = "which has its own" if name == "confidence" else "whose thresholds hold"
+            raise ConfigError(f"{name}: expected none with --certificate, {own}")
 
 
 def _with_thresholds(

@@ -144,6 +144,13 @@ def perplexity(mean_nll: float) -> float:
         return float(np.exp(mean_nll))
 
 
+def _check_layers(layers: Sequence[int], last: int, *, kl: bool) -> None:
+    if not all(1 <= layer <= last for layer in layers):
+        raise ConfigError(f"layers: expected layers from 1 to {last}, got {layers}")
+    if kl and last not in layers:
+        raise ConfigError(f"layers: expected the last, {last}, for kl, got {layers}")
+
+
 @torch.inference_mode()
 def collect_trace(
     model: EarlyExitModel,
@@ -167,10 +174,7 @@ def collect_trace(
     not numbers, as with NaN weights or an overflow of the precision.
     """
     layers = tuple(model.exit_layers if layers is None else sorted(layers))
-    if not all(1 <= layer <= model.num_layers for layer in layers):
-        raise ConfigError(f"layers: expected layers from 1 to {model.num_layers}, got {layers}")
-    if kl and model.num_layers not in layers:
-        raise ConfigError(f"layers: expected the last, {model.num_layers}, for kl, got {layers}")
+    _check_layers(layers, model.num_layers, kl=kl)
     chosen = {name: confidence_named(name) for name in measures}
     wanted = {*layers}
     if any(measure.needs_previous_state for measure in chosen.values()):

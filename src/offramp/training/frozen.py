@@ -54,11 +54,10 @@ def tune_exits(
 ) -> None:
     """Train the exits' own heads in place; the frozen backbone runs once over the text.
 
-    ``first_tokens`` begin every window, and nothing is learnt from their states.
-
-    Afterwards the backbone is frozen and the model is in eval mode. Raises ConfigError if the
-    exits have no parameters of their own, CorpusError for fewer than 2 tokens, and TrainingError
-    if the loss is not finite.
+    ``first_tokens`` begin every window, and nothing is learnt from their states. Afterwards the
+    backbone is frozen and the model is in eval mode. Raises ConfigError if the exits have no
+    parameters of their own, CorpusError for fewer than 2 tokens, and TrainingError if the loss is
+    not finite.
     """
     check_exits(model)
     model.freeze_backbone()
