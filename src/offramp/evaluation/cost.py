@@ -45,6 +45,8 @@ class ModelCost:
     "FLOPs of each gate, by kind and exit layer."
     keys_values: tuple[float, ...] = ()
     "FLOPs of projecting only the keys and values of each block."
+    complete_from: int | None = None
+    "The model's ``complete_from``; None for a model whose blocks all write keys and values."
 
     @property
     def full(self) -> float:
@@ -65,7 +67,8 @@ class ModelCost:
         """Return the cost of a token that leaves at each exit, in percent of the full model.
 
         Under "recompute" the keys and values above the exit are not counted; "propagate" projects
-        them in every block above.
+        them in every block above. Those that blocks share above ``complete_from`` are counted under
+        both, because every token has them.
 
         ``evaluated`` holds, for each exit but the last, whether its confidence is evaluated
         (default: all True). There a measure that reads logits costs the head, and a gate costs the
@@ -78,10 +81,12 @@ class ModelCost:
         if confidence == "patience":
             evaluated = [any(evaluated[index:]) for index in range(len(evaluated))]
         passed, costs = 0.0, []
+        shared = len(self.layers) if self.complete_from is None else self.complete_from
         for layer, read in zip(early, evaluated, strict=True):
             head = self.heads[layer]
             gate = self.gate(confidence, layer) if measure.needs_gate and read else 0.0
-            above = sum(self.keys_values[layer:]) if missing_kv == "propagate" else 0.0
+            owed = layer if missing_kv == "propagate" else max(layer, shared)
+            above = sum(self.keys_values[owed:])
             costs.append(sum(self.layers[:layer]) + passed + gate + head + above)
             passed += gate + (head if measure.needs_head and read else 0.0)
         last = self.exit_layers[-1]
@@ -126,6 +131,7 @@ def model_cost(
             for kind, by_layer in gates.items()
         },
         keys_values=_keys_values(model),
+        complete_from=model.complete_from,
     )
 
 

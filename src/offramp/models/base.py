@@ -66,6 +66,15 @@ class EarlyExitModel(Protocol):
         """Layers where a policy may stop, ascending; the last one is ``num_layers``."""
 
     @property
+    def complete_from(self) -> int:
+        """The lowest exit layer at which a token leaves all keys and values that later tokens read.
+
+        No block above it writes keys or values, except that the first one may project them from
+        the state at this very layer. ``recompute`` and ``propagate`` are then the same for exits
+        from this layer on. It is ``num_layers`` in a model whose blocks all write their own.
+        """
+
+    @property
     def device(self) -> torch.device:
         """Device of the parameters; inputs must be on it."""
 
@@ -110,11 +119,15 @@ class EarlyExitModel(Protocol):
         """Run blocks start+1 .. stop.
 
         Tokens that are not ``active`` keep their state, from which their keys and values are
-        projected.
+        projected. Where a call begins above ``complete_from`` and there is no cache, the step must
+        be that of the call below it, which keeps the keys and values that blocks share.
         """
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
-        """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
+        """Write only the keys and values of blocks start+1 .. stop into the step's cache.
+
+        Blocks that project none write nothing.
+        """
 
     def fills_beside(self, tokens: int) -> bool:
         """Return whether ``run_layers`` projects keys and values of inactive tokens at no cost.

@@ -118,8 +118,9 @@ class ExitLoss(nn.Module):
         recompute = self.config.recompute_activations and torch.is_grad_enabled()
         if not any(rates) and not recompute:
             return self.model.run_layers(h, start, stop, step=where)
+        shares = self.model.complete_from < self.model.num_layers
         for layer in range(start + 1, stop + 1):
-            chosen = None
+            chosen = active = None
             if rates[layer - 1]:
                 kept = keep_mask(
                     rates,
@@ -130,18 +131,26 @@ class ExitLoss(nn.Module):
                     batch_size=self.config.batch_size,
                 )
                 keep = kept[rows]
-                if not (kept if self.in_step else keep).any():
+                if not shares and not (kept if self.in_step else keep).any():
                     continue
-                if not keep.all():
+                if not keep.all() and shares:  # blocks above need all rows' keys and values
+                    active = keep.to(h.device)[:, None].expand(h.shape[:2])
+                elif not keep.all():
                     chosen = keep.nonzero().flatten().to(h.device)
             idle = chosen is not None and not len(chosen)  # only here; other processes have rows
             part = h if chosen is None else h[:1] if idle else h[chosen]
             if recompute:
                 part = checkpoint(
-                    self.model.run_layers, part, layer - 1, layer, step=where, use_reentrant=False
+                    self.model.run_layers,
+                    part,
+                    layer - 1,
+                    layer,
+                    step=where,
+                    active=active,
+                    use_reentrant=False,
                 )
             else:
-                part = self.model.run_layers(part, layer - 1, layer, step=where)
+                part = self.model.run_layers(part, layer - 1, layer, step=where, active=active)
             part = part[:0] if idle else part  # one row without effect, for the collectives
             h = part if chosen is None else h.index_copy(0, chosen, part.to(h.dtype))
         return h

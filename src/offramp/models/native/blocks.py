@@ -22,6 +22,10 @@ def rotate(
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
+KeysValues = tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B H T Dh"]]
+"""Rotated keys, and values."""
+
+
 @dataclass(kw_only=True)
 class BlockContext:
     """The data that all blocks share for the tokens of one step; it does not contain the step."""
@@ -32,6 +36,17 @@ class BlockContext:
     cos: Tensor  # (B or 1, 1, T, Dh)
     sin: Tensor
     end: int  # keys are at positions 0 .. end - 1
+
+    @classmethod
+    def of(
+        cls, step: Step, dtype: torch.dtype, end: int, tables: tuple[Tensor, Tensor]
+    ) -> "BlockContext":
+        """Make the context of a step; ``tables`` are those of ``rotation_tables``."""
+        cos, sin = (table[step.positions].to(dtype)[:, None] for table in tables)
+        cached = step.cache is not None
+        return cls(
+            positions=step.positions, real=step.real, cached=cached, cos=cos, sin=sin, end=end
+        )
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -47,9 +62,13 @@ class BlockContext:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    A block above the source of keys and values (``DecoderConfig.kv_source_layer``) has no
+    projections of its own for them, unless it is the first one above it.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         assert config.num_key_value_heads is not None
         assert config.head_dim is not None
@@ -58,30 +77,46 @@ class Attention(nn.Module):
         kv_size = config.num_key_value_heads * config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.projects_kv = layer < config.cache_layers
+        self.shares_kv = layer == config.kv_source_layer
+        self.cache_layer = min(layer, config.cache_layers - 1)
+        if self.projects_kv:
+            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
-    def keys_values(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, context: BlockContext) -> KeysValues:
         """Return rotated keys and values, (B, H_kv, T, Dh) each."""
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         return rotate(k, context.cos, context.sin), v
 
-    def forward(self, x: Tensor, layer: int, context: BlockContext, step: Step) -> Tensor:
-        """Return the input of ``o_proj``, (B, T, H * Dh), for x (B, T, D); ``layer`` is from 0."""
+    def forward(
+        self, x: Tensor, context: BlockContext, step: Step, shared: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues | None]:
+        """Return the input of ``o_proj``, (B, T, H * Dh), for x (B, T, D), and keys and values.
+
+        The latter are those that the blocks above are to take as ``shared``, if they take this
+        block's and there is no cache in which they find them; else None.
+        """
         q = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
-        k, v = self.keys_values(x, context)
-        if step.cache is not None:
-            step.cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
-            k, v = step.cache.read(layer, end=context.end, rows=step.rows)
+        own = self.keys_values(x, context) if self.projects_kv else shared
+        cache, layer = step.cache, self.cache_layer
+        if cache is None:
+            assert own is not None
+            k, v = own
+        else:
+            if self.projects_kv and own is not None:
+                k, v = own
+                cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
+            k, v = cache.read(layer, end=context.end, rows=step.rows)
         mask = context.mask
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
-        return attended.transpose(1, 2).flatten(2)
+        return attended.transpose(1, 2).flatten(2), own if self.shares_kv else None
 
 
 class MLP(nn.Module):
@@ -101,7 +136,10 @@ class MLP(nn.Module):
 
 
 class DecoderBlock(nn.Module, ABC):
-    """A block: attention, then the part that is computed for each token separately."""
+    """A block: attention, then the part that is computed for each token separately.
+
+    A block is made with its number, counted from 0.
+    """
 
     self_attn: Attention
 
@@ -116,30 +154,30 @@ class DecoderBlock(nn.Module, ABC):
     def forward(
         self,
         h: Float[Tensor, "B T D"],
-        layer: int,
         context: BlockContext,
         step: Step,
         active: Bool[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Return the next states. Tokens that are not ``active`` keep their state.
+        shared: KeysValues | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KeysValues | None]:
+        """Return the next states, and the keys and values for the blocks above: see ``Attention``.
 
-        Their keys and values are projected from it, and the other tokens attend to them.
+        Tokens that are not ``active`` keep their state. Their keys and values are projected from
+        it, and the other tokens attend to them.
         """
-        attended = self.self_attn(self.attention_input(h), layer, context, step)
+        attended, given = self.self_attn(self.attention_input(h), context, step, shared)
         if active is None:
-            return self.after_attention(h, attended)
-        return h.masked_scatter(
-            active[..., None], self.after_attention(h[active], attended[active])
-        )
+            return self.after_attention(h, attended), given
+        after = self.after_attention(h[active], attended[active])
+        return h.masked_scatter(active[..., None], after), given
 
 
 class PreNormBlock(DecoderBlock):
     """h + attention(norm(h)), then h + mlp(norm(h)): Llama's block."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -158,9 +196,9 @@ class PreNormBlock(DecoderBlock):
 class PostNormBlock(DecoderBlock):
     """norm(h + attention(h)), then norm(h + mlp(h)): the seed document's block."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -183,7 +221,8 @@ class Decoder(nn.Module):
         super().__init__()
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(block(config, layer) for layer in layers)
         self.norm: nn.Module = nn.Identity()
         if config.norm == "pre":
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

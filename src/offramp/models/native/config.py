@@ -47,6 +47,10 @@ class DecoderConfig:
     "RMSNorm before each sublayer (pre) or after each residual sum (post)."
     tie_word_embeddings: bool = False
     "Use the embedding as the LM head."
+    kv_source_layer: int | None = None
+    """Every block above this layer takes its keys and values from the state after it, by one
+    projection that they share (YOCO, Sun et al. 2024, arXiv 2405.05254); None: each block has its
+    own. A token that leaves at this layer or above has then left all keys and values."""
     max_position_embeddings: int = 4096
     "Length of the longest sequence, in tokens."
     rms_norm_eps: float = 1e-6
@@ -83,6 +87,7 @@ class DecoderConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}: expected a number above 0, got {value}")
+        self._check_source()
         self._check_rope()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
@@ -125,6 +130,31 @@ class DecoderConfig:
                 f"with heads of width {self.head_dim}, got {self.max_position_embeddings}"
             )
 
+    def _check_source(self) -> None:
+        """Raise a ConfigError for a source of keys and values that has no block above it."""
+        source, last = self.kv_source_layer, self.num_hidden_layers - 1
+        if source is None:
+            return
+        if last < 1:
+            raise ConfigError(
+                f"kv_source_layer: expected none in a model of one layer, got {source}"
+            )
+        if not 1 <= source <= last:
+            raise ConfigError(
+                f"kv_source_layer: expected from 1 to {last}, below the last layer, got {source}"
+            )
+
+    @property
+    def complete_from(self) -> int:
+        """The lowest layer at which a token that leaves has left all keys and values."""
+        return self.num_hidden_layers if self.kv_source_layer is None else self.kv_source_layer
+
+    @property
+    def cache_layers(self) -> int:
+        """Number of layers of the cache: those of the blocks that project keys and values."""
+        source = self.kv_source_layer
+        return self.num_hidden_layers if source is None else source + 1
+
     def _check_rope(self) -> None:
         """Raise a ConfigError for a scaling of the rotary positions that makes no sense."""
         if self.rope_type not in get_args(RopeType):
@@ -156,13 +186,11 @@ class DecoderConfig:
             )
 
     def stored(self) -> dict[str, Any]:
-        """Return the fields as files store them: those of a scaling only if there is one."""
-        scaled = self.rope_type != "default"
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if scaled or name not in ("rope_type", *_ONLY_SCALED)
-        }
+        """Return the fields as files store them: what a model does not have is left out."""
+        left_out = () if self.rope_type != "default" else ("rope_type", *_ONLY_SCALED)
+        if self.kv_source_layer is None:
+            left_out = (*left_out, "kv_source_layer")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 _READ: dict[str, tuple[str, ...]] = {

@@ -22,10 +22,16 @@ from offramp.models.base import Step, layers_by_name, walk, whole_step
 from offramp.models.exit_heads import ExitAdapter, ExitHead, ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
-from offramp.models.native.blocks import BlockContext, Decoder, DecoderBlock, exit_head_of
+from offramp.models.native.blocks import (
+    BlockContext,
+    Decoder,
+    DecoderBlock,
+    KeysValues,
+    exit_head_of,
+)
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
-from offramp.models.native.rope import rotary_frequencies
+from offramp.models.native.rope import rotation_tables
 
 
 class Transformer(nn.Module):
@@ -41,6 +47,7 @@ class Transformer(nn.Module):
         self.num_layers, self.exit_layers = config.num_hidden_layers, config.exit_layers
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.max_length, self.exit_head = config.max_position_embeddings, config.exit_head
+        self.complete_from = config.complete_from
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.exits = ExitHeads(num_layers=config.num_hidden_layers)
@@ -48,12 +55,8 @@ class Transformer(nn.Module):
             for layer in config.exit_layers[:-1]:
                 self.exits[str(layer)] = exit_head_of(config)
         assert config.head_dim is not None
-        with torch.device("cpu"):  # real numbers, even if the parameters are on "meta"
-            places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
-            angles = torch.outer(places, rotary_frequencies(config))  # (P, Dh / 2)
-        cos, sin = angles.cos(), angles.sin()
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
+        for name, table in zip(("cos", "sin"), rotation_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self._fast = FastSteps(
             self.model.layers,
             eps=config.rms_norm_eps,
@@ -129,9 +132,11 @@ class Transformer(nn.Module):
         checks.check_call(self, h, start, stop, active)
         if self._is_fast(h, step):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(h, step))
-        context = self._context(h, step)
+        context, shared = self._context(h, step), self._shared(start, step)
         for layer in range(start, stop):
-            h = self._block(layer)(h, layer, context, step, active)
+            h, given = self._block(layer)(h, context, step, active, shared)
+            if given is not None:
+                shared = step.memo[self, "shared"] = given
         return h
 
     def fills_beside(self, tokens: int) -> bool:
@@ -139,7 +144,8 @@ class Transformer(nn.Module):
 
         This is true for calls with a cache and without gradients.
         """
-        return self.device.type == "cpu" and self._fast.fills_beside(tokens)
+        fast = self.device.type == "cpu" and self.config.kv_source_layer is None
+        return fast and self._fast.fills_beside(tokens)
 
     def rounds_alike(self) -> bool:
         """Return whether the compiled kernels run the blocks: they sum each token in one order."""
@@ -153,7 +159,7 @@ class Transformer(nn.Module):
             self._fast.project_kv(h, start, stop, step=step, **self._places(h, step))
             return
         context = self._context(h, step)
-        for layer in range(start, stop):
+        for layer in range(start, min(stop, self.config.cache_layers)):
             block = self._block(layer)
             k, v = block.self_attn.keys_values(block.attention_input(h), context)
             cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
@@ -176,7 +182,8 @@ class Transformer(nn.Module):
         return F.linear(norm(h), head.weight if vocab is None else head.weight[vocab])
 
     def _is_fast(self, h: Tensor, step: Step) -> bool:
-        return step.cache is not None and step.real is None and self._fast.fit(h)
+        own = self.config.kv_source_layer is None
+        return own and step.cache is not None and step.real is None and self._fast.fit(h)
 
     def _block(self, layer: int) -> DecoderBlock:
         return cast(DecoderBlock, self.model.layers[layer])
@@ -257,7 +264,7 @@ class Transformer(nn.Module):
     def _form(self) -> dict[str, Any]:
         """What a cache of this model is like."""
         return {
-            "num_layers": self.num_layers,
+            "num_layers": self.config.cache_layers,
             "num_heads": self.config.num_key_value_heads,
             "head_dim": self.config.head_dim,
             "dtype": self.dtype,
@@ -268,8 +275,21 @@ class Transformer(nn.Module):
         context: BlockContext | None = step.memo.get((self, h.dtype))
         end = self._end(h, step)
         if context is None:
-            context = step.memo[self, h.dtype] = self._new_context(step, h.dtype, end)
+            tables = self.get_buffer("cos"), self.get_buffer("sin")
+            context = step.memo[self, h.dtype] = BlockContext.of(step, h.dtype, end, tables)
         return context
+
+    def _shared(self, start: int, step: Step) -> KeysValues | None:
+        """Return the keys and values that blocks share, if the step and not a cache holds them."""
+        if step.cache is not None or start <= self.complete_from:
+            return None
+        shared: KeysValues | None = step.memo.get((self, "shared"))
+        if shared is None:
+            raise ConfigError(
+                f"step: expected that of the call below layer {start}, which keeps the keys and "
+                f"values after layer {self.complete_from}, got one without them"
+            )
+        return shared
 
     def _end(self, h: Tensor, step: Step) -> int:
         """Return the largest position of a key, plus 1, for a call on states ``h``."""
@@ -285,15 +305,3 @@ class Transformer(nn.Module):
     def _places(self, h: Tensor, step: Step) -> dict[str, Any]:
         """Return the arguments of the fast steps that depend on the positions."""
         return {"end": self._end(h, step), "tables": (self._buffers["cos"], self._buffers["sin"])}
-
-    def _new_context(self, step: Step, dtype: torch.dtype, end: int) -> BlockContext:
-        cos = self.get_buffer("cos")[step.positions].to(dtype)[:, None]  # (B or 1, 1, T, Dh)
-        sin = self.get_buffer("sin")[step.positions].to(dtype)[:, None]
-        return BlockContext(
-            positions=step.positions,
-            real=step.real,
-            cached=step.cache is not None,
-            cos=cos,
-            sin=sin,
-            end=end,
-        )

@@ -9,6 +9,17 @@ from torch import Tensor
 from offramp.models.native.config import DecoderConfig
 
 
+def rotation_tables(
+    config: DecoderConfig,
+) -> tuple[Float[Tensor, "P Dh"], Float[Tensor, "P Dh"]]:
+    """Return cosines and sines at each position; the first half of the sines is negated."""
+    with torch.device("cpu"):  # real numbers, even if the parameters are on "meta"
+        places = torch.arange(config.max_position_embeddings, dtype=torch.float64)
+        angles = torch.outer(places, rotary_frequencies(config))  # (P, Dh / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).float(), torch.cat((-sin, sin), dim=-1).float()
+
+
 def rotary_frequencies(config: DecoderConfig) -> Float[Tensor, " half"]:
     """Return the angle (Dh / 2,) in float64 by which each pair of a head turns per position.
 
