@@ -39,7 +39,8 @@ Corpus = str | Path
 class EarlyExitLM:
     """A language model with exits. ``load``, ``train`` and ``tune`` make it.
 
-    Figures are under ``missing_kv="recompute"``, except those of ``generate`` and ``bench``.
+    Figures are under ``missing_kv="recompute"``, except those of ``generate`` and ``bench``. Where
+    all exits are complete, both are the same, and results state "exact".
     """
 
     def __init__(self, opened: OpenedModel, *, keep: object = None) -> None:
@@ -111,7 +112,9 @@ class EarlyExitLM:
             _refuse("with a certificate, which names it", confidence=options.get("confidence"))
             _refuse("with a certificate, whose thresholds hold", decay=options.get("decay"))
             stored = self._stored(certificate)
-            config = generate.with_thresholds(config, stored, missing_kv=missing_kv)
+            config = generate.with_thresholds(
+                config, stored, missing_kv=missing_kv, model=self.model
+            )
         return generate.generate(self._opened, prompt, config, chat=chat)
 
     def sweep(

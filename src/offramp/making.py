@@ -43,6 +43,7 @@ _SHAPE = {
     "kv_heads": "num_key_value_heads",
     "hidden": "intermediate_size",
     "exits": "exit_layers",
+    "kv_source": "kv_source_layer",
     "max_length": "max_position_embeddings",
 }
 """Short names of the decoder's fields, as on the command line."""

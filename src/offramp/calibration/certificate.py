@@ -38,6 +38,8 @@ class Certificate:
     "``ltt`` (Learn-then-Test) or ``crc`` (conformal risk control)."
     confidence: str
     missing_kv: str
+    """recompute: what the trace was measured with; exact if no token leaves at an exit that is not
+    complete, so that every way to decode gives the same numbers."""
     n: int
     "Number of sequences of the calibration text."
     thresholds: tuple[float, ...]

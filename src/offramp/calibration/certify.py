@@ -23,6 +23,8 @@ from offramp.calibration.risk import (
 from offramp.evaluation.cost import ModelCost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
+from offramp.exits.policy import ThresholdPolicy
+from offramp.models.missing_kv import EXACT, are_complete
 
 
 def certify(
@@ -36,12 +38,13 @@ def certify(
     confidence: str = "max_prob",
     path: Sequence[Sequence[float]] | None = None,
     cost: ModelCost | None = None,
+    complete_from: int | None = None,
 ) -> Certificate:
     """Certify the boldest step of the path that keeps the promise.
 
     If no step keeps it, the thresholds are those of the full model. ``path`` must be fixed before
     the trace is seen (default: ``threshold_path``). Windows that are shorter than the others are
-    ignored.
+    ignored. ``complete_from`` is the model's (default: it has no complete exits).
     """
     trace = whole_sequences(trace)
     num_exits = len(trace.exit_layers)
@@ -70,7 +73,7 @@ def certify(
         delta=promise.delta if promise.method == "ltt" else None,
         method=promise.method,
         confidence=confidence,
-        missing_kv="recompute",
+        missing_kv=_missing_kv(trace, thresholds, complete_from),
         n=n,
         thresholds=thresholds,
         p_values=p_values,
@@ -81,6 +84,14 @@ def certify(
             "bos": bos,
         },
     ).signed()
+
+
+def _missing_kv(trace: ExitTrace, thresholds: tuple[float, ...], complete_from: int | None) -> str:
+    """Return "exact" if tokens leave only at complete exits, else how a trace was measured."""
+    last = trace.num_layers
+    least = last if complete_from is None else complete_from
+    used = ThresholdPolicy(thresholds=thresholds).used(trace.exit_layers)
+    return EXACT if are_complete(used, complete_from=least, num_layers=last) else "recompute"
 
 
 def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ FLAGS = {  # a config's field: its flag, where they differ
     "num_key_value_heads": "kv-heads",
     "intermediate_size": "hidden",
     "exit_layers": "exits",
+    "kv_source_layer": "kv-source",
     "max_position_embeddings": "max-length",
 }
 

@@ -28,7 +28,8 @@ from offramp.cli.base import (
 from offramp.cli.plain_text import standard_input, write_text
 from offramp.cli.streams import utf8
 from offramp.errors import ConfigError
-from offramp.generation.config import GenerateConfig, MissingKV
+from offramp.generation.config import GenerateConfig, MissingKVChoice
+from offramp.models.missing_kv import EXACT
 
 if TYPE_CHECKING:
     from offramp.generation.generate import Generation
@@ -66,11 +67,13 @@ Measure = Annotated[
     ),
 ]
 KeysValues = Annotated[
-    MissingKV | None,
+    MissingKVChoice | None,
     Parameter(
         name="--missing-kv",
         help="Keys and values that a later token needs above an exit: propagate computes them "
-        "from the state at the exit (default), recompute runs the layers.",
+        "from the state at the exit (default), recompute runs the layers. Complete exits (those "
+        "of a model of train --kv-source) need no choice, since both are the same; exact refuses "
+        "a model whose exits are not complete.",
     ),
 ]
 
@@ -130,7 +133,7 @@ def generate(
     use(device, threads)
     opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
     if stored is not None:
-        config = _with_thresholds(config, stored, keys_values)
+        config = _with_thresholds(config, stored, keys_values, opened)
     stops = [utf8(each) or "" for each in stop_token or ()]
     _run(opened, config, prompt=text, stops=stops, chat=chat, as_json=json_)
 
@@ -144,11 +147,14 @@ def _check_alone(given: Mapping[str, Any]) -> None:
 
 
 def _with_thresholds(
-    config: GenerateConfig, stored: StoredThresholds, missing_kv: MissingKV | None
+    config: GenerateConfig,
+    stored: StoredThresholds,
+    missing_kv: MissingKVChoice | None,
+    opened: "OpenedModel",
 ) -> GenerateConfig:
     from offramp.commands.generate import with_thresholds
 
-    return with_thresholds(config, stored, missing_kv=missing_kv)
+    return with_thresholds(config, stored, missing_kv=missing_kv, model=opened.model)
 
 
 def _run(
@@ -248,6 +254,7 @@ def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
         ],
         "tokens_per_s": rate,
         "mean_layers": generation.mean_layers,
+        "missing_kv": generation.missing_kv,
         "acceptance_rate": generation.acceptance_rate,
         "lossless": generation.lossless,
     }
@@ -263,4 +270,6 @@ def _say_summary(
     if generation.acceptance_rate is not None:
         parts[-1] += " (rejected drafts included)"
         parts.append(f"acceptance rate {100 * generation.acceptance_rate:.0f}%")
+    if generation.missing_kv == EXACT:
+        parts.append(f'missing_kv="{EXACT}"')
     say("; ".join(parts))

@@ -42,6 +42,7 @@ def certify(
         confidence=confidence,
         path=path,
         cost=text.cost(),
+        complete_from=opened.model.complete_from,
     )
     return certificate, text
 

@@ -17,6 +17,8 @@ from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
+from offramp.models.native.decoder import Transformer
+from offramp.models.native.llama import first_layers
 
 
 def export_exit(
@@ -26,20 +28,19 @@ def export_exit(
     *,
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
-) -> HuggingFaceModel:
+) -> None:
     """Write the first ``exit_layer`` layers, with that exit's norm and LM head, into a new folder.
 
     Any program that reads Hugging Face checkpoints can read it. ``base`` is the place of the
-    backbone of a folder of exits, if it was moved. Returns the model it came from.
+    backbone of a folder of exits, if it was moved.
 
     Raises ConfigError for a layer that is no exit of the model or a head that no plain checkpoint
     can hold (``adapter``), UnsupportedArchitectureError where the shorter model would not say
-    what the exit says.
+    what the exit says, or where its blocks share keys and values.
     """
     files = find_model(name, base=base)
     layers = (exit_layer,) if files.kind == "checkpoint" else None
-    loaded = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
-    model = as_huggingface(loaded)
+    model = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
     texts = files.tokenizer_folder
     model.silence_untrained()  # a plain checkpoint's exits are what they are
     if exit_layer not in model.exit_layers:
@@ -47,10 +48,32 @@ def export_exit(
             f"exit: expected one of the model's exit layers "
             f"{', '.join(map(str, model.exit_layers))}, got {exit_layer}"
         )
-    short = shortened(model, exit_layer)
+    if isinstance(model, Transformer) and model.config.cache_layers < model.num_layers:
+        short = _without_shared(model, exit_layer)
+    else:
+        short = shortened(as_huggingface(model), exit_layer)
     with new_folder(out) as folder:
         save_backbone(short, folder, texts=texts)
-    return model
+
+
+def _without_shared(model: Transformer, exit_layer: int) -> Any:
+    """The same of a native model whose upper blocks share keys and values, for a lower exit."""
+    most = model.config.cache_layers
+    if exit_layer > most:
+        raise UnsupportedArchitectureError(
+            f"exit: expected at most {most}, since the blocks above share keys and values, for "
+            f"which transformers has no architecture, got {exit_layer}"
+        )
+    _refuse_adapter(model.exits.at(exit_layer), exit_layer)
+    return first_layers(model, exit_layer).to_transformers()
+
+
+def _refuse_adapter(own: ExitHead | None, exit_layer: int) -> None:
+    if own is not None and own.adapter is not None:
+        raise ConfigError(
+            f"exit: expected an exit whose head is shared, norm or full, since no plain checkpoint "
+            f"can hold an adapter, got exit {exit_layer} with one"
+        )
 
 
 @torch.no_grad()
@@ -98,11 +121,7 @@ def _own_parts(
     """The parameters of an exit's own head by the names that the final ones have."""
     if own is None:
         return {}
-    if own.adapter is not None:
-        raise ConfigError(
-            f"exit: expected an exit whose head is shared, norm or full, since no plain checkpoint "
-            f"can hold an adapter, got exit {exit_layer} with one"
-        )
+    _refuse_adapter(own, exit_layer)
     final = model.final_norm
     if final is None:
         raise ConfigError(

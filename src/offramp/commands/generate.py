@@ -7,10 +7,13 @@ from offramp.calibration.thresholds import StoredThresholds
 from offramp.data.hub import one_line
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError, ConfigError
+from offramp.exits.policy import ThresholdPolicy
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import Generation
 from offramp.generation.generate import generate as generate_ids
+from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.library import quiet, transformers
+from offramp.models.missing_kv import complete
 from offramp.models.open import OpenedModel
 
 
@@ -75,13 +78,20 @@ def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
 
 
 def with_thresholds(
-    config: GenerateConfig, stored: StoredThresholds, *, missing_kv: str | None
+    config: GenerateConfig,
+    stored: StoredThresholds,
+    *,
+    missing_kv: str | None,
+    model: EarlyExitModel,
 ) -> GenerateConfig:
     """The config with the thresholds of a file; refused under another ``missing_kv``.
 
-    ``missing_kv`` is what the user chose, or None.
+    ``missing_kv`` is what the user chose, or None. It makes no difference if all exits that the
+    thresholds use are complete.
     """
-    if stored.sha256 is not None and missing_kv not in (None, stored.missing_kv):
+    exits = model.exit_layers
+    same = complete(model, ThresholdPolicy.of(stored.thresholds, len(exits)).used(exits))
+    if not same and stored.sha256 is not None and missing_kv not in (None, stored.missing_kv):
         raise CertificateError(
             f"missing_kv: expected {stored.missing_kv}, under which the certificate's guarantee "
             f"was made, got {missing_kv}"

@@ -16,6 +16,7 @@ from offramp.data.windows import batches
 from offramp.errors import CheckpointError, CorpusError, UnsupportedArchitectureError
 from offramp.evaluation.cost import ModelCost, model_cost
 from offramp.evaluation.trace import ExitTrace, collect_trace
+from offramp.models.missing_kv import missing_kv_of
 from offramp.models.open import OpenedModel
 
 OnTokens = Callable[[int, int], None]
@@ -100,7 +101,8 @@ class MeasuredText:
             "exit_layers": list(model.exit_layers),
             "n_tokens": len(self.ids) - 1,
             "unknown_tokens": self.unknown_tokens,
-            "missing_kv": "recompute",
+            "missing_kv": missing_kv_of(model, "recompute"),
+            "complete_from": model.complete_from,
             "seen_in_training": self.seen_in_training,
             "untrained": not self.opened.exits_trained,
             "unfinished": self.opened.unfinished,

@@ -16,7 +16,7 @@ Threshold = float | tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One policy on one text, under ``missing_kv="recompute"``."""
+    """One policy on one text, under ``missing_kv="recompute"``; exact if its exits are complete."""
 
     threshold: Threshold
     "One number for all exits, or one number for each exit but the last."

@@ -77,6 +77,11 @@ class ThresholdPolicy:
             return cls(thresholds=tuple(float(value) for value in threshold), decay=decay)
         return cls(thresholds=(float(threshold),) * early, decay=decay)
 
+    def used(self, exit_layers: Sequence[int]) -> tuple[int, ...]:
+        """Return the early exits at which a token may leave: their thresholds are below inf."""
+        pairs = zip(exit_layers, self.thresholds, strict=False)
+        return tuple(layer for layer, threshold in pairs if threshold < math.inf)
+
     def leaving(
         self, confidence: NDArray[np.float32], positions: NDArray[Any] | None = None
     ) -> NDArray[np.bool_]:

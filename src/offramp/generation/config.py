@@ -6,9 +6,11 @@ from typing import Literal, get_args
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence_names import check_confidence
+from offramp.models.missing_kv import EXACT
 
 MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
+MissingKVChoice = Literal["propagate", "recompute", "exact"]
 
 MOST_DRAFTS = 15
 """Largest number of tokens in a draft. Verifying so few tokens is one call on a few tokens, which
@@ -73,9 +75,10 @@ class GenerateConfig(SamplingConfig):
     ones depend, then need more confidence to leave. Default: the threshold is constant."""
     confidence: str = "max_prob"
     "The confidence measure, for exits and drafts."
-    missing_kv: MissingKV = "propagate"
+    missing_kv: MissingKVChoice = "propagate"
     """How missing keys and values above an exit are computed when a later token needs them: from
-    the state at the exit (propagate), or by running the layers (recompute)."""
+    the state at the exit (propagate), or by running the layers (recompute). For complete exits
+    both are the same. "exact" requires complete exits."""
     speculative: bool = False
     """Draft tokens with the first layers and verify them with the rest. The text is that without
     drafts in float32, and in bfloat16 with the compiled kernels of the native decoder; elsewhere
@@ -104,7 +107,7 @@ class GenerateConfig(SamplingConfig):
             raise ConfigError(f"lookup: expected at least 0, got {self.lookup}")
         if any(not text for text in self.stop_strings):
             raise ConfigError("stop_strings: expected strings of at least 1 character, got ''")
-        if self.missing_kv not in MISSING_KV:
+        if self.missing_kv not in (*MISSING_KV, EXACT):
             expected = " or ".join(MISSING_KV)
             raise ConfigError(f"missing_kv: expected {expected}, got {self.missing_kv!r}")
         if math.isnan(self.draft_threshold):

@@ -16,6 +16,7 @@ from offramp.generation.options import (
     check_tokens,
     draft_exit,
     exit_rule,
+    missing_kv_for,
     token_ids,
 )
 from offramp.generation.promise import drafts_keep_the_text
@@ -28,7 +29,9 @@ from offramp.models.work import Work
 class Generation(Iterator[Token]):
     """An iterator over new tokens as they are generated, with their cost so far.
 
-    The iteration may stop before the text is complete.
+    The iteration may stop before the text is complete. ``missing_kv`` says how the keys and values
+    above an exit are computed; it is "exact" if all exits that may be used are complete, and None
+    if no token can leave early.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class Generation(Iterator[Token]):
         *,
         completion: Completion,
         decoder: ExitDecoder | SpeculativeDecoder,
+        missing_kv: str | None = None,
     ) -> None:
         self._tokens, self._decoder = tokens, decoder
-        self.completion = completion
+        self.completion, self.missing_kv = completion, missing_kv
 
     def __next__(self) -> Token:
         return next(self._tokens)
@@ -122,9 +126,10 @@ def generate(
     row = Row(prompt, config, model=model, tokenizer=tokenizer, row=0)
     cache = model.make_cache(1, len(prompt) + row.limit)
     if not config.speculative:
-        decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=config.missing_kv)
+        way, meaning = missing_kv_for(model, config, rule)
+        decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=way)
         tokens = (token for _, token in _decode(decoder, [prompt], [row]))
-        return Generation(tokens, completion=row.completion, decoder=decoder)
+        return Generation(tokens, completion=row.completion, decoder=decoder, missing_kv=meaning)
     drafting = SpeculativeDecoder(
         model,
         cache,
@@ -172,7 +177,7 @@ def generate_batch(
         model.make_cache(len(texts), capacity),
         batch_size=len(texts),
         rule=rule,
-        missing_kv=config.missing_kv,
+        missing_kv=missing_kv_for(model, config, rule)[0],
     )
     for place, token in _decode(decoder, texts, rows):
         if on_token:

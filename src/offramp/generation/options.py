@@ -11,8 +11,9 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
-from offramp.generation.config import GenerateConfig
+from offramp.generation.config import GenerateConfig, MissingKV
 from offramp.models.base import EarlyExitModel
+from offramp.models.missing_kv import EXACT, complete
 
 
 def token_ids(prompt: Sequence[int] | Tensor) -> list[int]:
@@ -73,6 +74,32 @@ def exit_rule(
     for layer in model.exit_layers[:-1] if confidence_named(config.confidence).needs_gate else ():
         fitted.gate(config.confidence, layer)  # raises ConfigError if there is none
     return ExitRule(policy=policy, confidence=config.confidence, fitted=fitted)
+
+
+def missing_kv_for(
+    model: EarlyExitModel, config: GenerateConfig, rule: ExitRule | None
+) -> tuple[MissingKV, str | None]:
+    """Return how keys and values above an exit are computed, and what figures state of it.
+
+    Figures state "exact" if all exits that the rule uses are complete, and None without a rule.
+    Nothing is missing above a complete exit, so no layer is run for it. Raises ConfigError if the
+    config requires complete exits and some are not.
+    """
+    if rule is None:
+        return "propagate", None
+    used = model.exit_layers
+    if isinstance(rule.policy, ThresholdPolicy):
+        used = rule.policy.used(used)
+    if complete(model, used):
+        return "propagate", EXACT
+    chosen = config.missing_kv
+    if chosen != EXACT:
+        return chosen, chosen
+    least = model.complete_from
+    why = "the model has no complete exits"
+    if least < model.num_layers:
+        why = f"exit {min(used)} is below layer {least}, from which exits are complete"
+    raise ConfigError(f"missing_kv: expected propagate or recompute, since {why}, got exact")
 
 
 def draft_exit(model: EarlyExitModel, config: GenerateConfig, fitted: FittedExits) -> int:

@@ -14,6 +14,7 @@ from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, spec_of, vegalite_version
 from offramp.report.study_plots import recipes
 from offramp.report.study_result import StudyResult
+from offramp.report.text import missing_kv_text
 from offramp.schema import fitting
 from offramp.training.metrics_file import read_metrics, read_rows
 
@@ -114,8 +115,7 @@ def _text_of(content: Content) -> str:
     if "corpus" not in content:
         return ""
     return (
-        f"{content['n_tokens']:,} tokens of {content['corpus']['name']}; "
-        f'missing_kv="{content["missing_kv"]}"'
+        f"{content['n_tokens']:,} tokens of {content['corpus']['name']}; {missing_kv_text(content)}"
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from offramp.report.fit import fit_table, literal_table
 from offramp.report.plots import PALETTE, data_chart, layer, save_png
-from offramp.report.text import ppl_text, threshold_text
+from offramp.report.text import missing_kv_text, ppl_text, threshold_text
 
 Content = Mapping[str, Any]
 Record = dict[str, Any]
@@ -28,7 +28,7 @@ def confidence_table(content: Content, *, width: int = 120) -> Table:
             "agreement: share of tokens where exit and last layer predict the same; AURC, AUROC "
             "and ECE say how well the score predicts this, ECE (target) how well it predicts the "
             "text"
-            f'\nPPL by exit layer  {ppl}  (missing_kv="{content["missing_kv"]}")'
+            f"\nPPL by exit layer  {ppl}  ({missing_kv_text(content)})"
         ),
     )
     for column in ("confidence", "exit", "agreement", "AURC", "AUROC", "ECE", "ECE (target)"):
@@ -125,7 +125,7 @@ def confidence_plot(content: Content) -> alt.VConcatChart:
         title=alt.Title(
             f"Confidence on {content['n_tokens']:,} tokens of {content['corpus']['name']}",
             subtitle=f"below: exit layer {exit_layer} against the last layer; "
-            f'missing_kv="{content["missing_kv"]}"',
+            f"{missing_kv_text(content)}",
         )
     )
     return chart

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from offramp.report.fit import fit_table
-from offramp.report.text import ppl_text, threshold_text
+from offramp.report.text import missing_kv_text, ppl_text, threshold_text
 
 LEAST_IMPORTANT = ("share by exit layer", "Shallow%", "Compute%")
 """Columns that are dropped where the terminal is too narrow, the first one first."""
@@ -21,7 +21,7 @@ def sweep_table(result: Mapping[str, Any], *, width: int = 120) -> Table:
     table = Table(
         title=f"{result['n_tokens']:,} tokens of {result['corpus']['name']}, "
         f"thresholds on {result.get('confidence', 'max_prob')}",
-        caption=f'PPL by exit layer  {ppl}  (missing_kv="{result["missing_kv"]}"{fitted})',
+        caption=f"PPL by exit layer  {ppl}  ({missing_kv_text(result)}{fitted})",
     )
     costed = any(row.get("flops_pct") is not None for row in result["rows"])
     flops = ("FLOPs%",) if costed else ()

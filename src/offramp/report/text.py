@@ -41,6 +41,16 @@ def threshold_text(value: Any) -> str:
     return ":".join(f"{float(each):g}" for each in values)
 
 
+def missing_kv_text(content: Mapping[str, Any]) -> str:
+    """What a result states as ``missing_kv``, and which of its exits are complete if only some."""
+    text = f'missing_kv="{content["missing_kv"]}"'
+    least, last = content.get("complete_from"), content.get("num_layers")
+    if least is None or last is None or content["missing_kv"] == "exact":
+        return text
+    complete = [str(layer) for layer in content["exit_layers"] if least <= layer < last]
+    return f"{text}, exact at exit {', '.join(complete)}" if complete else text
+
+
 def p_text(p: Number | None) -> str:
     """A p-value; a very small one as a bound."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

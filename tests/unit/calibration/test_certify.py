@@ -248,3 +248,30 @@ def test_the_risk_of_a_drift_check_is_in_nats(make_trace):
 def test_a_level_outside_0_and_1_is_a_config_error(certificate, make_trace):
     with pytest.raises(ConfigError, match="level: expected"):
         check_drift(certificate, make_trace(), level=1.0)
+
+
+@pytest.mark.parametrize(
+    ("complete_from", "thresholds", "meaning"),
+    [
+        (None, (0.99, 0.99), "recompute"),
+        (4, (0.99, 0.99), "recompute"),
+        (4, (math.inf, math.inf), "recompute"),
+        (2, (0.99, 0.99), "recompute"),
+        (2, (math.inf, 0.99), "exact"),
+        (1, (0.99, 0.99), "exact"),
+        (1, (math.inf, math.inf), "exact"),
+    ],
+)
+def test_a_certificate_is_exact_if_tokens_leave_only_at_complete_exits(
+    make_trace, complete_from, thresholds, meaning
+):
+    trace = make_trace(400, exit_layers=(1, 2, 4))
+    found = certify(
+        trace,
+        Promise(epsilon=0.5),
+        model_sha256="m",
+        corpus_sha256="c",
+        path=[thresholds],
+        complete_from=complete_from,
+    )
+    assert (found.thresholds, found.missing_kv) == (thresholds, meaning)

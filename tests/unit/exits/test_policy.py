@@ -226,3 +226,17 @@ def test_the_gain_policy_on_tensors_equals_arrays():
 def test_a_price_below_zero_is_a_config_error(price):
     with pytest.raises(ConfigError, match="price"):
         GainPolicy(price=price, costs=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "used"),
+    [
+        ((0.5, 0.9), (1, 3)),
+        ((math.inf, 0.9), (3,)),
+        ((-math.inf, math.inf), (1,)),
+        ((math.inf, math.inf), ()),
+    ],
+)
+def test_an_exit_with_an_infinite_threshold_is_not_used(thresholds, used):
+    assert ThresholdPolicy.of(thresholds, 3).used((1, 3, 6)) == used
+    assert ThresholdPolicy.of(0.5, 3, decay=Decay(tau=1.0, length=4)).used((1, 3, 6)) == (1, 3)

@@ -282,6 +282,53 @@ def test_options_out_of_range_are_one_sentence(options, message):
         GenerateConfig(**options)
 
 
+def exits_of(model, **options):
+    generation = generate(model, PROMPT, GenerateConfig(max_new_tokens=20, **options))
+    tokens = [(token.id, token.exit_layer) for token in generation]
+    return tokens, generation.missing_kv
+
+
+def test_complete_exits_need_no_choice_and_say_exact(make_model):
+    model = make_model(num_hidden_layers=5, exit_layers=(2, 3), kv_source_layer=2)
+    found = [
+        exits_of(model, threshold=(0.3, 0.2), **kv)
+        for kv in ({}, *({"missing_kv": kv} for kv in ("propagate", "recompute", "exact")))
+    ]
+    tokens, meaning = found[0]
+    assert meaning == "exact"
+    assert {layer for _, layer in tokens} >= {2, 3}
+    assert all(each == (tokens, "exact") for each in found)
+    assert exits_of(model)[1] is None
+    assert exits_of(model, missing_kv="exact")[1] is None  # no token can leave
+    assert exits_of(model, speculative=True)[1] is None
+
+
+def test_exits_below_the_source_keep_the_choice(make_model):
+    model = make_model(num_hidden_layers=5, exit_layers=(1, 3), kv_source_layer=2)
+    assert exits_of(model, threshold=0.3)[1] == "propagate"
+    assert exits_of(model, threshold=0.3, missing_kv="recompute")[1] == "recompute"
+    unused = exits_of(model, threshold=(math.inf, 0.2), missing_kv="recompute")
+    assert unused[1] == "exact"
+    assert unused == exits_of(model, threshold=(math.inf, 0.2), missing_kv="exact")
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (2, "exit 1 is below layer 2, from which exits are complete"),
+        (None, "the model has no complete exits"),
+    ],
+)
+def test_exact_is_refused_where_an_exit_is_not_complete(make_model, source, why):
+    model = make_model(num_hidden_layers=5, exit_layers=(1, 3), kv_source_layer=source)
+    config = GenerateConfig(threshold=0.5, missing_kv="exact")
+    message = f"^missing_kv: expected propagate or recompute, since {why}, got exact$"
+    with pytest.raises(ConfigError, match=message):
+        generate(model, PROMPT, config)
+    with pytest.raises(ConfigError, match=message):
+        generate_batch(model, [PROMPT], config)
+
+
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"speculative": True}])
 def test_exits_are_asked_of_a_model_without_any(make_model, options):
     model = make_model(exit_layers=())

@@ -15,6 +15,7 @@ from offramp.commands.bench.threshold import threshold_for
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.generation.config import MISSING_KV, GenerateConfig
 from offramp.generation.options import draft_exit
+from offramp.models.missing_kv import EXACT, complete
 
 
 def check_options(task: Task) -> None:
@@ -43,6 +44,7 @@ def plan_of(task: Task) -> Plan:
         thresholds.append(threshold_for(config.compute_pct, task))
     thresholds = list(dict.fromkeys(thresholds))
     drafting = config.draft_exit if config.draft_exit is not None else (early or (0,))[0]
+    ways = (EXACT,) if complete(task.model) else MISSING_KV
     ours = [task.method("full")]
     ours += [
         task.method(
@@ -52,7 +54,7 @@ def plan_of(task: Task) -> Plan:
             confidence=config.confidence,
         )
         for threshold in thresholds
-        for kv in MISSING_KV
+        for kv in ways
     ]
     if early and config.batch_size == 1:
         ours.append(task.method(f"speculative@{drafting}", speculative=True, draft_exit=drafting))

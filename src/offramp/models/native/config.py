@@ -21,7 +21,8 @@ class DecoderConfig:
 
     A policy may stop at each of ``exit_layers``; the last layer is added if it is missing.
     ``intermediate_size`` None means 8/3 of the width, rounded to a multiple of 16.
-    ``num_key_value_heads`` None means one per attention head.
+    ``num_key_value_heads`` None means one per attention head. ``kv_source_layer`` is the design of
+    YOCO (Sun et al. 2024, arXiv 2405.05254), with exits.
     """
 
     vocab_size: int = 256
@@ -48,9 +49,9 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     "Use the embedding as the LM head."
     kv_source_layer: int | None = None
-    """Every block above this layer takes its keys and values from the state after it, by one
-    projection that they share (YOCO, Sun et al. 2024, arXiv 2405.05254); None: each block has its
-    own. A token that leaves at this layer or above has then left all keys and values."""
+    """All blocks above this layer share one projection of keys and values, which reads the state
+    after it (default: each block has its own). Exits from this layer on are then complete: a token
+    that leaves there has left all keys and values that later tokens read."""
     max_position_embeddings: int = 4096
     "Length of the longest sequence, in tokens."
     rms_norm_eps: float = 1e-6

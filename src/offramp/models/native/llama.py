@@ -197,14 +197,20 @@ def _rope_scaling(
 def to_transformers(model: Transformer) -> Any:
     """Return a ``LlamaForCausalLM`` that gives the same logits as the last layer of the model.
 
-    It shares the parameters. Raises UnsupportedArchitectureError for a post-norm model, which
-    ``transformers`` does not have.
+    It shares the parameters. Raises UnsupportedArchitectureError for a post-norm model and for one
+    whose blocks share keys and values, which ``transformers`` does not have.
     """
     config = model.config
     if config.norm != "pre":
         raise UnsupportedArchitectureError(
             "norm: expected a pre-norm model, like Llama, got a post-norm model, for which "
             "transformers has no architecture"
+        )
+    if config.cache_layers < config.num_hidden_layers:
+        raise UnsupportedArchitectureError(
+            "kv_source_layer: expected a model whose blocks all project keys and values, like "
+            f"Llama, got one whose blocks above layer {config.kv_source_layer} share them, for "
+            "which transformers has no architecture"
         )
     library = transformers()
     llama = library.LlamaConfig(
@@ -235,3 +241,32 @@ def to_transformers(model: Transformer) -> Any:
     if config.tie_word_embeddings:
         plain.tie_weights()
     return plain.to(model.device).eval()
+
+
+@torch.no_grad()
+def first_layers(model: Transformer, exit_layer: int) -> Transformer:
+    """Return the first layers as a model of their own, whose last layer gives the exit's logits.
+
+    Every block up to ``cache_layers`` projects its own keys and values, so for an exit up to there
+    it is an ordinary decoder. It shares the parameters. The head of the exit has no adapter.
+    """
+    own = model.exits.at(exit_layer)
+    head = None if own is None else own.lm_head
+    config = replace(
+        model.config,
+        num_hidden_layers=exit_layer,
+        exit_layers=(),
+        exit_head="shared",
+        kv_source_layer=None,
+        tie_word_embeddings=model.config.tie_word_embeddings and head is None,
+    )
+    state = model.state_dict()
+    if own is not None:
+        state["model.norm.weight"] = own.norm.weight
+    if head is not None:
+        state[_HEAD] = head.weight
+    with torch.device("meta"):
+        short = Transformer(config)
+    wanted = short.state_dict()
+    short.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    return short.eval()
