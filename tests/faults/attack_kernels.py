@@ -35,6 +35,8 @@ SHAPE = {
 OTHERS = {
     "fewer layers": {"num_hidden_layers": 2},
     "more layers": {"num_hidden_layers": 5},
+    "one layer of keys and values less": {"kv_source_layer": 1},
+    "keys and values of two of four layers": {"num_hidden_layers": 4, "kv_source_layer": 1},
     "more heads": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16},
     "fewer heads": {"num_key_value_heads": 1},
     "smaller heads": {"head_dim": 8},
@@ -71,6 +73,8 @@ def cases_of_caches(model: Any) -> Iterator[Call]:
     ids = torch.ones(2, 3, dtype=torch.long)
     for name, fields in OTHERS.items():
         cache = native(**fields).make_cache(2, 8)
+        if cache.keys.shape == model.make_cache(2, 8).keys.shape:  # it has what the model needs
+            continue
         yield f"a cache of a model with {name}", lambda cache=cache: decode(model, cache, ids)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         cache = native(dtype).make_cache(2, 8)
@@ -173,11 +177,16 @@ def cases_of_ids(model: Any, forward: Callable[[torch.Tensor], Any]) -> Iterator
 
 
 def named_cases() -> Iterator[Call]:
-    for kind, model in (("native", native()), ("transformers", hugging_face())):
+    models = (
+        ("native", native()),
+        ("shared keys and values", native(kv_source_layer=1)),
+        ("transformers", hugging_face()),
+    )
+    for kind, model in models:
         with torch.inference_mode():
             for cases in (cases_of_caches, cases_of_steps):
                 yield from ((f"{kind}: {name}", call) for name, call in cases(model))
-            forward = model if kind == "native" else lambda ids, m=model: ids_by_steps(m, ids)
+            forward = model if kind != "transformers" else lambda ids, m=model: ids_by_steps(m, ids)
             for name, call in cases_of_ids(model, forward):
                 yield f"{kind}: {name}", call
 
@@ -221,7 +230,7 @@ def random_call(rng: random.Random) -> Call:
     """One of the entry points with some of its arguments changed."""
     dtype = rng.choice((torch.float32, torch.bfloat16))
     layers, rows, heads, kv_heads, size, capacity, tokens = 2, 3, 4, 2, 8, 6, 4
-    hidden, units = 16, 12
+    hidden, units, own = 16, 12, rng.random() < 0.7
     weights = [
         [
             torch.randn((heads + 2 * kv_heads) * size, hidden, dtype=dtype),
@@ -233,6 +242,9 @@ def random_call(rng: random.Random) -> Call:
         ]
         for _ in range(layers)
     ]
+    above = rng.choice((0, 0, 1, 2))  # blocks that share the keys and values of the last layer
+    weights += [[weights[0][0][: heads * size], *weights[0][1:]] for _ in range(above)]
+    cache_layers = layers if rng.random() < 0.8 else rng.choice((None, 0, 1, 3, -1, 2**40))
     given = {
         "keys": torch.zeros(layers, rows, kv_heads, capacity, size, dtype=dtype),
         "values": torch.zeros(layers, rows, kv_heads, capacity, size, dtype=dtype),
@@ -242,16 +254,16 @@ def random_call(rng: random.Random) -> Call:
         "slots": torch.arange(tokens),
         "rows": torch.tensor([0, 1, 2, 0]),
         "x": torch.randn(tokens, hidden),
-        "qkv": torch.randn(tokens, (heads + 2 * kv_heads) * size),
+        "qkv": torch.randn(tokens, (heads + (2 * kv_heads if own else 0)) * size),
         "residual": torch.randn(tokens, 2 * units),
     }
     for name in rng.sample(sorted(given), rng.choice((0, 1, 1, 2))):
         given[name] = changed(given[name], rng)
     if rng.random() < 0.3:
-        block, which = rng.randrange(layers), rng.randrange(6)
+        block, which = rng.randrange(len(weights)), rng.randrange(6)
         weights[block][which] = changed(weights[block][which], rng)
     numbers = (0, 1, 2, 3, -1, 2**40)
-    start, stop, kept = (0, layers, 0) if rng.random() < 0.7 else rng.choices(numbers, k=3)
+    start, stop, kept = (0, len(weights), 0) if rng.random() < 0.7 else rng.choices(numbers, k=3)
     layer = rng.choice((0, 1, 1, *numbers))
     head_dim = rng.choice((size, size, size, 0, 1, 7, 16, 512, -8))
     kind = rng.choice(("linear", "attend", "blocks"))
@@ -267,8 +279,14 @@ def random_call(rng: random.Random) -> Call:
         cache = kernels.KernelCache(*(given[n] for n in ("keys", "values", "lengths")), *tables)
         at = kernels.CachedTokens(cache, slots=given["slots"], rows=given["rows"])
         if kind == "attend":
-            return at.attend(given["qkv"], layer)
-        whole = KernelWeights(weights, head_dim=head_dim, eps=1e-5, post=rng.random() < 0.5)
+            return at.attend(given["qkv"], layer, own=own ^ (rng.random() < 0.1))
+        whole = KernelWeights(
+            weights,
+            head_dim=head_dim,
+            eps=1e-5,
+            post=rng.random() < 0.5,
+            cache_layers=cache_layers,
+        )
         return at.blocks(given["x"], whole, start, stop, kept=kept)
 
     tables = (given["cos"], given["sin"])

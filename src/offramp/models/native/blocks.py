@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from offramp.models.base import Step
+from offramp.errors import ConfigError
+from offramp.models.base import EarlyExitModel, Step
 from offramp.models.exit_heads import ExitHead, adapter_of, has_lm_head
 from offramp.models.native.config import DecoderConfig
 
@@ -226,6 +227,22 @@ class Decoder(nn.Module):
         self.norm: nn.Module = nn.Identity()
         if config.norm == "pre":
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def shared_keys_values(model: EarlyExitModel, start: int, step: Step) -> KeysValues | None:
+    """Return the keys and values that blocks share, if the step and not a cache holds them.
+
+    Raises a ConfigError for a call above their source on a step that does not hold them.
+    """
+    if step.cache is not None or start <= model.complete_from:
+        return None
+    shared: KeysValues | None = step.memo.get((model, "shared"))
+    if shared is None:
+        raise ConfigError(
+            f"step: expected that of the call below layer {start}, which keeps the keys and "
+            f"values after layer {model.complete_from}, got one without them"
+        )
+    return shared
 
 
 def exit_head_of(config: DecoderConfig) -> ExitHead:

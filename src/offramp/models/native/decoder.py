@@ -26,8 +26,8 @@ from offramp.models.native.blocks import (
     BlockContext,
     Decoder,
     DecoderBlock,
-    KeysValues,
     exit_head_of,
+    shared_keys_values,
 )
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
@@ -132,7 +132,8 @@ class Transformer(nn.Module):
         checks.check_call(self, h, start, stop, active)
         if self._is_fast(h, step):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(h, step))
-        context, shared = self._context(h, step), self._shared(start, step)
+        context = self._context(h, step)
+        shared = shared_keys_values(self, start, step)
         for layer in range(start, stop):
             h, given = self._block(layer)(h, context, step, active, shared)
             if given is not None:
@@ -144,8 +145,7 @@ class Transformer(nn.Module):
 
         This is true for calls with a cache and without gradients.
         """
-        fast = self.device.type == "cpu" and self.config.kv_source_layer is None
-        return fast and self._fast.fills_beside(tokens)
+        return self.device.type == "cpu" and self._fast.fills_beside(tokens)
 
     def rounds_alike(self) -> bool:
         """Return whether the compiled kernels run the blocks: they sum each token in one order."""
@@ -182,8 +182,7 @@ class Transformer(nn.Module):
         return F.linear(norm(h), head.weight if vocab is None else head.weight[vocab])
 
     def _is_fast(self, h: Tensor, step: Step) -> bool:
-        own = self.config.kv_source_layer is None
-        return own and step.cache is not None and step.real is None and self._fast.fit(h)
+        return step.cache is not None and step.real is None and self._fast.fit(h)
 
     def _block(self, layer: int) -> DecoderBlock:
         return cast(DecoderBlock, self.model.layers[layer])
@@ -278,18 +277,6 @@ class Transformer(nn.Module):
             tables = self.get_buffer("cos"), self.get_buffer("sin")
             context = step.memo[self, h.dtype] = BlockContext.of(step, h.dtype, end, tables)
         return context
-
-    def _shared(self, start: int, step: Step) -> KeysValues | None:
-        """Return the keys and values that blocks share, if the step and not a cache holds them."""
-        if step.cache is not None or start <= self.complete_from:
-            return None
-        shared: KeysValues | None = step.memo.get((self, "shared"))
-        if shared is None:
-            raise ConfigError(
-                f"step: expected that of the call below layer {start}, which keeps the keys and "
-                f"values after layer {self.complete_from}, got one without them"
-            )
-        return shared
 
     def _end(self, h: Tensor, step: Step) -> int:
         """Return the largest position of a key, plus 1, for a call on states ``h``."""

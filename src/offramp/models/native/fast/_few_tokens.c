@@ -240,16 +240,17 @@ INLINE void store(void *to, long i, float x, int bfloat16) {
 }
 
 /* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size). With heads 0,
-   and for the first ``kept`` tokens, keys and values are only stored. The cache is (rows, kv_heads,
-   capacity, size); token t is in slots[t] of rows[t]. cosines and sines are (positions, size).
-   scores has space for capacity + LANES numbers per thread, out for the tokens that attend.
-   lengths (rows) counts the positions that are written. */
+   and for the first ``kept`` tokens, keys and values are only stored. Without ``own`` keys and values
+   qkv is (tokens, heads size), and nothing is stored. The cache is (rows, kv_heads, capacity, size);
+   token t is in slots[t] of rows[t]. cosines and sines are (positions, size). scores has space for
+   capacity + LANES numbers per thread, out for the tokens that attend. lengths (rows) counts the
+   positions that are written. */
 static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
                             void *keys, void *values, int64_t *lengths, int bfloat16,
                             const int64_t *slots, const int64_t *rows, float *out, float *scores,
                             long tokens, long kept, long heads, long kv_heads, long size,
-                            long capacity) {
-  const long all_heads = heads + 2 * kv_heads, half = size / 2;
+                            long capacity, int own) {
+  const long all_heads = heads + (own ? 2 * kv_heads : 0), half = size / 2;
   const float scale = 1.0f / sqrtf((float)size);
   for (long job = team.me; job < tokens * all_heads; job += team.all) {
     const long t = job / all_heads, head = job % all_heads;
@@ -270,7 +271,7 @@ static void attend_in_parts(Team team, float *qkv, const float *cosines, const f
       for (long i = 0; i < size; i++)
         store(head < heads + kv_heads ? keys : values, to + i, x[i], bfloat16);
   }
-  for (long t = 0; t < tokens && team.me == 0; t++)
+  for (long t = 0; t < tokens && team.me == 0 && own; t++)
     if (lengths[rows[t]] < slots[t] + 1) lengths[rows[t]] = slots[t] + 1;
 #pragma omp barrier
   float *mine = scores + team.me * (capacity + LANES);
@@ -306,34 +307,39 @@ typedef struct {
 
 /* Run blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
    only their keys and values are computed. keys, values and lengths are those of the first block;
-   those of the next block are ``layer`` bytes and ``cached`` rows further. room is a buffer of
+   those of the next block are ``layer`` bytes and ``cached`` rows further. Only the first ``own``
+   blocks have their own keys and values; the others have only queries, and read those of the last
+   block that has (or, if there is none here, those that are given). room is a buffer of
    tokens x (qkv + attended + hidden + 2 units + the larger of hidden and units) numbers. */
 static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
                    const float *cosines, const float *sines, char *keys, char *values, long layer,
                    int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,
                    float *room, float *scores,
                    long tokens, long kept, long hidden, long units, long heads, long kv_heads,
-                   long size, long capacity, int threads) {
+                   long size, long capacity, int threads, long own) {
   const long attended = heads * size, all_heads = attended + 2 * kv_heads * size;
   const long running = tokens - kept;
-  const long work = tokens * hidden * all_heads + running * hidden * (attended + 3 * units) +
-                    work_of(slots, kept, tokens, heads, size);
+  const long work = own * tokens * hidden * all_heads + (count - own) * running * hidden * attended +
+                    count * (running * hidden * (attended + 3 * units) +
+                             work_of(slots, kept, tokens, heads, size));
   const int before = post ? AS_IT_IS : NORMALISED;
   float *qkv = room, *seen = qkv + tokens * all_heads, *middle = seen + tokens * attended;
   float *gate_up = middle + tokens * hidden, *scratch = gate_up + 2 * tokens * units;
   float *mine = x + kept * hidden;
-  if (work < SERIAL_BLOCK) threads = 1;
+  if (work < count * SERIAL_BLOCK) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
     const Team we = team();
     for (long i = 0; i < count; i++) {
       const Weights *of = weights + i;
       const void *first = AT(of->first_norm), *second = AT(of->second_norm);
-      linear_in_parts(we, x, AT(of->qkv), bfloat16, qkv, tokens, hidden, all_heads, before, first,
-                      eps, NULL, scratch);
-      attend_in_parts(we, qkv, cosines, sines, keys + i * layer, values + i * layer,
-                      lengths + i * cached, bfloat16, slots, rows, seen, scores, tokens, kept,
-                      heads, kv_heads, size, capacity);
+      const long left_out = i < own ? 0 : kept, here = tokens - left_out;
+      const long from = i < own ? i : own ? own - 1 : 0;
+      linear_in_parts(we, x + left_out * hidden, AT(of->qkv), bfloat16, qkv, here, hidden,
+                      i < own ? all_heads : attended, before, first, eps, NULL, scratch);
+      attend_in_parts(we, qkv, cosines, sines, keys + from * layer, values + from * layer,
+                      lengths + from * cached, bfloat16, slots + left_out, rows + left_out, seen,
+                      scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own);
       linear_in_parts(we, seen, AT(of->out), bfloat16, middle, running, attended, hidden, AS_IT_IS,
                       NULL, eps, mine, scratch);
       if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
@@ -385,10 +391,10 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
 static PyObject *py_attend(PyObject *self, PyObject *args) {
   address qkv, cosines, sines, keys, values, lengths, slots, rows, out, scores;
   long tokens, heads, kv_heads, size, capacity;
-  int bfloat16, threads;
-  if (!PyArg_ParseTuple(args, "KKKKKKpKKKKllllli", &qkv, &cosines, &sines, &keys, &values,
+  int bfloat16, threads, own = 1;
+  if (!PyArg_ParseTuple(args, "KKKKKKpKKKKllllli|p", &qkv, &cosines, &sines, &keys, &values,
                         &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads,
-                        &kv_heads, &size, &capacity, &threads))
+                        &kv_heads, &size, &capacity, &threads, &own))
     return NULL;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   if (work_of(AT(slots), 0, tokens, heads, size) < SERIAL) threads = 1;
@@ -396,27 +402,28 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
 #pragma omp parallel num_threads(threads)
   attend_in_parts(team(), AT(qkv), AT(cosines), AT(sines), AT(keys), AT(values), AT(lengths),
                   bfloat16, AT(slots), AT(rows), AT(out), AT(scores), tokens, 0, heads, kv_heads,
-                  size, capacity);
+                  size, capacity, own);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
 static PyObject *py_blocks(PyObject *self, PyObject *args) {
   address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
-  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity;
+  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity, own = -1;
   int bfloat16, post, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKlllllllli", &x, &weights, &count, &bfloat16,
+  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKlllllllli|l", &x, &weights, &count, &bfloat16,
                         &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
                         &slots, &rows, &room,
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
-                        &capacity, &threads))
+                        &capacity, &threads, &own))
     return NULL;
+  if (own < 0) own = count;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
          AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores),
-         tokens, kept, hidden, units, heads, kv_heads, size, capacity, threads);
+         tokens, kept, hidden, units, heads, kv_heads, size, capacity, threads, own);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

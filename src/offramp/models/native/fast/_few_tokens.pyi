@@ -32,6 +32,7 @@ def attend(
     size: int,
     capacity: int,
     threads: int,
+    own: bool = ...,
     /,
 ) -> None: ...
 def blocks(
@@ -61,5 +62,6 @@ def blocks(
     size: int,
     capacity: int,
     threads: int,
+    own: int = ...,
     /,
 ) -> None: ...

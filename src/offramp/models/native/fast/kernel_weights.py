@@ -17,16 +17,27 @@ class KernelWeights:
     """The weights of all blocks, checked once, in the form of the kernels.
 
     ``blocks`` holds for each block its fused queries, keys and values ((H + 2 H_kv) Dh, D), output
-    (D, H Dh), fused gate and up (2 U, D), down (D, U) and two norms (D). With ``post`` the norms
-    are after the sublayers. Raises a ConfigError for weights that the kernels cannot read.
+    (D, H Dh), fused gate and up (2 U, D), down (D, U) and two norms (D). Only the first
+    ``cache_layers`` blocks have keys and values of their own (None: all blocks); the others have
+    only queries (H Dh, D). With ``post`` the norms are after the sublayers. Raises a ConfigError
+    for weights that the kernels cannot read.
     """
 
     def __init__(
-        self, blocks: Sequence[Sequence[Tensor]], *, head_dim: int, eps: float, post: bool
+        self,
+        blocks: Sequence[Sequence[Tensor]],
+        *,
+        head_dim: int,
+        eps: float,
+        post: bool,
+        cache_layers: int | None = None,
     ) -> None:
         self.count, self.size, self.eps, self.post = len(blocks), head_dim, eps, post
         if not blocks or any(len(of) != 6 for of in blocks):
             raise ConfigError("blocks: expected at least one, of six weights each")
+        self.cache_layers = self.count if cache_layers is None else cache_layers
+        if not 1 <= self.cache_layers <= self.count:
+            raise ConfigError(f"cache_layers: expected 1 to {self.count}, got {cache_layers}")
         qkv, out, _, down, _, _ = blocks[0]
         self.dtype = qkv.dtype
         if head_dim < 1 or self.dtype not in DTYPES or {w.dim() for w in (qkv, out, down)} != {2}:
@@ -46,7 +57,9 @@ class KernelWeights:
             (2 * units, hidden),
         ]
         shapes += [(hidden, units), (hidden,), (hidden,)]
-        for of in blocks:
+        for layer, of in enumerate(blocks):
+            if layer == self.cache_layers:
+                shapes[0] = (attended, hidden)
             for weight, shape in zip(of, shapes, strict=True):
                 check_tensor("weight", weight, shape, self.dtype, CPU, contiguous=True)
         self._held = [[weight.detach() for weight in of] for of in blocks]  # so that they stay

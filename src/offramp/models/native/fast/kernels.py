@@ -91,9 +91,9 @@ def linear(
 class KernelCache:
     """A cache and its rotations in the form of the kernels, checked once and used for all tokens.
 
-    ``keys`` and ``values`` are the caches of all blocks, and ``lengths`` counts the positions that
-    are written, for each block and row. ``cos`` and ``sin`` (whose first half is negated) are the
-    rotations at each position.
+    ``keys`` and ``values`` are those of all layers of the cache, and ``lengths`` counts the
+    positions that are written, for each layer and row. ``cos`` and ``sin`` (whose first half is
+    negated) are the rotations at each position.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class KernelCache:
     ) -> None:
         if keys.dim() != 5 or keys.dtype not in DTYPES or 0 in keys.shape:
             raise ConfigError(f"keys: expected (L, R, H, C, Dh) in float32, got {about(keys)}")
-        self.blocks, self.rows, self.kv_heads, self.capacity, self.size = keys.shape
+        self.layers, self.rows, self.kv_heads, self.capacity, self.size = keys.shape
         if self.size % _LANES or self.size > _LARGEST_HEAD:
             raise ConfigError(f"head_dim: expected a multiple of {_LANES}, got {self.size}")
         self.positions = len(cos) if cos.dim() else 0
@@ -124,7 +124,7 @@ class KernelCache:
         self.bfloat16 = keys.dtype == torch.bfloat16
         addresses = [each.data_ptr() for each in self._held]
         self.keys_at, self.values_at, self.lengths_at, self.cos_at, self.sin_at = addresses
-        self.layer = keys.stride(0) * keys.element_size()
+        self.bytes = keys.stride(0) * keys.element_size()
         self.first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
         self._threads, self._scores = 0, torch.empty(0)
 
@@ -140,14 +140,20 @@ class KernelCache:
 
     def require(self, weights: KernelWeights) -> None:
         """Raise a ConfigError unless the weights are those of the model that made the cache."""
-        got = (weights.count, weights.kv_heads, weights.size, weights.dtype)
-        if got != (self.blocks, self.kv_heads, self.size, self.dtype):
+        got = (weights.cache_layers, weights.kv_heads, weights.size, weights.dtype)
+        if got != (self.layers, self.kv_heads, self.size, self.dtype):
             raise ConfigError(
                 "weights: expected those of the model that made the cache, "
-                f"({self.blocks} layers, {self.kv_heads} heads of {self.size}, {self.dtype}), "
+                f"({self.layers} layers, {self.kv_heads} heads of {self.size}, {self.dtype}), "
                 f"got ({got[0]} layers, {got[1]} heads of {got[2]}, {got[3]})"
             )
         self.weights = weights
+
+    def at(self, layer: int) -> tuple[int, int, int]:
+        """Return the addresses of a layer's keys, values and lengths."""
+        skipped = layer * self.bytes
+        lengths_at = self.lengths_at + 8 * layer * self.rows
+        return self.keys_at + skipped, self.values_at + skipped, lengths_at
 
     def scores(self, threads: int) -> int:
         """Return the address of a buffer for the attention scores of this many threads."""
@@ -191,14 +197,15 @@ class CachedTokens:
         """Run blocks start+1 .. stop in float32, rounded to the weights' precision after each.
 
         ``weights`` are in the cache's precision. The first ``kept`` tokens keep their state: only
-        their keys and values are computed.
+        their keys and values are computed. Blocks without keys and values of their own attend to
+        those in the last layer of the cache.
         """
         cache = self._cache
         if cache.weights is not weights:
             cache.require(weights)
-        if not (0 <= start <= stop <= cache.blocks and 0 <= kept <= self.tokens):
+        if not (0 <= start <= stop <= weights.count and 0 <= kept <= self.tokens):
             raise ConfigError(
-                f"layers: expected a part of 0 to {cache.blocks} and at most {self.tokens} kept "
+                f"layers: expected a part of 0 to {weights.count} and at most {self.tokens} kept "
                 f"tokens, got {start} to {stop} and {kept}"
             )
         if x.shape != (self.tokens, weights.hidden) or not x.is_cpu:
@@ -208,6 +215,7 @@ class CachedTokens:
         attended = shape.heads * cache.size
         each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * shape.units
         room = torch.empty(self.tokens * (each + max(shape.hidden, shape.units)))
+        keys_at, values_at, lengths_at = cache.at(min(start, cache.layers - 1))
         _compiled.blocks(
             x.data_ptr(),
             weights.at(start),
@@ -217,10 +225,10 @@ class CachedTokens:
             shape.eps,
             cache.cos_at,
             cache.sin_at,
-            cache.keys_at + start * cache.layer,
-            cache.values_at + start * cache.layer,
-            cache.layer,
-            cache.lengths_at + 8 * start * cache.rows,
+            keys_at,
+            values_at,
+            cache.bytes,
+            lengths_at,
             cache.rows,
             self._slots,
             self._of_rows,
@@ -235,32 +243,35 @@ class CachedTokens:
             cache.size,
             cache.capacity,
             self._threads,
+            max(0, min(stop, cache.layers) - start),
         )
         return x
 
-    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
+    def attend(
+        self, qkv: Float[Tensor, "N _"], layer: int, *, own: bool = True
+    ) -> Float[Tensor, "N I"]:
         """Turn queries, keys and values (N, (H + 2 H_kv) Dh) into attended values (N, H Dh).
 
-        Stores the keys and values of a layer (from 0) and attends to every slot up to the token's
-        own. Without queries (H = 0) it only stores.
+        Stores the keys and values in a layer of the cache (from 0) and attends to every slot up to
+        the token's own. Without queries (H = 0) it only stores. Without ``own`` keys and values
+        there are only queries (N, H Dh), and it only attends.
         """
         cache = self._cache
-        heads = qkv.shape[-1] // cache.size - 2 * cache.kv_heads
-        if heads < 0 or heads % cache.kv_heads or not 0 <= layer < cache.blocks:
+        kept = 2 * cache.kv_heads if own else 0
+        heads = qkv.shape[-1] // cache.size - kept
+        if heads < 0 or heads % cache.kv_heads or not 0 <= layer < cache.layers:
             raise ConfigError(
-                f"qkv: expected heads in groups of one size at a layer below {cache.blocks}, got "
+                f"qkv: expected heads in groups of one size at a layer below {cache.layers}, got "
                 f"{about(qkv)} at {layer}"
             )
-        inputs = (heads + 2 * cache.kv_heads) * cache.size
+        inputs = (heads + kept) * cache.size
         check_tensor("qkv", qkv, (self.tokens, inputs), torch.float32, CPU, contiguous=True)
         out = qkv.new_empty(self.tokens, heads * cache.size)
         _compiled.attend(
             qkv.data_ptr(),
             cache.cos_at,
             cache.sin_at,
-            cache.keys_at + layer * cache.layer,
-            cache.values_at + layer * cache.layer,
-            cache.lengths_at + 8 * layer * cache.rows,
+            *cache.at(layer),
             cache.bfloat16,
             self._slots,
             self._of_rows,
@@ -272,6 +283,7 @@ class CachedTokens:
             cache.size,
             cache.capacity,
             self._threads,
+            own,
         )
         return out
 

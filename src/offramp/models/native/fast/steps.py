@@ -151,12 +151,14 @@ class FastSteps:
         end: int,
         tables: Tables,
     ) -> None:
-        """Write only the keys and values of blocks start+1 .. stop."""
+        """Write only the keys and values of blocks start+1 .. stop that have their own."""
         call = self._call(h.shape[:2], h.dtype, step, end, tables)
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
             for layer, of in enumerate(self._weights.of(call.cache).blocks[start:stop], start):
+                if of.kv is None:
+                    break
                 norm = None if self.post else of.norms[0]
                 call.store(self._linear(x, of.kv, norm=norm), layer)
         call.note_lengths(start, stop)
@@ -267,7 +269,9 @@ class FastSteps:
     def _block(self, x: Tensor, layer: int, of: WeightsOfBlock, call: Call) -> Tensor:
         first, second = of.norms
         qkv = self._linear(x, of.qkv, norm=None if self.post else first)
-        x = self._linear(call.attend(qkv, layer), of.out, residual=x)
+        place = min(layer, len(call.cache.keys) - 1)
+        seen = call.attend(qkv, place, own=of.kv is not None)
+        x = self._linear(seen, of.out, residual=x)
         if self.post:
             x = self._normalised(x, first)
             gate_up = self._linear(x, of.gate_up)

@@ -53,13 +53,20 @@ class Call:
         cos, sin = (table[flat][:, None].to(self.dtype) for table in self.tables)
         return cos, sin
 
-    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without the output projection; writes the keys and values."""
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int, *, own: bool) -> Float[Tensor, "N I"]:
+        """Attention without the output projection, to a layer of the cache.
+
+        Writes the keys and values; without ``own`` ones there are only queries, (N, H Dh).
+        """
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # (N, H + 2 H_kv, Dh)
-        groups = heads.shape[1] // self.kv_heads - 2
-        turned = self._turned(heads[:, : -self.kv_heads])
-        q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-        keys, values = self._store(layer, k, heads[:, -self.kv_heads :])
+        if own:
+            turned = self._turned(heads[:, : -self.kv_heads])
+            q, k = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
+            self._store(layer, k, heads[:, -self.kv_heads :])
+        else:
+            q = self._turned(heads)
+        groups = q.shape[1] // self.kv_heads
+        keys, values = self._seen(layer)
         q = q.view(self.batch, self.tokens, self.kv_heads, groups, self.head_dim)
         q = q.permute(0, 2, 3, 1, 4).reshape(self.batch, self.kv_heads, -1, self.head_dim)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask(groups))
@@ -88,8 +95,8 @@ class Call:
 
     _added: Tensor | None = None
 
-    def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (N, H_kv, Dh); return what the tokens read, (B, H_kv, S, Dh)."""
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values (N, H_kv, Dh)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.one:
             for store, new in ((keys[0], k), (values[0], v)):
@@ -98,12 +105,16 @@ class Call:
             at = (self.rows[:, None], slice(None), self.slots)
             shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
             keys[at], values[at] = k.reshape(shape), v.reshape(shape)
-            if self.chosen is not None:
-                keys, values = keys[self.rows], values[self.rows]
+
+    def _seen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that the tokens read, (B, H_kv, S, Dh)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.chosen is not None:
+            keys, values = keys[self.rows], values[self.rows]
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def note_lengths(self, start: int, stop: int) -> None:
-        """Set the lengths of the cache after the keys and values are written."""
+        """Set the lengths of the cache after blocks start+1 .. stop wrote keys and values."""
         lengths = self.cache.lengths[start:stop]
         if self.one:
             lengths.clamp_(min=self.end)
@@ -145,13 +156,13 @@ class KernelCall(Call):
         """Run blocks start+1 .. stop in one call: see ``CachedTokens.blocks``."""
         return self._at.blocks(x, weights, start, stop, kept=kept)
 
-    def attend(self, qkv: Float[Tensor, "N _"], layer: int) -> Float[Tensor, "N I"]:
-        """Attention without the output projection; writes the keys and values."""
-        return self._at.attend(qkv, layer)
+    def attend(self, qkv: Float[Tensor, "N _"], layer: int, *, own: bool) -> Float[Tensor, "N I"]:
+        """Attention without the output projection: see ``CachedTokens.attend``."""
+        return self._at.attend(qkv, layer, own=own)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
         """Write only keys and values."""
-        self.attend(kv, layer)
+        self.attend(kv, layer, own=True)
 
     def note_lengths(self, start: int, stop: int) -> None:
         """Do nothing, because the kernels set the lengths."""

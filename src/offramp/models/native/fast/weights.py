@@ -26,8 +26,8 @@ class WeightsOfBlock:
     """The matrices and norms of one block."""
 
     qkv: Tensor
-    kv: Tensor
-    "The part of ``qkv`` that gives keys and values."
+    kv: Tensor | None
+    "The part of ``qkv`` that gives keys and values; None if the block has none of its own."
     out: Tensor
     gate_up: Tensor
     down: Tensor
@@ -113,7 +113,13 @@ class BlockWeights:
             return None
         every = [of.every for of in blocks]
         try:
-            return KernelWeights(every, head_dim=self._head_dim, eps=self._eps, post=self._post)
+            return KernelWeights(
+                every,
+                head_dim=self._head_dim,
+                eps=self._eps,
+                post=self._post,
+                cache_layers=sum(of.kv is not None for of in blocks),
+            )
         except ConfigError:  # such as blocks of several precisions
             return None
 
@@ -121,7 +127,9 @@ class BlockWeights:
 def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Module]]:
     """Return a block's weights, and the modules that hold their parameters."""
     attention, mlp = block.self_attn, block.mlp
-    queries = [attention.q_proj, attention.k_proj, attention.v_proj]
+    queries = [attention.q_proj]
+    if attention.projects_kv:
+        queries += [attention.k_proj, attention.v_proj]
     gates = [mlp.gate_proj, mlp.up_proj]
     norms = (
         (block.post_attention_layernorm, block.post_feedforward_layernorm)
@@ -131,7 +139,7 @@ def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Modu
     qkv = fuse(queries)
     weights = WeightsOfBlock(
         qkv=qkv,
-        kv=qkv[attention.q_proj.out_features :],
+        kv=qkv[attention.q_proj.out_features :] if attention.projects_kv else None,
         out=attention.o_proj.weight,
         gate_up=fuse(gates),
         down=mlp.down_proj.weight,
