@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 
 from offramp import load_checkpoint
+from offramp.calibration.certificate import Certificate
 
 TRAIN = ("train", "--corpus", "pangram", "--layers", 4, "--dim", 16, "--heads", 2)
 SHORT = ("--steps", 30, "--seq-len", 32, "--batch-size", 8, "--lr", "3e-3", "--seed", 1)
@@ -26,6 +29,16 @@ def complete(offramp, tmp_path_factory):
     result = offramp(*TRAIN, *SHORT, *weights, "--kv-source", 1, "--out", out)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def certified(offramp, complete, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("certified") / "certificate.json"
+    arguments = ("calibrate", complete, "--corpus", text, "--epsilon", "0.6", "--delta", "0.4")
+    result = offramp(*arguments, "--out", path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"missing_kv\W+exact", result.stdout)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -132,26 +145,68 @@ def test_bench_times_complete_exits_once(offramp, complete, mixed, text, tmp_pat
     assert {"exit@0.3:propagate", "exit@0.3:recompute"} < names
 
 
-def test_a_certificate_is_exact_and_serves_every_choice(offramp, complete, text, tmp_path):
+def with_certificate(offramp, model, path, *flags):
+    command = ("generate", model, "The quick", "--certificate", path, "--max-new-tokens", 6)
+    return offramp(*command, *flags, "--json")
+
+
+@pytest.mark.parametrize("made", ["exact", "recompute", "propagate"])
+def test_a_certificate_of_complete_exits_serves_every_choice(
+    offramp, complete, certified, tmp_path, made
+):
+    certificate = Certificate.load(certified)
+    assert certificate.missing_kv == "exact"
     path = tmp_path / "certificate.json"
-    arguments = ("calibrate", complete, "--corpus", text, "--epsilon", "0.6", "--delta", "0.4")
-    content, result = written(offramp, path, *arguments)
-    assert content["missing_kv"] == "exact"
-    assert re.search(r"missing_kv\W+exact", result.stdout)
-    command = ("generate", complete, "The quick", "--certificate", path, "--max-new-tokens", 6)
-    found = [
-        json.loads(offramp(*command, *flags, "--json").stdout)
-        for flags in ((), ("--missing-kv", "propagate"), ("--missing-kv", "recompute"))
+    replace(certificate, missing_kv=made).signed().save(path)
+    results = [
+        with_certificate(offramp, complete, path, *flags)
+        for flags in ((), *(("--missing-kv", kv) for kv in ("propagate", "recompute", "exact")))
     ]
-    assert {each["text"] for each in found} == {found[0]["text"]}
+    assert {result.returncode for result in results} == {0}
+    found = [json.loads(result.stdout) for result in results]
+    assert all(each["tokens"] == found[0]["tokens"] for each in found)
     assert {each["missing_kv"] for each in found} == {"exact"}
-    checked, _ = written(
-        offramp, tmp_path / "check.json", "calibrate", complete, "--corpus", text, "--check", path
-    )
-    assert checked["missing_kv"] == "exact"
-    swept = ("sweep", complete, "--corpus", text, "--certificate", path)
-    content, _ = written(offramp, tmp_path / "sweep.json", *swept)
+
+
+def test_a_certificate_is_checked_and_swept_as_exact(offramp, complete, certified, text, tmp_path):
+    arguments = ("calibrate", complete, "--corpus", text, "--check", certified)
+    content, _ = written(offramp, tmp_path / "check.json", *arguments)
     assert content["missing_kv"] == "exact"
+    arguments = ("sweep", complete, "--corpus", text, "--certificate", certified)
+    content, _ = written(offramp, tmp_path / "sweep.json", *arguments)
+    assert content["missing_kv"] == "exact"
+
+
+def refuses(result):
+    assert result.returncode == 2, result.stderr
+    [sentence] = result.stderr.strip().splitlines()
+    return sentence
+
+
+def test_certificates_across_the_change_are_refused(
+    offramp, complete, trained, certified, text, tmp_path
+):
+    """That of a model with a source, for one without, and the reverse."""
+    plain = tmp_path / "plain.json"
+    arguments = ("calibrate", trained, "--corpus", text, "--epsilon", "0.6", "--delta", "0.4")
+    content, _ = written(offramp, plain, *arguments)
+    assert content["missing_kv"] == "recompute"
+    for model, path in ((complete, plain), (trained, certified)):
+        said = "certificate: expected one for this model, sha256"
+        assert said in refuses(with_certificate(offramp, model, path))
+        for command in (("sweep", "--certificate"), ("calibrate", "--check")):
+            out = tmp_path / "none.json"
+            words = (command[0], model, "--corpus", text, command[1], path, "--out", out)
+            assert said in refuses(offramp(*words))
+            assert not out.exists()
+    stated = replace(Certificate.load(plain), missing_kv="exact").signed()
+    stated.save(tmp_path / "stated.json")
+    said = refuses(with_certificate(offramp, trained, tmp_path / "stated.json"))
+    assert "missing_kv: expected propagate or recompute, since the model has no complete" in said
+    for kv in ("propagate", "exact"):
+        said = refuses(with_certificate(offramp, trained, plain, "--missing-kv", kv))
+        assert "missing_kv: expected recompute, under which the certificate's guarantee" in said
+        assert said.endswith(f"got {kv}")
 
 
 def test_a_compute_budget_counts_the_shared_projection(offramp, complete, text, tmp_path):
@@ -184,3 +239,45 @@ def test_what_is_fitted_and_specialised_says_exact(offramp, complete, text, tmp_
 def test_probe_says_exact(offramp, complete, text, tmp_path):
     content, _ = written(offramp, tmp_path / "probe.json", "probe", complete, "--corpus", text)
     assert (content["missing_kv"], content["complete_from"]) == ("exact", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--kv-source", 4), "kv-source: expected from 1 to 3, below the last layer, got 4"),
+        (("--kv-source", 9), "kv-source: expected from 1 to 3, below the last layer, got 9"),
+        (("--kv-source", 0), "kv-source: expected from 1 to 3, below the last layer, got 0"),
+        (("--kv-source", -1), "kv-source: expected from 1 to 3, below the last layer, got -1"),
+        (("--layers", 1, "--kv-source", 1), "kv-source: expected none in a model of one layer"),
+        (("--kv-source", "2.5"), 'unable to convert "2.5" into int'),
+        (("--kv-source", "true"), 'unable to convert "true" into int'),
+        (("--kv-source", 10**30), "--kv-source: expected a number below 2^63"),
+    ],
+)
+def test_a_source_that_no_model_can_have_is_one_sentence(offramp, tmp_path, flags, said):
+    words = ("train", "--corpus", "pangram", *flags, "--out", tmp_path / "model")
+    words = words if "--layers" in flags else (*words, "--layers", 4)
+    assert said in refuses(offramp(*words))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_is_not_continued_with_another_source(offramp, complete, tmp_path):
+    folder = shutil.copytree(complete, tmp_path / "model")
+    said = refuses(offramp("train", "--resume", folder, "--kv-source", 2))
+    assert "resume: expected no other flag" in said
+    run = json.loads((folder / "run.json").read_text())
+    for source in (2, None):
+        run["run"]["model"]["kv_source_layer"] = source
+        (folder / "run.json").write_text(json.dumps(run))
+        said = refuses(offramp("train", "--resume", folder, "--steps", 40))
+        assert "expected a checkpoint of this model" in said
+
+
+def test_only_the_lower_exits_are_exported(offramp, complete, tmp_path):
+    result = offramp("export", complete, "--exit", 2, "--out", tmp_path / "plain")
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 2)
+    said = refuses(offramp("export", complete, "--exit", 4, "--out", tmp_path / "deep"))
+    assert "expected at most 2, since the blocks above share keys and values" in said
+    assert not (tmp_path / "deep").exists()

@@ -147,3 +147,17 @@ def test_a_model_without_values_is_refused(checkpoint):
     lm = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).to("meta")
     with pytest.raises(ConfigError, match="got some on the meta device"):
         open_in_memory(lm, Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
+
+
+def test_the_source_of_shared_keys_and_values_matters(make_model, checkpoint):
+    """With the source just below the last layer the weights are those of an ordinary model."""
+    shape = {"num_hidden_layers": 4, "vocab_size": open_model(checkpoint).model.vocab_size}
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    plain = make_model(**shape)
+    seen = [open_in_memory(plain, tokenizer).sha256]
+    for source in (1, 2, 3):
+        model = make_model(kv_source_layer=source, **shape)
+        state = plain.state_dict()
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        seen.append(open_in_memory(model, tokenizer).sha256)
+    assert len(set(seen)) == 4

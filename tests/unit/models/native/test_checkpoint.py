@@ -40,8 +40,13 @@ def change_config(folder, change):
         {"exit_head": "norm", "exit_layers": (1, 2)},
         {"exit_head": "full", "exit_layers": (2,), "tie_word_embeddings": True},
         {"norm": "post", "num_key_value_heads": 2, "rope_theta": 500.0},
+        {"kv_source_layer": 1, "exit_head": "norm"},
+        {"kv_source_layer": 1, "norm": "post", "num_key_value_heads": 2},
     ],
-    ids=["plain", "tied", "norm heads", "full heads and tied", "post-norm and gqa"],
+    ids=[
+        *("plain", "tied", "norm heads", "full heads and tied", "post-norm and gqa"),
+        *("source", "source and post-norm"),
+    ],
 )
 def test_a_model_comes_back_bit_for_bit(make_model, make_ids, tmp_path, fields):
     model = make_model(dtype=torch.float32, **fields)
@@ -237,3 +242,45 @@ def test_a_new_file_takes_the_name_and_the_old_one_is_not_written_into(tmp_path)
     (tmp_path / "link.json").hardlink_to(tmp_path / "a.json")
     write_json(tmp_path / "a.json", [2])
     assert (read_json(tmp_path / "link.json"), read_json(tmp_path / "a.json")) == ([1], [2])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("2", "kv_source_layer: expected a whole number or None, got '2'"),
+        (2.0, "kv_source_layer: expected a whole number or None, got 2.0"),
+        (True, "kv_source_layer: expected a whole number or None, got True"),
+        ([2], "kv_source_layer: expected a whole number or None, got [2]"),
+        (-1, "kv_source_layer: expected from 1 to 4, below the last layer, got -1"),
+        (0, "kv_source_layer: expected from 1 to 4, below the last layer, got 0"),
+        (5, "kv_source_layer: expected from 1 to 4, below the last layer, got 5"),
+        (10**30, f"kv_source_layer: expected a number below 2^63, got {10**30}"),
+        (1, 'Unexpected key(s) in state_dict: "model.layers.2.self_attn.k_proj.weight"'),
+        (3, 'Missing key(s) in state_dict: "model.layers.3.self_attn.k_proj.weight"'),
+        (None, 'Missing key(s) in state_dict: "model.layers.3.self_attn.k_proj.weight"'),
+    ],
+)
+def test_a_source_that_does_not_fit_is_one_sentence(make_model, tmp_path, value, said):
+    save(make_model(dtype=torch.float32, num_hidden_layers=5, kv_source_layer=2), tmp_path)
+    change_config(tmp_path, lambda config: config["model"].update(kv_source_layer=value))
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(tmp_path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_a_source_is_stored_as_before(make_model, tmp_path):
+    save(make_model(dtype=torch.float32), tmp_path)
+    assert "kv_source_layer" not in read_json(tmp_path / "config.json")["model"]
+    assert load_checkpoint(tmp_path)[0].config.kv_source_layer is None
+
+
+def test_a_source_in_a_model_that_has_no_block_above_it_is_refused(folder):
+    change_config(
+        folder,
+        lambda config: config["model"].update(
+            num_hidden_layers=1, exit_layers=[1], kv_source_layer=1
+        ),
+    )
+    with pytest.raises(CheckpointError, match="kv_source_layer: expected none in a model of one"):
+        load_checkpoint(folder)
