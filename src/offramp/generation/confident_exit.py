@@ -108,7 +108,6 @@ class ExitDecoder:
             model,
             cache,
             batch_size=batch_size,
-            exits=self.exits,
             missing_kv=missing_kv,
             work=self.work,
             previous_state=rule is not None and rule.measure.needs_previous_state,
@@ -116,7 +115,11 @@ class ExitDecoder:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Exits:
-        """Run the prompts at full depth; rows are padded on the left."""
+        """Run the prompts at full depth; rows are padded on the left.
+
+        Blocks above ``complete_from`` write no keys and values of their own, so they run only for
+        the last token of each row.
+        """
         model, width = self.model, max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         real = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -131,8 +134,13 @@ class ExitDecoder:
             cache=self.cache,
         )
         h = model.embed(ids.to(model.device), step=step)
-        h = model.run_layers(h, 0, model.num_layers, step=step)
-        return _at_last_layer(model.unembed(h[:, -1:], model.num_layers)[:, 0], model.num_layers)
+        complete, layers = model.complete_from, model.num_layers
+        h = model.run_layers(h, 0, complete, step=step)
+        if complete < layers:
+            model.project_kv(h, complete, model.cache_layers, step=step)
+            last = Step(positions=step.positions[:, -1:], cache=self.cache)
+            h = model.run_layers(h[:, -1:], complete, layers, step=last)
+        return _at_last_layer(model.unembed(h[:, -1:], layers)[:, 0], layers)
 
     @torch.inference_mode()
     def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:

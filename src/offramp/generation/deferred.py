@@ -9,8 +9,13 @@ of its row runs deeper. Before that token runs the layers to the next exit,
 
 Either way one call serves every pending token, and keys and values that no token reads are never
 computed.
+
+Blocks above the model's ``cache_layers`` write none, so nothing is pending there. From
+``complete_from`` on at most one projection is pending, which reads the state that the token has:
+there both ways are the same, and ``recompute`` runs pending tokens no further.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,7 +83,6 @@ class DeferredKV:
         cache: KVCache,
         *,
         batch_size: int,
-        exits: Sequence[int],
         missing_kv: MissingKV,
         work: Work,
         previous_state: bool = False,
@@ -86,16 +90,14 @@ class DeferredKV:
         self.model, self.cache, self.work = model, cache, work
         self.batch_size, self.previous_state = batch_size, previous_state
         self.missing_kv = missing_kv
-        self._queues: dict[int, dict[int, list[tuple[Tensor, int]]]] = {
-            layer: {} for layer in exits[:-1]
-        }
+        self._queues: dict[int, dict[int, list[tuple[Tensor, int]]]] = defaultdict(dict)
 
     def defer(self, layer: int, row: int, state: Float[Tensor, " D"], position: int) -> None:
         """Queue a token whose keys and values above ``layer`` are not computed yet.
 
-        At the last layer nothing is missing, so the token is not queued.
+        If no block above it writes any, nothing is missing, so the token is not queued.
         """
-        if layer in self._queues:
+        if layer < self.model.cache_layers:
             self._queues[layer].setdefault(row, []).append((state, position))
 
     def run(self, segment: Segment) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1 D"]]:
@@ -107,18 +109,19 @@ class DeferredKV:
         pending = self._take(segment.start, segment.rows)
         if not len(pending):
             return self._blocks(segment.h, segment.start, segment.stop, step=segment.step)
-        if self.missing_kv == "propagate":
+        if self.missing_kv == "propagate" or segment.start >= self.model.complete_from:
             return self.propagate(pending, segment)
         return self.recompute(pending, segment)
 
     def propagate(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
         """Run a segment; pending tokens keep their states, from which their KV are projected."""
         start, stop, count = segment.start, segment.stop, len(pending)
-        self.work.keys_values[count] += stop - start
+        top = min(stop, self.model.cache_layers)
+        self.work.keys_values[count] += top - start
         self._defer(stop, pending, pending.states)
         if not self.model.fills_beside(count + len(segment.rows)):
             states, step = self._call(pending)
-            self.model.project_kv(states, start, stop, step=step)
+            self.model.project_kv(states, start, top, step=step)
             return self._blocks(segment.h, start, stop, step=segment.step)
         h, step = self._call(pending + segment.tokens)
         places = torch.arange(count + len(segment.rows), device=h.device)
@@ -127,21 +130,27 @@ class DeferredKV:
         return _each_a_row(previous)[count:], _each_a_row(h)[count:]
 
     def recompute(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Run a segment for its own tokens and the pending ones, in one call."""
+        """Run a segment for its own tokens and the pending ones, in one call.
+
+        Pending tokens run at most to ``complete_from``; the segment's own tokens run on from there.
+        """
+        stop = min(segment.stop, self.model.complete_from)
         portions = _portions(*self._call(pending + segment.tokens))
-        parts = [self._blocks(h, segment.start, segment.stop, step=step) for h, step in portions]
+        parts = [self._blocks(h, segment.start, stop, step=step) for h, step in portions]
         previous, h = (
             _each_a_row(torch.cat(states) if len(parts) > 1 else states[0])
             for states in zip(*parts, strict=True)
         )
         count = len(pending)
-        self._defer(segment.stop, pending, list(h[:count, 0]))
+        self._defer(stop, pending, list(h[:count, 0]))
+        if stop < segment.stop:
+            return self.run(replace(segment, h=h[count:], start=stop))
         return previous[count:], h[count:]
 
     def _take(self, layer: int, rows: Sequence[int]) -> Tokens:
         """Remove the pending tokens of ``rows`` from the queue of ``layer`` and return them."""
-        queue = self._queues.get(layer)
-        found = [(row, queue.pop(row)) for row in rows if row in queue] if queue else []
+        queue = self._queues[layer]
+        found = [(row, queue.pop(row)) for row in rows if row in queue]
         return Tokens(
             states=[state for _, tokens in found for state, _ in tokens],
             positions=[position for _, tokens in found for _, position in tokens],

@@ -75,6 +75,14 @@ class EarlyExitModel(Protocol):
         """
 
     @property
+    def cache_layers(self) -> int:
+        """Number of blocks that write keys and values, which are the lowest ones.
+
+        It is ``complete_from`` + 1 if the block above ``complete_from`` projects them from the
+        state below it, else ``complete_from``.
+        """
+
+    @property
     def device(self) -> torch.device:
         """Device of the parameters; inputs must be on it."""
 
@@ -277,17 +285,6 @@ def layers_by_name(
         name: layers.get(id(parameter), len(blocks) + 1)
         for name, parameter in model.named_parameters()
     }
-
-
-def to_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Convert a model's parameters in place; None keeps them.
-
-    Buffers, such as the frequencies of rotary positions, keep their precision: a model that is
-    loaded in ``dtype`` has them in float32, too.
-    """
-    if dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
 
 
 def require_blocks(model: EarlyExitModel, field: str) -> None:

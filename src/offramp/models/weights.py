@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.errors import CheckpointError
 from offramp.files import TensorInfo, read_tensors, tensor_infos
@@ -116,3 +116,14 @@ def refuse_tensors(source: Source, problems: Mapping[str, Iterable[Any]]) -> Non
                 f"{source.id}: the weights do not fit config.json: {what} "
                 f"{', '.join(found[:_SHOWN])}{more}"
             )
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert a model's parameters in place; None keeps them.
+
+    Buffers, such as the frequencies of rotary positions, keep their precision: a model that is
+    loaded in ``dtype`` has them in float32, too.
+    """
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)

@@ -24,7 +24,6 @@ from offramp.files import (
     writing,
 )
 from offramp.folders import new_folder
-from offramp.models.base import to_precision
 from offramp.models.computation import file_hashes
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
@@ -33,7 +32,7 @@ from offramp.models.huggingface.library import quiet
 from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.huggingface.places import base_of, place_of
 from offramp.models.sources import Source, find_checkpoint
-from offramp.models.weights import DTYPES
+from offramp.models.weights import DTYPES, to_precision
 from offramp.reading import read_json, value_of
 from offramp.schema import shown
 from offramp.version import __version__

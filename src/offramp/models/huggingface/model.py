@@ -69,7 +69,7 @@ class HuggingFaceModel(nn.Module):
         self._scale, self._softcap = after_head(config, self._layout)
         self.hidden_size = self._layout.last_state.shape[-1]
         self.vocab_size = self._layout.head.out_features
-        self.complete_from = self.num_layers
+        self.complete_from = self.cache_layers = self.num_layers
         self.exits = ExitHeads(num_layers=self.num_layers)
         self.exits.trained = False
         if self._runner is None:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError
 from offramp.files import read_tensors, replacing, write_json
-from offramp.models.base import to_precision
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
+from offramp.models.weights import to_precision
 from offramp.reading import read_json, value_of
 from offramp.schema import shown
 

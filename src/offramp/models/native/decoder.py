@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         self.num_layers, self.exit_layers = config.num_hidden_layers, config.exit_layers
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.max_length, self.exit_head = config.max_position_embeddings, config.exit_head
-        self.complete_from = config.complete_from
+        self.complete_from, self.cache_layers = config.complete_from, config.cache_layers
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.exits = ExitHeads(num_layers=config.num_hidden_layers)
