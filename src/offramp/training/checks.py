@@ -1,5 +1,7 @@
 """Check before a run that the model supports the options of its config."""
 
+from collections.abc import Iterable
+
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.exits.objective import is_set
 from offramp.models.base import TrainableModel, require_blocks
@@ -33,3 +35,18 @@ def check_model(model: TrainableModel, config: TrainConfig) -> None:
             raise ConfigError(
                 f"layer_lr: expected a model with a known layer for each parameter, got {error}"
             ) from None
+
+
+def check_branches(model: TrainableModel, config: TrainConfig, layers: Iterable[int]) -> None:
+    """Raise a ConfigError if gradients could pass by a branch whose gradients are to be scaled.
+
+    ``layers`` are the layers with a weight. Above ``complete_from`` blocks share keys and values,
+    whose gradients do not pass through the states between them.
+    """
+    passed = [layer for layer in layers if model.complete_from < layer < model.num_layers]
+    if config.gradient_equilibrium and passed:
+        raise ConfigError(
+            f"gradient_equilibrium: expected no weights between layer {model.complete_from}, above "
+            f"which blocks share keys and values, and layer {model.num_layers}, got one at layer "
+            f"{passed[0]}"
+        )

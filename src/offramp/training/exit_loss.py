@@ -12,7 +12,7 @@ from offramp.exits.layer_dropout import keep_mask, layer_dropout_rates
 from offramp.exits.loss import head_parameters, weighted_exit_loss
 from offramp.exits.schedules import loss_schedule
 from offramp.models.base import Step, TrainableModel, whole_step
-from offramp.training.checks import check_model
+from offramp.training.checks import check_branches, check_model
 from offramp.training.config import TrainConfig
 
 
@@ -36,6 +36,7 @@ class ExitLoss(nn.Module):
             num_layers=model.num_layers,
             exit_layers=model.exit_layers,
         )
+        check_branches(model, config, self.schedule.layers)
         self.branch = branch_of(config)
         self.in_step = False
         self.heads = head_parameters(
@@ -114,11 +115,14 @@ class ExitLoss(nn.Module):
         step: int,
         rows: slice,
     ) -> Tensor:
-        """Run blocks start+1 .. stop, with layer dropout and recomputation if configured."""
+        """Run blocks start+1 .. stop, with layer dropout and recomputation if configured.
+
+        A row that skips the block whose keys and values others share still gives them its own.
+        """
         recompute = self.config.recompute_activations and torch.is_grad_enabled()
         if not any(rates) and not recompute:
             return self.model.run_layers(h, start, stop, step=where)
-        shares = self.model.complete_from < self.model.num_layers
+        complete, written = self.model.complete_from, self.model.cache_layers
         for layer in range(start + 1, stop + 1):
             chosen = active = None
             if rates[layer - 1]:
@@ -131,9 +135,10 @@ class ExitLoss(nn.Module):
                     batch_size=self.config.batch_size,
                 )
                 keep = kept[rows]
-                if not shares and not (kept if self.in_step else keep).any():
+                gives = complete < layer <= written
+                if not gives and not (kept if self.in_step else keep).any():
                     continue
-                if not keep.all() and shares:  # blocks above need all rows' keys and values
+                if not keep.all() and layer > complete:  # shared keys and values are of all rows
                     active = keep.to(h.device)[:, None].expand(h.shape[:2])
                 elif not keep.all():
                     chosen = keep.nonzero().flatten().to(h.device)
