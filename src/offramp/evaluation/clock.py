@@ -55,7 +55,8 @@ class Clock:
     block: Part
     "One block: the mean of all."
     keys_values: Part
-    "Only the keys and values of one block, in the call of a running token if the model can."
+    """Only the keys and values of one block that writes any (the mean of these blocks), in the call
+    of a running token if the model can."""
     heads: Mapping[int, Part]
     "The head of an exit, by exit layer."
     evaluations: Mapping[int, Part]

@@ -96,22 +96,27 @@ class Timer:
         return self._part(sum(self.cost.layers) / layers, seconds)
 
     def keys_values(self, one_block: float) -> Part:
-        """Time the keys and values of pending tokens in one block.
+        """Time the keys and values of pending tokens in one block that writes any.
 
         If the model computes them in the same call as a running token, only the additional time
         counts. ``one_block`` is the seconds of a block for the running token alone.
         """
-        layers, sizes = self.model.num_layers, self.sizes
+        layers, sizes, writers = self.model.num_layers, self.sizes, self._writers
         seconds = {}
         for tokens in sizes:
             if self.model.fills_beside(tokens + 1) and tokens < sizes[-1]:
                 part = partial(_run_last, self.model, *self._tokens(tokens + 1))
-                added = seconds_of(part, self.rounds) / layers - one_block
-                seconds[tokens] = max(added, 1e-9)
+                added = seconds_of(part, self.rounds) - layers * one_block
+                seconds[tokens] = max(added / writers, 1e-9)
             else:
                 part = partial(_project, self.model, *self._tokens(tokens))
-                seconds[tokens] = seconds_of(part, self.rounds) / layers
-        return self._part(sum(self.cost.keys_values) / layers, seconds)
+                seconds[tokens] = seconds_of(part, self.rounds) / writers
+        return self._part(sum(self.cost.keys_values) / writers, seconds)
+
+    @property
+    def _writers(self) -> int:
+        """Number of blocks that write keys and values; blocks that share them write none."""
+        return max(1, sum(flops > 0 for flops in self.cost.keys_values))
 
     def head(self, layer: int) -> Part:
         """Time the logits at an exit."""

@@ -31,6 +31,21 @@ def test_every_part_of_a_model_is_measured(make_model, rows, confidence):
     assert clock.seconds(generation.work, 5) > 0
 
 
+def test_keys_and_values_are_those_of_a_block_that_writes_them(make_model, monkeypatch):
+    """Blocks that share keys and values write none, and ``Work`` does not count them."""
+    monkeypatch.setattr("offramp.evaluation.timer.seconds_of", lambda *_, **__: 12.0)
+    shape = {"num_hidden_layers": 6, "exit_layers": (2,)}
+    clocks = [
+        measure_clock(make_model(**shape, kv_source_layer=source), context=9, bandwidth=1e9)
+        for source in (None, 2)
+    ]
+    for clock, writers in zip(clocks, (6, 3), strict=True):
+        assert clock.keys_values.seconds[max(TOKENS)] == 12.0 / writers
+        assert clock.block.seconds[1] == 12.0 / 6
+    own, shared = (clock.keys_values for clock in clocks)
+    assert own.flops == shared.flops > 0
+
+
 def test_a_gate_is_a_part_that_must_be_there(make_model):
     with pytest.raises(ConfigError, match="gate"):
         measure_clock(make_model(), context=3, bandwidth=1e9, confidence="gate", rounds=1)
