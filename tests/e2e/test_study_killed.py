@@ -21,6 +21,7 @@ from offramp.studies.study.workers import Workers
 class Watcher:
     def on_plan(self, name, total, tokens): pass
     def on_timing(self, passes, tokens): pass
+    def on_decoding(self, policies, prompt_tokens, new_tokens): pass
     def on_progress(self, progress): pass
     def on_done(self, name): pass
 

@@ -87,6 +87,13 @@ class StudyBars:
         """The static models are timed."""
         self.say(f"Timing the static models: {passes} passes over {tokens:,} tokens each")
 
+    def on_decoding(self, policies: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Decoding is timed."""
+        self.say(
+            f"Timing decoding: {policies} models and policies, {prompt_tokens} + {new_tokens} "
+            "tokens each"
+        )
+
     def on_progress(self, progress: _Run) -> None:
         """Move the bar of a run."""
         text = f"loss {progress.loss:.3f}  PPL {progress.ppl:.2f}"

@@ -6,18 +6,30 @@ from offramp.files import replacing
 from offramp.report import study_plots
 from offramp.report.html import make_figure, page_environment
 from offramp.report.plots import save_png
+from offramp.report.study_decoding import (
+    NOT_TIMED,
+    decoding_chart,
+    decoding_csv,
+    decoding_table,
+)
 from offramp.report.study_result import StudyResult, StudyTimes
 from offramp.report.study_tables import study_tables
 from offramp.report.tables import markdown_table
 
 
 def write(result: StudyResult, times: StudyTimes, out: Path) -> None:
-    """Write table.md, two pictures and report.html, each whole or not at all."""
+    """Write table.md, two pictures and report.html, each whole or not at all.
+
+    If decoding was timed, decoding.csv is written, too.
+    """
     confidence, missing_kv = result.families[0]
     with replacing(out / "table.md") as aside:
         aside.write_text(markdown(result), encoding="utf-8")
     save_png(study_plots.recipes(result), out / "figure.png")
     save_png(study_plots.frontiers(result, confidence, missing_kv), out / "frontier.png")
+    if times.decoding is not None:
+        with replacing(out / "decoding.csv") as aside:
+            aside.write_text(decoding_csv(times.decoding), encoding="utf-8")
     with replacing(out / "report.html") as aside:
         aside.write_text(page(result, times), encoding="utf-8", newline="\n")
 
@@ -30,10 +42,14 @@ def page(result: StudyResult, times: StudyTimes) -> str:
     figures += [study_plots.frontiers(result, *family) for family in result.families]
     figures.append(study_plots.frontiers(result, confidence, missing_kv, "compute_pct"))
     figures.append(study_plots.measured(result, times, confidence))
+    tables = study_tables(result)
+    if times.decoding is not None:
+        figures += [decoding_chart(times.decoding, batch) for batch in times.decoding.batches]
+        tables.append(decoding_table(times.decoding))
     return environment.get_template("study.html.jinja").render(
         content=result,
-        how=how(result),
-        tables=study_tables(result),
+        how=how(result) if times.decoding else f"{how(result)} {NOT_TIMED}",
+        tables=tables,
         figures=[make_figure(chart) for chart in figures],
         vega=javascript,
         version=result.offramp_version,

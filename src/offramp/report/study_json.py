@@ -14,7 +14,7 @@ from offramp.files import write_json
 from offramp.reading import read_as
 from offramp.report.study_result import StudyResult, StudyTimes
 
-ABSENT = ("search", "recipe", "to_baseline", "final_to_baseline")
+ABSENT = ("search", "recipe", "to_baseline", "final_to_baseline", "decoding")
 
 
 def to_json(value: Any) -> Any:

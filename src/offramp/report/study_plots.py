@@ -87,7 +87,7 @@ def frontiers(
     ]
     name, counted = COSTS[cost]
     axis = alt.X(f"{cost}:Q", title=f"{name} ({counted})")
-    return _curves(records, static, axis, tooltip).properties(
+    return curves(records, static, axis, tooltip).properties(
         title=f'PPL against {name}, confidence {confidence}, missing_kv = "{missing_kv}"',
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
@@ -123,7 +123,7 @@ def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.Lay
     shown = "Dashed: static models, timed one after the other in turns."
     if not static:
         shown = "The static models were not timed, because no run was trained for this report."
-    return _curves(records, static, axis, tooltip).properties(
+    return curves(records, static, axis, tooltip).properties(
         title=f'PPL against measured time, confidence {confidence}, missing_kv = "propagate"',
         description=(
             "Passes over the test text, each in percent of a full pass in the same process; "
@@ -132,7 +132,7 @@ def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.Lay
     )
 
 
-def _curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
+def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
     """PPL against a cost: a curve a recipe, and the static models as a dashed one."""
     names = list(dict.fromkeys(record["recipe"] for record in records))
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from offramp.report.decoding_times import DecodingTimes
+
 Number = float | None
 
 
@@ -262,3 +264,5 @@ class StudyTimes:
     static: tuple[StaticTime, ...]
     "Empty where the static models were not timed: they are timed before the first run is trained."
     routed: tuple[RoutedTimes, ...]
+    decoding: DecodingTimes | None = None
+    "None where decoding was not timed: where the runs' weights are not there."

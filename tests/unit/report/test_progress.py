@@ -56,11 +56,13 @@ def test_a_study_has_a_bar_for_itself_and_one_for_each_run():
     watcher = progress.StudyBars(Drawn(), said.append)
     watcher.on_plan("alpha", 2, 1000)
     watcher.on_timing(3, 400)
+    watcher.on_decoding(9, 512, 32)
     watcher.on_progress(SimpleNamespace(name="half", step=1, total_steps=5, loss=2.0, ppl=7.389))
     watcher.on_done("half")
     assert said == [
         "alpha: 2 runs, 1,000 training tokens in all",
         "Timing the static models: 3 passes over 400 tokens each",
+        "Timing decoding: 9 models and policies, 512 + 32 tokens each",
     ]
     assert shown["  half"] == (1, 5, "loss 2.000  PPL 7.39")
     assert shown["alpha"] == (1, 2, "runs")

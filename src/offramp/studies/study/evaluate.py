@@ -57,6 +57,8 @@ class Evaluation:
     "FLOPs of a token in the cheapest gate, by the gates' kind."
     frontiers: dict[FrontierKey, Frontier]
     "A model without early exits has only those of full depth."
+    fitted: FittedExits
+    "The gates that were fitted for the measures."
     full_pass: float
     "Seconds of a pass over the test text at full depth."
     routed_passes: dict[str, list[float]]
@@ -113,6 +115,7 @@ def evaluate(
             key: frontier if key.text == "test" else frontier.whole()
             for key, frontier in frontiers.items()
         },
+        fitted=fitted,
         full_pass=full_pass,
         routed_passes=routed_passes,
     )

@@ -20,7 +20,9 @@ from offramp.data.text import Text
 from offramp.data.tokenizer import save_tokenizer
 from offramp.environment import environment
 from offramp.errors import CorpusError
-from offramp.files import stored_fields
+from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.files import file_sha256, stored_fields
+from offramp.models.fitted import save_fitted
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
@@ -166,17 +168,21 @@ class StudyRun:
             "specialise": specialised - trained,
             "evaluate": time.perf_counter() - specialised,
         }
-        self._save_model(model, tokenizer, folder)
+        self._save_model(model, tokenizer, evaluation.fitted, folder)
         save_frontiers(folder / FRONTIERS, evaluation.frontiers)
         timing_of(evaluation, seconds).save(folder)
         self._record(evaluation, result, left, test_tokens=len(test) - 1).save(folder)
         return True
 
-    def _save_model(self, model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    def _save_model(
+        self, model: Transformer, tokenizer: Tokenizer, fitted: FittedExits, folder: Path
+    ) -> None:
         corpus = {"name": self.text.about["corpus"], "sha256": self.text.about["sha256"]}
         about = {"training": asdict(self.training), "corpus": corpus}  # for sweep and others
         save_checkpoint(model, folder, about=about, weights_about={})
         save_tokenizer(tokenizer, folder)
+        if fitted is not NOTHING_FITTED:
+            save_fitted(fitted, folder, exits=file_sha256(folder / "model.safetensors"))
 
     def _record(
         self,

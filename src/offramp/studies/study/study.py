@@ -15,6 +15,7 @@ from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult
 from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.decoding import decoding_times
 from offramp.studies.study.format import FORMAT
 from offramp.studies.study.grid import check_runs, plan_runs
 from offramp.studies.study.plan import Study
@@ -65,7 +66,8 @@ def finish_study(
     """Train the runs that are missing and write the result of all.
 
     If runs are missing, the static models are timed first, so that their times are kept though
-    the study is stopped later. Where every run is kept already nothing is trained or timed.
+    the study is stopped later, and decoding is timed at the end. Where every run is kept already
+    nothing is trained or timed.
     ``search`` and ``recipe`` are what ``offramp recipe`` adds to the result.
     """
     watcher.on_plan(study.name, len(runs), sum(run.tokens for run in runs))
@@ -74,7 +76,12 @@ def finish_study(
     workers.do(runs, watcher)
     result = summarise(study, runs, workers.folder, search=search, recipe=recipe)
     write_study(out / RESULT, result)
-    times = timings(runs, workers.folder, out)
+    times = replace(
+        timings(runs, workers.folder, out),
+        decoding=decoding_times(
+            runs, workers.folder, out, threads=workers.threads, on_decoding=watcher.on_decoding
+        ),
+    )
     write_study(out / TIMES, times)
     report.write(result, times, out)
     made_with = {"jobs": workers.jobs, "threads": workers.threads, "ray": workers.ray}

@@ -21,6 +21,9 @@ class Watcher(Protocol):
     def on_timing(self, passes: int, tokens: int) -> None:
         """The static models are being timed, by that many passes over that many tokens each."""
 
+    def on_decoding(self, policies: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Decoding is being timed, with that many models and policies in turns."""
+
     def on_progress(self, progress: RunProgress) -> None:
         """A run has done some steps."""
 

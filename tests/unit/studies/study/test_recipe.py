@@ -37,6 +37,9 @@ class Watcher:
     def on_timing(self, passes, tokens):
         pass
 
+    def on_decoding(self, policies, prompt_tokens, new_tokens):
+        self.decoded = (policies, prompt_tokens, new_tokens)
+
     def on_progress(self, progress):
         pass
 

@@ -11,6 +11,7 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.report.study_json import read_study, read_times
 from offramp.studies.study import timing
 from offramp.studies.study.config import StudyConfig
+from offramp.studies.study.decoding import decoding_times, time_decoding
 from offramp.studies.study.done import Done
 from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import Recipe
@@ -33,6 +34,9 @@ class Watcher:
 
     def on_timing(self, passes, tokens):
         self.timed = (passes, tokens)
+
+    def on_decoding(self, policies, prompt_tokens, new_tokens):
+        self.decoded = (policies, prompt_tokens, new_tokens)
 
     def on_progress(self, progress):
         pass
@@ -125,7 +129,7 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, whole
     assert read_times(out / "timing.json").static == times.static
     assert (out / "study.json").read_bytes() == written
     assert "seconds" not in written.decode()
-    assert (out / "report.html").read_text().count("<figure>") == 5
+    assert (out / "report.html").read_text().count("<figure>") == 5 + 2
     model = out / "runs" / first.runs[1].name
     assert RunTiming.load(model).seconds["train"] > 0
     assert not main(["sweep", str(model), "--corpus", str(path), "--out", str(tmp_path / "s.json")])
@@ -146,7 +150,56 @@ def test_kept_runs_are_summarised_without_a_model(tiny, whole, tmp_path, monkeyp
     assert watcher.timed is None
     assert second == read_study(first / "study.json")
     assert read_times(tmp_path / "second" / "timing.json").static == ()
-    assert "The static models were not timed" in (tmp_path / "second" / "report.html").read_text()
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert "The static models were not timed" in page
+    assert "Decoding was not timed: the weights of the runs are not there." in page
+
+
+def test_decoding_is_timed_beside_the_ppl_of_each_policy(tiny, whole, tmp_path):
+    config, out, watcher, result = whole
+    kept = read_times(out / "timing.json").decoding
+    assert watcher.decoded == (len(kept.policies), kept.prompt_tokens, kept.new_tokens)
+    assert (kept.prompt_tokens, kept.new_tokens) == (201 - 16, 16)  # the test text is short
+    labels = [each.label for each in kept.policies]
+    assert list(dict.fromkeys(labels)) == ["standard", "static 1", "half", "all"]
+    assert kept.environment["threads"] == 1
+    for each in kept.policies:
+        assert set(each.tokens_per_s) == set(each.first_token_s) == {1, 8}
+        assert min(each.tokens_per_s.values()) > 0
+    standard, static, *routed = kept.policies
+    assert set(standard.to_standard.values()) == set(standard.first_to_standard.values()) == {1.0}
+    assert standard.flops_pct == 100.0
+    assert static.mean_layers == {1: 1.0, 8: 1.0}
+    assert standard.ppl == pytest.approx(
+        sum(model.ppl for model in result.static if model.layers == 3) / 2
+    )
+    for label in ("half", "all"):
+        curves = [
+            run.frontiers["max_prob"]["propagate"] for run in result.runs if run.label == label
+        ]
+        full, *policies = [each for each in routed if each.label == label]
+        assert full.confidence is None
+        assert full.mean_layers == {1: 3.0, 8: 3.0}
+        assert policies
+        for each in policies:
+            place = curves[0].threshold.index(each.threshold)
+            assert each.ppl == pytest.approx(sum(curve.ppl[place] for curve in curves) / 2)
+            assert each.flops_pct == pytest.approx(
+                sum(curve.flops_pct[place] for curve in curves) / 2
+            )
+            share = curves[0].compute_pct[place] / 100
+            assert each.mean_layers[8] == pytest.approx(3 * share, abs=0.3)
+    lines = (out / "decoding.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * len(kept.policies)
+    assert "Measured time of decoding" in (out / "report.html").read_text()
+    folder = copied(whole, tmp_path)
+    for run in plan_runs(tiny, study_text(config)):
+        (folder / "runs" / run.name / "model.safetensors").unlink()
+    runs = plan_runs(tiny, study_text(config))
+    about = {"threads": 1, "on_decoding": None}
+    assert time_decoding(runs, folder / "runs", **about) is None
+    assert decoding_times(runs, folder / "runs", folder, **about) == kept  # not timed again
+    assert decoding_times(runs, folder / "runs", tmp_path, **about) is None
 
 
 def test_times_are_percent_of_a_full_pass(tiny, whole, tmp_path):
