@@ -47,7 +47,7 @@ def test_the_compiled_code_itself_refuses_sizes_that_would_kill_the_process():
 from offramp.models.native.fast import kernels
 for heads, kv_heads, size in {sizes}:
     try:
-        kernels._compiled.attend(*[0] * 6, False, 0, 0, 0, 0, 1, heads, kv_heads, size, 4, 1)
+        kernels._compiled.attend(*[0] * 6, False, 0, 0, 0, 0, 1, heads, kv_heads, size, 4, 1, True)
     except ValueError as error:
         print(error)
 """

@@ -391,8 +391,8 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
 static PyObject *py_attend(PyObject *self, PyObject *args) {
   address qkv, cosines, sines, keys, values, lengths, slots, rows, out, scores;
   long tokens, heads, kv_heads, size, capacity;
-  int bfloat16, threads, own = 1;
-  if (!PyArg_ParseTuple(args, "KKKKKKpKKKKllllli|p", &qkv, &cosines, &sines, &keys, &values,
+  int bfloat16, threads, own;
+  if (!PyArg_ParseTuple(args, "KKKKKKpKKKKlllllip", &qkv, &cosines, &sines, &keys, &values,
                         &lengths, &bfloat16, &slots, &rows, &out, &scores, &tokens, &heads,
                         &kv_heads, &size, &capacity, &threads, &own))
     return NULL;
@@ -409,16 +409,15 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
 
 static PyObject *py_blocks(PyObject *self, PyObject *args) {
   address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
-  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity, own = -1;
+  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity, own;
   int bfloat16, post, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKlllllllli|l", &x, &weights, &count, &bfloat16,
+  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllil", &x, &weights, &count, &bfloat16,
                         &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
                         &slots, &rows, &room,
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
                         &capacity, &threads, &own))
     return NULL;
-  if (own < 0) own = count;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),

@@ -32,7 +32,7 @@ def attend(
     size: int,
     capacity: int,
     threads: int,
-    own: bool = ...,
+    own: bool,
     /,
 ) -> None: ...
 def blocks(
@@ -62,6 +62,6 @@ def blocks(
     size: int,
     capacity: int,
     threads: int,
-    own: int = ...,
+    own: int,
     /,
 ) -> None: ...
