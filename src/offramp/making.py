@@ -114,9 +114,12 @@ def tune(
 ) -> EarlyExitLM:
     """Give a pretrained model exits and train them; its backbone stays as it is.
 
+    With ``kv_source`` the backbone changes: all blocks above that layer then share keys and values.
+
     Args:
         model: A Hugging Face checkpoint (a folder, or a name on the hub), ``smollm2-135m``, or a
-            causal language model of ``transformers`` in memory.
+            causal language model of ``transformers`` in memory; with ``kv_source`` a checkpoint
+            that the native decoder runs, or a folder of ``offramp train``.
         corpus: The text to train on; its last tokens are held out.
         exits: Exit layers; by default each quarter of the depth.
         tokenizer: The tokenizer of a model in memory.
@@ -126,8 +129,8 @@ def tune(
         device: Where to compute; by default the CPU, or where a model in memory is.
         dtype: Precision; by default float32, or that of a model in memory.
         progress: Show a progress bar.
-        **options: Fields of ``TuneConfig``, such as ``tokens``, ``epochs``, ``exit_head`` or
-            ``unfreeze``.
+        **options: Fields of ``TuneConfig``, such as ``tokens``, ``epochs``, ``exit_head``,
+            ``unfreeze`` or ``kv_source``.
     """
     layers = exit_layers_of(exits)
     config = config_of(TuneConfig, {**options, "exit_layers": layers})

@@ -52,9 +52,35 @@ def test_a_tuned_model_is_probed_and_exported(offramp, checkpoint, tuned, tmp_pa
     assert json.loads((tmp_path / "shallow" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def test_a_checkpoint_comes_to_share_keys_and_values(offramp, checkpoint, tmp_path):
+    text, out = checkpoint / "text.txt", tmp_path / "shared"
+    result = offramp(
+        *("tune", checkpoint, "--kv-source", 2, "--corpus", text, "--exits", "1,3"),
+        *("--seq-len", 32, "--epochs", 1, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "The blocks above layer 2 now share keys and values" in result.stdout
+    assert "after the least-squares fit and" in " ".join(result.stdout.split())
+    assert "shared holds the model" in result.stderr
+    assert json.loads((out / "config.json").read_text())["model"]["kv_source_layer"] == 2
+    result = offramp("sweep", out, "--corpus", text, "--thresholds", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert refused(
+        offramp("tune", out, "--kv-source", 1, "--corpus", text, "--out", tmp_path / "again"),
+        *("kv_source", "shares those after layer 2"),
+    )
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["--kv-source", "4"], ["kv_source", "from 1 to 3", "got 4"]),
+        (["--kv-source", "0"], ["kv_source", "at least 1", "got 0"]),
+        (["--kv-source", "2", "--dtype", "bfloat16"], ["float32", "bfloat16"]),
+        (["--kv-source", "2", "--loss-weights", "1=1"], ["loss_weights", "--kv-source"]),
+        (["--distill-epochs", "2"], ["distill_epochs", "--kv-source"]),
+        (["--kv-source", "2", "--tokens", "40", "--seq-len", "32"], ["at least 65 tokens"]),
         (["--exits", "9"], ["1 to 4", "9"]),
         (["--exits", "1,x"], ["--exits"]),
         (["--exit-head", "shared"], ["norm, adapter, full or specialist", "shared"]),

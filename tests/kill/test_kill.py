@@ -151,6 +151,12 @@ CASES = {
         out="tuned",
         weight=2,
     ),
+    "tune --kv-source": Case(
+        before=[make_base],
+        arguments=[*TUNE, "--kv-source", "1"],
+        outcome=lambda root: tensors(root / "tuned"),
+        out="tuned",
+    ),
     "confidence --fit": Case(
         before=TUNED,
         arguments=FIT,

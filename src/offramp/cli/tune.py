@@ -26,30 +26,32 @@ def tune(
     Parameters
     ----------
     model
-        A Hugging Face checkpoint (a folder, or a name on the hub), or smollm2-135m.
+        A Hugging Face checkpoint (a folder, or a name on the hub), or smollm2-135m; with
+        --kv-source one that the native decoder runs, or a model of offramp train.
     corpus
         The text: python-docs, hf:DATASET, or a text file or folder. It is read whole, or its
         training split where it has named ones; one token in 20, at the end, is held out.
     out
-        Folder for the exits; with --unfreeze for the whole model.
+        Folder for the exits; with --unfreeze or --kv-source for the whole model.
     """
     import torch
 
     from offramp.commands.tune import open_for_tuning
     from offramp.commands.tune import tune as run_tune
     from offramp.report.progress import bars
-    from offramp.report.tune import tune_table, tune_verdict
+    from offramp.report.tune import shared_verdict, tune_table, tune_verdict
     from offramp.training.frozen import TuneProgress
 
     use(device, threads)
     with bars(console) as drawn:
 
         def on_progress(progress: TuneProgress) -> None:
-            if progress.doing == "states":
-                drawn.show("states", done=progress.done, total=progress.total, text="tokens")
+            doing = progress.doing
+            if doing in ("fit", "states"):
+                drawn.show(doing, done=progress.done, total=progress.total, text="tokens")
             elif progress.done % 10 == 0 or progress.done == progress.total:
                 text = "" if progress.loss is None else f"loss {float(progress.loss):.3f}"
-                drawn.show("tune", done=progress.done, total=progress.total, text=text)
+                drawn.show(doing, done=progress.done, total=progress.total, text=text)
 
         config = tuning or TuneConfig()
         opened = open_for_tuning(model, config, device=device, dtype=getattr(torch, dtype))
@@ -59,7 +61,10 @@ def tune(
         shown = output()
         shown.print(tune_table(trained, width=shown.width))
         say_verdict(tune_verdict(trained))
+        if trained["kv_source"] is not None:
+            say_verdict(shared_verdict(trained))
+    whole = trained["unfreeze"] or trained["kv_source"] is not None
     say(
-        f"{quote(str(out))} holds the {'model' if trained['unfreeze'] else 'exits'}. "
+        f"{quote(str(out))} holds the {'model' if whole else 'exits'}. "
         f"Next: offramp probe {quote(str(out))} --corpus OTHER_TEXT"
     )

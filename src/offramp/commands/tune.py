@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from offramp.commands.text import LARGEST_LOGITS
 from offramp.commands.tune_config import TuneConfig
+from offramp.commands.tune_shared import about_shared, open_to_share, share
 from offramp.data import Corpus, batches, encode, load_corpus
 from offramp.environment import environment
 from offramp.errors import CheckpointError, CorpusError
@@ -23,6 +25,7 @@ from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
 from offramp.models.save import write_model
 from offramp.training.frozen import TuneProgress, check_exits, tune_exits
+from offramp.training.kv_fit import check_source
 from offramp.training.loop import Progress, train
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 4096
@@ -41,10 +44,15 @@ def open_for_tuning(
     device: str = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> OpenedModel:
-    """Open a plain checkpoint with the new exits of ``config``, run by transformers."""
+    """Open a plain checkpoint with the new exits of ``config``, run by transformers.
+
+    With ``kv_source`` the native decoder runs it, and a model of ``offramp train`` may be opened.
+    """
     files = find_model(name)
     if files.kind == "exits":
         raise CheckpointError(f"{files.name}: expected a model without exits, got one with exits")
+    if config.kv_source is not None:
+        return open_to_share(files, config, device=device, dtype=dtype)
     if files.kind == "native":
         raise CheckpointError(
             f"{files.name}: expected a Hugging Face checkpoint, got a model of offramp train, "
@@ -71,9 +79,10 @@ def tune(
     """Train a model's exits on the whole of a text, or its training split.
 
     The new folder ``out`` gets ``offramp.json`` and ``exits.safetensors``, and with ``unfreeze``
-    the backbone too. Returns what ``offramp.json`` holds under ``trained``: among others the
-    agreement with the final layer and the PPL by exit layer, before and after, on tokens at the
-    end of the text that nothing was trained on.
+    the backbone too; with ``kv_source`` it is the folder of a native model. Returns what
+    ``offramp.json`` (or ``config.json``) holds under ``trained``: among others the agreement with
+    the final layer and the PPL by exit layer, before and after, on tokens at the end of the text
+    that nothing was trained on.
     """
     check_free(out)
     corpus = load_corpus(corpus_name)
@@ -82,7 +91,10 @@ def tune(
     ids = encode(tokenizer, text)[: config.tokens]
     if len(ids) < 2:
         raise CorpusError(f"{corpus_name}: expected at least 2 tokens, got {len(ids)}")
-    if config.unfreeze:
+    if config.kv_source is not None:
+        check_source(model, config.kv_source)
+        check_exits(model)
+    elif config.unfreeze:
         parse_loss_weights(
             config.joint(model.exit_layers).loss_weights,
             num_layers=model.num_layers,
@@ -92,11 +104,12 @@ def tune(
         check_exits(model)
     held_out = min(len(ids) // HELD_OUT_SHARE, HELD_OUT_MOST)
     with new_folder(out) as folder:
-        trained = _trained(opened, corpus, ids, held_out, config, on_progress)
+        about = {} if config.kv_source is None else about_shared(opened)
+        opened, trained = _trained(opened, corpus, ids, held_out, config, on_progress)
         if model.vocab_size > 2 * DRAFT_VOCAB:
             frequent = frequent_tokens(ids[: len(ids) - held_out])
             opened = replace(opened, fitted=FittedExits(draft_vocab=frequent))
-        write_model(opened, folder, about={"trained": trained})
+        write_model(opened, folder, about={**about, "trained": trained})
     return trained
 
 
@@ -107,13 +120,27 @@ def _trained(
     held_out: int,
     config: TuneConfig,
     on_progress: OnProgress,
-) -> dict[str, Any]:
-    """Train the exits, and return the record of their training, with the figures of both ends."""
+) -> tuple[OpenedModel, dict[str, Any]]:
+    """Train the exits, and return the model and the record of its training, with figures."""
     model = opened.model
     model.silence_untrained()  # the exits are about to be trained
     first = opened.first_tokens
-    before = measure(model, ids[len(ids) - held_out :], config.seq_len, first)
-    if config.unfreeze:
+    figures = partial(
+        measure, ids=ids[len(ids) - held_out :], seq_len=config.seq_len, first_tokens=first
+    )
+    before = figures(model)
+    shared: dict[str, Any] = {}
+    jointly = config.unfreeze and config.kv_source is None
+    if config.kv_source is not None:
+        opened, shared["shared_kv"] = share(
+            opened,
+            ids[: len(ids) - held_out],
+            config,
+            ppl=lambda model: next((row["ppl"] for row in figures(model)[-1:]), None),
+            on_progress=on_progress,
+        )
+        model = opened.model
+    elif jointly:
         _tune_jointly(model, ids, held_out, config, first, on_progress)
     else:
         tune_exits(
@@ -123,10 +150,11 @@ def _trained(
             first_tokens=first,
             on_progress=on_progress,
         )
-    return {
+    return opened, {
         **asdict(config),
+        **shared,
         "exit_layers": list(model.exit_layers),
-        "objective": config.objective or ("text" if config.unfreeze else "distill"),
+        "objective": config.objective or ("text" if jointly else "distill"),
         "tokens": len(ids),
         "corpus": {
             "name": corpus.name,
@@ -135,7 +163,7 @@ def _trained(
         },
         "held_out_tokens": held_out,
         "before": before,
-        "after": measure(model, ids[len(ids) - held_out :], config.seq_len, first),
+        "after": figures(model),
         "bos": bool(first),
         "environment": environment(str(model.device)),
     }

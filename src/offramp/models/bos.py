@@ -2,7 +2,7 @@
 
 ``auto`` is what the model was trained with: the tokens that its tokenizer's post-processor puts
 before a text, or none for a model of ``offramp train``, which is trained on plain windows. Exits
-of ``offramp tune`` record what they were trained with.
+and models of ``offramp tune`` record what they were trained with.
 """
 
 from collections.abc import Mapping
@@ -41,11 +41,10 @@ def bos_tokens(
     check_bos(bos)
     known = tuple(id for id in first_tokens(tokenizer) if id < vocab_size)
     if bos == "auto":
-        trained = (
-            files.about.get("trained") if files is not None and files.kind == "exits" else None
-        )
+        tuned = files is not None and files.kind != "checkpoint"
+        trained = files.about.get("trained") if files is not None and tuned else None
         recorded = trained.get("bos") if isinstance(trained, dict) else None
-        if plain or recorded is False:
+        if recorded is False or (plain and recorded is not True):
             return ()
         bos = "yes" if recorded is True else bos
     if bos == "no":

@@ -36,6 +36,19 @@ def tune_verdict(trained: Content) -> str:
     )
 
 
+def shared_verdict(trained: Content) -> str:
+    """What shared keys and values cost the last layer."""
+    found, source = trained["shared_kv"]["ppl"], trained["kv_source"]
+    fitted = f"{ppl_text(found['fitted'])} after the least-squares fit"
+    if "distilled" in found:
+        fitted += f" and {ppl_text(found['distilled'])} after distillation"
+    return (
+        f"The blocks above layer {source} now share keys and values, and a token that leaves at "
+        f"layer {source} or above leaves all of them. The last layer's PPL was "
+        f"{ppl_text(found['model'])}; it is {fitted}."
+    )
+
+
 def specialise_table(found: Content, *, width: int) -> Table:
     """A row for each exit: who exits there at the budget, and PPL before and after."""
     table = Table(title="At the budget; PPL of all tokens of the validation text")

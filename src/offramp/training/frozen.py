@@ -31,12 +31,12 @@ RIDGE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class TuneProgress:
-    """The progress of a run, while it reads the states or after a step."""
+    """The progress of a run, while it reads a text or after a step."""
 
-    doing: Literal["states", "tune"]
+    doing: Literal["fit", "distill", "states", "tune"]
     done: int
     total: int
-    "Total number of tokens (states) or steps (tune)."
+    "Total number of tokens (fit, states) or steps (distill, tune)."
     loss: Tensor | None = None
     "Loss of the last step in nats per token, summed over the exits."
 
@@ -72,7 +72,7 @@ def tune_exits(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )
-    half = config.precision == "bfloat16" or (config.precision == "auto" and _has_bfloat16(model))
+    half = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(model))
     # a cast weight is not kept from chunk to chunk: each chunk's graph is dropped
     autocast = partial(
         torch.autocast, model.device.type, torch.bfloat16, enabled=half, cache_enabled=False
@@ -131,7 +131,7 @@ def check_exits(model: TrainableModel) -> None:
         )
 
 
-def _has_bfloat16(model: TrainableModel) -> bool:
+def has_bfloat16(model: TrainableModel) -> bool:
     """Return whether bfloat16 products are faster here and the model is in another precision."""
     if model.dtype != torch.float32:
         return False
