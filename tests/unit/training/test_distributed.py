@@ -45,6 +45,17 @@ CASES = {
             "recompute_activations": True,
         },
     },
+    # blocks 3 and 4 share keys and values, also those of rows that skip block 3
+    "shared": {
+        "model": {**FULL, "kv_source_layer": 2},
+        "training": {
+            **SHORT,
+            **ROTATIONAL,
+            "layer_dropout": 0.8,
+            "accumulate": 2,
+            "recompute_activations": True,
+        },
+    },
     "below": {"model": FULL, "training": {**SHORT, "loss_weights": "1=0.5,2=0.5"}},
     "detached": {
         "model": FULL,

@@ -95,20 +95,22 @@ class Attention(nn.Module):
         return rotate(k, context.cos, context.sin), v
 
     def forward(
-        self, x: Tensor, context: BlockContext, step: Step, shared: KeysValues | None = None
+        self, x: Tensor, context: BlockContext, step: Step | None, shared: KeysValues | None = None
     ) -> tuple[Tensor, KeysValues | None]:
         """Return the input of ``o_proj``, (B, T, H * Dh), for x (B, T, D), and keys and values.
 
         The latter are those that the blocks above are to take as ``shared``, if they take this
-        block's and there is no cache in which they find them; else None.
+        block's and there is no cache in which they find them; else None. ``step`` is None if it has
+        no cache.
         """
         q = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
         own = self.keys_values(x, context) if self.projects_kv else shared
-        cache, layer = step.cache, self.cache_layer
-        if cache is None:
+        if step is None or step.cache is None:
             assert own is not None
             k, v = own
+            given = (k, v.contiguous()) if self.shares_kv else None  # FSDP2 warns of views
         else:
+            cache, layer, given = step.cache, self.cache_layer, None
             if self.projects_kv and own is not None:
                 k, v = own
                 cache.write(layer, k, v, positions=step.positions, real=step.real, rows=step.rows)
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
-        return attended.transpose(1, 2).flatten(2), own if self.shares_kv else None
+        return attended.transpose(1, 2).flatten(2), given
 
 
 class MLP(nn.Module):
@@ -156,7 +158,7 @@ class DecoderBlock(nn.Module, ABC):
         self,
         h: Float[Tensor, "B T D"],
         context: BlockContext,
-        step: Step,
+        step: Step | None,
         active: Bool[Tensor, "B T"] | None = None,
         shared: KeysValues | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeysValues | None]:

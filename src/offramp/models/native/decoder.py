@@ -134,8 +134,9 @@ class Transformer(nn.Module):
             return self._fast.run(h, start, stop, step=step, active=active, **self._places(h, step))
         context = self._context(h, step)
         shared = shared_keys_values(self, start, step)
+        cached = None if step.cache is None else step  # FSDP2 copies an argument with gradients
         for layer in range(start, stop):
-            h, given = self._block(layer)(h, context, step, active, shared)
+            h, given = self._block(layer)(h, context, cached, active, shared)
             if given is not None:
                 shared = step.memo[self, "shared"] = given
         return h
