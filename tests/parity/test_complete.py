@@ -18,6 +18,7 @@ from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import Step, whole_step
 from offramp.models.native.decoder import Transformer
+from offramp.models.native.fast import kernels
 from offramp.models.propagate import run_propagated
 
 LAYERS = 5
@@ -32,7 +33,10 @@ PROMPTS = ([3, 1, 4, 1, 5], [9], [6, 5, 3, 5, 8, 9, 7])
 
 @pytest.fixture
 def make(make_model):
-    """Make a model of ``LAYERS`` layers whose exits are now sure and now not."""
+    """Make a model of ``LAYERS`` layers whose exits are now sure and now not.
+
+    In float32 its heads are wide enough for the compiled kernels.
+    """
 
     def with_source(source, exits, *, dtype=torch.float64, exit_head="full") -> Transformer:
         model = make_model(
@@ -43,7 +47,10 @@ def make(make_model):
             num_key_value_heads=2,
             norm="post" if 4 in exits else "pre",
             dtype=dtype,
+            hidden_size=16 if dtype == torch.float64 else 64,
         )
+        if dtype == torch.float32 and kernels._compiled is not None:
+            assert model.rounds_alike()
         with torch.no_grad():
             for head in (model.lm_head, *(head.lm_head for head in model.exits.values())):
                 head.weight.mul_(2)
@@ -115,7 +122,7 @@ def test_the_router_forced_along_a_text_equals_a_pass_over_it(make, make_ids, so
         same(found, expected(model, ids, rule), torch.float64)
 
 
-@pytest.mark.parametrize(("source", "exits"), [(1, (1, 3)), (1, (2, 4)), (3, (1, 4)), (4, (4,))])
+@pytest.mark.parametrize(("source", "exits"), [(1, (2, 4)), (3, (1, 4))])
 def test_a_text_of_more_than_64_tokens(make, make_ids, source, exits):
     model, ids = make(source, exits, dtype=torch.float32), make_ids(2, 70)
     rule = rule_of(model)
@@ -180,7 +187,7 @@ def test_recompute_is_propagate_bit_for_bit(make, make_ids, source, exits):
 
 
 @pytest.mark.parametrize("missing_kv", ["propagate", "recompute"])
-@pytest.mark.parametrize(("source", "exits"), SOME)
+@pytest.mark.parametrize(("source", "exits"), [*SOME, (None, (1, 3))])
 def test_a_row_alone_is_the_same_row_in_a_batch(make, make_ids, source, exits, missing_kv):
     model, ids = make(source, exits, dtype=torch.float32), make_ids(4, 20)
     rule = rule_of(model)

@@ -42,6 +42,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.states)
 
+    def __getitem__(self, part: slice) -> "Tokens":
+        return Tokens(
+            states=self.states[part], positions=self.positions[part], rows=self.rows[part]
+        )
+
     def __add__(self, later: "Tokens") -> "Tokens":
         return Tokens(
             states=self.states + later.states,
@@ -117,12 +122,13 @@ class DeferredKV:
         """Run a segment; pending tokens keep their states, from which their KV are projected."""
         start, stop, count = segment.start, segment.stop, len(pending)
         top = min(stop, self.model.cache_layers)
-        self.work.keys_values[count] += top - start
         self._defer(stop, pending, pending.states)
         if not self.model.fills_beside(count + len(segment.rows)):
-            states, step = self._call(pending)
-            self.model.project_kv(states, start, top, step=step)
+            for states, step in self._calls(pending, few=self.model.rounds_alike()):
+                self.work.keys_values[states.shape[0] * states.shape[1]] += top - start
+                self.model.project_kv(states, start, top, step=step)
             return self._blocks(segment.h, start, stop, step=segment.step)
+        self.work.keys_values[count] += top - start
         h, step = self._call(pending + segment.tokens)
         places = torch.arange(count + len(segment.rows), device=h.device)
         active = (places >= count).view(h.shape[:2])
@@ -135,10 +141,11 @@ class DeferredKV:
         Pending tokens run at most to ``complete_from``; the segment's own tokens run on from there.
         """
         stop = min(segment.stop, self.model.complete_from)
-        portions = _portions(*self._call(pending + segment.tokens))
-        parts = [self._blocks(h, segment.start, stop, step=step) for h, step in portions]
+        few = self.batch_size > 1 or self.model.rounds_alike()
+        calls = self._calls(pending + segment.tokens, few=few)
+        parts = [self._blocks(h, segment.start, stop, step=step) for h, step in calls]
         previous, h = (
-            _each_a_row(torch.cat(states) if len(parts) > 1 else states[0])
+            torch.cat([_each_a_row(state) for state in states])
             for states in zip(*parts, strict=True)
         )
         count = len(pending)
@@ -175,6 +182,17 @@ class DeferredKV:
         rows = torch.tensor(tokens.rows, device=device)
         return states[:, None], Step(positions=positions[:, None], cache=self.cache, rows=rows)
 
+    def _calls(self, tokens: Tokens, *, few: bool) -> Iterator[tuple[Tensor, Step]]:
+        """Yield the states and steps of calls for these tokens, in order.
+
+        With ``few`` a call has at most FEW_TOKENS tokens: a model that rounds alike does so in
+        such calls, and in a batch a row of the cache may be copied for each token that reads it. A
+        token reads earlier tokens of its row, which are in the same call or an earlier one.
+        """
+        size = FEW_TOKENS if few else len(tokens)
+        for first in range(0, len(tokens), size):
+            yield self._call(tokens[first : first + size])
+
     def _blocks(
         self,
         h: Float[Tensor, "B T D"],
@@ -199,17 +217,3 @@ class DeferredKV:
 
 def _each_a_row(h: Float[Tensor, "B T D"]) -> Float[Tensor, "N 1 D"]:
     return h.reshape(-1, 1, h.shape[-1])
-
-
-def _portions(h: Float[Tensor, "B T D"], step: Step) -> Iterator[tuple[Tensor, Step]]:
-    """Yield parts of a batch of at most FEW_TOKENS tokens, in order.
-
-    A row of the cache may be copied for each token that reads it, so a large part would need much
-    memory. A token reads earlier tokens of its row, which are in the same part or an earlier one.
-    """
-    if step.rows is None or len(h) <= FEW_TOKENS:
-        yield h, step
-        return
-    for first in range(0, len(h), FEW_TOKENS):
-        part = slice(first, first + FEW_TOKENS)
-        yield h[part], replace(step, positions=step.positions[part], rows=step.rows[part])
