@@ -89,3 +89,12 @@ def test_a_model_without_early_exits_keeps_a_budget_of_100(make_trace):
 def test_a_budget_that_no_exit_keeps_is_a_config_error(make_trace, budget):
     with pytest.raises(ConfigError, match="compute_budget"):
         keep_budget(make_trace(20), budget, cost=cost_of((1, 2)))
+
+
+@pytest.mark.parametrize(("complete_from", "least"), [(1, 60.0), (None, 50.0)])
+def test_the_projection_of_shared_keys_and_values_counts(make_trace, complete_from, least):
+    """Every token pays for it, also one that leaves just below it."""
+    cost = replace(cost_of((1, 2)), keys_values=(2.0, 2.0), complete_from=complete_from)
+    assert keep_budget(make_trace(20), least, cost=cost).flops_pct == pytest.approx(least)
+    with pytest.raises(ConfigError, match=rf"compute_budget: expected at least {least:.2f}%"):
+        keep_budget(make_trace(20), least - 1, cost=cost)
