@@ -153,6 +153,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral, window": ("mixtral", {"sliding_window": 512}),
     "bloom, post-norm residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
     "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "gemma4_text, shared keys and values": ("gemma4_text", {"num_kv_shared_layers": 12}),
+    "gemma4_text, shared keys and values, wide": (
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 12,
+            "use_double_wide_mlp": True,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+        },
+    ),
+    "gemma3n_text, nothing shared": ("gemma3n_text", {"num_kv_shared_layers": 0}),
     "doge, mixture": ("doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
 }
 """(family, fields) of what a family's default config does not show."""

@@ -43,6 +43,17 @@ OPT = {
     "word_embed_proj_dim": 32,
 }
 LOCAL_GLOBAL = ["sliding_attention", "full_attention"] * 2
+GEMMA = {
+    **SHAPE,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 6,
+    "head_dim": 8,
+    "sliding_window": WINDOW,
+    "layer_types": LOCAL_GLOBAL,
+    "num_kv_shared_layers": 2,
+}
+"The two last layers read the keys and values of the two first ones."
+OF_TOKENS = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight")
 FAMILIES = {
     "llama": ("LlamaConfig", SHAPE),
     "smollm2": ("LlamaConfig", {**SHAPE, "tie_word_embeddings": True, "rope_theta": 100_000.0}),
@@ -61,6 +72,8 @@ FAMILIES = {
         "Gemma3TextConfig",
         {**SHAPE, "head_dim": 8, "sliding_window": WINDOW, "layer_types": LOCAL_GLOBAL},
     ),
+    "gemma3n": ("Gemma3nTextConfig", {**GEMMA, "laurel_rank": 5, "altup_num_inputs": 3}),
+    "gemma4": ("Gemma4TextConfig", {**GEMMA, "global_head_dim": 16, "use_double_wide_mlp": True}),
     "gpt2": ("GPT2Config", GPT),
     "pythia": (
         "GPTNeoXConfig",
@@ -158,9 +171,16 @@ def truncated(lm, layers):
     config.num_hidden_layers = layers
     if "layer_types" in vars(config) and config.layer_types:
         config.layer_types = config.layer_types[:layers]
+    stored = lm.state_dict()
+    if "num_kv_shared_layers" in vars(config):
+        config.num_kv_shared_layers = max(0, layers - 2)
+        width = layers * config.hidden_size_per_layer_input
+        for name in OF_TOKENS:
+            value = stored[f"model.{name}"]
+            stored[f"model.{name}"] = value[:, :width] if "embed" in name else value[:width]
     small = transformers.AutoModelForCausalLM.from_config(config).eval()
     own = small.state_dict()
-    small.load_state_dict({n: value for n, value in lm.state_dict().items() if n in own})
+    small.load_state_dict({n: value for n, value in stored.items() if n in own})
     return small
 
 
@@ -172,7 +192,8 @@ def test_it_is_an_early_exit_model_whose_blocks_run_one_by_one(model):
     assert isinstance(model, EarlyExitModel)
     assert model.why_no_blocks == ""
     assert (model.num_layers, model.exit_layers) == (LAYERS, (1, 2, LAYERS))
-    assert (model.vocab_size, model.hidden_size) == (VOCABULARY, 32)
+    stacked = getattr(model.backbone.config, "altup_num_inputs", 1)
+    assert (model.vocab_size, model.hidden_size) == (VOCABULARY, 32 * stacked)
 
 
 def test_no_weight_is_copied(model):
@@ -270,23 +291,25 @@ def test_tokens_not_active_keep_their_state_and_write_keys_and_values(model):
     active = torch.tensor([[1, 0, 1, 1, 0, 1, 0], [0, 0, 1, 0, 1, 1, 1]], dtype=torch.bool)
     caches = [model.make_cache(2, capacity=7) for _ in range(2)]
     step, other = (Step(positions=torch.arange(7)[None], cache=cache) for cache in caches)
-    h = model.embed(ids, step=step)
-    out = model.run_layers(h, 0, 2, step=step, active=active)
+    cut = min(2, model.complete_from - 1)
+    h, _ = model.embed(ids, step=step), model.embed(ids, step=other)
+    out = model.run_layers(h, 0, cut, step=step, active=active)
     assert torch.equal(out[~active], h[~active])
-    expected = h
-    for layer in range(2):
+    expected, whole = h, whole_step(ids)
+    model.embed(ids, step=whole)
+    for layer in range(cut):
         expected = torch.where(
             active[..., None],
-            model.run_layers(expected, layer, layer + 1, step=whole_step(ids)),
+            model.run_layers(expected, layer, layer + 1, step=whole),
             expected,
         )
     close(out, expected)
-    model.run_layers(out, 2, LAYERS, step=step, active=torch.zeros_like(active))
-    model.project_kv(out, 2, LAYERS, step=other)
-    assert caches[0].keys[2:].abs().sum() > 0
-    close(caches[1].keys[2:], caches[0].keys[2:])
-    close(caches[1].values[2:], caches[0].values[2:])
-    assert not caches[1].keys[:2].any()
+    model.run_layers(out, cut, LAYERS, step=step, active=torch.zeros_like(active))
+    model.project_kv(out, cut, LAYERS, step=other)
+    assert caches[0].keys[cut:].abs().sum() > 0
+    close(caches[1].keys[cut:], caches[0].keys[cut:])
+    close(caches[1].values[cut:], caches[0].values[cut:])
+    assert not caches[1].keys[:cut].any()
 
 
 def test_gradients_reach_every_unfrozen_block_and_no_other(model):

@@ -12,7 +12,7 @@ from offramp.folders import new_folder
 from offramp.models.base import whole_step
 from offramp.models.exit_heads import ExitHead
 from offramp.models.huggingface.backbone import save_backbone
-from offramp.models.huggingface.layout import close
+from offramp.models.huggingface.calls import close
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.loading import load_weights

@@ -200,8 +200,11 @@ class TrainableModel(EarlyExitModel, Protocol):
         ConfigError if the exits share a final norm that the model does not have.
         """
 
-    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Return last-layer states after the final norm; unchanged in a model without one."""
+    def normalised(self, h: Float[Tensor, "*B S"]) -> Float[Tensor, "*B D"]:
+        """Return last-layer states after the final norm; unchanged in a model without one.
+
+        D is S, the width of a state, unless the norm first merges several states of a token.
+        """
 
     def freeze_backbone(self) -> None:
         """Make only the exits' own heads require a gradient."""

@@ -96,8 +96,8 @@ class ExitHead(nn.Module):
         if self.lm_head is not None:
             self.lm_head.load_state_dict(lm_head.state_dict())
 
-    def forward(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Return the state for the LM head."""
+    def forward(self, h: Float[Tensor, "*B S"]) -> Float[Tensor, "*B D"]:
+        """Return the state for the LM head; a norm may make it narrower than a state."""
         x: Tensor = self.norm(h)
         return x if self.adapter is None else cast(Tensor, self.adapter(x))
 

@@ -6,6 +6,8 @@ in a small random model of the same architecture, once per config: ``trial``.
 """
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -16,11 +18,13 @@ from torch import Tensor
 
 from offramp.data.hub import one_line
 from offramp.models.base import Step, whole_step
-from offramp.models.huggingface.calls import plain_pass
-from offramp.models.huggingface.layout import TOKENS, close, decoder_config, longest_of, watch
+from offramp.models.huggingface.calls import close, plain_pass
+from offramp.models.huggingface.layout import TOKENS, decoder_config, longest_of, watch
 from offramp.models.huggingface.library import quiet
-from offramp.models.huggingface.runner import BlockRunner, StepCache
+from offramp.models.huggingface.runner import BlockRunner
+from offramp.models.huggingface.shared import KeysValues
 from offramp.models.huggingface.small import small_config
+from offramp.models.huggingface.step_cache import Shape, StepCache
 
 LENGTH, PROMPT, CHUNK, SHORTER = 36, 12, 7, 5
 """Tokens of the longer sequence, of its prompt, and of the next call; the other row has fewer."""
@@ -46,18 +50,22 @@ def disagreement(runner: BlockRunner) -> str:
     step = Step(positions=torch.arange(TOKENS, device=ids.device)[None])
     try:
         h = runner.embed(ids, step)
-        given = runner.given(h, step, shapes := _Shapes(step, TOKENS))
-        for block in layout.blocks:
-            out = block.module(h, **given(block))
-            h = out[0] if isinstance(out, tuple) else out
+        given = runner.given(h, step, shapes := _Shapes(step, TOKENS, {}))
+        h = runner.through(h, 0, last, given)
     except Exception as error:  # depends on the architecture
         return f"its blocks fail when they are run one by one: {one_line(error)}"
     if not close(h, layout.last_state):
         return "its blocks give other states when they are run one by one"
-    runner.shapes = set(shapes.seen.values())
-    if len(runner.shapes) != 1 or len(shapes.seen) != last:
-        runner.why_no_cache = "its blocks do not keep keys and values of one shape"
+    runner.shapes = {index: _shape(*pairs[0]) for index, pairs in shapes.seen.items()}
+    if not shapes.seen or any(len(pairs) > 1 for pairs in shapes.seen.values()):
+        runner.why_no_cache = "its blocks do not pass their keys and values once to a cache"
         return ""
+    for name, pair in given.shared.items():
+        source = next((i for i, [own] in shapes.seen.items() if _are(pair, own)), None)
+        if source is None:
+            runner.why_no_cache = "its blocks share something else than their keys and values"
+            return ""
+        runner.sources[name] = source
     try:
         equal = _equal_with_cache(
             runner, (ids[0], ids[0, :-2]), (h[0], h[0, :-2]), prompt=4, chunk=0
@@ -140,7 +148,10 @@ def _compare(runner: BlockRunner) -> Trial:
         for n in (length, length - SHORTER)
     )
     modules = runner.layout.block_modules
-    of_long, of_short = (plain_pass(runner.lm, ids[None], modules) for ids in rows)
+    of_long, of_short = (
+        [runner.layout.state_of(out) for out in plain_pass(runner.lm, ids[None], modules)]
+        for ids in rows
+    )
     step = whole_step(long[None])
     h = runner.embed(long[None], step)
     for layer, expected in enumerate(of_long):
@@ -227,7 +238,7 @@ def _projects(runner: BlockRunner, ids: Tensor, states: list[Tensor]) -> bool:
     caches = [runner.make_cache(1, len(ids)) for _ in range(2)]
     positions = torch.arange(len(ids), device=ids.device)[None]
     steps = [Step(positions=positions, cache=cache) for cache in caches]
-    h = runner.embed(ids[None], steps[0])
+    h, _ = (runner.embed(ids[None], step) for step in steps)
     runner.run(h, 0, len(states), steps[0])
     for layer, state in enumerate((h, *states[:-1])):
         runner.project_kv(state, layer, layer + 1, steps[1])
@@ -235,11 +246,13 @@ def _projects(runner: BlockRunner, ids: Tensor, states: list[Tensor]) -> bool:
 
 
 class _Shapes(StepCache):
-    """Records the shapes of keys and values without storing them."""
+    """Records the keys and values of each block without storing them."""
 
-    def __init__(self, step: Step, end: int) -> None:
-        super().__init__(step, end)
-        self.seen: dict[int, tuple[int, int, int]] = {}
+    __slots__ = ("seen",)
+
+    def __init__(self, step: Step, end: int, shapes: Mapping[int, Shape]) -> None:
+        super().__init__(step, end, shapes)
+        self.seen: dict[int, list[KeysValues]] = defaultdict(list)
 
     @property
     def used(self) -> bool:
@@ -248,5 +261,13 @@ class _Shapes(StepCache):
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Return the keys and values unchanged."""
-        self.seen[layer_idx] = (k.shape[1], k.shape[-1], v.shape[-1])
+        self.seen[self.block].append((k, v))
         return k, v
+
+
+def _shape(k: Tensor, v: Tensor) -> Shape:
+    return k.shape[1], k.shape[-1], v.shape[-1]
+
+
+def _are(pair: KeysValues, own: KeysValues) -> bool:
+    return pair[0] is own[0] and pair[1] is own[1]

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
+from offramp.models.huggingface.altup import AltUp, MergedNorm, altup_of
+from offramp.models.huggingface.arguments import Block, blocks_of
 from offramp.models.huggingface.calls import Call, watched_pass
 
 TOKENS = 6
-STATE, POSITIONS, MASK, CACHE = "<state>", "<positions>", "<mask>", "<cache>"
-"Placeholder for an argument of a module that differs in each call."
-_MASKS = ("attention_mask", "causal_mask", "causal_attention_mask")
-_UNUSED = ("cache_position",)  # used only by the library's own caches
-_CONSTANT = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +37,6 @@ class Longest:
             )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rotary:
-    """The call of a module that computes rotary tables from the positions and a state's type."""
-
-    module: nn.Module
-    arguments: Mapping[str, Any]
-    "Arguments by name: STATE, POSITIONS or constants."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One block, and its arguments besides the state."""
-
-    module: nn.Module
-    arguments: Mapping[str, Any]
-    "Arguments by name: POSITIONS, MASK, CACHE, a Rotary or constants."
-    window: int | None
-    "Number of positions that a token attends to, including its own; None for all."
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The parts of a model, and the arguments of its blocks."""
@@ -74,7 +51,9 @@ class Layout:
     "The other modules that are called outside the blocks."
     why_no_blocks: str
     norm: nn.Module | None
-    "The final norm."
+    "The final norm; a MergedNorm if the states are stacked."
+    altup: AltUp | None
+    "How states are stacked; None if a block has one state (B, T, D) for each token."
     after_norm: tuple[nn.Module, ...]
     "The modules between the final norm (or the last block, if there is none) and the LM head."
     head: nn.Linear
@@ -88,6 +67,14 @@ class Layout:
     "(1, TOKENS, V) The output of the head, before any scaling or soft cap."
     last_state: Tensor
     "(1, TOKENS, D) The output of the last block."
+
+    def state_of(self, out: Tensor) -> Tensor:
+        """Return a block's input or output as a state (B, T, D)."""
+        return out if self.altup is None else self.altup.flat(out)
+
+    def for_block(self, h: Tensor) -> Tensor:
+        """Return a state (B, T, D) as the blocks take it."""
+        return h if self.altup is None else self.altup.stacked(h)
 
 
 def decoder_config(lm: Any) -> Any:
@@ -146,9 +133,9 @@ def watch(lm: Any, config: Any) -> Layout:
     ids = (torch.arange(TOKENS, device=head.weight.device)[None] * 7 + 11) % head.out_features
     positions = torch.arange(TOKENS, device=ids.device)[None]
     calls, logits, cache = watched_pass(lm, ids, kind)
-    blocks, outside, way, last_state = _ways(lm, config.num_hidden_layers, calls, head)
+    blocks, outside, way, last_state, altup = _ways(lm, config.num_hidden_layers, calls, head)
     is_norm = bool(way) and "norm" in type(way[0]).__name__.lower()
-    if last_state is None or not (blocks or is_norm):
+    if last_state is None or not (is_norm or (blocks and altup is None)):
         raise UnsupportedArchitectureError(
             f"{kind}: unknown computation between the last state and the logits, so logits at "
             "exits cannot be computed"
@@ -158,29 +145,28 @@ def watch(lm: Any, config: Any) -> Layout:
             f"{kind}: expected a state (B, T, D) after the last block, got one of shape "
             f"{tuple(last_state.shape)} for 1 x {TOKENS} tokens"
         )
-    given: list[Block] = []
-    tables: dict[int, Rotary] = {}
+    given: tuple[Block, ...] = ()
     why = "" if blocks else "no list of modules was recognised as its blocks"
-    for index, call in enumerate(blocks):
-        try:
-            arguments = _block_arguments(call, positions, cache, outside, tables)
-            window = _window(config, index)
-        except LookupError as unknown:
-            given, why = [], f"its blocks need {unknown.args[0]}"
-            break
-        given.append(Block(module=call.module, arguments=arguments, window=window))
+    try:
+        given = blocks_of(config, blocks, positions, cache, outside)
+    except LookupError as unknown:
+        why = f"its blocks need {unknown.args[0]}"
+    norm = way[0] if is_norm else None
+    if altup is not None and norm is not None:
+        norm, last_state = MergedNorm(norm, altup), altup.flat(blocks[-1].result)
     first = calls.index(blocks[0]) if blocks else 0
     before = calls[:first]
     embedding = lm.get_input_embeddings()
     with torch.no_grad():
         plain = bool(blocks) and torch.equal(embedding(ids), blocks[0].state)
     return Layout(
-        blocks=tuple(given),
+        blocks=given,
         why_no_blocks=why,
         block_modules=tuple(call.module for call in blocks),
         below=tuple(call.module for call in outside if call in before),
         above=tuple(call.module for call in outside if call not in before),
-        norm=way[0] if is_norm else None,
+        norm=norm,
+        altup=altup,
         after_norm=tuple(way[1:] if is_norm else way),
         head=head,
         embedding=embedding if plain else None,
@@ -193,8 +179,11 @@ def watch(lm: Any, config: Any) -> Layout:
 
 def _ways(
     lm: nn.Module, layers: int, calls: Sequence[Call], head: nn.Linear
-) -> tuple[list[Call], list[Call], list[nn.Module], Tensor | None]:
-    """Return the blocks' calls, the other calls, the modules to the head, and their input."""
+) -> tuple[list[Call], list[Call], list[nn.Module], Tensor | None, AltUp | None]:
+    """Return the blocks' calls, the other calls, the modules to the head, and their input.
+
+    If the states are stacked, the last value says how they become this input.
+    """
     lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     for each in (*lists, nn.ModuleList()):
         blocks = [call for call in calls if call.module in set(each)]
@@ -205,8 +194,10 @@ def _ways(
         outside = [call for call in calls if call.module not in around]
         way, first = _way_to(head, outside)
         if not blocks or _same(first, blocks[-1].result):
-            return blocks, outside, way, first
-    return [], list(calls), [], None
+            return blocks, outside, way, first, None
+        if altup := altup_of(blocks[-1], outside, first):
+            return blocks, outside, way, first, altup
+    return [], list(calls), [], None, None
 
 
 def _way_to(head: nn.Linear, outside: Sequence[Call]) -> tuple[list[nn.Module], Tensor | None]:
@@ -220,70 +211,8 @@ def _way_to(head: nn.Linear, outside: Sequence[Call]) -> tuple[list[nn.Module], 
     return way, state
 
 
-def _block_arguments(
-    call: Call,
-    positions: Tensor,
-    cache: Any,
-    outside: Sequence[Call],
-    tables: dict[int, Rotary],
-) -> dict[str, Any]:
-    _, *others = call.arguments.items()
-    found: dict[str, Any] = {}
-    for name, value in others:
-        if name in _MASKS:
-            found[name] = MASK
-        elif value is cache and cache is not None:
-            found[name] = CACHE
-        elif isinstance(value, _CONSTANT):
-            found[name] = value
-        elif _is_positions(value, positions):
-            found[name] = POSITIONS
-        elif name not in _UNUSED:
-            if id(value) not in tables:
-                tables[id(value)] = _rotary(name, value, positions, outside)
-            found[name] = tables[id(value)]
-    return found
-
-
-def _rotary(name: str, value: Any, positions: Tensor, outside: Sequence[Call]) -> Rotary:
-    made = next((call for call in outside if call.output is value), None)
-    if made is None:
-        raise LookupError(name)
-    arguments: dict[str, Any] = {}
-    for each, given in made.arguments.items():
-        if isinstance(given, _CONSTANT):
-            arguments[each] = given
-        elif _is_positions(given, positions):
-            arguments[each] = POSITIONS
-        elif isinstance(given, Tensor) and given.is_floating_point():
-            arguments[each] = STATE
-        else:
-            raise LookupError(name)
-    return Rotary(module=made.module, arguments=arguments)
-
-
-def _window(config: Any, index: int) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    window: int | None = getattr(config, "sliding_window", None)
-    if kinds is None:
-        return window if getattr(config, "use_sliding_window", True) else None
-    if kinds[index] not in ("full_attention", "sliding_attention"):
-        raise LookupError(kinds[index])
-    return window if kinds[index] == "sliding_attention" else None
-
-
-def _is_positions(value: Any, positions: Tensor) -> bool:
-    return isinstance(value, Tensor) and torch.equal(value, positions)
-
-
 def _same(a: Any, b: Any) -> bool:
     """Return whether two tensors are the same memory."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of their type."""
-    worst = (a.float() - b.float()).abs().max()
-    return bool(worst <= (1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1) * b.std())

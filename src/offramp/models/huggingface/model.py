@@ -6,7 +6,6 @@ depends on the internals of the library.
 """
 
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models import checks
 from offramp.models.base import Step, TrainableModel, layers_by_name, walk, whole_step
-from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
+from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.check import disagreement, trial
-from offramp.models.huggingface.head import after_head, scaled
+from offramp.models.huggingface.head import after_head, new_exit_head, scaled
 from offramp.models.huggingface.layout import (
     Layout,
     Longest,
@@ -69,14 +68,15 @@ class HuggingFaceModel(nn.Module):
         self._scale, self._softcap = after_head(config, self._layout)
         self.hidden_size = self._layout.last_state.shape[-1]
         self.vocab_size = self._layout.head.out_features
-        self.complete_from = self.cache_layers = self.num_layers
+        self.complete_from = self._runner.complete_from if self._runner else self.num_layers
+        self.cache_layers = self.complete_from
         self.exits = ExitHeads(num_layers=self.num_layers)
         self.exits.trained = False
         if self._runner is None:
             require_whole(backbone, self._layout, lambda h: self.unembed(h, self.num_layers))
         if exit_head != "shared":
             for layer in self.exit_layers[:-1]:
-                self.exits[str(layer)] = self._new_head()
+                self.exits[str(layer)] = new_exit_head(self._layout, exit_head)
         backbone.train(training)
         self.train(training)
 
@@ -204,7 +204,7 @@ class HuggingFaceModel(nn.Module):
         model.source = self.source
         return model.train(self.training)
 
-    def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+    def normalised(self, h: Float[Tensor, "*B S"]) -> Float[Tensor, "*B D"]:
         """Return last-layer states after the final norm; unchanged in a model without one."""
         out: Tensor = h if self._layout.norm is None else self._layout.norm(h)
         return out
@@ -250,18 +250,6 @@ class HuggingFaceModel(nn.Module):
                 f"{self.why_no_blocks}; training exits, traces and sweeps work with whole passes"
             )
         return self._runner
-
-    def _new_head(self) -> ExitHead:
-        lm_head, size = self._layout.head, self.hidden_size
-        like: Any = {"device": lm_head.weight.device, "dtype": lm_head.weight.dtype}
-
-        def norm() -> nn.Module:
-            return deepcopy(self._layout.norm) if self._layout.norm else nn.LayerNorm(size, **like)
-
-        adapter = adapter_of(self.exit_head, size)
-        adapter = None if adapter is None else adapter.to(**like)
-        own = deepcopy(lm_head) if has_lm_head(self.exit_head) else None
-        return ExitHead(norm=norm(), adapter=adapter, lm_head=own).requires_grad_(True)
 
 
 def as_huggingface(model: TrainableModel) -> HuggingFaceModel:

@@ -1,12 +1,11 @@
 """Run the blocks of a Hugging Face model one by one, with or without a ``KVCache``.
 
-Attention layers of ``transformers`` pass their new keys and values to a cache object and attend
-to the keys and values that it returns. ``StepCache`` is such an object for one call: it writes
-to our ``KVCache`` at the step's positions and reads from it. If only keys and values are needed,
-it stops the block right after the write.
+A block gets what the recorded pass gave it (``arguments``), computed anew for the tokens of each
+call.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,18 +13,22 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedArchitectureError
 from offramp.models.base import Step
-from offramp.models.checks import checked_end, require_cache
-from offramp.models.huggingface.calls import accepted, named
-from offramp.models.huggingface.layout import (
+from offramp.models.checks import checked_end
+from offramp.models.huggingface.arguments import (
     CACHE,
     MASK,
+    OF_TOKENS,
     POSITIONS,
+    SHARED,
     STATE,
     Block,
-    Layout,
-    Longest,
     Rotary,
 )
+from offramp.models.huggingface.calls import accepted, named
+from offramp.models.huggingface.layout import Layout, Longest
+from offramp.models.huggingface.shared import SharedKeysValues
+from offramp.models.huggingface.step_cache import Shape, StepCache, WrittenError, stored_shape
+from offramp.models.huggingface.token_inputs import TokenInputs
 from offramp.models.kv_cache import KVCache
 
 
@@ -40,13 +43,28 @@ class BlockRunner:
         self.layout = layout
         self.eager = lm.config._attn_implementation == "eager"
         self.longest = longest
-        self.shapes: set[tuple[int, int, int]] = set()
-        "(heads, width of a key, width of a value) of the blocks."
+        self.shapes: dict[int, Shape] = {}
+        "The shape of keys and values of each block (from 0) that writes them."
+        self.sources: dict[str, int] = {}
+        "The block (from 0) whose keys and values later blocks read under a name."
         self.why_no_cache = ""
+        self.token_inputs = TokenInputs(lm, layout.blocks)
+
+    @property
+    def complete_from(self) -> int:
+        """The number of the last block that writes keys and values; L if it is not known."""
+        return max(self.shapes) + 1 if self.shapes and not self.why_no_cache else len(self.blocks)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks."""
+        return self.layout.blocks
 
     def embed(self, input_ids: Tensor, step: Step) -> Tensor:
         """Return the input (B, T, D) that the model passes to its first block, for ids (B, T)."""
         self._end(input_ids, step)
+        if self.token_inputs.needed:
+            return self.layout.state_of(self.token_inputs.embed(input_ids, step))
         if self.layout.embedding is not None:
             embedded: Tensor = self.layout.embedding(input_ids)
             return embedded
@@ -62,28 +80,40 @@ class BlockRunner:
             try:
                 self.lm(**arguments)
             except _AtFirstBlockError as reached:
-                return reached.state
+                return self.layout.state_of(reached.state)
         raise AssertionError("the first block was not reached")
 
     def run(
         self, h: Tensor, start: int, stop: int, step: Step, active: Tensor | None = None
     ) -> Tensor:
         """Run blocks start+1 .. stop on states (B, T, D)."""
-        given = self.given(h, step, StepCache(step, self._end(h, step)))
-        for block in self.layout.blocks[start:stop]:
-            out = block.module(h, **given(block))
-            out = out[0] if isinstance(out, tuple) else out
-            h = out if active is None else torch.where(active[..., None], out, h)
-        return h
+        given = self.given(h, step, StepCache(step, self._end(h, step), self.shapes))
+        return self.through(h, start, stop, given, active)
+
+    def through(
+        self, h: Tensor, start: int, stop: int, given: "Given", active: Tensor | None = None
+    ) -> Tensor:
+        """Run blocks start+1 .. stop with the arguments of a call."""
+        x = self.layout.for_block(h)
+        for index in range(start, stop):
+            out = self._call(x, index, given)
+            x = out if active is None else torch.where(active[..., None], out, x)
+        return self.layout.state_of(x)
+
+    def _call(self, x: Tensor, index: int, given: "Given") -> Tensor:
+        block = self.blocks[index]
+        out = block.module(x, **given(index, block))
+        state: Tensor = out[0] if isinstance(out, tuple) else out
+        return state
 
     def project_kv(self, h: Tensor, start: int, stop: int, step: Step) -> None:
         """Write the keys and values of blocks start+1 .. stop, without the rest of the blocks."""
-        given = self.given(h, step, StepCache(step, self._end(h, step), leave=True))
-        for block in self.layout.blocks[start:stop]:
-            try:
-                block.module(h, **given(block))
-            except _WrittenError:
-                continue
+        cache = StepCache(step, self._end(h, step), self.shapes, leave=True)
+        given, x = self.given(h, step, cache), self.layout.for_block(h)
+        for index in range(start, stop):
+            if index in self.shapes:
+                with suppress(WrittenError):
+                    self._call(x, index, given)
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for these blocks."""
@@ -100,10 +130,10 @@ class BlockRunner:
         """Return what a cache of these blocks is like."""
         if self.why_no_cache:
             raise UnsupportedArchitectureError(self.why_no_cache)
-        [(heads, key_dim, value_dim)] = self.shapes
+        heads, key_dim, value_dim = stored_shape(self.shapes)
         weight = self.layout.head.weight
         return {
-            "num_layers": len(self.layout.blocks),
+            "num_layers": len(self.shapes),
             "num_heads": heads,
             "head_dim": key_dim,
             "value_dim": value_dim,
@@ -111,23 +141,29 @@ class BlockRunner:
             "device": weight.device,
         }
 
-    def given(self, h: Tensor, step: Step, cache: "StepCache") -> "Given":
+    def given(self, h: Tensor, step: Step, cache: StepCache) -> "Given":
         """Return the arguments of the blocks in one call."""
-        return Given(h, step, cache, eager=self.eager)
+        return Given(self, h, step, cache)
 
 
 class Given:
     """The arguments of the blocks in one call; each mask and table is computed once."""
 
-    def __init__(self, h: Tensor, step: Step, cache: "StepCache", *, eager: bool) -> None:
-        self.h, self.step, self.cache, self.eager = h, step, cache, eager
+    def __init__(self, runner: BlockRunner, h: Tensor, step: Step, cache: StepCache) -> None:
+        self.h, self.step, self.cache, self.eager = h, step, cache, runner.eager
+        self.token_inputs = runner.token_inputs
+        self.shared = SharedKeysValues(step, runner, cache, runner.sources)
         self.positions = step.positions.expand(len(h), -1)
         self.masks: dict[int | None, Tensor | None] = {}
         self.tables: dict[Rotary, Any] = {}
 
-    def __call__(self, block: Block) -> dict[str, Any]:
-        """Return the arguments of a block."""
-        return {name: self._value(block, what) for name, what in block.arguments.items()}
+    def __call__(self, index: int, block: Block) -> dict[str, Any]:
+        """Return the arguments of block ``index``, which is the next to be called."""
+        self.cache.block = index
+        given = {name: self._value(block, what) for name, what in block.arguments.items()}
+        if block.of_tokens:
+            given |= self.token_inputs.of(self.step, len(self.h))[index]
+        return given
 
     def _value(self, block: Block, what: Any) -> Any:
         if isinstance(what, Rotary):
@@ -140,6 +176,10 @@ class Given:
             return self.masks[block.window]
         if what == CACHE:
             return self.cache if self.cache.used else None
+        if what == SHARED:
+            return self.shared
+        if what == OF_TOKENS:
+            return None  # see __call__
         return self.positions if what == POSITIONS else what
 
     def _constants(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,34 +220,6 @@ def _mask(step: Step, end: int, window: int | None, *, may_leave_out: bool) -> T
         own = torch.eye(length, dtype=torch.bool, device=device)  # padding attends to itself
         seen = seen & real[:, None] | own
     return seen[:, None]
-
-
-class StepCache:
-    """The cache object that attention layers use during one call."""
-
-    def __init__(self, step: Step, end: int, *, leave: bool = False) -> None:
-        self.step, self.end, self.leave = step, end, leave
-
-    @property
-    def used(self) -> bool:
-        """Whether this call has a cache."""
-        return self.step.cache is not None
-
-    def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Write a block's new keys and values (B, H, T, Dh); return all of them up to the end."""
-        cache, step = require_cache(self.step), self.step
-        cache.write(layer_idx, k, v, positions=step.positions, real=step.real, rows=step.rows)
-        if self.leave:
-            raise _WrittenError
-        return cache.read(layer_idx, end=self.end, rows=step.rows)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens before those of the step."""
-        return self.end - self.step.positions.shape[1]
-
-
-class _WrittenError(Exception):
-    """Raised after a block's keys and values are written, to skip the rest of the block."""
 
 
 class _AtFirstBlockError(Exception):

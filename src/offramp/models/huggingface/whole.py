@@ -14,8 +14,8 @@ from offramp.data.hub import one_line
 from offramp.errors import UnsupportedArchitectureError
 from offramp.models.base import Step
 from offramp.models.checks import check_ids
-from offramp.models.huggingface.calls import accepted, plain_pass
-from offramp.models.huggingface.layout import Layout, close, decoder_config
+from offramp.models.huggingface.calls import accepted, close, plain_pass
+from offramp.models.huggingface.layout import Layout, decoder_config
 
 
 def states_of_whole_pass(
