@@ -128,11 +128,22 @@ def _small_dict(
     if name == "per_layer_config":  # what differs in some layers
         at = {int(layer): differing for layer, differing in value.items()}
         return {
-            new: {each: _size(each, v, {**fields, **at[layer]}, 0) for each, v in at[layer].items()}
+            new: {each: _other_size(each, v, fields, at[layer]) for each, v in at[layer].items()}
             for new, layer in enumerate(layers)
             if layer in at
         }
     return _small(value) if name.endswith("_config") else _rope(value, fields)
+
+
+def _other_size(
+    name: str, value: int, fields: Mapping[str, Any], of_layer: Mapping[str, Any]
+) -> int:
+    """Return the size of a layer that differs in it from the others, as it does in the small one."""
+    small = _size(name, value, {**fields, **of_layer}, 0)
+    usual = fields.get(name)
+    if type(usual) is not int or usual == value or small != _size(name, usual, fields, 0):
+        return small
+    return 2 * small if value > usual else max(1, small // 2)
 
 
 def _size(name: str, value: int, fields: Mapping[str, Any], depth: int) -> int:
