@@ -239,6 +239,8 @@ def test_what_is_fitted_and_specialised_says_exact(offramp, complete, text, tmp_
 def test_probe_says_exact(offramp, complete, text, tmp_path):
     content, _ = written(offramp, tmp_path / "probe.json", "probe", complete, "--corpus", text)
     assert (content["missing_kv"], content["complete_from"]) == ("exact", 1)
+    assert content["complete_exits"] == [1, 2]
+    assert " Exits 1, 2 are complete: a token" in content["verdict"]
 
 
 @pytest.mark.parametrize(

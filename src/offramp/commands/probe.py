@@ -11,6 +11,7 @@ from offramp.evaluation.cost import ModelCost
 from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
 from offramp.generation.promise import drafts_keep_the_text
+from offramp.models.base import EarlyExitModel
 from offramp.models.open import OpenedModel
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -34,7 +35,8 @@ def probe(
     ``agreement`` is the share of tokens where an exit's first choice is the last layer's,
     ``coverage`` the share whose max_prob there is at least a level, and ``agreement_at`` the
     agreement of those. ``oracle_layers`` is the mean layer of the first exit that agrees: what a
-    perfect predictor would need.
+    perfect predictor would need. ``complete_exits`` are those at which a token leaves all keys and
+    values that later tokens read.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens: expected at least 1, got {tokens}")
@@ -49,10 +51,12 @@ def probe(
     drafting = _expected_drafting(trace, agree, cost)
     oracle = float(np.asarray(trace.exit_layers)[agree.argmax(axis=0)].mean())
     untrained = not opened.exits_trained
+    complete = complete_exits(opened.model)
     return {
         **text.about(),
         "exits": [_exit(trace, agree, index, cost) for index in range(len(trace.exit_layers))],
         "oracle_layers": oracle,
+        "complete_exits": complete,
         "expected_speedup": speedup,
         "expected_speculative_speedup": None if drafting is None else drafting[0],
         "verdict": _verdict(
@@ -63,8 +67,22 @@ def probe(
             drafting,
             same=", with the same tokens" if drafts_keep_the_text(opened.model) else "",
             untrained=untrained,
-        ),
+        )
+        + _complete(complete),
     }
+
+
+def complete_exits(model: EarlyExitModel) -> list[int]:
+    """Return the exits below the last layer where no block above writes keys and values."""
+    return [n for n in model.exit_layers[:-1] if n >= model.complete_from]
+
+
+def _complete(exits: list[int]) -> str:
+    """Return a sentence about complete exits, after the verdict; empty if there are none."""
+    if not exits:
+        return ""
+    which = f"Exits {', '.join(map(str, exits))} are" if len(exits) > 1 else f"Exit {exits[0]} is"
+    return f" {which} complete: a token that leaves there leaves all keys and values exactly."
 
 
 def _exit(

@@ -138,7 +138,7 @@ def _small_dict(
 def _other_size(
     name: str, value: int, fields: Mapping[str, Any], of_layer: Mapping[str, Any]
 ) -> int:
-    """Return the size of a layer that differs in it from the others, as it does in the small one."""
+    """Return the size of a layer that differs in it from the others, in the small model, too."""
     small = _size(name, value, {**fields, **of_layer}, 0)
     usual = fields.get(name)
     if type(usual) is not int or usual == value or small != _size(name, usual, fields, 0):
