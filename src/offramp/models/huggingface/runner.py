@@ -31,6 +31,9 @@ from offramp.models.huggingface.step_cache import Shape, StepCache, WrittenError
 from offramp.models.huggingface.token_inputs import TokenInputs
 from offramp.models.kv_cache import KVCache
 
+_NAMES_OF_IDS = ("token_id", "token_index")
+"""Ends of the names of a config's fields that hold the id of a special token."""
+
 
 class BlockRunner:
     """The blocks of a model with a known layout; it holds references, not copies.
@@ -49,6 +52,7 @@ class BlockRunner:
         "The block (from 0) whose keys and values later blocks read under a name."
         self.why_no_cache = ""
         self.token_inputs = TokenInputs(lm, layout.blocks)
+        self.embedding = self._plain_embedding()
 
     @property
     def complete_from(self) -> int:
@@ -65,13 +69,31 @@ class BlockRunner:
         self._end(input_ids, step)
         if self.token_inputs.needed:
             return self.layout.state_of(self.token_inputs.embed(input_ids, step))
-        if self.layout.embedding is not None:
-            embedded: Tensor = self.layout.embedding(input_ids)
+        if self.embedding is not None:
+            embedded: Tensor = self.embedding(input_ids)
             return embedded
+        return self._reached(input_ids, step.positions)
+
+    def _plain_embedding(self) -> nn.Module | None:
+        """Return the embedding if the model takes nothing else to its first block.
+
+        A model for images and text may take another one for the special tokens of its config.
+        """
+        embedding = self.layout.embedding
+        ids = special_ids(self.lm.config, self.layout.head)
+        if embedding is None or not len(ids):
+            return embedding
+        with torch.no_grad(), suppress(Exception):  # which a model may not accept in a text
+            reached = self._reached(ids[:, None], torch.zeros_like(ids[:1, None]))
+            return embedding if torch.equal(embedding(ids[:, None]), reached) else None
+        return embedding
+
+    def _reached(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the input of the first block in a pass of the whole model."""
         arguments = accepted(
             self.lm,
             input_ids=input_ids,
-            position_ids=step.positions.repeat(len(input_ids) // len(step.positions), 1),
+            position_ids=positions.repeat(len(input_ids) // len(positions), 1),
             attention_mask=torch.ones_like(input_ids),
             use_cache=False,
         )
@@ -144,6 +166,13 @@ class BlockRunner:
     def given(self, h: Tensor, step: Step, cache: StepCache) -> "Given":
         """Return the arguments of the blocks in one call."""
         return Given(self, h, step, cache)
+
+
+def special_ids(config: Any, head: nn.Linear) -> Tensor:
+    """Return the ids (N,) in the vocabulary that the fields of a config name."""
+    named = [value for name, value in config.to_dict().items() if name.endswith(_NAMES_OF_IDS)]
+    ids = sorted({each for each in named if type(each) is int and 0 <= each < head.out_features})
+    return torch.tensor(ids, dtype=torch.long, device=head.weight.device)
 
 
 class Given:

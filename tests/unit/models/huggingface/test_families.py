@@ -182,3 +182,16 @@ def test_a_cache_of_a_window_model_passes_the_window():
         h = model.run_layers(model.embed(ids[:, t : t + 1], step=step), 0, 4, step=step)
     expected = model.backbone(input_ids=ids).logits[:, -1]
     assert torch.allclose(model.unembed(h, 4)[:, 0], expected, atol=1e-4)
+
+
+def test_a_special_token_gets_the_embedding_that_the_model_gives_it():
+    """Gemma 4 replaces the embeddings of its image, video and sound tokens."""
+    if "gemma4_unified" not in transformers.CONFIG_MAPPING:
+        pytest.skip("is not in this version")
+    model = from_pretrained(made(small_config(transformers.CONFIG_MAPPING["gemma4_unified"]())))
+    ids = ids_of(9)
+    ids[0, 4] = model.backbone.config.video_token_id
+    expected = model.backbone(input_ids=ids).logits
+    assert torch.allclose(model(ids), expected, atol=1e-4)
+    plain = model._layout.embedding(ids)
+    assert not torch.equal(model.embed(ids, step=whole_step(ids))[0, 4], plain[0, 4])
