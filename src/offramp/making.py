@@ -44,6 +44,7 @@ _SHAPE = {
     "hidden": "intermediate_size",
     "exits": "exit_layers",
     "kv_source": "kv_source_layer",
+    "upper_hidden": "upper_intermediate_size",
     "max_length": "max_position_embeddings",
 }
 """Short names of the decoder's fields, as on the command line."""

@@ -52,6 +52,7 @@ FLAGS = {  # a config's field: its flag, where they differ
     "intermediate_size": "hidden",
     "exit_layers": "exits",
     "kv_source_layer": "kv-source",
+    "upper_intermediate_size": "upper-hidden",
     "max_position_embeddings": "max-length",
 }
 

@@ -12,8 +12,8 @@ FEW = 14
 
 GROUPS: dict[str, str] = {
     "Model": """dim layers heads kv-heads head-dim hidden exits exit-head kv-source
-        norm tie-word-embeddings max-length rms-norm-eps rope-theta rope-type rope-factor
-        rope-low-freq-factor rope-high-freq-factor rope-original-length""",
+        upper-hidden norm tie-word-embeddings max-length rms-norm-eps rope-theta rope-type
+        rope-factor rope-low-freq-factor rope-high-freq-factor rope-original-length""",
     "Objective": """loss-weights alpha-end alpha-schedule alpha-steps weight-warmup
         weight-warmup-steps curriculum layer-dropout layer-dropout-schedule gradient-equilibrium
         detach-exits distill distill-temperature backbone-steps layer-lr objective unfreeze""",

@@ -125,12 +125,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        units = config.units(layer)
+        self.gate_proj = nn.Linear(config.hidden_size, units, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, units, bias=False)
+        self.down_proj = nn.Linear(units, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the SwiGLU to x (..., D)."""
@@ -182,7 +182,7 @@ class PreNormBlock(DecoderBlock):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def attention_input(self, h: Tensor) -> Tensor:
         """Return the normalised state."""
@@ -203,7 +203,7 @@ class PostNormBlock(DecoderBlock):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def attention_input(self, h: Tensor) -> Tensor:

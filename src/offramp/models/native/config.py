@@ -52,6 +52,9 @@ class DecoderConfig:
     """All blocks above this layer share one projection of keys and values, which reads the state
     after it (default: each block has its own). Exits from this layer on are then complete: a token
     that leaves there has left all keys and values that later tokens read."""
+    upper_intermediate_size: int | None = None
+    """Number of hidden units of the SwiGLU in the blocks that project no keys and values, above the
+    first one above the source (default: as in all blocks)."""
     max_position_embeddings: int = 4096
     "Length of the longest sequence, in tokens."
     rms_norm_eps: float = 1e-6
@@ -134,6 +137,10 @@ class DecoderConfig:
     def _check_source(self) -> None:
         """Raise a ConfigError for a source of keys and values that has no block above it."""
         source, last = self.kv_source_layer, self.num_hidden_layers - 1
+        upper = self.upper_intermediate_size
+        if upper is not None and (source is None or upper < 1):
+            expected = "none without kv_source_layer" if source is None else "at least 1"
+            raise ConfigError(f"upper_intermediate_size: expected {expected}, got {upper}")
         if source is None:
             return
         if last < 1:
@@ -155,6 +162,13 @@ class DecoderConfig:
         """Number of layers of the cache: those of the blocks that project keys and values."""
         source = self.kv_source_layer
         return self.num_hidden_layers if source is None else source + 1
+
+    def units(self, layer: int) -> int:
+        """Return the number of hidden units of a block's SwiGLU; ``layer`` is from 0."""
+        upper = self.upper_intermediate_size
+        found = self.intermediate_size if upper is None or layer < self.cache_layers else upper
+        assert found is not None
+        return found
 
     def _check_rope(self) -> None:
         """Raise a ConfigError for a scaling of the rotary positions that makes no sense."""
@@ -189,8 +203,8 @@ class DecoderConfig:
     def stored(self) -> dict[str, Any]:
         """Return the fields as files store them: what a model does not have is left out."""
         left_out = () if self.rope_type != "default" else ("rope_type", *_ONLY_SCALED)
-        if self.kv_source_layer is None:
-            left_out = (*left_out, "kv_source_layer")
+        sharing = ("kv_source_layer", "upper_intermediate_size")
+        left_out = (*left_out, *(name for name in sharing if getattr(self, name) is None))
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 

@@ -258,6 +258,7 @@ def first_layers(model: Transformer, exit_layer: int) -> Transformer:
         exit_layers=(),
         exit_head="shared",
         kv_source_layer=None,
+        upper_intermediate_size=None,
         tie_word_embeddings=model.config.tie_word_embeddings and head is None,
     )
     state = model.state_dict()

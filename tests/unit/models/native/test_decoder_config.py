@@ -98,3 +98,22 @@ def test_no_token_sees_a_later_one(make_model, make_ids):
     changed[0, 5] = (ids[0, 5] + 1) % 13
     same = torch.isclose(model(ids), model(changed)).all(dim=-1)[0]
     assert same.tolist() == [True] * 5 + [False] * 3
+
+
+def test_blocks_that_project_no_keys_may_have_more_hidden_units(make_model):
+    shape = {"num_hidden_layers": 4, "intermediate_size": 24}
+    model = make_model(**shape, kv_source_layer=1, upper_intermediate_size=40)
+    assert [block.mlp.down_proj.in_features for block in model.model.layers] == [24, 24, 40, 40]
+    assert "upper_intermediate_size" not in make_model(**shape, kv_source_layer=1).config.stored()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"upper_intermediate_size": 40}, "expected none without kv_source_layer, got 40"),
+        ({"upper_intermediate_size": 0, "kv_source_layer": 1}, "expected at least 1, got 0"),
+    ],
+)
+def test_a_wrong_number_of_upper_units_is_a_config_error(fields, sentence):
+    with pytest.raises(ConfigError, match=f"upper_intermediate_size: {sentence}"):
+        DecoderConfig(num_hidden_layers=3, **fields)

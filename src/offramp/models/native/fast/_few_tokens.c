@@ -310,21 +310,23 @@ typedef struct {
    those of the next block are ``layer`` bytes and ``cached`` rows further. Only the first ``own``
    blocks have their own keys and values; the others have only queries, and read those of the last
    block that has (or, if there is none here, those that are given). room is a buffer of
-   tokens x (qkv + attended + hidden + 2 units + the larger of hidden and units) numbers. */
+   tokens x (qkv + attended + hidden + 2 units + the larger of hidden and units) numbers, where
+   units is the larger of lower (units of the blocks with own keys and values) and upper. */
 static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
                    const float *cosines, const float *sines, char *keys, char *values, long layer,
                    int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,
                    float *room, float *scores,
-                   long tokens, long kept, long hidden, long units, long heads, long kv_heads,
-                   long size, long capacity, int threads, long own) {
+                   long tokens, long kept, long hidden, long lower, long upper, long heads,
+                   long kv_heads, long size, long capacity, int threads, long own) {
   const long attended = heads * size, all_heads = attended + 2 * kv_heads * size;
-  const long running = tokens - kept;
+  const long running = tokens - kept, most = lower > upper ? lower : upper;
   const long work = own * tokens * hidden * all_heads + (count - own) * running * hidden * attended +
-                    count * (running * hidden * (attended + 3 * units) +
+                    3 * running * hidden * (own * lower + (count - own) * upper) +
+                    count * (running * hidden * attended +
                              work_of(slots, kept, tokens, heads, size));
   const int before = post ? AS_IT_IS : NORMALISED;
   float *qkv = room, *seen = qkv + tokens * all_heads, *middle = seen + tokens * attended;
-  float *gate_up = middle + tokens * hidden, *scratch = gate_up + 2 * tokens * units;
+  float *gate_up = middle + tokens * hidden, *scratch = gate_up + 2 * tokens * most;
   float *mine = x + kept * hidden;
   if (work < count * SERIAL_BLOCK) threads = 1;
 #pragma omp parallel num_threads(threads)
@@ -334,6 +336,7 @@ static void blocks(float *x, const Weights *weights, long count, int bfloat16, i
       const Weights *of = weights + i;
       const void *first = AT(of->first_norm), *second = AT(of->second_norm);
       const long left_out = i < own ? 0 : kept, here = tokens - left_out;
+      const long units = i < own ? lower : upper;
       const long from = i < own ? i : own ? own - 1 : 0;
       linear_in_parts(we, x + left_out * hidden, AT(of->qkv), bfloat16, qkv, here, hidden,
                       i < own ? all_heads : attended, before, first, eps, NULL, scratch);
@@ -410,19 +413,21 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
 static PyObject *py_blocks(PyObject *self, PyObject *args) {
   address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
   long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity, own;
+  long upper = -1;
   int bfloat16, post, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllil", &x, &weights, &count, &bfloat16,
+  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllil|l", &x, &weights, &count, &bfloat16,
                         &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
                         &slots, &rows, &room,
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
-                        &capacity, &threads, &own))
+                        &capacity, &threads, &own, &upper))
     return NULL;
+  if (upper < 0) upper = units;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
          AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores),
-         tokens, kept, hidden, units, heads, kv_heads, size, capacity, threads, own);
+         tokens, kept, hidden, units, upper, heads, kv_heads, size, capacity, threads, own);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

@@ -63,5 +63,6 @@ def blocks(
     capacity: int,
     threads: int,
     own: int,
+    upper: int = ...,
     /,
 ) -> None: ...

@@ -19,8 +19,8 @@ class KernelWeights:
     ``blocks`` holds for each block its fused queries, keys and values ((H + 2 H_kv) Dh, D), output
     (D, H Dh), fused gate and up (2 U, D), down (D, U) and two norms (D). Only the first
     ``cache_layers`` blocks have keys and values of their own (None: all blocks); the others have
-    only queries (H Dh, D). With ``post`` the norms are after the sublayers. Raises a ConfigError
-    for weights that the kernels cannot read.
+    only queries (H Dh, D), and may have another number of hidden units U. With ``post`` the norms
+    are after the sublayers. Raises a ConfigError for weights that the kernels cannot read.
     """
 
     def __init__(
@@ -57,9 +57,11 @@ class KernelWeights:
             (2 * units, hidden),
         ]
         shapes += [(hidden, units), (hidden,), (hidden,)]
+        self.upper_units = units
         for layer, of in enumerate(blocks):
             if layer == self.cache_layers:
-                shapes[0] = (attended, hidden)
+                self.upper_units = units = of[3].shape[-1] if of[3].dim() else 0
+                shapes[0], shapes[2:4] = (attended, hidden), [(2 * units, hidden), (hidden, units)]
             for weight, shape in zip(of, shapes, strict=True):
                 check_tensor("weight", weight, shape, self.dtype, CPU, contiguous=True)
         self._held = [[weight.detach() for weight in of] for of in blocks]  # so that they stay

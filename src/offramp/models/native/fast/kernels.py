@@ -213,8 +213,9 @@ class CachedTokens:
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         shape = weights
         attended = shape.heads * cache.size
-        each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * shape.units
-        room = torch.empty(self.tokens * (each + max(shape.hidden, shape.units)))
+        units = max(shape.units, shape.upper_units)
+        each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * units
+        room = torch.empty(self.tokens * (each + max(shape.hidden, units)))
         keys_at, values_at, lengths_at = cache.at(min(start, cache.layers - 1))
         _compiled.blocks(
             x.data_ptr(),
@@ -244,6 +245,7 @@ class CachedTokens:
             cache.capacity,
             self._threads,
             max(0, min(stop, cache.layers) - start),
+            shape.upper_units,
         )
         return x
 
