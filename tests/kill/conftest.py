@@ -246,7 +246,10 @@ def make_everything_small() -> None:
     recipe.GATES = GateFit()
     recipe.rounds = lambda layers, budget: iter(
         (
-            ("alpha", [{"alpha": alpha} for alpha in (0.3, 0.7)]),
+            (
+                "schedule",
+                [{"training": {"loss_weights": f"asymmetric_exits:{a}"}} for a in (0.3, 0.7)],
+            ),
             ("exits", [{"exits": (1,)}]),
             ("specialise", [{"specialise": SpecialiseConfig(compute_budget=budget)}]),
         )

@@ -91,22 +91,33 @@ def check_heads(model: TrainableModel) -> None:
 
 def check_specialise(model: TrainableModel, config: SpecialiseConfig, *, context: float) -> None:
     """Raise the ConfigErrors of ``specialise_exits``, for windows of a mean ``context`` in keys."""
+    least = least_budget(model, config, context=context)
+    if config.compute_budget < least:
+        raise too_low(config.compute_budget, least, model.exit_layers[0])
+
+
+def least_budget(model: TrainableModel, config: SpecialiseConfig, *, context: float) -> float:
+    """Return the FLOPs% of leaving at the first exit: no budget can be less."""
     check_heads(model)
     early = model.exit_layers[:-1]
     gates = {layer: Gate(model.hidden_size, outputs=1).to(model.device) for layer in early}
-    least = _costs(model, gates, context)[0]
-    if config.compute_budget < least:
-        raise ConfigError(
-            f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, the cost of "
-            f"leaving at layer {early[0]} with a gate and an exit head, "
-            f"got {config.compute_budget:g}"
-        )
+    return _costs(model, gates, context, config.missing_kv)[0]
 
 
-def _costs(model: TrainableModel, gates: Mapping[int, Gate], context: float) -> tuple[float, ...]:
+def too_low(budget: float, least: float, layer: int) -> ConfigError:
+    """Return the error of a budget below ``least``, the cost of leaving at ``layer``."""
+    return ConfigError(
+        f"compute_budget: expected at least {math.ceil(10 * least) / 10:g}, the cost of leaving at "
+        f"layer {layer} with a gate and an exit head, got {budget:g}"
+    )
+
+
+def _costs(
+    model: TrainableModel, gates: Mapping[int, Gate], context: float, missing_kv: str
+) -> tuple[float, ...]:
     """Return the FLOPs% of leaving at each exit with ``gain`` gates."""
-    fitted = FittedExits(gates={"gain": gates})
-    return model_cost(model, context=context, fitted=fitted).flops_pct_by_exit("gain")
+    cost = model_cost(model, context=context, fitted=FittedExits(gates={"gain": gates}))
+    return cost.flops_pct_by_exit("gain", missing_kv=missing_kv)
 
 
 def _leaving_tokens(
@@ -115,7 +126,8 @@ def _leaving_tokens(
     """Return which tokens leave at each exit by ``gain`` gates, at a mean cost of the budget."""
     gates = fit_gates("gain", sample, GateConfig(seed=config.seed))
     assert sample.trace.position is not None
-    costs = _costs(model, gates, float(sample.trace.position.mean()) + 1)
+    context = float(sample.trace.position.mean()) + 1
+    costs = _costs(model, gates, context, config.missing_kv)
     expected = [_expected(gates[layer], sample.states[layer]) for layer in model.exit_layers[:-1]]
     cheap, dear = 1e-9, 10.0  # prices in nats for one percent of FLOPs
     for _ in range(_ROUNDS):

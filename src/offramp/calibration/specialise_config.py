@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from offramp.errors import ConfigError
+
+MissingKV = Literal["recompute", "propagate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +14,8 @@ class SpecialiseConfig:
     """Options for training each exit on the tokens that leave there."""
 
     compute_budget: float = 60.0
-    "Mean FLOPs per token, in percent of the full model's, that decides which tokens leave where."
+    """Mean FLOPs per token, in percent of this model's own at full depth, that decides which
+    tokens leave where."""
     tokens: int = 524_288
     "Number of tokens of the training text to learn from, drawn at random."
     steps: int = 3000
@@ -30,8 +34,16 @@ class SpecialiseConfig:
     teacher than the text.)"""
     seed: int = 0
     "Seed of the gates and of the order of the tokens."
+    missing_kv: MissingKV = "recompute"
+    """Whether a token that leaves also costs its keys and values above the exit (propagate), as in
+    decoding. Exits that are complete cost the same under both."""
 
     def __post_init__(self) -> None:
+        meanings = get_args(MissingKV)
+        if self.missing_kv not in meanings:
+            raise ConfigError(
+                f"missing_kv: expected {' or '.join(meanings)}, got {self.missing_kv!r}"
+            )
         for field in fields(self):
             if field.type is float:  # 60 is 60.0, in a run's hash too
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))

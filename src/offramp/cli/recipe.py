@@ -30,8 +30,9 @@ def recipe(
 ) -> None:
     """Find the best recipe for a corpus at a budget of FLOPs, and measure it.
 
-    A search of short runs chooses on held-out training text. The recipe that it finds is trained
-    in full with several seeds, compared with static models, and reported on the test text.
+    A search of short runs chooses by the PPL under the cache that decodes, on held-out training
+    text. The recipe that it finds is trained in full with several seeds, compared with static
+    models, and reported on the test text.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def recipe(
     if run.specialise is not None:
         retrain += (
             f", then offramp specialise MODEL --corpus {quote(config.corpus)} --compute-budget "
-            f"{config.compute_budget:g} --out SPECIALISED"
+            f"{run.specialise.compute_budget:g} --out SPECIALISED"
         )
     say(
         f"A model of this recipe is in {workers.folder / run.name}. Train another one with: "

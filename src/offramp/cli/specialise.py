@@ -1,5 +1,6 @@
 """offramp specialise."""
 
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -22,8 +23,9 @@ def specialise(
 ) -> None:
     """Teach each exit of a trained model the tokens that leave there, the backbone frozen.
 
-    Exits that have at most a norm get a residual block and an LM head of their own, too. Gates
-    and temperatures are fitted to the new exits.
+    The budget counts what decoding computes, which includes the keys and values above the exit of
+    a token that leaves. Exits that have at most a norm get a residual block and an LM head of their
+    own, too. Gates and temperatures are fitted to the new exits.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ def specialise(
         open_for(model, base=base, device=device, dtype=None),
         corpus,
         out,
-        specialising or SpecialiseConfig(),
+        replace(specialising or SpecialiseConfig(), missing_kv="propagate"),
         on_stage=say,
     )
     shown = output()

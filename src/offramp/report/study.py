@@ -12,7 +12,7 @@ from offramp.report.study_decoding import (
     decoding_csv,
     decoding_table,
 )
-from offramp.report.study_result import StudyResult, StudyTimes
+from offramp.report.study_result import EXACT, StudyResult, StudyTimes
 from offramp.report.study_tables import study_tables
 from offramp.report.tables import markdown_table
 
@@ -69,21 +69,51 @@ def markdown(result: StudyResult) -> str:
 def how(result: StudyResult) -> str:
     """How the figures were obtained, in words."""
     seeds = len(result.seeds)
-    inner = {kv: len(points) - 2 for kv, points in result.runs[0].frontier.items()}
     return (
         f"Text: {result.text['corpus']}; {result.text['split']}, its first "
         f"{result.test_tokens:,} tokens. {result.train_tokens:,} training tokens a run, "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; mean ± sample standard deviation of the "
         "PPL. FLOPs% counts layers, exit heads and gates, relative to the standard model; Compute% "
         "is layers run / layers in the model. Thresholds are quantiles of the confidence on "
-        "held-out training text. PPL between two thresholds is interpolated in logs. Under "
-        f"recompute there are {inner['recompute']} thresholds; under propagate each needs a pass "
-        f"of its own, so there are {inner['propagate']}, and interpolation makes the PPL look "
-        "slightly too high. Static: a shallower model without exits, trained on the same tokens, "
-        "interpolated between depths. Gates, and exits that a recipe specialises, are fitted "
+        "held-out training text. PPL between two thresholds is interpolated in logs. "
+        f"{_thresholds(result)} Static: a shallower model without exits, trained on the same "
+        f"tokens, interpolated between depths{_shared(result)}. Gates, and exits that a recipe "
+        "specialises, are fitted "
         "after training to a sample of the same training text with the backbone frozen; static "
         "models have neither. A ratio below 1 is better. In brackets is its 95% bootstrap interval "
         "over seeds and stretches of the text; with few seeds it is too narrow, little more than "
         "the range of the seeds, so rely on p. p: paired t test on the seeds' log ratios, with "
         "Holm's correction over the recipes."
+    )
+
+
+def _thresholds(result: StudyResult) -> str:
+    """How many thresholds the frontiers have, by the meaning of ``missing_kv``."""
+    inner = {kv: len(at) - 2 for run in result.runs for kv, at in run.frontier.items()}
+    said = []
+    if "recompute" in inner:
+        said.append(f"Under recompute there are {inner['recompute']} thresholds.")
+    if "propagate" in inner:
+        said.append(
+            f"Under propagate each threshold needs a pass of its own, so there are "
+            f"{inner['propagate']}, and interpolation makes the PPL look slightly too high."
+        )
+    if EXACT in inner:
+        said.append(
+            "Exact: the exits are complete, so a token that leaves has left all keys and values "
+            "that later tokens read; recompute and propagate are then the same, and there are "
+            f"{inner[EXACT]} thresholds."
+        )
+    return " ".join(said)
+
+
+def _shared(result: StudyResult) -> str:
+    """The static models whose blocks share keys and values, in words; empty without them."""
+    sources = sorted({model.source for model in result.static if model.source is not None})
+    if not sources:
+        return ""
+    layers = " and ".join(map(str, sources))
+    return (
+        "; beside the plain ones stand models whose blocks above a layer share keys and values "
+        f"(source {layers}), and at each cost the best of all counts, for each seed"
     )

@@ -14,7 +14,7 @@ from offramp.files import write_json
 from offramp.reading import read_as
 from offramp.report.study_result import StudyResult, StudyTimes
 
-ABSENT = ("search", "recipe", "to_baseline", "final_to_baseline", "decoding")
+ABSENT = ("search", "recipe", "to_baseline", "final_to_baseline", "decoding", "source")
 
 
 def to_json(value: Any) -> Any:

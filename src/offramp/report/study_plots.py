@@ -68,9 +68,7 @@ def frontiers(
         if record["ppl"] < LARGEST_RATIO * best
     ]
     static = [
-        {cost: _mean(result, layers, cost), "ppl": ppl, "text": f"static {layers}"}
-        for layers, ppl in _static_means(result)
-        if ppl < LARGEST_RATIO * best
+        record for record in _static_records(result, cost) if record["ppl"] < LARGEST_RATIO * best
     ]
     tooltip = [
         alt.Tooltip("recipe:N"),
@@ -101,7 +99,12 @@ def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.Lay
     """PPL against the measured seconds of a pass: a curve a recipe, and the static models."""
     best = min(ppl for _, ppl in _static_means(result))
     static = [
-        {"seconds_pct": entry.seconds_pct, "ppl": entry.ppl, "text": f"static {entry.layers}"}
+        {
+            "seconds_pct": entry.seconds_pct,
+            "ppl": entry.ppl,
+            "text": f"static {entry.layers}",
+            "kind": "plain",
+        }
         for entry in times.static
         if entry.ppl is not None and entry.ppl < LARGEST_RATIO * best
     ]
@@ -133,7 +136,7 @@ def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.Lay
 
 
 def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
-    """PPL against a cost: a curve a recipe, and the static models as a dashed one."""
+    """PPL against a cost: a curve a recipe, and a dashed one for each kind of static models."""
     names = list(dict.fromkeys(record["recipe"] for record in records))
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
     dashes = [[1, 0] if i < len(PALETTE) else [6, 3] for i in range(len(names))]
@@ -154,13 +157,14 @@ def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCha
     )
     dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
     dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
+    dashed = dashed.encode(detail="kind:N")
     words = data_chart(static).mark_text(dy=-9, color=GREY).encode(x=x, y=y, text="text:N")
     chart = layer(dashed, words, lines).add_params(selected)
     return chart.properties(width=WIDTH, height=420)
 
 
 def _recipe_records(result: StudyResult) -> Iterator[dict[str, Any]]:
-    rows = result.family(result.rows[0].confidence, "recompute")
+    rows = result.family(*result.families[0])
     for row in sorted(rows, key=lambda row: row.final_ppl.mean or 0.0):
         shown = [(KINDS[0], spread) for _, spread in early_exits(row)]
         shown += [(KINDS[1], row.ppl_at[result.compared_at]), (KINDS[2], row.final_ppl)]
@@ -183,7 +187,7 @@ def _frontier_records(
     weights = {row.label: row.loss_weights for row in result.rows}
     by_label: dict[str, list[Curve]] = {}
     for run in result.runs:
-        by_label.setdefault(run.label, []).append(run.frontiers[confidence][missing_kv])
+        by_label.setdefault(run.label, []).append(run.curve(confidence, missing_kv))
     for label, curves in by_label.items():
         for place in range(len(curves[0].ppl)):  # at equal shares of held-out tokens
             yield {
@@ -203,11 +207,22 @@ def _finite(value: Any) -> float | None:
 
 
 def _static_means(result: StudyResult) -> list[tuple[int, float]]:
-    """(layers, mean PPL), the shallowest first."""
-    depths = sorted({model.layers for model in result.static})
-    return [(depth, _mean(result, depth, "ppl")) for depth in depths]
+    """(layers, mean PPL) of the plain static models, the shallowest first."""
+    plain = {
+        layers: float(np.mean([model.ppl for model in models]))
+        for (layers, source), models in result.static_kinds.items()
+        if source is None
+    }
+    return sorted(plain.items())
 
 
-def _mean(result: StudyResult, depth: int, field: str) -> float:
-    models = [model for model in result.static if model.layers == depth]
-    return float(np.mean([getattr(model, field) for model in models]))
+def _static_records(result: StudyResult, cost: Cost) -> Iterator[dict[str, Any]]:
+    """A record of each static model, the mean over the seeds."""
+    for (layers, source), models in result.static_kinds.items():
+        shared = "" if source is None else f", source {source}"
+        yield {
+            cost: float(np.mean([getattr(model, cost) for model in models])),
+            "ppl": float(np.mean([model.ppl for model in models])),
+            "text": f"static {layers}{shared}",
+            "kind": shared or "plain",
+        }

@@ -12,6 +12,9 @@ from typing import Any
 from offramp.report.decoding_times import DecodingTimes
 
 Number = float | None
+EXACT = "exact"
+"""The ``missing_kv`` of a recipe whose exits are complete: a token that leaves has left all keys
+and values that later tokens read, so both meanings are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,8 @@ class StaticModel:
     """One trained model without exits."""
 
     layers: int
+    source: int | None = None
+    "The layer above which its blocks share keys and values; None: each block has its own."
     seed: int
     name: str
     "Its folder among the runs."
@@ -110,6 +115,11 @@ class RoutedModel:
     "Points (compute_pct, PPL, threshold) of that measure, by ``missing_kv``."
     frontiers: Mapping[str, Mapping[str, Curve]]
     "By measure and ``missing_kv``."
+
+    def curve(self, confidence: str, missing_kv: str) -> Curve:
+        """The frontier with that meaning of ``missing_kv``, or the exact one, which has both."""
+        curves = self.frontiers[confidence]
+        return curves[EXACT] if EXACT in curves else curves[missing_kv]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,24 +208,33 @@ class StudyResult:
         return self.summary
 
     def family(self, confidence: str, missing_kv: str) -> tuple[Row, ...]:
-        """The recipes' rows by one measure and ``missing_kv``, in the study's order."""
+        """The recipes' rows by one measure and ``missing_kv``, in the study's order.
+
+        An exact row belongs to every family of its measure: both meanings are the same there.
+        """
         return tuple(
             row
             for row in self.summary
-            if (row.confidence, row.missing_kv) == (confidence, missing_kv)
+            if row.confidence == confidence and row.missing_kv in (missing_kv, EXACT)
         )
 
     @property
     def families(self) -> list[tuple[str, str]]:
-        """(measure, ``missing_kv``) of the rows, the first measure first."""
-        return list(dict.fromkeys((row.confidence, row.missing_kv) for row in self.summary))
+        """(measure, ``missing_kv``) of the rows, the one to look at first, first.
+
+        Exact rows are a family of their own only where there are no others.
+        """
+        found = list(dict.fromkeys((row.confidence, row.missing_kv) for row in self.summary))
+        others = [family for family in found if family[1] != EXACT]
+        return others or found
 
     @property
-    def static_by_layers(self) -> dict[int, list[StaticModel]]:
-        """The static models, one a seed, by depth, the deepest first."""
-        found: dict[int, list[StaticModel]] = {}
-        for model in sorted(self.static, key=lambda model: -model.layers):
-            found.setdefault(model.layers, []).append(model)
+    def static_kinds(self) -> dict[tuple[int, int | None], list[StaticModel]]:
+        """The static models, one a seed, by (layers, source): the plain ones, the deepest first,
+        then those that share keys and values."""
+        found: dict[tuple[int, int | None], list[StaticModel]] = {}
+        for model in sorted(self.static, key=lambda model: (model.source or 0, -model.layers)):
+            found.setdefault((model.layers, model.source), []).append(model)
         return found
 
     def plot(self) -> Any:

@@ -119,7 +119,7 @@ def _routed_table(result: StudyResult, confidence: str, missing_kv: str) -> Tabl
     ]
     rows = tuple(
         (
-            row.label,
+            row.label if row.missing_kv == missing_kv else f"{row.label} ({row.missing_kv})",
             *(spread_text(row.ppl_at[point]) for point in points),
             _number(row.compute_pct_at[compared], 1),
             *_tested(row.to_static),
@@ -137,8 +137,10 @@ def _routed_table(result: StudyResult, confidence: str, missing_kv: str) -> Tabl
 
 
 def _static_table(result: StudyResult) -> Table:
+    shared = any(source is not None for _, source in result.static_kinds)
     header = (
         Column(title="Layers", kind="number"),
+        *((Column(title="Keys and values"),) if shared else ()),
         Column(title="Compute%", kind="number"),
         Column(title="FLOPs%", kind="number"),
         Column(title="PPL", kind="number"),
@@ -146,13 +148,18 @@ def _static_table(result: StudyResult) -> Table:
     rows = tuple(
         (
             str(layers),
+            *((_keys_and_values(source),) if shared else ()),
             _number(models[0].compute_pct, 1),
             _number(models[0].flops_pct, 1),
             spread_text(_spread([model.ppl for model in models])),
         )
-        for layers, models in result.static_by_layers.items()
+        for (layers, source), models in result.static_kinds.items()
     )
     return Table(title="Static models", header=header, rows=rows)
+
+
+def _keys_and_values(source: int | None) -> str:
+    return "of each layer" if source is None else f"shared from layer {source}"
 
 
 def early_exits(row: Row) -> list[tuple[int, Spread]]:

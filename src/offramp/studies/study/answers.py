@@ -21,7 +21,7 @@ def answers(study: Study, result: StudyResult) -> list[str]:
     """Sentences on the last layer, on the study's baseline, and on equal cost."""
     said, compared_at = [], result.compared_at
     for confidence in study.measures:
-        rows = result.family(confidence, "recompute")
+        rows = result.family(confidence, result.families[0][1])
         tested = [row for row in rows if row.label not in study.shown_only]
         points = [compared_at]
         if confidence == study.measures[0]:

@@ -25,25 +25,22 @@ from offramp.studies.study.frontier import (
     Frontier,
     FrontierKey,
     at,
-    full_depth,
-    join,
-    mean_between,
     resampled,
-    scaled,
+)
+from offramp.studies.study.static import (
+    ByDraw,
+    Curves,
+    StaticCurves,
+    StaticModels,
+    areas,
+    at_cost,
+    curves_of,
 )
 
 POINTS = (50.0, 60.0, 65.0, 80.0, 100.0)
 """flops_pct at which frontiers are compared."""
-AREA = np.linspace(50.0, 100.0, 51)
-"""flops_pct over which the area between two frontiers is taken."""
 DRAWS = 1000
 """Number of bootstrap samples."""
-CONVENTIONS = ("recompute", "propagate")
-
-ByDraw = tuple[Floats, Floats]
-"""Mean NLL on the text, and on each bootstrap sample of it (B,)."""
-Curves = tuple[Floats, Floats, Floats, Floats]
-"""(cost, NLL) on the text, then (cost, NLL) on each bootstrap sample of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,37 +55,29 @@ class Comparison:
     "flops_pct of the comparison that a row's ``p_value`` is about."
 
     @cached_property
-    def full_flops(self) -> float:
-        """FLOPs of a token in the standard model."""
-        return max(entry.record.full_flops for entry in self.static)
+    def models(self) -> StaticModels:
+        """The static models, by kind and seed."""
+        return StaticModels(done=self.static, seeds=self.seeds, depth=self.depth)
 
     @cached_property
     def draws(self) -> tuple[Floats, Any]:
         """Bootstrap samples: how often each stretch is drawn (B, S), and the drawn seeds (B, n)."""
         rng = np.random.default_rng(0)
-        stretches = len(next(iter(self.statics.values())).tokens)
+        stretches = len(next(iter(self.models.plain.values())).tokens)
         seeds = rng.integers(len(self.seeds), size=(DRAWS, len(self.seeds)))
         return resampled(rng, stretches, DRAWS), seeds
 
     @cached_property
-    def statics(self) -> dict[int, Frontier]:
-        """By seed, the static models' frontier: a point for each depth."""
-        shallow_first = sorted(self.static, key=lambda entry: entry.layers)
-        return {
-            seed: join([self._full(entry) for entry in shallow_first if entry.seed == seed])
-            for seed in self.seeds
-        }
-
-    @cached_property
-    def static_curves(self) -> list[Curves]:
-        """The static models' curves, one a seed."""
-        return [self._curve(self.statics[seed]) for seed in self.seeds]
+    def static_curves(self) -> StaticCurves:
+        """The static models' curves."""
+        return self.models.curves(self.draws[0])
 
     def static_model(self, entry: Done) -> StaticModel:
         """The figures of a static model's run."""
-        (flops,), (nll,) = self._full(entry).curve()
+        (flops,), (nll,) = self.models.full(entry).curve()
         return StaticModel(
             layers=entry.layers,
+            source=entry.source,
             seed=entry.seed,
             name=entry.run.name,
             compute_pct=100.0 * entry.layers / self.depth,
@@ -99,7 +88,7 @@ class Comparison:
     def routed_model(self, entry: Done) -> RoutedModel:
         """The figures of a run with exits: its first measure's curves as points, too."""
         frontiers = {
-            confidence: {kv: self._columns(entry, confidence, kv) for kv in CONVENTIONS}
+            confidence: {kv: self._columns(entry, confidence, kv) for kv in entry.run.conventions}
             for confidence in entry.run.measures
         }
         first = entry.run.measures[0]
@@ -127,15 +116,15 @@ class Comparison:
         exit_ppl = {
             layer: _spread([entry.record.exit_ppl[layer] for entry in mine]) for layer in layers
         }
-        standard = [(curve[1][..., -1], curve[3][..., -1]) for curve in static]
+        standard = static.standard
         final = [self._final(entry) for entry in mine]
         points = sorted({*POINTS, self.compared_at})
-        own = {point: _at(curves, point) for point in points}
-        to_static = {point: self._ratio(own[point], _at(static, point)) for point in points}
+        own = {point: at_cost(curves, point) for point in points}
+        to_static = {point: self._ratio(own[point], static.at_cost(point)) for point in points}
         to_baseline = final_to_baseline = None
         if baseline:
             other = self._by_seed(baseline)
-            theirs = _at(self._curves(other, confidence, kv), self.compared_at)
+            theirs = at_cost(self._curves(other, confidence, kv), self.compared_at)
             to_baseline = _tested(self._ratio(own[self.compared_at], theirs))
             final_to_baseline = _tested(self._ratio(final, [self._final(entry) for entry in other]))
         return Row(
@@ -155,25 +144,22 @@ class Comparison:
             ratio_to_static_at=to_static,
             ratio_to_standard_at={point: self._ratio(own[point], standard) for point in points},
             final_to_standard=_tested(self._ratio(final, standard)),
-            area=_tested(self._ratio(_areas(curves), _areas(static))),
+            area=_tested(self._ratio(areas(curves), static.areas)),
             to_static=_tested(to_static[self.compared_at]),
             to_baseline=to_baseline,
             final_to_baseline=final_to_baseline,
         )
 
-    def _of(self, entry: Done, key: FrontierKey) -> Frontier:
-        """A frontier of the run, costs in percent of the standard model."""
-        return scaled(
-            entry.frontiers[key],
-            compute=entry.layers / self.depth,
-            flops=entry.record.full_flops / self.full_flops,
-        )
-
-    def _full(self, entry: Done) -> Frontier:
-        return self._of(entry, full_depth("test"))
-
     def _routed(self, entry: Done, confidence: str, kv: str) -> Frontier:
-        return self._of(entry, FrontierKey(text="test", confidence=confidence, missing_kv=kv))
+        """A frontier of the run, by ``kv`` or what stands for it in a model without that meaning.
+
+        Beside a model whose exits are complete others show what decoding does, ``propagate``.
+        """
+        mine = entry.run.conventions
+        if kv not in mine:
+            kv = "exact" if "exact" in mine else "propagate"
+        key = FrontierKey(text="test", confidence=confidence, missing_kv=kv)
+        return self.models.scaled(entry, entry.frontiers[key])
 
     def _columns(self, entry: Done, confidence: str, kv: str) -> Curve:
         frontier = self._routed(entry, confidence, kv)
@@ -190,14 +176,11 @@ class Comparison:
         by_seed = {entry.seed: entry for entry in entries}
         return [by_seed[seed] for seed in self.seeds]
 
-    def _curve(self, frontier: Frontier) -> Curves:
-        return (*frontier.curve(), *frontier.curve(self.draws[0]))
-
     def _curves(self, entries: Sequence[Done], confidence: str, kv: str) -> list[Curves]:
-        return [self._curve(self._routed(entry, confidence, kv)) for entry in entries]
+        return [curves_of(self._routed(entry, confidence, kv), self.draws[0]) for entry in entries]
 
     def _final(self, entry: Done) -> ByDraw:
-        full = self._full(entry)
+        full = self.models.full(entry)
         return full.curve()[1][0], full.curve(self.draws[0])[1][:, 0]
 
     def _compute_at(self, entry: Done, confidence: str, kv: str, point: float) -> float:
@@ -234,16 +217,6 @@ class Comparison:
             interval=self._interval(draws),
             p_value=paired_test(differences) if known else None,
         )
-
-
-def _at(curves: Sequence[Curves], cost: float) -> list[ByDraw]:
-    """Mean NLL at a cost, one pair a seed."""
-    return [(at(c[0], c[1], cost), at(c[2], c[3], cost)) for c in curves]
-
-
-def _areas(curves: Sequence[Curves]) -> list[ByDraw]:
-    """Mean NLL over AREA, one pair a seed."""
-    return [(mean_between(c[0], c[1], AREA), mean_between(c[2], c[3], AREA)) for c in curves]
 
 
 def _known(value: Any) -> float | None:

@@ -39,7 +39,7 @@ class RecipeConfig(TextChoice):
     layers: int = 6
     "Depth of the model."
     compute_budget: float = 65.0
-    "FLOPs of a token, heads and gates counted, in percent of the full model's."
+    "FLOPs of a token, heads and gates counted, in percent of the standard model's."
     tokens: int = 900 * 32 * 128
     "Training tokens of each run of the recipe; a run of the search has a third of them."
     seeds: int = 3

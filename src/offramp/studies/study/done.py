@@ -46,6 +46,11 @@ class Done:
         return self.run.model.num_hidden_layers
 
     @property
+    def source(self) -> int | None:
+        """The layer above which its blocks share keys and values; None for a usual model."""
+        return self.run.model.kv_source_layer
+
+    @property
     def is_static(self) -> bool:
         """Whether its model has no early exits."""
         return len(self.run.model.exit_layers) == 1

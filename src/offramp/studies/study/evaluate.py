@@ -40,6 +40,8 @@ SHARES = np.linspace(0.0, 1.0, 41)[1:-1]
 """Shares of the held-out tokens that leave at the first exit, one for each policy."""
 PROPAGATED_AT = (0.15, 0.35, 0.55, 0.75, 0.9)
 """The shares under ``propagate``, where each policy takes a pass of its own."""
+DECODED_AT = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+"""These shares instead, for a run whose figures are chosen by the cache that decodes."""
 BATCH = 32
 
 Texts = Mapping[TextName, Int[Tensor, " N"]]
@@ -75,8 +77,14 @@ def evaluate(
     gates: GateFit,
     seq_len: int,
     seed: int,
+    decoding: bool = False,
 ) -> Evaluation:
-    """Trace and route a model on ``texts``, the held-out one and the test one."""
+    """Trace and route a model on ``texts``, the held-out one and the test one.
+
+    A model whose early exits are all complete has frontiers with ``missing_kv`` "exact", which one
+    pass gives. Other models have "recompute" and, by a pass for each policy, "propagate".
+    ``decoding``: see StudyRun.
+    """
     measures = measures if len(model.exit_layers) > 1 else ()
     fitted = _fit_gates(model, train_ids, measures, gates, seq_len=seq_len, seed=seed)
     cost = model_cost(model, context=(seq_len + 1) / 2, fitted=fitted)
@@ -87,26 +95,22 @@ def evaluate(
     full_pass = full_pass_seconds(model, _windows(texts["test"], seq_len))
     frontiers = {full_depth(name): _full_depth(trace) for name, trace in traces.items()}
     routed_passes: dict[str, list[float]] = {}
-    for measure in measures:
-        for name, trace in traces.items():
-            key = FrontierKey(text=name, confidence=measure, missing_kv="recompute")
-            policies = list(_policies(traces["held_out"], measure, cost, SHARES))
-            frontiers[key] = _recompute(trace, measure, policies, cost)
-        policies = list(_policies(traces["held_out"], measure, cost, PROPAGATED_AT))
-        passes = [
-            _routed(model, _windows(texts["test"], seq_len), policy, measure, fitted)
-            for _, policy in policies
-        ]
-        routed_passes[measure] = [took for _, took in passes]
-        key = FrontierKey(text="test", confidence=measure, missing_kv="propagate")
-        frontiers[key] = _propagate(
-            model,
-            [trace for trace, _ in passes],
-            [threshold for threshold, _ in policies],
-            measure,
-            cost,
-            traces["test"],
+    complete = model.complete_from <= model.exit_layers[0]
+    for place, measure in enumerate(measures):
+        by = _Measured(
+            model=model, measure=measure, cost=cost, fitted=fitted, traces=traces, seq_len=seq_len
         )
+        for name in texts:
+            key = FrontierKey(
+                text=name, confidence=measure, missing_kv="exact" if complete else "recompute"
+            )
+            frontiers[key] = by.traced(name)
+        if complete:
+            continue
+        named: list[TextName] = ["held_out", "test"] if decoding and place == 0 else ["test"]
+        for name in named:
+            key = FrontierKey(text=name, confidence=measure, missing_kv="propagate")
+            frontiers[key], routed_passes[measure] = by.routed(name, texts[name], decoding=decoding)
     return Evaluation(
         exit_ppl={layer: traces["test"].ppl(layer) for layer in model.exit_layers},
         full_flops=cost.full,
@@ -163,13 +167,14 @@ def full_pass_seconds(model: EarlyExitModel, windows: Any) -> float:
 def _policies(
     held_out: ExitTrace,
     measure: str,
-    cost: ModelCost,
+    costs: Sequence[float],
     shares: NDArray[np.float64] | Sequence[float],
 ) -> Iterator[tuple[float, ThresholdPolicy | GainPolicy]]:
     """(threshold at the first exit, policy) for each share, the largest share first.
 
-    Shares whose thresholds are equal keep a policy each, so that the n-th policies of two models
-    are of the same share.
+    ``costs`` are the flops_pct of leaving at each exit, which a policy of ``gain`` weighs. Shares
+    whose thresholds are equal keep a policy each, so that the n-th policies of two models are of
+    the same share.
     """
     first = held_out.confidence[measure][0].astype(np.float64)
     early = len(held_out.exit_layers) - 1
@@ -177,28 +182,73 @@ def _policies(
         if measure != "gain":
             yield float(threshold), ThresholdPolicy(thresholds=(float(threshold),) * early)
             continue
-        costs = cost.flops_pct_by_exit("gain")
         price = max(0.0, -float(threshold)) / (costs[-1] - costs[0])
-        yield float(threshold), GainPolicy(price=price, costs=costs)
+        yield float(threshold), GainPolicy(price=price, costs=tuple(costs))
 
 
-def _recompute(
-    trace: ExitTrace,
-    measure: str,
-    policies: Sequence[tuple[float, ThresholdPolicy | GainPolicy]],
-    cost: ModelCost,
-) -> Frontier:
-    leaving = []
-    for _, policy in policies:
-        if isinstance(policy, GainPolicy):
-            assert trace.expected_kl is not None
-            expected = [losses[index:] for index, losses in enumerate(trace.expected_kl)]
-            leaving.append(policy.leaving(expected))
-        else:
-            leaving.append(policy.leaving(trace.scores(measure)[:-1], trace.position))
-    costs = [cost.flops_pct_by_exit(measure)] * len(policies)
-    inner = traced(trace, leaving, [threshold for threshold, _ in policies], costs)
-    return join([_end(trace, measure, cost, 0), inner, _end(trace, measure, cost, -1)])
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """The frontiers of a model by one measure."""
+
+    model: EarlyExitModel
+    measure: str
+    cost: ModelCost
+    fitted: FittedExits
+    traces: Mapping[TextName, ExitTrace]
+    seq_len: int
+
+    def traced(self, text: TextName) -> Frontier:
+        """The frontier on exact keys and values, by array work on the trace."""
+        costs = self.cost.flops_pct_by_exit(self.measure)  # complete exits: those of propagate
+        policies = list(_policies(self.traces["held_out"], self.measure, costs, SHARES))
+        trace = self.traces[text]
+        inner = traced(
+            trace,
+            [_leaving(trace, self.measure, policy) for _, policy in policies],
+            [threshold for threshold, _ in policies],
+            [costs] * len(policies),
+        )
+        return self._between_ends(text, inner)
+
+    def routed(
+        self, text: TextName, ids: Int[Tensor, " N"], *, decoding: bool
+    ) -> tuple[Frontier, list[float]]:
+        """The frontier under ``propagate``, and the seconds of each policy's pass."""
+        costs = self.cost.flops_pct_by_exit(self.measure, missing_kv="propagate")
+        weighed = costs if decoding else self.cost.flops_pct_by_exit(self.measure)
+        shares = DECODED_AT if decoding else PROPAGATED_AT
+        policies = list(_policies(self.traces["held_out"], self.measure, weighed, shares))
+        passes = [
+            _routed(self.model, _windows(ids, self.seq_len), policy, self.measure, self.fitted)
+            for _, policy in policies
+        ]
+        inner = routed(
+            [trace for trace, _ in passes],
+            [threshold for threshold, _ in policies],
+            [costs] * len(passes),
+            self.model.num_layers,
+        )
+        return self._between_ends(text, inner), [took for _, took in passes]
+
+    def _between_ends(self, text: TextName, inner: Frontier) -> Frontier:
+        """The frontier with its two ends, at which every token leaves at one exit.
+
+        No token then reads keys or values above its exit, so the ends are exact.
+        """
+        first, last = (
+            _end(self.traces[text], self.measure, self.cost, exit_index) for exit_index in (0, -1)
+        )
+        return join([first, inner, last])
+
+
+def _leaving(
+    trace: ExitTrace, measure: str, policy: ThresholdPolicy | GainPolicy
+) -> NDArray[np.bool_]:
+    """Where each token leaves (E, N)."""
+    if isinstance(policy, GainPolicy):
+        assert trace.expected_kl is not None
+        return policy.leaving([losses[index:] for index, losses in enumerate(trace.expected_kl)])
+    return policy.leaving(trace.scores(measure)[:-1], trace.position)
 
 
 def _routed(
@@ -212,25 +262,6 @@ def _routed(
     start = time.perf_counter()
     trace = collect_routed(model, windows, policy, confidence=measure, fitted=fitted)
     return trace, time.perf_counter() - start
-
-
-def _propagate(
-    model: EarlyExitModel,
-    passes: Sequence[RoutedTrace],
-    thresholds: Sequence[float],
-    measure: str,
-    cost: ModelCost,
-    test: ExitTrace,
-) -> Frontier:
-    """The frontier under ``propagate``.
-
-    Where every token or no token leaves at the first exit the states are exact, so the two ends
-    are those of ``recompute``.
-    """
-    costs = [cost.flops_pct_by_exit(measure, missing_kv="propagate")] * len(passes)
-    inner = routed(passes, thresholds, costs, model.num_layers)
-    first = _end(test, measure, cost, 0)  # no token reads keys or values above the exit
-    return join([first, inner, _end(test, measure, cost, -1)])
 
 
 def _end(trace: ExitTrace, measure: str, cost: ModelCost, exit_index: int) -> Frontier:

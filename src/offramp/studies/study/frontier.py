@@ -157,17 +157,18 @@ def scaled(frontier: Frontier, *, compute: float, flops: float) -> Frontier:
 
 
 def at(x: Floats, y: Floats, cost: float) -> Floats:
-    """Mean NLL at a cost, interpolated; NaN beyond the frontier's ends. (..., K) -> (...)."""
-    flat = zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), strict=True)
-    found = [_interpolate(xs, ys, np.asarray([cost]))[0] for xs, ys in flat]
-    return np.asarray(found).reshape(x.shape[:-1])
+    """Mean NLL at a cost, interpolated; NaN below the cheapest policy. (..., K) -> (...)."""
+    return over(x, y, np.asarray([cost]))[..., 0]
 
 
-def mean_between(x: Floats, y: Floats, costs: Floats) -> Floats:
-    """Mean NLL over a grid of costs, in nats: the area under a frontier. (..., K) -> (...)."""
+def over(x: Floats, y: Floats, costs: Floats) -> Floats:
+    """Mean NLL at each of C costs, interpolated. (..., K) -> (..., C).
+
+    It is NaN below the cheapest policy. At a higher cost than the full model's that model counts.
+    """
     flat = zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), strict=True)
-    found = [_interpolate(xs, ys, costs).mean() for xs, ys in flat]
-    return np.asarray(found).reshape(x.shape[:-1])
+    found = [_interpolate(xs, ys, costs) for xs, ys in flat]
+    return np.asarray(found).reshape(*x.shape[:-1], len(costs))
 
 
 def _interpolate(x: Floats, y: Floats, costs: Floats) -> Floats:
@@ -179,9 +180,8 @@ def _interpolate(x: Floats, y: Floats, costs: Floats) -> Floats:
     kept = np.append(x[:-1] < x[-1] - 1e-9, True)
     order = np.argsort(x[kept], kind="stable")
     at, nll = x[kept][order], y[kept][order]
-    slack = 1e-4  # percentage points, so that 100 includes the full model
-    inside = (costs >= at[0] - slack) & (costs <= at[-1] + slack)
-    return np.where(inside, np.interp(costs, at, nll), np.nan)
+    slack = 1e-4  # percentage points
+    return np.where(costs >= at[0] - slack, np.interp(costs, at, nll), np.nan)
 
 
 def _by_stretch(sequence: NDArray[np.int32], values: Sequence[Any]) -> list[Floats]:

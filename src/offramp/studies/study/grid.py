@@ -25,6 +25,7 @@ def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
             test_tokens=study.test_tokens,
             measures=study.measures,
             gates=study.gates,
+            decoding=study.decoding,
             model=replace(study.model, **recipe.model),
             specialise=None if recipe.specialise is None else replace(recipe.specialise, seed=seed),
             training=replace(
@@ -38,14 +39,30 @@ def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
 
 
 def static_recipes(study: Study) -> list[Recipe]:
-    """The models without exits, the deepest first."""
-    return [
+    """The models without exits: plain ones, then those that share keys and values.
+
+    The deepest are the first. A model with a source of s needs more than s + 1 layers: with s + 1
+    it is a plain one.
+    """
+    plain = [
         Recipe(
             label=STANDARD if layers == study.model.num_hidden_layers else f"static {layers}",
             model={"num_hidden_layers": layers, "exit_layers": ()},
         )
         for layers in sorted(study.static_layers, reverse=True)
     ]
+    shared = [
+        Recipe(
+            label=f"static {layers}, source {source}",
+            model={
+                "num_hidden_layers": layers,
+                "exit_layers": (),
+                "kv_source_layer": source,
+            },
+        )
+        for layers, source in sorted(study.shared_static, reverse=True)
+    ]
+    return [*plain, *shared]
 
 
 def check_runs(runs: Sequence[StudyRun]) -> int:

@@ -70,6 +70,11 @@ class Study:
     "Whether its recipes include those of the seed document's findings, which are then tested."
     compared_at: float = 65.0
     "flops_pct at which recipes are tested against static models."
+    decoding: bool = False
+    "Whether its runs are chosen and compared by the cache that decodes; see StudyRun."
+    shared_static: tuple[tuple[int, int], ...] = ()
+    """(layers, source) of static models whose blocks above the source share keys and values. They
+    stand beside the plain ones: an early-exit model is compared with the better of both."""
     seeds: int = 3
 
     @property

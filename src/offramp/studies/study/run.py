@@ -75,19 +75,34 @@ class StudyRun:
     training: TrainConfig
     specialise: SpecialiseConfig | None = None
     "How to specialise the exits after training; None: they stay as trained."
+    decoding: bool = False
+    """Whether its figures are chosen by the cache that decodes. Under ``propagate`` it then has
+    twice as many policies, which weigh the costs of ``propagate``, and a frontier on the held-out
+    text. (The default keeps the names of the runs that were made before this was known.)"""
+
+    @property
+    def conventions(self) -> tuple[str, ...]:
+        """The meanings of ``missing_kv`` that it has figures for, the one to look at first.
+
+        Where all early exits are complete there is one, "exact".
+        """
+        if self.model.complete_from <= self.model.exit_layers[0]:
+            return ("exact",)
+        return ("propagate", "recompute") if self.decoding else ("recompute", "propagate")
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything that the figures depend on, as run.json holds it.
 
-        A model without early exits has neither gates nor measures, so studies that differ only
-        in those share its run.
+        A model without early exits has neither gates nor measures, and no token that leaves, so
+        studies that differ only in those share its run.
         """
         record = stored_fields(self, FORMAT_FIELDS["StudyRun"])
         del record["label"]
         record["text"] = self.text.about
         if len(self.model.exit_layers) == 1:
             record |= {"measures": (), "gates": None}
+            record.pop("decoding", None)
         return {"format": FORMAT, **nested_records(record)}
 
     @property
@@ -162,6 +177,7 @@ class StudyRun:
             gates=self.gates,
             seq_len=self.training.seq_len,
             seed=self.training.seed,
+            decoding=self.decoding,
         )
         seconds = {
             "train": trained - start,

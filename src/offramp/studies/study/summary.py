@@ -14,10 +14,11 @@ from typing import Any
 from offramp.report.study_result import Row, Searched, StudyResult, TestedRatio
 from offramp.studies.statistics import holm
 from offramp.studies.study.answers import answers
-from offramp.studies.study.comparison import AREA, CONVENTIONS, Comparison
+from offramp.studies.study.comparison import Comparison
 from offramp.studies.study.done import Done
 from offramp.studies.study.plan import Study
 from offramp.studies.study.run import StudyRun
+from offramp.studies.study.static import AREA
 from offramp.version import __version__
 
 _RATIOS = ("to_static", "area", "final_to_standard")
@@ -56,7 +57,7 @@ def summarise(
         comparison.row(of_label[label], confidence, kv, of_label.get(study.baseline or ""))
         for label in labels
         for confidence in study.measures
-        for kv in CONVENTIONS
+        for kv in of_label[label][0].run.conventions
     ]
     result = StudyResult(
         study=study.name,
@@ -80,14 +81,14 @@ def summarise(
 def corrected(rows: Sequence[Row], study: Study) -> list[Row]:
     """The rows with Holm's correction.
 
-    Rows by one measure and with one meaning of ``missing_kv`` are a family.
+    Rows by one measure and with one meaning of ``missing_kv`` are a family; exact rows belong to
+    that of ``propagate``, since both are what decoding does.
     """
     ratios = (*_RATIOS, *(_TO_BASELINE if study.baseline else ()))
     found = list(rows)
-    for family in dict.fromkeys((row.confidence, row.missing_kv) for row in rows):
-        places = [
-            place for place, row in enumerate(rows) if (row.confidence, row.missing_kv) == family
-        ]
+    of_row = [(row.confidence, row.missing_kv == "recompute") for row in rows]
+    for family in dict.fromkeys(of_row):
+        places = [place for place, mine in enumerate(of_row) if mine == family]
         for name in ratios:
             p_values = holm([_p_value(rows[place], name, study) for place in places])
             for place, p_value in zip(places, p_values, strict=True):

@@ -30,11 +30,13 @@ PASS_BATCHES, ROUNDS = 8, 3
 def keep_static_times(
     runs: Sequence[StudyRun], out: Path, *, threads: int, on_timing: Callable[[int, int], None]
 ) -> None:
-    """Time the static models and keep that in ``timing.json``, unless it is there.
+    """Time the plain static models and keep that in ``timing.json``, unless it is there.
 
     ``on_timing`` is told the number of passes and the tokens of each.
     """
-    static = [run for run in runs if len(run.model.exit_layers) == 1]
+    static = [
+        run for run in runs if len(run.model.exit_layers) == 1 and run.model.kv_source_layer is None
+    ]
     if not static or _kept(out):
         return
     depths = {run.model.num_hidden_layers for run in static}
@@ -81,7 +83,8 @@ def timings(runs: Sequence[StudyRun], folder: Path, out: Path) -> StudyTimes:
     the seeds; of a static model it is in percent of the standard model's, as ``timing.json`` in
     ``out`` keeps it: where there is none, ``static`` is empty. Routed passes are those under
     ``propagate``, where a token that left costs keys, values and attention, but no MLP; under
-    ``recompute`` only a decoder saves time, so a pass shows nothing.
+    ``recompute`` only a decoder saves time, so a pass shows nothing. Models whose exits are
+    complete take no such passes and have no times.
     """
     done = [Done(run=run, folder=folder / run.name) for run in runs]
     parts = ("train", "specialise", "evaluate")
@@ -103,13 +106,19 @@ def _kept(out: Path) -> Mapping[int, float]:
 
 def _static(done: Sequence[Done], seconds_pct: Mapping[int, float]) -> Iterator[StaticTime]:
     for depth, percent in seconds_pct.items():
-        ppl = [entry.record.exit_ppl[depth] for entry in done if entry.layers == depth]
+        ppl = [
+            entry.record.exit_ppl[depth]
+            for entry in done
+            if entry.layers == depth and entry.source is None
+        ]
         yield StaticTime(layers=depth, seconds_pct=percent, ppl=float(np.mean(ppl)))
 
 
 def _routed(done: Sequence[Done]) -> Iterator[RoutedTimes]:
     for label in dict.fromkeys(entry.run.label for entry in done):
         here = [entry for entry in done if entry.run.label == label]
+        if "propagate" not in here[0].run.conventions:
+            continue
         for confidence in here[0].run.measures:
             points = [_points(entry, confidence) for entry in here]
             yield RoutedTimes(

@@ -15,6 +15,7 @@ from offramp.studies.study.summary import corrected
 
 SEEDS = (0, 1)
 STRETCHES = 4
+BOTH = ("recompute", "propagate")
 
 
 def frontier(costs, ppl):
@@ -32,20 +33,24 @@ def frontier(costs, ppl):
     )
 
 
-def done(label, layers, seed, *, flops, full, routed=None):
+def done(label, layers, seed, *, flops, full, routed=None, source=None, kvs=BOTH):
     """A run: costs and PPLs in percent of its own full model."""
     frontiers = {full_depth("test"): frontier([100.0], [full])}
     if routed:
         frontiers |= {
             FrontierKey(text="test", confidence="gain", missing_kv=kv): frontier(*routed)
-            for kv in ("recompute", "propagate")
+            for kv in kvs
         }
     exits = {1: routed[1][0], layers: full} if routed else {layers: full}
     model = SimpleNamespace(num_hidden_layers=layers, exit_layers=tuple(exits))
     training = SimpleNamespace(loss_weights="", seed=seed)
-    run = SimpleNamespace(label=label, model=model, training=training, measures=("gain",))
-    record = SimpleNamespace(full_flops=flops, exit_ppl=exits)
-    return SimpleNamespace(run=run, seed=seed, layers=layers, record=record, frontiers=frontiers)
+    run = SimpleNamespace(
+        label=label, name="", model=model, training=training, measures=("gain",), conventions=kvs
+    )
+    record = SimpleNamespace(full_flops=flops, exit_ppl=exits, config={})
+    return SimpleNamespace(
+        run=run, seed=seed, layers=layers, source=source, record=record, frontiers=frontiers
+    )
 
 
 @pytest.fixture
@@ -112,3 +117,88 @@ def test_no_test_counts_that_is_none(comparison):
         assert row.p_value == row.to_static.p_holm
         expected = None if base or shown else pytest.approx(0.02)
         assert row.to_baseline.p_holm == row.final_to_baseline.p_holm == expected
+
+
+def test_static_models_that_share_keys_and_values_count_where_they_are_better():
+    """Plain ones of 1, 2 and 3 layers cost 25, 50 and 100%; one of 3 that shares costs 80%."""
+    static = [
+        done("", layers, 0, flops=flops, full=ppl, source=source)
+        for layers, flops, ppl, source in (
+            (1, 2.5, 16.0, None),
+            (2, 5.0, 8.0, None),
+            (3, 10.0, 4.0, None),
+            (3, 8.0, 3.0, 1),
+        )
+    ]
+    comparison = Comparison(static=static, seeds=(0,), depth=3, compared_at=65.0)
+
+    def at(point):
+        ((nll, draws),) = comparison.static_curves.at_cost(point)
+        assert draws == pytest.approx(np.full(1000, nll))
+        return float(np.exp(nll))
+
+    assert at(30) == pytest.approx(16 ** (1 - 0.2) * 8**0.2)  # both kinds have these
+    assert at(65) == pytest.approx(8**0.5 * 3**0.5)  # a plain one has 8 ** 0.7 * 4 ** 0.3
+    assert at(80) == at(90) == at(100) == pytest.approx(3.0)  # no need to spend more
+    ((standard, _),) = comparison.static_curves.standard
+    assert float(np.exp(standard)) == pytest.approx(4.0)
+    assert comparison.static_model(static[3]).source == 1
+    assert comparison.static_model(static[3]).flops_pct == pytest.approx(80.0)
+    plain = Comparison(static=static[:3], seeds=(0,), depth=3, compared_at=65.0)
+    assert comparison.static_curves.areas[0][0] < plain.static_curves.areas[0][0]
+
+
+def test_costs_of_a_cheaper_model_are_shares_of_the_standard_models(comparison):
+    """Its own full model costs 90% of it, and counts at 100% as well."""
+    own = [
+        done(
+            "ours",
+            2,
+            seed,
+            flops=9.0,
+            full=3.6,
+            source=1,
+            kvs=("exact",),
+            routed=([50.0, 100.0], [6.0, 3.6]),
+        )
+        for seed in SEEDS
+    ]
+    row = comparison.row(own, "gain", "exact", None)
+    at_60 = (60 - 45) / (90 - 45)
+    assert row.ppl_at[60].mean == pytest.approx(6.0 ** (1 - at_60) * 3.6**at_60)
+    assert row.ppl_at[100].mean == pytest.approx(3.6)
+    assert row.ratio_to_standard_at[60].mean == pytest.approx(row.ppl_at[60].mean / 4)
+    curve = comparison.routed_model(own[0]).curve("gain", "propagate")
+    assert curve.flops_pct == pytest.approx([45.0, 90.0])
+
+
+def test_an_exact_recipe_is_compared_with_what_a_baseline_does_when_it_decodes(comparison):
+    exact = [replace_kvs(entry, ("exact",)) for entry in recipe("ours", (1.0, 1.0))]
+    base = recipe("base", (2.0, 2.0))
+    propagate = FrontierKey(text="test", confidence="gain", missing_kv="propagate")
+    for entry in base:
+        entry.frontiers[propagate] = frontier([50.0, 100.0], [24.0, 3.6])
+    row = comparison.row(exact, "gain", "exact", base)
+    assert row.to_baseline.values == pytest.approx([(6 / 24) ** 0.8] * 2)
+    row = comparison.row(base, "gain", "recompute", exact)
+    assert row.to_baseline.values == pytest.approx([2**0.8] * 2)
+
+
+def replace_kvs(entry, kvs):
+    model = entry.run.model
+    routed = entry.frontiers[FrontierKey(text="test", confidence="gain", missing_kv="recompute")]
+    key = FrontierKey(text="test", confidence="gain", missing_kv=kvs[0])
+    frontiers = {full_depth("test"): entry.frontiers[full_depth("test")], key: routed}
+    run = SimpleNamespace(**vars(entry.run) | {"conventions": kvs, "model": model})
+    return SimpleNamespace(**vars(entry) | {"frontiers": frontiers, "run": run})
+
+
+def test_exact_rows_and_those_under_propagate_are_one_family(comparison):
+    study = replace(STUDIES["heads"], baseline=None, recipes=(Recipe(label="a"), Recipe(label="b")))
+    row = comparison.row(recipe("a", (1.0, 1.1)), "gain", "recompute", None)
+    tested = {"to_static": replace(row.to_static, p_value=0.01)}
+    rows = [
+        replace(row, label=label, missing_kv=kv, **tested)
+        for label, kv in (("a", "exact"), ("b", "propagate"), ("b", "recompute"))
+    ]
+    assert [row.p_value for row in corrected(rows, study)] == pytest.approx([0.02, 0.02, 0.01])

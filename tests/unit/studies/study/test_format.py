@@ -62,6 +62,13 @@ def test_every_kept_record_is_found_by_the_studies_that_made_it():
         assert hashlib.sha256(written.encode()).hexdigest()[:16] == name
 
 
+def test_what_is_measured_of_decoding_is_part_of_a_name_only_where_a_token_may_leave(run):
+    assert replace(run, decoding=True).name != run.name
+    assert replace(run, decoding=True).config["decoding"] is True
+    static = replace(run, model=DecoderConfig(exit_layers=()), specialise=None)
+    assert replace(static, decoding=True).name == static.name
+
+
 @pytest.mark.parametrize("part", [None, "gates", "model", "training", "specialise"])
 def test_a_field_added_later_changes_a_name_only_off_its_default(run, part):
     def extended(**changed):
@@ -76,8 +83,11 @@ def test_a_field_added_later_changes_a_name_only_off_its_default(run, part):
 
 
 def test_every_field_of_today_is_always_in_the_record(run):
-    for config in (TrainConfig(), SpecialiseConfig(compute_budget=60), GateFit()):
+    for config in (TrainConfig(), GateFit()):
         assert record_of(config) == asdict(config)
+    specialise = asdict(SpecialiseConfig(compute_budget=60))
+    assert specialise.pop("missing_kv") == "recompute"  # it came later
+    assert record_of(SpecialiseConfig(compute_budget=60)) == specialise
     assert record_of(DecoderConfig()) == DecoderConfig().stored()  # scaled positions came later
     assert set(run.config) == {"format", *FORMAT_FIELDS["StudyRun"], "specialise"}
     assert "specialise" not in replace(run, specialise=None).config

@@ -23,7 +23,7 @@ from offramp.studies.study.frontier import (
     at,
     full_depth,
     load_frontiers,
-    mean_between,
+    over,
     resampled,
     routed,
     save_frontiers,
@@ -127,14 +127,14 @@ def test_files_keep_the_frontiers(evaluation, tmp_path):
         assert (frontier.thresholds == evaluation.frontiers[name].thresholds).all()
 
 
-def test_between_points_it_is_interpolated_and_beyond_them_unknown():
+def test_between_points_it_is_interpolated_and_below_them_unknown():
     x, y = np.array([40.0, 80.0, 101.0, 100.0]), np.log([16.0, 4.0, 3.5, 2.0])
     assert np.exp(at(x, y, 60)) == pytest.approx(8.0)
     assert np.exp(at(x, y, 90)) == pytest.approx(8.0**0.5)  # 101 costs more than the full model
     assert np.exp(at(x, y, 100)) == pytest.approx(2.0)
     assert math.isnan(at(x, y, 39.9))
-    assert math.isnan(at(x, y, 100.1))
-    assert mean_between(x, y, np.array([40.0, 60.0, 80.0])) == pytest.approx(np.log(8.0))
+    assert np.exp(at(x, y, 110)) == pytest.approx(2.0)  # the full model costs less than that
+    assert over(x, y, np.array([40.0, 60.0, 80.0])) == pytest.approx(np.log([16.0, 8.0, 4.0]))
     both = at(np.stack([x, x]), np.stack([y, y + 1]), 60)
     assert both[1] - both[0] == pytest.approx(1.0)
 

@@ -1,28 +1,31 @@
 """The search for a recipe, and what it refuses."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import ConfigError
+from offramp.evaluation.cost import model_cost
 from offramp.exits.schedules import loss_schedule
+from offramp.models.native.config import DecoderConfig
 from offramp.reading import read_json
 from offramp.studies.study import recipe
+from offramp.studies.study.budgets import Budgets
+from offramp.studies.study.candidates import Candidate, first_candidate, rounds
 from offramp.studies.study.config import RecipeConfig
+from offramp.studies.study.frontier import Frontier, FrontierKey, save_frontiers
+from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import GateFit
-from offramp.studies.study.recipe import (
-    Candidate,
-    check_budget,
-    find_recipe,
-    first_candidate,
-    possible,
-    recipe_study,
-    rounds,
-)
+from offramp.studies.study.recipe import _final, find_recipe, recipe_study
+from offramp.studies.study.record import RunRecord
+from offramp.studies.study.run import StudyText
 from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
+from offramp.training.loop import new_model
 
 TEXT = "The exits of a model stand after its blocks. " * 120
 
@@ -56,17 +59,27 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 3, 6, 12])
 def test_every_candidate_is_a_recipe_of_its_depth(layers):
-    for _, changes in rounds(layers, 60.0):
-        for change in changes:
-            candidate = first_candidate(layers).changed(**change)
+    found = list(rounds(layers, 60.0))
+    first = first_candidate(layers)
+    for _, changes in found:
+        candidates = [first.changed(**change) for change in changes]
+        assert first in candidates  # so that no round makes things worse
+        assert len({candidate.recipe.label for candidate in candidates}) == len(candidates)
+        for candidate in candidates:
             assert all(1 <= layer < layers for layer in candidate.exits)
-            config = TrainConfig(**candidate.recipe(layers).training, steps=30)
             exits = (*candidate.exits, layers)
+            DecoderConfig(num_hidden_layers=layers, **candidate.model)
+            config = TrainConfig(**candidate.recipe.training, steps=30)
             weights = loss_schedule(
                 config, total_steps=30, num_layers=layers, exit_layers=exits
             ).at(1)
             assert tuple(weights) == exits
             assert sum(weights.values()) == pytest.approx(1)
+    sources = [change["source"] for change in found[0][1]]
+    assert (
+        sources
+        == {2: [None, 1], 3: [None, 1, 2], 6: [None, 1, 2, 3], 12: [None, 1, 2, 4, 6]}[layers]
+    )
 
 
 @pytest.mark.slow
@@ -84,14 +97,18 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
         watcher=(watcher := Watcher()),
         workers=Workers(folder=tmp_path / "runs", jobs=2),
     )
-    for question in ("alpha", "exits", "head", "schedule", "specialise"):
+    for question in ("source of keys and values", "exits", "schedule", "head", "specialise"):
         asked = [tried for tried in result.search if tried.question == question]
         best = min(tried.held_out_ppl or math.inf for tried in asked)
         assert [tried.held_out_ppl for tried in asked if tried.chosen] == [best]
-    assert result.rows[0].label == "recipe"
+    exact = run.conventions == ("exact",)
+    assert result.rows[0].label == ("recipe-exact" if exact else "recipe")
+    assert result.rows[0].missing_kv == ("exact" if exact else "propagate")
     assert result.rows[0].confidence == "gain"
     assert set(result.rows[0].ppl_at) == {50, 60, 65, 70, 80, 100}
     assert {model.layers for model in result.static} == {1, 2, 3}
+    shared = {model.layers for model in result.static if model.source is not None}
+    assert shared == ({3} if run.model.kv_source_layer == 1 else set())
     said = [answer for answer in result.answers if "than static models of equal cost" in answer]
     assert len(said) == len(result.rows)
     assert "The search" in (out / "report.html").read_text()
@@ -114,20 +131,111 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert kept["model"]["exit_layers"] == list(run.model.exit_layers)
 
 
-def test_exits_that_a_budget_cannot_specialise_are_left_as_they_are(corpus):
-    study = recipe_study(RecipeConfig(corpus=str(corpus)))
-    for budget, expected in ((36.0, False), (60.0, True)):
-        specialised = SpecialiseConfig(compute_budget=budget)
-        for specialise, may in ((specialised, expected), (None, True)):
-            candidate = Candidate(exits=(2,), specialise=specialise)
-            assert possible(study, candidate, vocab_size=123) == may
+@pytest.fixture
+def budgets(corpus):
+    return Budgets(study=recipe_study(RecipeConfig(corpus=str(corpus))), vocab_size=123)
 
 
-def test_what_is_no_budget_is_refused(corpus):
+def specialised(budget):
+    return SpecialiseConfig(compute_budget=budget, missing_kv="propagate")
+
+
+def test_exits_that_a_budget_cannot_specialise_are_left_as_they_are(budgets):
+    for budget, source, expected in (
+        (36.0, None, False),
+        (60.0, None, True),
+        (50.0, None, False),  # under recompute it would be possible
+        (50.0, 2, True),
+    ):
+        candidate = Candidate(exits=(2,), source=source, specialise=specialised(budget))
+        assert budgets.possible(candidate) == expected
+        assert budgets.possible(candidate.changed(specialise=None))
+
+
+def test_a_budget_is_a_share_of_the_standard_models_flops(budgets):
+    plain = Candidate(exits=(1, 2), specialise=specialised(60.0))
+    assert budgets.own(plain) == plain
+    shared = plain.changed(source=1)
+    share = 60.0 / budgets.own(shared).specialise.compute_budget
+    model = budgets.study.model
+
+    def full(**shape):
+        shape = replace(model, vocab_size=123, exit_layers=(), **shape)
+        return model_cost(new_model(shape, seed=0), context=64.5).full
+
+    assert 0.8 < share < 0.95
+    assert share == pytest.approx(full(kv_source_layer=1) / full(), abs=1e-4)
+    assert budgets.own(shared.changed(specialise=None)).specialise is None
+    dear = shared.changed(specialise=specialised(99.0))
+    assert budgets.own(dear).specialise.compute_budget == 100.0
+
+
+@pytest.mark.parametrize(
+    ("exits", "source", "kv"),
+    [((1, 2), 1, "exact"), ((1, 2), 2, "propagate"), ((1, 2), None, "propagate")],
+)
+def test_what_decoding_does_at_the_budget_is_what_counts(budgets, tmp_path, exits, source, kv):
+    study = budgets.study
+    candidate = Candidate(exits=exits, source=source)
+    text = StudyText(train="", held_out="", test="", about={})
+    (run,) = plan_runs(replace(study, recipes=(candidate.recipe,), static_layers=(), seeds=1), text)
+    assert run.conventions[0] == kv
+
+    def one(nll):
+        sums = {"nll": nll, "compute_pct": [50.0, 100.0], "flops_pct": [50.0, 100.0]}
+        return Frontier(
+            thresholds=np.zeros(2),
+            tokens=np.ones(1),
+            **{name: np.asarray(value, dtype=float)[:, None] for name, value in sums.items()},
+        )
+
+    folder = tmp_path / run.name
+    folder.mkdir()
+    save_frontiers(
+        folder / "frontiers.npz",
+        {
+            FrontierKey(text="held_out", confidence="gain", missing_kv=each): one(nll)
+            for each, nll in ((kv, [2.0, 1.0]), ("recompute", [0.1, 0.1]))
+        },
+    )
+    standard = model_cost(
+        new_model(replace(study.model, vocab_size=123, exit_layers=()), seed=0), context=64.5
+    ).full
+    RunRecord(
+        label="",
+        config={},
+        train_tokens=1,
+        test_tokens=1,
+        exit_ppl={},
+        flops={"full": 0.9 * standard},
+        left_at_budget=None,
+        validations=[],
+    ).save(folder)
+    found = [budgets.held_out_loss(run, tmp_path, budget) for budget in (40.0, 45.0, 67.5, 95.0)]
+    assert found == pytest.approx([math.inf, 2.0, 1.5, 1.0], abs=1e-5)
+
+
+def test_the_recipe_stands_beside_static_models_of_its_kind(budgets):
+    def final(source, exits):
+        found = _final(budgets.study, Candidate(exits=exits, source=source))
+        text = StudyText(train="", held_out="", test="", about={})
+        (label,) = {each.label for each in found.recipes}
+        runs = plan_runs(replace(found, seeds=1), text)
+        assert all(run.decoding for run in runs)
+        return label, [run.label for run in runs]
+
+    plain = ["standard", "static 5", "static 4", "static 3", "static 2", "static 1"]
+    assert final(None, (1, 2)) == ("recipe", [*plain, "recipe"])
+    shared = [f"static {layers}, source 2" for layers in (6, 5, 4)]
+    assert final(2, (1, 2)) == ("recipe", [*plain, *shared, "recipe"])
+    assert final(2, (2,)) == ("recipe-exact", [*plain, *shared, "recipe-exact"])
+
+
+def test_what_is_no_budget_is_refused(corpus, budgets):
     with pytest.raises(ConfigError, match=r"compute_budget: expected .* in \(0, 100\], got 101"):
         RecipeConfig(corpus=str(corpus), compute_budget=101)
-    config = RecipeConfig(corpus=str(corpus), compute_budget=5)
     with pytest.raises(ConfigError, match=r"at least 2\d\.\d, the cost of leaving at layer 1"):
-        check_budget(recipe_study(config), 5, vocab_size=123)
+        budgets.check(5, list(rounds(6, 5)))
+    budgets.check(30, list(rounds(6, 30)))
     with pytest.raises(ConfigError, match="layers: expected at least 2"):
         RecipeConfig(corpus=str(corpus), layers=1)

@@ -1,0 +1,97 @@
+"""What ``offramp recipe`` tries: candidates, and the rounds in which they are changed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from offramp.calibration.specialise_config import SpecialiseConfig
+from offramp.models.head_kinds import ExitHeadKind
+from offramp.studies.study.plan import Recipe
+
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"loss_weights": "asymmetric_exits:0.3"},
+    *(
+        {"loss_weights": "asymmetric_exits:0.9", "alpha_end": end, "alpha_schedule": "cosine"}
+        for end in (0.3, 0.1)
+    ),
+)
+"""Ways to weigh the early exits during a run, as fields of TrainConfig: alpha, the weight of all
+of them together, is constant or falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A recipe of the search."""
+
+    exits: tuple[int, ...]
+    "Layers of the early exits."
+    source: int | None = None
+    "The layer above which the blocks share keys and values; None: each block has its own."
+    head: ExitHeadKind = "adapter"
+    training: Mapping[str, Any] = field(default_factory=lambda: SCHEDULES[-1])
+    "Fields of TrainConfig."
+    specialise: SpecialiseConfig | None = None
+    """How to specialise the exits after training; None: they stay as trained. In a round the
+    budget is in percent of the standard model's FLOPs; ``budgets`` converts it for a run."""
+
+    def changed(self, **changes: Any) -> "Candidate":
+        """The candidate with other values."""
+        return replace(self, **changes)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The fields of DecoderConfig that it changes."""
+        source = {} if self.source is None else {"kv_source_layer": self.source}
+        return {"exit_layers": self.exits, "exit_head": self.head, **source}
+
+    @property
+    def recipe(self) -> Recipe:
+        """The candidate as a recipe of a study."""
+        exits = ",".join(map(str, self.exits))
+        return Recipe(
+            label=", ".join(
+                ([] if self.source is None else [f"source {self.source}"])
+                + [f"exit {exits}", f"head {self.head}"]
+                + [f"{name} {value}" for name, value in self.training.items()]
+                + (["specialised"] if self.specialise else [])
+            ),
+            training=self.training,
+            model=self.model,
+            specialise=self.specialise,
+        )
+
+
+def first_candidate(layers: int) -> Candidate:
+    """Where the search begins: what an earlier search found for models of six layers.
+
+    Exits after a third of the layers and after half of that, with adapters, and an alpha that
+    falls from 0.9 to 0.1.
+    """
+    third = _part(layers, 3)
+    return Candidate(exits=_distinct(third // 2, third))
+
+
+def rounds(layers: int, budget: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rounds of the search: a name, and the changes to the best candidate so far to try.
+
+    ``budget`` is in percent of the standard model's FLOPs.
+    """
+    third, half = _part(layers, 3), _part(layers, 2)
+    sources = _distinct(1, _part(layers, 6), third, half)
+    placed = [(third // 2, third), (third // 2,), (third,), (third // 2, third, half)]
+    exits = dict.fromkeys(_distinct(*each) for each in placed)
+    yield "source of keys and values", [{"source": source} for source in (None, *sources)]
+    yield "exits", [{"exits": each} for each in exits]
+    yield "schedule", [{"training": training} for training in SCHEDULES]
+    yield "head", [{"head": head} for head in ("adapter", "norm")]
+    specialised = SpecialiseConfig(compute_budget=budget, missing_kv="propagate")
+    yield "specialise", [{"specialise": each} for each in (None, specialised)]
+
+
+def _part(layers: int, parts: int) -> int:
+    """The layer after that part of the blocks."""
+    return max(1, round(layers / parts))
+
+
+def _distinct(*layers: int) -> tuple[int, ...]:
+    return tuple(sorted({max(1, layer) for layer in layers}))
