@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from offramp.files import replacing
+from offramp.models.missing_kv import EXACT
 from offramp.report import study_plots
 from offramp.report.html import make_figure, page_environment
 from offramp.report.plots import save_png
@@ -12,7 +13,7 @@ from offramp.report.study_decoding import (
     decoding_csv,
     decoding_table,
 )
-from offramp.report.study_result import EXACT, StudyResult, StudyTimes
+from offramp.report.study_result import StudyResult, StudyTimes
 from offramp.report.study_tables import study_tables
 from offramp.report.tables import markdown_table
 

@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from offramp.models.missing_kv import EXACT
 from offramp.report.decoding_times import DecodingTimes
 
 Number = float | None
-EXACT = "exact"
-"""The ``missing_kv`` of a recipe whose exits are complete: a token that leaves has left all keys
-and values that later tokens read, so both meanings are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

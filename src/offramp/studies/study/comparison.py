@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from offramp.models.missing_kv import EXACT
 from offramp.report.study_result import (
     Curve,
     Ratio,
@@ -157,7 +158,7 @@ class Comparison:
         """
         mine = entry.run.conventions
         if kv not in mine:
-            kv = "exact" if "exact" in mine else "propagate"
+            kv = EXACT if EXACT in mine else "propagate"
         key = FrontierKey(text="test", confidence=confidence, missing_kv=kv)
         return self.models.scaled(entry, entry.frontiers[key])
 

@@ -25,6 +25,7 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits, GateConfig
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.models.base import EarlyExitModel
+from offramp.models.missing_kv import EXACT, complete
 from offramp.studies.study.frontier import (
     Frontier,
     FrontierKey,
@@ -95,17 +96,17 @@ def evaluate(
     full_pass = full_pass_seconds(model, _windows(texts["test"], seq_len))
     frontiers = {full_depth(name): _full_depth(trace) for name, trace in traces.items()}
     routed_passes: dict[str, list[float]] = {}
-    complete = model.complete_from <= model.exit_layers[0]
+    exact = complete(model)
     for place, measure in enumerate(measures):
         by = _Measured(
             model=model, measure=measure, cost=cost, fitted=fitted, traces=traces, seq_len=seq_len
         )
         for name in texts:
             key = FrontierKey(
-                text=name, confidence=measure, missing_kv="exact" if complete else "recompute"
+                text=name, confidence=measure, missing_kv=EXACT if exact else "recompute"
             )
             frontiers[key] = by.traced(name)
-        if complete:
+        if exact:
             continue
         named: list[TextName] = ["held_out", "test"] if decoding and place == 0 else ["test"]
         for name in named:

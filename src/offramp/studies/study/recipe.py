@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.report.study_result import EXACT, Searched, StudyResult
+from offramp.models.missing_kv import EXACT, are_complete
+from offramp.report.study_result import Searched, StudyResult
 from offramp.studies.study.budgets import Budgets
 from offramp.studies.study.candidates import Candidate, first_candidate, rounds
 from offramp.studies.study.config import RecipeConfig
@@ -82,7 +83,7 @@ def find_recipe(
 def _final(study: Study, best: Candidate) -> Study:
     """The study of the recipe that was found, with static models that share keys and values too."""
     source, layers = best.source, study.model.num_hidden_layers
-    complete = source is not None and source <= min(best.exits)
+    complete = are_complete(best.exits, complete_from=source or layers, num_layers=layers)
     recipe = replace(best.recipe, label=f"{RECIPE}-{EXACT}" if complete else RECIPE)
     shared = () if source is None else tuple((at, source) for at in range(source + 2, layers + 1))
     return replace(study, recipes=(recipe,), shared_static=shared)

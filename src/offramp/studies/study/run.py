@@ -23,6 +23,7 @@ from offramp.errors import CorpusError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.files import file_sha256, stored_fields
 from offramp.models.fitted import save_fitted
+from offramp.models.missing_kv import EXACT, are_complete
 from offramp.models.native.checkpoint import save_checkpoint
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
@@ -86,8 +87,13 @@ class StudyRun:
 
         Where all early exits are complete there is one, "exact".
         """
-        if self.model.complete_from <= self.model.exit_layers[0]:
-            return ("exact",)
+        shape = self.model
+        if are_complete(
+            shape.exit_layers,
+            complete_from=shape.complete_from,
+            num_layers=shape.num_hidden_layers,
+        ):
+            return (EXACT,)
         return ("propagate", "recompute") if self.decoding else ("recompute", "propagate")
 
     @property
