@@ -63,7 +63,7 @@ def study(
     Parameters
     ----------
     name
-        Which study: objectives, alpha, middle, exits or heads.
+        Which study: objectives, alpha, middle, exits, heads or kv.
     out
         Folder for study.json, the tables, the plots and the runs; the same command continues a
         study that was stopped.

@@ -9,6 +9,7 @@ from offramp.report.text import p_phrase
 from offramp.studies.statistics import SIGNIFICANT, Seeds, holm, paired_test
 from offramp.studies.study.findings import CONFIDENCE, seed_findings
 from offramp.studies.study.plan import Study
+from offramp.studies.study.shared import shared_answers
 
 BESIDE = (50.0, 80.0)
 """flops_pct at which the lowest PPL is reported, beside the one that the study compares at."""
@@ -22,6 +23,7 @@ def answers(study: Study, result: StudyResult) -> list[str]:
     said, compared_at = [], result.compared_at
     for confidence in study.measures:
         rows = result.family(confidence, result.families[0][1])
+        by = confidence + (" and the cache that decodes" if study.decoding else "")
         tested = [row for row in rows if row.label not in study.shown_only]
         points = [compared_at]
         if confidence == study.measures[0]:
@@ -30,9 +32,10 @@ def answers(study: Study, result: StudyResult) -> list[str]:
                 said.append(_trend(rows, study, compared_at))
             if study.baseline:
                 said += _against_baseline(tested, study.baseline, compared_at)
+            said += shared_answers(result, tested)
             if len(tested) > 1:
                 points = sorted({*BESIDE, compared_at})
-        said += [_lowest(tested, confidence, point) for point in points]
+        said += [_lowest(tested, by, point) for point in points]
         if len(study.recipes) == 1:
             said += [_point_by_point(row) for row in result.rows if row.confidence == confidence]
         if study.seed_findings and confidence == CONFIDENCE:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from offramp.models.native.config import DecoderConfig
+from offramp.studies.study.candidates import Candidate
 from offramp.studies.study.findings import ASYMMETRIC
 from offramp.studies.study.findings import MIDDLE as MIDDLE_LOSS
 from offramp.studies.study.plan import Recipe, Study
@@ -219,6 +220,37 @@ HEADS = replace(
     ),
 )
 
+KV_BASELINE = "no source, exits 1, 2"
+
+
+def _shared(source: int | None, *exits: int) -> Recipe:
+    """What ``offramp recipe`` begins with, with that source of keys and values."""
+    first = Candidate(exits=exits, source=source)
+    name = "no source" if source is None else f"source {source}"
+    layers = f"exit{'s' if len(exits) > 1 else ''} {', '.join(map(str, exits))}"
+    return replace(first.recipe, label=f"{name}, {layers}")
+
+
+KV = replace(
+    GRID,
+    name="kv",
+    question="Every block above the source takes its keys and values from the state after it. "
+    "Which source is best for decoding, and how much of that is the architecture's effect and how "
+    "much that of exits whose cache is complete?",
+    decoding=True,
+    baseline=KV_BASELINE,
+    recipes=(
+        *(_shared(source, 1, 2) for source in (None, 1, 2, 3)),
+        *(_shared(source, 2) for source in (None, 1, 2)),
+        _shared(3, 3),  # the lowest complete exit
+    ),
+    shared_static=((6, 1), (6, 2), (6, 3)),
+    compared_at=60.0,
+    seeds=2,
+)
+"""It shares runs with the search of ``offramp recipe`` for six layers: those of seed 0 with the
+two exits that the search begins with."""
+
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (OBJECTIVES, ALPHA, MIDDLE, EXITS, HEADS)
+    study.name: study for study in (OBJECTIVES, ALPHA, MIDDLE, EXITS, HEADS, KV)
 }

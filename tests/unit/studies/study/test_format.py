@@ -12,10 +12,12 @@ from offramp.errors import CheckpointError
 from offramp.models.native.config import DecoderConfig
 from offramp.reading import read_json
 from offramp.studies.reproduce import study as reproduction
+from offramp.studies.study.candidates import first_candidate, rounds
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.format import FORMAT_FIELDS, record_of
 from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import GateFit
+from offramp.studies.study.recipe import _short, recipe_study
 from offramp.studies.study.run import StudyRun, StudyText
 from offramp.studies.study.studies import STUDIES
 from offramp.studies.study.study import go_on_or_claim
@@ -120,3 +122,18 @@ def test_a_reproduction_goes_on_though_a_setting_was_added(tmp_path):
     go_on_or_stop(tmp_path / "out", with_field(config, 3), [])
     with pytest.raises(CheckpointError, match="unfinished run with other settings"):
         go_on_or_stop(tmp_path / "out", with_field(config, 3, later=4), [])
+
+
+def test_the_study_of_shared_keys_and_values_shares_runs_with_the_search_for_a_recipe():
+    text = StudyText(train="", held_out="", test="", about={})
+    study = recipe_study(RecipeConfig(corpus="pangram"))
+    search = {
+        run.name
+        for _, changes in rounds(6, 60.0)
+        for change in changes
+        for run in plan_runs(_short(study, [first_candidate(6).changed(**change)]), text)
+    }
+    runs = plan_runs(STUDIES["kv"], text)
+    plain = {run.name for run in plan_runs(STUDIES["heads"], text)}
+    assert len(runs) == len({run.name for run in runs}) == 34
+    assert len({run.name for run in runs} - search - plain) <= 18

@@ -139,6 +139,51 @@ def test_a_study_does_what_is_missing_and_ends_with_the_same_figures(tiny, whole
         run_study(tiny, replace(config, tokens=64), out, watcher=Watcher(), workers=one)
 
 
+def test_exact_recipes_stand_beside_others_as_they_decode(tiny, tmp_path):
+    path, out = tmp_path / "text.txt", tmp_path / "study"
+    path.write_text(TEXT)
+    weights = {"loss_weights": "asymmetric:0.5"}
+    study = replace(
+        tiny,
+        decoding=True,
+        shared_static=((3, 1),),
+        seeds=1,
+        recipes=(
+            Recipe(label="complete", training=weights, model={"kv_source_layer": 1}),
+            Recipe(label="usual", training=weights),
+        ),
+    )
+    workers = Workers(folder=out / "runs", jobs=1)
+    result = run_study(
+        study, StudyConfig(corpus=str(path)), out, watcher=Watcher(), workers=workers
+    )
+    assert result.families == [("max_prob", "propagate"), ("max_prob", "recompute")]
+    meanings = [(row.label, row.missing_kv) for row in result.rows]
+    assert meanings == [("complete", "exact"), ("usual", "propagate"), ("usual", "recompute")]
+    for family in result.families:
+        assert [row.label for row in result.family(*family)] == ["complete", "usual"]
+    assert [(model.layers, model.source) for model in result.static] == [
+        (3, None),
+        (1, None),
+        (3, 1),
+    ]
+    shared, usual = result.static[2], result.static[0]
+    assert shared.flops_pct < usual.flops_pct == 100
+    curve = result.runs[0].curve("max_prob", "propagate")
+    assert len(curve.ppl) == 39 + 2
+    assert curve.flops_pct[-1] == pytest.approx(shared.flops_pct)
+    assert read_study(out / "study.json") == result
+    assert [entry.label for entry in read_times(out / "timing.json").routed] == ["usual"]
+    table = (out / "table.md").read_text()
+    assert "complete (exact)" in table
+    assert "| usual (" not in table
+    assert "Exact: the exits are complete" in table
+    assert "shared from layer 1" in table
+    assert any("Sharing keys and values alone" in answer for answer in result.answers)
+    assert any("and the cache that decodes" in answer for answer in result.answers)
+    assert "static 3, source 1" in (out / "report.html").read_text()
+
+
 def test_kept_runs_are_summarised_without_a_model(tiny, whole, tmp_path, monkeypatch):
     config, first = whole[0], copied(whole, tmp_path)
     workers, watcher = Workers(folder=first / "runs"), Watcher()
@@ -276,7 +321,7 @@ def test_no_summary_compares_different_budgets(tiny, tmp_path):
 
 def test_what_is_no_study_is_refused():
     with pytest.raises(
-        ConfigError, match="expected one of objectives, alpha, middle, exits, heads, got 'x'"
+        ConfigError, match="expected one of objectives, alpha, middle, exits, heads, kv, got 'x'"
     ):
         study_named("x")
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
