@@ -254,7 +254,9 @@ def _policies(
     ppl = np.mean([np.exp(nll) for _, nll in curves], axis=0)
     fitted = load_fitted(entry.folder)
     context = (run.training.seq_len + 1) / 2
-    costs = model_cost(full.model, context=context, fitted=fitted).flops_pct_by_exit(measure)
+    costs = model_cost(full.model, context=context, fitted=fitted).flops_pct_by_exit(
+        measure, missing_kv="propagate" if run.decoding else "recompute"
+    )
     nearest = {1 + int(np.abs(flops_pct[1:-1] - budget).argmin()) for budget in BUDGETS}
     for place in sorted(nearest):
         threshold = float(entry.frontiers[key].thresholds[place])
