@@ -19,6 +19,8 @@ def shared_answers(result: StudyResult, rows: Sequence[Row]) -> Iterator[str]:
 
     ``rows`` are the recipes of which claims are made.
     """
+    if all(model.source is None for model in result.static):
+        return
     depth = max(model.layers for model in result.static)
     full = {
         source: models
@@ -26,8 +28,6 @@ def shared_answers(result: StudyResult, rows: Sequence[Row]) -> Iterator[str]:
         if layers == depth
     }
     standard = _log_ppl(full.pop(None))
-    if not full:
-        return
     differences = [_log_ppl(models) - standard for models in full.values()]
     yield (
         "Sharing keys and values alone, without exits: compared with the standard model, the PPL "
