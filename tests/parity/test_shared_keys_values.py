@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offramp.errors import ConfigError
+from offramp.commands.export import shortened
+from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.exits.policy import ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule, forced_exits
 from offramp.generation.config import GenerateConfig
@@ -268,6 +269,12 @@ def test_a_step_without_the_shared_keys_and_values_is_refused(name):
     model.embed(ids, step=step)
     with pytest.raises(ConfigError, match="keeps the keys and values that blocks share"):
         model.run_layers(h, COMPLETE, LAYERS, step=step)
+
+
+@pytest.mark.parametrize("layer", [COMPLETE, COMPLETE + 1])
+def test_export_of_layers_that_are_no_model_of_their_own_is_refused(name, layer):
+    with pytest.raises(UnsupportedArchitectureError, match="are no smaller model of its kind"):
+        shortened(opened(name), layer)
 
 
 @torch.enable_grad()

@@ -89,17 +89,19 @@ def shortened(model: HuggingFaceModel, exit_layer: int) -> Any:
             setattr(text, name, value[:exit_layer])
     if own is not None and own.lm_head is not None:
         config.tie_word_embeddings = text.tie_word_embeddings = False
-    with quiet(), torch.random.fork_rng(devices=[]):
-        short = (
-            transformers()
-            .AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
-            .eval()
-        )
-    wanted = short.state_dict()
-    state = {**model.backbone.state_dict(), **parts}
     try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            short = (
+                transformers()
+                .AutoModelForCausalLM.from_config(
+                    config, dtype=model.dtype, trust_remote_code=False
+                )
+                .eval()
+            )
+        wanted = short.state_dict()
+        state = {**model.backbone.state_dict(), **parts}
         short.load_state_dict({name: state[name] for name in wanted})
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError, ValueError):  # ValueError: layers without those they share with
         raise UnsupportedArchitectureError(
             f"{model.model_type}: its first {exit_layer} layers are no smaller model of its kind"
         ) from None
