@@ -6,6 +6,7 @@ from typing import Any
 
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.models.head_kinds import ExitHeadKind
+from offramp.models.native.config import DecoderConfig
 from offramp.studies.study.plan import Recipe
 
 SCHEDULES: tuple[dict[str, Any], ...] = (
@@ -18,6 +19,9 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
 """Ways to weigh the early exits during a run, as fields of TrainConfig: alpha, the weight of all
 of them together, is constant or falls."""
 
+UPPER = "hidden units above the source"
+"""Name of the round that is left out for a candidate without a source."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -27,6 +31,9 @@ class Candidate:
     "Layers of the early exits."
     source: int | None = None
     "The layer above which the blocks share keys and values; None: each block has its own."
+    upper: int | None = None
+    """Hidden units of the blocks that project no keys and values; None: as of all blocks. Without a
+    source there are no such blocks, and it does not count."""
     head: ExitHeadKind = "adapter"
     training: Mapping[str, Any] = field(default_factory=lambda: SCHEDULES[-1])
     "Fields of TrainConfig."
@@ -41,8 +48,15 @@ class Candidate:
     @property
     def model(self) -> dict[str, Any]:
         """The fields of DecoderConfig that it changes."""
-        source = {} if self.source is None else {"kv_source_layer": self.source}
-        return {"exit_layers": self.exits, "exit_head": self.head, **source}
+        return {"exit_layers": self.exits, "exit_head": self.head, **self.shared}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Those of them that say how blocks share keys and values."""
+        if self.source is None:
+            return {}
+        upper = {} if self.upper is None else {"upper_intermediate_size": self.upper}
+        return {"kv_source_layer": self.source, **upper}
 
     @property
     def recipe(self) -> Recipe:
@@ -51,6 +65,7 @@ class Candidate:
         return Recipe(
             label=", ".join(
                 ([] if self.source is None else [f"source {self.source}"])
+                + ([f"upper {self.upper}"] if self.source and self.upper else [])
                 + [f"exit {exits}", f"head {self.head}"]
                 + [f"{name} {value}" for name, value in self.training.items()]
                 + (["specialised"] if self.specialise else [])
@@ -71,16 +86,29 @@ def first_candidate(layers: int) -> Candidate:
     return Candidate(exits=_distinct(third // 2, third))
 
 
-def rounds(layers: int, budget: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def freed_units(model: DecoderConfig) -> int:
+    """Hidden units that a block of a model can have instead of a projection of keys and values.
+
+    They are added to its own: a SwiGLU of that many units has the FLOPs and the parameters of
+    both. A hidden unit takes three rows of the width, a number of a key or a value takes one.
+    """
+    assert model.head_dim is not None
+    assert model.num_key_value_heads is not None
+    return model.units(0) + round(2 * model.num_key_value_heads * model.head_dim / 3)
+
+
+def rounds(layers: int, budget: float, *, upper: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The rounds of the search: a name, and the changes to the best candidate so far to try.
 
-    ``budget`` is in percent of the standard model's FLOPs.
+    ``budget`` is in percent of the standard model's FLOPs. ``upper`` is the number of hidden units
+    to try in blocks that project no keys and values.
     """
     third, half = _part(layers, 3), _part(layers, 2)
     sources = _distinct(1, _part(layers, 6), third, half)
     placed = [(third // 2, third), (third // 2,), (third,), (third // 2, third, half)]
     exits = dict.fromkeys(_distinct(*each) for each in placed)
     yield "source of keys and values", [{"source": source} for source in (None, *sources)]
+    yield UPPER, [{"upper": each} for each in (None, upper)]
     yield "exits", [{"exits": each} for each in exits]
     yield "schedule", [{"training": training} for training in SCHEDULES]
     yield "head", [{"head": head} for head in ("adapter", "norm")]

@@ -58,6 +58,7 @@ def static_recipes(study: Study) -> list[Recipe]:
                 "num_hidden_layers": layers,
                 "exit_layers": (),
                 "kv_source_layer": source,
+                "upper_intermediate_size": study.shared_upper,
             },
         )
         for layers, source in sorted(study.shared_static, reverse=True)

@@ -75,6 +75,8 @@ class Study:
     shared_static: tuple[tuple[int, int], ...] = ()
     """(layers, source) of static models whose blocks above the source share keys and values. They
     stand beside the plain ones: an early-exit model is compared with the better of both."""
+    shared_upper: int | None = None
+    "Hidden units of those in the blocks that project no keys and values; None: as of all blocks."
     seeds: int = 3
 
     @property

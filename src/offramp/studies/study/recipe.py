@@ -19,7 +19,13 @@ import numpy as np
 from offramp.models.missing_kv import EXACT, are_complete
 from offramp.report.study_result import Searched, StudyResult
 from offramp.studies.study.budgets import Budgets
-from offramp.studies.study.candidates import Candidate, first_candidate, rounds
+from offramp.studies.study.candidates import (
+    UPPER,
+    Candidate,
+    first_candidate,
+    freed_units,
+    rounds,
+)
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.format import record_of
 from offramp.studies.study.grid import check_runs, plan_runs
@@ -55,7 +61,7 @@ def find_recipe(
     study = recipe_study(config)
     full = plan_runs(study, text)
     budgets = Budgets(study=study, vocab_size=check_runs(full))
-    planned = list(rounds(config.layers, config.compute_budget))
+    planned = _rounds(study, config)
     budgets.check(config.compute_budget, planned)
     workers.check(full)
     settings = {name: value for name, value in record_of(config).items() if name not in TEXTS}
@@ -80,13 +86,19 @@ def find_recipe(
         return next(run for run in runs if run.label == final.recipes[0].label), result
 
 
+def _rounds(study: Study, config: RecipeConfig) -> list[tuple[str, list[dict[str, Any]]]]:
+    upper = freed_units(study.model)
+    return list(rounds(config.layers, config.compute_budget, upper=upper))
+
+
 def _final(study: Study, best: Candidate) -> Study:
     """The study of the recipe that was found, with static models that share keys and values too."""
     source, layers = best.source, study.model.num_hidden_layers
     complete = are_complete(best.exits, complete_from=source or layers, num_layers=layers)
     recipe = replace(best.recipe, label=f"{RECIPE}-{EXACT}" if complete else RECIPE)
     shared = () if source is None else tuple((at, source) for at in range(source + 2, layers + 1))
-    return replace(study, recipes=(recipe,), shared_static=shared)
+    upper = best.shared.get("upper_intermediate_size")
+    return replace(study, recipes=(recipe,), shared_static=shared, shared_upper=upper)
 
 
 def _about(recipe: Recipe) -> dict[str, Any]:
@@ -133,7 +145,9 @@ def _search(
 ) -> tuple[Candidate, list[Searched]]:
     """The best candidate, its budget in percent of its own model, and all tried, in order."""
     best, search = first_candidate(config.layers), list[Searched]()
-    for question, changes in rounds(config.layers, config.compute_budget):
+    for question, changes in _rounds(budgets.study, config):
+        if question == UPPER and best.source is None:
+            continue
         changed = [best.changed(**change) for change in changes]
         candidates = [each for each in changed if budgets.possible(each)]
         short = _short(budgets.study, [budgets.own(each) for each in candidates])

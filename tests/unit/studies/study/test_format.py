@@ -129,7 +129,7 @@ def test_the_study_of_shared_keys_and_values_shares_runs_with_the_search_for_a_r
     study = recipe_study(RecipeConfig(corpus="pangram"))
     search = {
         run.name
-        for _, changes in rounds(6, 60.0)
+        for _, changes in rounds(6, 60.0, upper=421)
         for change in changes
         for run in plan_runs(_short(study, [first_candidate(6).changed(**change)]), text)
     }

@@ -12,10 +12,17 @@ from offramp.errors import ConfigError
 from offramp.evaluation.cost import model_cost
 from offramp.exits.schedules import loss_schedule
 from offramp.models.native.config import DecoderConfig
+from offramp.models.native.decoder import Transformer
 from offramp.reading import read_json
 from offramp.studies.study import recipe
 from offramp.studies.study.budgets import Budgets
-from offramp.studies.study.candidates import Candidate, first_candidate, rounds
+from offramp.studies.study.candidates import (
+    UPPER,
+    Candidate,
+    first_candidate,
+    freed_units,
+    rounds,
+)
 from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.frontier import Frontier, FrontierKey, save_frontiers
 from offramp.studies.study.grid import plan_runs
@@ -23,6 +30,7 @@ from offramp.studies.study.plan import GateFit
 from offramp.studies.study.recipe import _final, find_recipe, recipe_study
 from offramp.studies.study.record import RunRecord
 from offramp.studies.study.run import StudyText
+from offramp.studies.study.studies import SMALL
 from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
 from offramp.training.loop import new_model
@@ -59,8 +67,8 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 3, 6, 12])
 def test_every_candidate_is_a_recipe_of_its_depth(layers):
-    found = list(rounds(layers, 60.0))
-    first = first_candidate(layers)
+    found = list(rounds(layers, 60.0, upper=421))
+    first = first_candidate(layers).changed(source=1)
     for _, changes in found:
         candidates = [first.changed(**change) for change in changes]
         assert first in candidates  # so that no round makes things worse
@@ -97,8 +105,11 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
         watcher=(watcher := Watcher()),
         workers=Workers(folder=tmp_path / "runs", jobs=2),
     )
-    for question in ("source of keys and values", "exits", "schedule", "head", "specialise"):
+    for question in ("source of keys and values", "exits", "schedule", "head", "specialise", UPPER):
         asked = [tried for tried in result.search if tried.question == question]
+        if question == UPPER and not asked:
+            assert result.search[0].chosen  # no source
+            continue
         best = min(tried.held_out_ppl or math.inf for tried in asked)
         assert [tried.held_out_ppl for tried in asked if tried.chosen] == [best]
     exact = run.conventions == ("exact",)
@@ -113,7 +124,8 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert len(said) == len(result.rows)
     assert "The search" in (out / "report.html").read_text()
     run_names = [path.name for path in (tmp_path / "runs").glob("[0-9a-f]*")]
-    assert len(run_names) == watcher.planned["search"] + watcher.planned["recipe"]
+    left_out = run.model.kv_source_layer is None
+    assert len(run_names) == watcher.planned["search"] - left_out + watcher.planned["recipe"]
     code = main(
         f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
         f"--dim 32 --out {again} --runs {tmp_path / 'runs'}".split()
@@ -129,6 +141,17 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert not main(f"train --config {again / 'recipe.toml'} --steps 1 --out {model}".split())
     kept = read_json(model / "config.json")
     assert kept["model"]["exit_layers"] == list(run.model.exit_layers)
+
+
+def test_hidden_units_take_the_flops_and_parameters_of_keys_and_values():
+    plain = replace(SMALL, num_key_value_heads=2)
+    units = freed_units(plain)
+    wide = replace(plain, kv_source_layer=1, upper_intermediate_size=units)
+
+    def size(config):
+        return sum(p.numel() for p in Transformer(config).model.layers[-1].parameters())
+
+    assert size(wide) == pytest.approx(size(plain), rel=1e-3)
 
 
 @pytest.fixture
@@ -235,7 +258,7 @@ def test_what_is_no_budget_is_refused(corpus, budgets):
     with pytest.raises(ConfigError, match=r"compute_budget: expected .* in \(0, 100\], got 101"):
         RecipeConfig(corpus=str(corpus), compute_budget=101)
     with pytest.raises(ConfigError, match=r"at least 2\d\.\d, the cost of leaving at layer 1"):
-        budgets.check(5, list(rounds(6, 5)))
-    budgets.check(30, list(rounds(6, 30)))
+        budgets.check(5, list(rounds(6, 5, upper=421)))
+    budgets.check(30, list(rounds(6, 30, upper=421)))
     with pytest.raises(ConfigError, match="layers: expected at least 2"):
         RecipeConfig(corpus=str(corpus), layers=1)
