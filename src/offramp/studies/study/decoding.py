@@ -25,7 +25,6 @@ from torch import Tensor
 from offramp.environment import environment
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.routed import collect_routed
-from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
 from offramp.generation.decoding_time import (
     DecodingTime,
@@ -39,6 +38,7 @@ from offramp.models.native.decoder import Transformer
 from offramp.report.decoding_times import DecodedPolicy, DecodingTimes
 from offramp.report.study_json import read_times
 from offramp.studies.study.done import Done
+from offramp.studies.study.evaluate import policy_at
 from offramp.studies.study.frontier import FrontierKey
 from offramp.studies.study.plan import STANDARD
 from offramp.studies.study.run import StudyRun
@@ -274,16 +274,6 @@ def _policies(
             threshold=threshold,
             samples=defaultdict(list),
         )
-
-
-def policy_at(
-    threshold: float, measure: str, costs: tuple[float, ...]
-) -> ThresholdPolicy | GainPolicy:
-    """The policy of a frontier with this threshold at the first exit."""
-    if measure != "gain":
-        return ThresholdPolicy(thresholds=(threshold,) * (len(costs) - 1))
-    price = max(0.0, -threshold) / (costs[-1] - costs[0])
-    return GainPolicy(price=price, costs=costs)
 
 
 def _with_positions(folder: Path, length: int) -> Transformer:

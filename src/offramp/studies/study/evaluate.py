@@ -178,13 +178,18 @@ def _policies(
     the same share.
     """
     first = held_out.confidence[measure][0].astype(np.float64)
-    early = len(held_out.exit_layers) - 1
-    for threshold in np.sort(np.quantile(first, 1.0 - np.asarray(shares))):
-        if measure != "gain":
-            yield float(threshold), ThresholdPolicy(thresholds=(float(threshold),) * early)
-            continue
-        price = max(0.0, -float(threshold)) / (costs[-1] - costs[0])
-        yield float(threshold), GainPolicy(price=price, costs=tuple(costs))
+    for threshold in np.sort(np.quantile(first, 1.0 - np.asarray(shares))).tolist():
+        yield threshold, policy_at(threshold, measure, costs)
+
+
+def policy_at(
+    threshold: float, measure: str, costs: Sequence[float]
+) -> ThresholdPolicy | GainPolicy:
+    """The policy of a frontier with this threshold at the first exit."""
+    if measure != "gain":
+        return ThresholdPolicy(thresholds=(threshold,) * (len(costs) - 1))
+    price = max(0.0, -threshold) / (costs[-1] - costs[0])
+    return GainPolicy(price=price, costs=tuple(costs))
 
 
 @dataclass(frozen=True, kw_only=True)
