@@ -244,7 +244,7 @@ def make_everything_small() -> None:
     runs.ProcessPoolExecutor = InThisProcess
     small = {"seq_len": 16, "batch_size": 4, "warmup_steps": 0}
     recipe.GATES = GateFit()
-    recipe.rounds = lambda layers, budget: iter(
+    recipe.rounds = lambda layers, budget, upper: iter(
         (
             (
                 "schedule",
