@@ -141,7 +141,9 @@ def _other_size(
     """Return the size of a layer that differs in it from the others, in the small model, too."""
     small = _size(name, value, {**fields, **of_layer}, 0)
     usual = fields.get(name)
-    if type(usual) is not int or usual == value or small != _size(name, usual, fields, 0):
+    if name != "head_dim" or type(usual) is not int or usual == value:
+        return small
+    if small != _size(name, usual, fields, 0):
         return small
     return 2 * small if value > usual else max(1, small // 2)
 
