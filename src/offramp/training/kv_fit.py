@@ -20,7 +20,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from offramp.data import batches
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, CorpusError
 from offramp.models.base import TrainableModel, whole_step
 from offramp.models.native.blocks import Attention, DecoderBlock
 from offramp.models.native.config import DecoderConfig
@@ -101,10 +101,12 @@ def share_keys_values(
 
     The first ``TOKENS_PER_INPUT`` tokens of ``ids`` for each dimension of the model are read, in
     windows that begin with ``first_tokens``; ``on_progress`` is called with the number of tokens
-    that are read and their total. Raises ConfigError if the model cannot share: see
-    ``check_source``.
+    that are read and their total. Raises ConfigError if the model cannot share (see
+    ``check_source``), and CorpusError for fewer than 2 tokens.
     """
     check_source(model, source)
+    if len(ids) < 2:
+        raise CorpusError(f"corpus: expected at least 2 tokens, got {len(ids)}")
     ids = ids[: TOKENS_PER_INPUT * model.hidden_size + 1]
     moments = None
     for done, read in _moments(model, ids, source, seq_len, first_tokens):
@@ -112,9 +114,10 @@ def share_keys_values(
         on_progress(done, len(ids) - 1)
     assert moments is not None
     shared = with_config(model, kv_source_layer=source)
+    maps = moments.maps(_block(model, source).self_attn)
     for head in range(_kv_heads(model.config)):
-        _share_values(model, shared, moments, head)
-        _share_keys(model, shared, moments, head)
+        _share_values(model, shared, moments, maps, head)
+        _share_keys(model, shared, moments, maps, head)
     return shared
 
 
@@ -130,16 +133,17 @@ class _Moments:
     "Squares of the block's queries."
     tokens: int
 
-    def maps(self, blocks: Sequence[Attention]) -> list[Float[Tensor, "D M"]]:
+    def maps(self, first: Attention) -> list[Float[Tensor, "D M"]]:
         """Return the least-squares map from the inputs to each block's keys and values.
 
-        The first block's is its own projection, which is exact.
+        That of the ``first`` block is its own projection, which is exact.
         """
         gram = self.gram.clone()
         gram.diagonal().add_(RIDGE * gram.diagonal().mean() / self.tokens)
-        own = torch.cat((blocks[0].k_proj.weight, blocks[0].v_proj.weight)).T.to(gram)
-        _, *above = sorted(self.products)
-        return [own, *(torch.linalg.solve(gram, self.products[layer]) for layer in above)]
+        own = torch.cat((first.k_proj.weight, first.v_proj.weight)).T.to(gram)
+        products = [self.products[layer] for layer in sorted(self.products)[1:]]
+        above = torch.linalg.solve(gram, torch.cat(products, dim=1)) if products else own[:, :0]
+        return [own, *above.split(own.shape[1], dim=1)][: len(self.products)]
 
 
 def _moments(
@@ -177,7 +181,13 @@ def _sum(one: _Moments, other: _Moments) -> _Moments:
     )
 
 
-def _share_values(model: Transformer, shared: Transformer, moments: _Moments, head: int) -> None:
+def _share_values(
+    model: Transformer,
+    shared: Transformer,
+    moments: _Moments,
+    maps: Sequence[Tensor],
+    head: int,
+) -> None:
     """Fit the shared values of a key/value head, and multiply each M_l into ``o_proj``."""
     config = model.config
     width, heads = _width(config), _query_heads(config, head)
@@ -185,7 +195,7 @@ def _share_values(model: Transformer, shared: Transformer, moments: _Moments, he
     columns = slice(kv_size + head * width, kv_size + (head + 1) * width)
     layers = sorted(moments.products)
     blocks = [_block(model, layer).self_attn for layer in layers]
-    maps = [found[:, columns] for found in moments.maps(blocks)]
+    maps = [found[:, columns] for found in maps]
     metrics = []
     for block in blocks:
         outputs = block.o_proj.weight.double().unflatten(1, (-1, width))[:, heads]
@@ -198,7 +208,7 @@ def _share_values(model: Transformer, shared: Transformer, moments: _Moments, he
     _, axes = torch.linalg.eigh(together.T @ moments.gram @ together)
     axes = axes[:, -width:]
     projection = together @ axes
-    scale = _size(maps[0], moments.gram) / _size(projection, moments.gram)
+    scale = _ratio(_size(maps[0], moments.gram), _size(projection, moments.gram))
     rows = slice(head * width, (head + 1) * width)
     _block(shared, layers[0]).self_attn.v_proj.weight[rows] = _like(model, projection * scale).T
     for layer, each, part in zip(layers, back, axes.split(width), strict=True):
@@ -206,23 +216,28 @@ def _share_values(model: Transformer, shared: Transformer, moments: _Moments, he
         outputs[:, heads] = _like(model, outputs[:, heads].double() @ (each @ part / scale))
 
 
-def _share_keys(model: Transformer, shared: Transformer, moments: _Moments, head: int) -> None:
+def _share_keys(
+    model: Transformer,
+    shared: Transformer,
+    moments: _Moments,
+    maps: Sequence[Tensor],
+    head: int,
+) -> None:
     """Fit the shared keys of a key/value head, and multiply each factor into ``q_proj``."""
     config = model.config
     width, heads = _width(config), _query_heads(config, head)
     columns = slice(head * width, (head + 1) * width)
     layers = sorted(moments.products)
-    blocks = [_block(model, layer).self_attn for layer in layers]
-    maps = torch.stack([_pairs(found[:, columns].T) for found in moments.maps(blocks)])
+    keys = torch.stack([_pairs(found[:, columns].T) for found in maps])  # (layers, pairs, D)
     squares = torch.stack([moments.queries[layer][heads].sum(0) for layer in layers])
     first, second = squares.chunk(2, dim=1)
     weights = _floored(first + second).sqrt()  # (layers, pairs)
-    gram = moments.gram.to(maps.dtype)
-    weighted = (maps * weights[..., None]).permute(1, 2, 0)  # (pairs, D, layers)
+    gram = moments.gram.to(keys.dtype)
+    weighted = (keys * weights[..., None]).permute(1, 2, 0)  # (pairs, D, layers)
     _, axes = torch.linalg.eigh(weighted.mH @ gram @ weighted)
     axes = axes[..., -1:]
     projection = (weighted @ axes)[..., 0]  # (pairs, D)
-    scale = _sizes(maps[0], gram) / _sizes(projection, gram)
+    scale = _ratio(_sizes(keys[0], gram), _sizes(projection, gram))
     projection = projection * scale[:, None]
     _block(shared, layers[0]).self_attn.k_proj.weight[columns] = _like(model, _unpaired(projection))
     for index, layer in enumerate(layers):  # its keys are about factor x shared
@@ -249,6 +264,11 @@ def _size(projection: Float[Tensor, "D M"], gram: Float[Tensor, "D D"]) -> Tenso
 
 def _sizes(rows: Complex[Tensor, "P D"], gram: Complex[Tensor, "D D"]) -> Float[Tensor, " P"]:
     return (rows.conj() * (rows @ gram)).sum(dim=1).real.sqrt()
+
+
+def _ratio(size: Tensor, other: Tensor) -> Tensor:
+    """Return the ratio of two sizes; 1 if one of them is zero."""
+    return torch.where((size > 0) & (other > 0), size / other, 1.0)
 
 
 def _floored(weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, CorpusError
 from offramp.models.base import whole_step
 from offramp.training import kv_fit
 from offramp.training.kv_fit import check_source, share_keys_values, with_config
@@ -112,6 +112,24 @@ def test_a_block_that_ignores_its_attention_is_no_obstacle(make_model, make_ids,
     shared = share_keys_values(model, text, 1, seq_len=32)
     ids = make_ids(2, 20)
     torch.testing.assert_close(logits(shared, ids), logits(model, ids), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("zero", ["first", "all"])
+def test_heads_without_keys_and_values_are_no_obstacle(make_model, make_ids, text, zero):
+    model = make_model(num_hidden_layers=4, num_key_value_heads=2)
+    for block in model.model.layers[1 : 2 if zero == "first" else 4]:
+        block.self_attn.k_proj.weight.data[:4] = 0
+        block.self_attn.v_proj.weight.data[:4] = 0
+    shared = share_keys_values(model, text, 1, seq_len=32)
+    assert all(torch.isfinite(value).all() for value in shared.state_dict().values())
+    only = with_config(model, kv_source_layer=1)
+    ids = make_ids(4, 20)
+    assert divergence(model, shared, ids) < divergence(model, only, ids)
+
+
+def test_a_text_without_a_token_to_predict_is_refused(make_model):
+    with pytest.raises(CorpusError, match="at least 2 tokens, got 1"):
+        share_keys_values(make_model(), torch.tensor([1]), 1, seq_len=32)
 
 
 @pytest.mark.parametrize(
