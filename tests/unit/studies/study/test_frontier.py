@@ -183,5 +183,8 @@ def test_a_shallower_model_costs_its_share(evaluation):
 def test_shares_with_equal_thresholds_keep_a_policy_each():
     """So that the n-th policies of two seeds are of one share, whatever their ties."""
     held_out = SimpleNamespace(confidence={"max_prob": [np.ones(10)]}, exit_layers=(1, 2))
-    found = [threshold for threshold, _ in _policies(held_out, "max_prob", None, (0.1, 0.5, 0.9))]
+    found = [
+        threshold
+        for threshold, _ in _policies(held_out, "max_prob", (50.0, 100.0), (0.1, 0.5, 0.9))
+    ]
     assert found == [1.0] * 3
