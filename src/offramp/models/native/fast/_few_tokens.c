@@ -412,17 +412,16 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
 
 static PyObject *py_blocks(PyObject *self, PyObject *args) {
   address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
-  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity, own;
-  long upper = -1;
+  long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity;
+  long own, upper;
   int bfloat16, post, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllil|l", &x, &weights, &count, &bfloat16,
+  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllill", &x, &weights, &count, &bfloat16,
                         &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
                         &slots, &rows, &room,
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
                         &capacity, &threads, &own, &upper))
     return NULL;
-  if (upper < 0) upper = units;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   Py_BEGIN_ALLOW_THREADS
   blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),

@@ -63,6 +63,6 @@ def blocks(
     capacity: int,
     threads: int,
     own: int,
-    upper: int = ...,
+    upper: int,
     /,
 ) -> None: ...

@@ -50,20 +50,26 @@ class KernelWeights:
                 f"{self.kv_heads} key and value heads"
             )
         attended, kept = self.heads * head_dim, 2 * self.kv_heads * head_dim
-        hidden, units = self.hidden, self.units
-        shapes: list[tuple[int, ...]] = [
-            (attended + kept, hidden),
-            (hidden, attended),
-            (2 * units, hidden),
-        ]
-        shapes += [(hidden, units), (hidden,), (hidden,)]
-        self.upper_units = units
+        upper = blocks[min(self.cache_layers, self.count - 1)][3]  # checked below
+        self.upper_units = upper.shape[-1] if upper.dim() else 0
+        own, queries = (
+            (
+                (outputs, self.hidden),
+                (self.hidden, attended),
+                (2 * units, self.hidden),
+                (self.hidden, units),
+                (self.hidden,),
+                (self.hidden,),
+            )
+            for outputs, units in ((attended + kept, self.units), (attended, self.upper_units))
+        )
         for layer, of in enumerate(blocks):
-            if layer == self.cache_layers:
-                self.upper_units = units = of[3].shape[-1] if of[3].dim() else 0
-                shapes[0], shapes[2:4] = (attended, hidden), [(2 * units, hidden), (hidden, units)]
+            shapes = own if layer < self.cache_layers else queries
             for weight, shape in zip(of, shapes, strict=True):
                 check_tensor("weight", weight, shape, self.dtype, CPU, contiguous=True)
+        most = max(self.units, self.upper_units)
+        self.room = 2 * attended + kept + self.hidden + 2 * most + max(self.hidden, most)
+        "How many numbers a call of some blocks keeps for each token while it runs."
         self._held = [[weight.detach() for weight in of] for of in blocks]  # so that they stay
         self._table = torch.tensor([[weight.data_ptr() for weight in of] for of in self._held])
 

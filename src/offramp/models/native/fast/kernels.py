@@ -124,7 +124,7 @@ class KernelCache:
         self.bfloat16 = keys.dtype == torch.bfloat16
         addresses = [each.data_ptr() for each in self._held]
         self.keys_at, self.values_at, self.lengths_at, self.cos_at, self.sin_at = addresses
-        self.bytes = keys.stride(0) * keys.element_size()
+        self.layer_bytes = keys.stride(0) * keys.element_size()
         self.first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
         self._threads, self._scores = 0, torch.empty(0)
 
@@ -151,7 +151,7 @@ class KernelCache:
 
     def at(self, layer: int) -> tuple[int, int, int]:
         """Return the addresses of a layer's keys, values and lengths."""
-        skipped = layer * self.bytes
+        skipped = layer * self.layer_bytes
         lengths_at = self.lengths_at + 8 * layer * self.rows
         return self.keys_at + skipped, self.values_at + skipped, lengths_at
 
@@ -211,24 +211,20 @@ class CachedTokens:
         if x.shape != (self.tokens, weights.hidden) or not x.is_cpu:
             check_tensor("x", x, (self.tokens, weights.hidden), x.dtype, CPU)
         x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        shape = weights
-        attended = shape.heads * cache.size
-        units = max(shape.units, shape.upper_units)
-        each = 2 * attended + 2 * cache.kv_heads * cache.size + shape.hidden + 2 * units
-        room = torch.empty(self.tokens * (each + max(shape.hidden, units)))
+        room = torch.empty(self.tokens * weights.room)
         keys_at, values_at, lengths_at = cache.at(min(start, cache.layers - 1))
         _compiled.blocks(
             x.data_ptr(),
             weights.at(start),
             stop - start,
             cache.bfloat16,
-            shape.post,
-            shape.eps,
+            weights.post,
+            weights.eps,
             cache.cos_at,
             cache.sin_at,
             keys_at,
             values_at,
-            cache.bytes,
+            cache.layer_bytes,
             lengths_at,
             cache.rows,
             self._slots,
@@ -237,15 +233,15 @@ class CachedTokens:
             cache.scores(self._threads),
             self.tokens,
             kept,
-            shape.hidden,
-            shape.units,
-            shape.heads,
+            weights.hidden,
+            weights.units,
+            weights.heads,
             cache.kv_heads,
             cache.size,
             cache.capacity,
             self._threads,
             max(0, min(stop, cache.layers) - start),
-            shape.upper_units,
+            weights.upper_units,
         )
         return x
 
