@@ -113,6 +113,8 @@ def parsed() -> argparse.Namespace:
     options.batches = tuple(int(batch) for batch in options.batches)
     if not options.untrained and not (options.out and options.wikitext):
         parser.error("expected --out and --wikitext, or --untrained")
+    if min(options.exits) < options.source:
+        parser.error("expected exits at or above --source: others are not complete")
     return options
 
 

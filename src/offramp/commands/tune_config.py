@@ -92,6 +92,12 @@ class TuneConfig:
             math.isfinite(self.distill_lr) and self.distill_lr > 0
         ):
             raise ConfigError(f"distill_lr: expected a number above 0, got {self.distill_lr}")
+        if self.distill_epochs == 0 and (self.unfreeze or self.distill_lr is not None):
+            given = "--unfreeze" if self.unfreeze else "--distill-lr"
+            raise ConfigError(
+                f"distill_epochs: expected at least 1 with {given}, which is about the "
+                "distillation, got 0"
+            )
         self._check_tokens()
         _ = self.frozen(), self.distillation()
 

@@ -116,5 +116,6 @@ def _shared(result: StudyResult) -> str:
     layers = " and ".join(map(str, sources))
     return (
         "; beside the plain ones stand models whose blocks above a layer share keys and values "
-        f"(source {layers}), and at each cost the best of all counts, for each seed"
+        f"(source {layers}), and at each cost the best of all counts, for each seed, "
+        "which favours static models"
     )

@@ -155,6 +155,14 @@ def test_from_python(checkpoint, text):
         ({"kv_source": 2, "distill_lr": float("nan")}, "distill_lr: .* got nan"),
         ({"kv_source": 2, "seq_len": 0}, "seq_len: expected at least 1, got 0"),
         ({"kv_source": 2, "epochs": 0}, "epochs: expected at least 1, got 0"),
+        (
+            {"kv_source": 2, "distill_epochs": 0, "unfreeze": True},
+            "distill_epochs: expected at least 1 with --unfreeze, .* got 0",
+        ),
+        (
+            {"kv_source": 2, "distill_epochs": 0, "distill_lr": 0.1},
+            "distill_epochs: expected at least 1 with --distill-lr, .* got 0",
+        ),
         ({"distill_epochs": 1}, "distill_epochs: expected --kv-source with it, got 1 alone"),
         ({"distill_lr": 0.1}, "distill_lr: expected --kv-source with it, got 0.1 alone"),
     ],

@@ -87,14 +87,14 @@ def first_candidate(layers: int) -> Candidate:
 
 
 def freed_units(model: DecoderConfig) -> int:
-    """Hidden units that a block of a model can have instead of a projection of keys and values.
+    """Hidden units that a block of a model can have without a projection of keys and values.
 
-    They are added to its own: a SwiGLU of that many units has the FLOPs and the parameters of
-    both. A hidden unit takes three rows of the width, a number of a key or a value takes one.
+    They are its own and those that cost no more than the projection: a hidden unit takes three
+    rows of the width, a number of a key or a value takes one.
     """
     assert model.head_dim is not None
     assert model.num_key_value_heads is not None
-    return model.units(0) + round(2 * model.num_key_value_heads * model.head_dim / 3)
+    return model.units(0) + 2 * model.num_key_value_heads * model.head_dim // 3
 
 
 def rounds(layers: int, budget: float, *, upper: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -61,7 +61,7 @@ class StaticModels:
     @cached_property
     def full_flops(self) -> float:
         """FLOPs of a token in the standard model."""
-        return max(entry.record.full_flops for entry in self.done)
+        return max(entry.record.full_flops for entry in self.done if entry.source is None)
 
     def full(self, entry: Done) -> Frontier:
         """The frontier of a run at full depth, costs in percent of the standard model."""

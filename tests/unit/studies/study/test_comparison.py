@@ -202,3 +202,21 @@ def test_exact_rows_and_those_under_propagate_are_one_family(comparison):
         for label, kv in (("a", "exact"), ("b", "propagate"), ("b", "recompute"))
     ]
     assert [row.p_value for row in corrected(rows, study)] == pytest.approx([0.02, 0.02, 0.01])
+
+
+def test_costs_are_in_percent_of_the_standard_model_though_another_costs_more():
+    """Wider blocks above a source may cost a little more than what they save."""
+    static = [
+        done("", layers, 0, flops=flops, full=ppl, source=source)
+        for layers, flops, ppl, source in (
+            (2, 5.0, 8.0, None),
+            (3, 10.0, 4.0, None),
+            (3, 12.5, 3.0, 1),
+        )
+    ]
+    comparison = Comparison(static=static, seeds=(0,), depth=3, compared_at=65.0)
+    percent = [comparison.static_model(entry).flops_pct for entry in static]
+    assert percent == pytest.approx([50.0, 100.0, 125.0])
+    ((nll, _),) = comparison.static_curves.at_cost(100.0)
+    between = 8 ** (1 / 3) * 3 ** (2 / 3)  # 100 between 50 and 125
+    assert float(np.exp(nll)) == pytest.approx(min(4.0, between))

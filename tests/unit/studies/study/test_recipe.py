@@ -143,15 +143,16 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert kept["model"]["exit_layers"] == list(run.model.exit_layers)
 
 
-def test_hidden_units_take_the_flops_and_parameters_of_keys_and_values():
-    plain = replace(SMALL, num_key_value_heads=2)
+@pytest.mark.parametrize("width", [64, 128, 160, 256])
+def test_hidden_units_take_at_most_the_flops_and_parameters_of_keys_and_values(width):
+    plain = replace(SMALL, hidden_size=width, head_dim=16, num_key_value_heads=2)
     units = freed_units(plain)
     wide = replace(plain, kv_source_layer=1, upper_intermediate_size=units)
 
     def size(config):
         return sum(p.numel() for p in Transformer(config).model.layers[-1].parameters())
 
-    assert size(wide) == pytest.approx(size(plain), rel=1e-3)
+    assert size(plain) - 3 * width < size(wide) <= size(plain)
 
 
 @pytest.fixture
