@@ -94,6 +94,7 @@ def parsed() -> argparse.Namespace:
     add("--train-steps", type=int, help="stop every run after this many steps; nothing is kept")
     add("--untrained", type=numbers, help="shares that leave at each exit, of those that reach it")
     add("--source", type=int, default=1, help="layer whose state gives keys and values")
+    add("--upper-hidden", type=int, help="hidden units of the blocks without keys and values")
     add("--exits", type=numbers, default=(1.0, 2.0))
     add("--layers", type=int, default=8)
     add("--width", type=int, default=512)
@@ -135,7 +136,13 @@ def config_of(options: argparse.Namespace, name: str) -> DecoderConfig:
     if name == STANDARD:
         return shape
     exits = tuple(int(layer) for layer in options.exits)
-    return replace(shape, exit_layers=exits, exit_head="adapter", kv_source_layer=options.source)
+    return replace(
+        shape,
+        exit_layers=exits,
+        exit_head="adapter",
+        kv_source_layer=options.source,
+        upper_intermediate_size=options.upper_hidden,
+    )
 
 
 class Corpus:
