@@ -145,6 +145,7 @@ def _search(
 ) -> tuple[Candidate, list[Searched]]:
     """The best candidate, its budget in percent of its own model, and all tried, in order."""
     best, search = first_candidate(config.layers), list[Searched]()
+    counted: set[str] = set()
     for question, changes in _rounds(budgets.study, config):
         if question == UPPER and best.source is None:
             continue
@@ -153,7 +154,8 @@ def _search(
         short = _short(budgets.study, [budgets.own(each) for each in candidates])
         recipes = short.recipes
         runs = plan_runs(short, text)
-        workers.do(runs, watcher)
+        workers.do([run for run in runs if run.name not in counted], watcher)
+        counted |= {run.name for run in runs}  # a run of an earlier round counts once
         losses = [budgets.held_out_loss(run, workers.folder, config.compute_budget) for run in runs]
         chosen = int(np.argmin(losses)) if np.isfinite(losses).any() else None
         search += [

@@ -40,7 +40,7 @@ TEXT = "The exits of a model stand after its blocks. " * 120
 
 class Watcher:
     def __init__(self):
-        self.planned = {}
+        self.planned, self.done = {}, []
 
     def on_plan(self, name, total, tokens):
         self.planned[name] = total
@@ -55,7 +55,7 @@ class Watcher:
         pass
 
     def on_done(self, name):
-        pass
+        self.done.append(name)
 
 
 @pytest.fixture
@@ -126,6 +126,7 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     run_names = [path.name for path in (tmp_path / "runs").glob("[0-9a-f]*")]
     left_out = run.model.kv_source_layer is None
     assert len(run_names) == watcher.planned["search"] - left_out + watcher.planned["recipe"]
+    assert sorted(watcher.done) == sorted(run_names)
     code = main(
         f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
         f"--dim 32 --out {again} --runs {tmp_path / 'runs'}".split()
