@@ -125,8 +125,8 @@ def generate(
     _check(model, config, [prompt], tokenizer)
     row = Row(prompt, config, model=model, tokenizer=tokenizer, row=0)
     cache = model.make_cache(1, len(prompt) + row.limit)
+    way, meaning = missing_kv_for(model, config, rule)
     if not config.speculative:
-        way, meaning = missing_kv_for(model, config, rule)
         decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=way)
         tokens = (token for _, token in _decode(decoder, [prompt], [row]))
         return Generation(tokens, completion=row.completion, decoder=decoder, missing_kv=meaning)

@@ -83,18 +83,16 @@ def missing_kv_for(
 
     Figures state "exact" if all exits that the rule uses are complete, and None without a rule.
     Nothing is missing above a complete exit, so no layer is run for it. Raises ConfigError if the
-    config requires complete exits and some are not.
+    config requires complete exits and the model has none, or the rule uses others.
     """
-    if rule is None:
-        return "propagate", None
-    used = model.exit_layers
-    if isinstance(rule.policy, ThresholdPolicy):
+    used = () if rule is None else model.exit_layers
+    if rule is not None and isinstance(rule.policy, ThresholdPolicy):
         used = rule.policy.used(used)
     if complete(model, used):
-        return "propagate", EXACT
+        return "propagate", None if rule is None else EXACT
     chosen = config.missing_kv
     if chosen != EXACT:
-        return chosen, chosen
+        return chosen, None if rule is None else chosen
     least = model.complete_from
     why = "the model has no complete exits"
     if least < model.num_layers:

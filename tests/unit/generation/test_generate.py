@@ -329,6 +329,14 @@ def test_exact_is_refused_where_an_exit_is_not_complete(make_model, source, why)
         generate_batch(model, [PROMPT], config)
 
 
+@pytest.mark.parametrize("options", [{}, {"speculative": True}])
+def test_exact_is_refused_without_complete_exits_also_if_no_token_leaves(make_model, options):
+    model = make_model(num_hidden_layers=5, exit_layers=(1, 3))
+    with pytest.raises(ConfigError, match=r"since the model has no complete exits, got exact$"):
+        generate(model, PROMPT, GenerateConfig(missing_kv="exact", **options))
+    assert exits_of(model, missing_kv="recompute", **options)[1] is None
+
+
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"speculative": True}])
 def test_exits_are_asked_of_a_model_without_any(make_model, options):
     model = make_model(exit_layers=())
