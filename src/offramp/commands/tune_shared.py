@@ -52,7 +52,8 @@ def share(
 ) -> tuple[OpenedModel, dict[str, Any]]:
     """Return a model with shared keys and values and trained exits, and a record of the way.
 
-    ``ppl`` measures the last layer on text that is held out.
+    ``ppl`` measures the last layer on text that is held out. If only the last block is above the
+    source, it computes what it did before, so nothing is distilled.
     """
     teacher = cast(Transformer, opened.model)
     assert config.kv_source is not None
@@ -69,7 +70,8 @@ def share(
     )
     student.silence_untrained()
     found = {"model": ppl(teacher), "fitted": ppl(student)}
-    if (distillation := config.distillation()) is not None:
+    distillation = config.distillation() if student.cache_layers < student.num_layers else None
+    if distillation is not None:
         distil(
             student,
             teacher,

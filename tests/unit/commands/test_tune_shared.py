@@ -95,6 +95,14 @@ def test_the_fit_alone_or_everything(checkpoint, text, tmp_path, unfreeze):
     assert same != unfreeze
 
 
+def test_the_last_block_alone_has_nothing_to_learn(checkpoint, text, tmp_path):
+    trained = tune_folder(checkpoint, text, tmp_path / "out", kv_source=3)
+    ppl = trained["shared_kv"]["ppl"]
+    assert set(ppl) == {"model", "fitted"}
+    assert ppl["fitted"] == pytest.approx(ppl["model"], rel=1e-5)
+    assert trained["after"][-1]["ppl"] == ppl["fitted"]
+
+
 def test_a_model_of_offramp_train_begins_with_new_exits(text, tmp_path):
     lm = offramp.train(
         text,
