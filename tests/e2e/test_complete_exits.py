@@ -79,7 +79,7 @@ def test_a_sweep_of_both_kinds_of_exits_says_which_are_exact(
     arguments = ("--corpus", text, "--thresholds", "0.2")
     content, result = written(offramp, tmp_path / "mixed.json", "sweep", mixed, *arguments)
     assert content["missing_kv"] == "recompute"
-    caption = '(missing_kv="recompute", exact at exit 2, 3)'
+    caption = '(missing_kv="recompute", exact at exits 2, 3)'
     assert caption in " ".join(result.stdout.split())
     content, result = written(offramp, tmp_path / "plain.json", "sweep", trained, *arguments)
     assert content["missing_kv"] == "recompute"

@@ -21,7 +21,9 @@ def tune(
     threads: Threads = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Give a pretrained model exits and train them; its backbone stays as it is.
+    """Give a pretrained model exits and train them.
+
+    Its backbone stays as it is, unless --unfreeze or --kv-source is given.
 
     Parameters
     ----------

@@ -48,7 +48,8 @@ def missing_kv_text(content: Mapping[str, Any]) -> str:
     if least is None or last is None or content["missing_kv"] == "exact":
         return text
     complete = [str(layer) for layer in content["exit_layers"] if least <= layer < last]
-    return f"{text}, exact at exit {', '.join(complete)}" if complete else text
+    exits = f"exit{'s' if len(complete) > 1 else ''} {', '.join(complete)}"
+    return f"{text}, exact at {exits}" if complete else text
 
 
 def p_text(p: Number | None) -> str:

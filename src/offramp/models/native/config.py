@@ -151,6 +151,12 @@ class DecoderConfig:
             raise ConfigError(
                 f"kv_source_layer: expected from 1 to {last}, below the last layer, got {source}"
             )
+        if upper is not None and source == last:
+            raise ConfigError(
+                f"upper_intermediate_size: expected none with kv_source_layer {source} of "
+                f"{self.num_hidden_layers} layers, where every block projects keys and values, got "
+                f"{upper}"
+            )
 
     @property
     def complete_from(self) -> int:

@@ -20,7 +20,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
 of them together, is constant or falls."""
 
 UPPER = "hidden units above the source"
-"""Name of the round that is left out for a candidate without a source."""
+"""Name of the round that is left out if all of the best candidate's blocks project keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

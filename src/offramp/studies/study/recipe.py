@@ -147,7 +147,7 @@ def _search(
     best, search = first_candidate(config.layers), list[Searched]()
     counted: set[str] = set()
     for question, changes in _rounds(budgets.study, config):
-        if question == UPPER and best.source is None:
+        if question == UPPER and best.source in (None, config.layers - 1):
             continue
         changed = [best.changed(**change) for change in changes]
         candidates = [each for each in changed if budgets.possible(each)]

@@ -112,6 +112,7 @@ def test_blocks_that_project_no_keys_may_have_more_hidden_units(make_model):
     [
         ({"upper_intermediate_size": 40}, "expected none without kv_source_layer, got 40"),
         ({"upper_intermediate_size": 0, "kv_source_layer": 1}, "expected at least 1, got 0"),
+        ({"upper_intermediate_size": 40, "kv_source_layer": 2}, "expected none with .* got 40"),
     ],
 )
 def test_a_wrong_number_of_upper_units_is_a_config_error(fields, sentence):

@@ -29,7 +29,7 @@ def make(make_model):
     def with_source(source, *, dtype=torch.float32, **fields):
         shape = {"hidden_size": 64, "intermediate_size": 48, "num_key_value_heads": 2}
         shape |= {"num_hidden_layers": LAYERS, "kv_source_layer": source}
-        shape |= {"upper_intermediate_size": 80}
+        shape |= {"upper_intermediate_size": 80 if source < LAYERS - 1 else None}
         model = make_model(dtype=dtype, **(shape | fields))
         cache = model.make_cache(3, capacity=7)
         assert cache.keys.shape[0] == cache.values.shape[0] == len(cache.lengths) == source + 1
