@@ -146,7 +146,7 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
 
 @pytest.mark.parametrize("width", [64, 128, 160, 256])
 def test_hidden_units_take_at_most_the_flops_and_parameters_of_keys_and_values(width):
-    plain = replace(SMALL, hidden_size=width, head_dim=16, num_key_value_heads=2)
+    plain = replace(SMALL, hidden_size=width, head_dim=width // 4, num_key_value_heads=2)
     units = freed_units(plain)
     wide = replace(plain, kv_source_layer=1, upper_intermediate_size=units)
 
