@@ -69,7 +69,9 @@ def corpus(tmp_path):
 def test_every_candidate_is_a_recipe_of_its_depth(layers):
     found = list(rounds(layers, 60.0, upper=421))
     first = first_candidate(layers).changed(source=1)
-    for _, changes in found:
+    for question, changes in found:
+        if question == UPPER and layers == 2:
+            continue  # the search leaves it out: every block projects keys
         candidates = [first.changed(**change) for change in changes]
         assert first in candidates  # so that no round makes things worse
         assert len({candidate.recipe.label for candidate in candidates}) == len(candidates)
