@@ -18,7 +18,7 @@ from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.loading import load_weights
 from offramp.models.model_files import find_model
 from offramp.models.native.decoder import Transformer
-from offramp.models.native.llama import first_layers
+from offramp.models.native.llama import first_layers, native_of
 
 
 def export_exit(
@@ -48,8 +48,9 @@ def export_exit(
             f"exit: expected one of the model's exit layers "
             f"{', '.join(map(str, model.exit_layers))}, got {exit_layer}"
         )
-    if isinstance(model, Transformer) and model.config.cache_layers < model.num_layers:
-        short = _without_shared(model, exit_layer)
+    native = native_of(model)
+    if native is not None and native.config.cache_layers < native.num_layers:
+        short = _without_shared(native, exit_layer)
     else:
         short = shortened(as_huggingface(model), exit_layer)
     with new_folder(out) as folder:

@@ -25,6 +25,7 @@ from offramp.models.base import TrainableModel, whole_step
 from offramp.models.native.blocks import Attention, DecoderBlock
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
+from offramp.models.native.llama import native_of
 from offramp.training.frozen import RIDGE
 
 TOKENS_PER_INPUT = 32
@@ -36,12 +37,11 @@ _SMALLEST = 1e-6  # weight of an error, relative to the largest
 
 def check_source(model: TrainableModel, source: int) -> None:
     """Raise a ConfigError if blocks above layer ``source`` cannot share keys and values."""
-    if not isinstance(model, Transformer):
+    if (native := native_of(model)) is None:
         raise ConfigError(
-            "kv_source: expected a model that the native decoder runs, got one that transformers "
-            "runs"
+            "kv_source: expected a model that the native decoder runs, got one of transformers"
         )
-    config = model.config
+    config = native.config
     if config.kv_source_layer is not None:
         raise ConfigError(
             "kv_source: expected a model whose blocks have keys and values of their own, got one "

@@ -209,6 +209,6 @@ def test_what_cannot_share_is_refused_and_nothing_written(checkpoint, text, shar
         offramp.tune(checkpoint, text, kv_source=2, dtype=torch.bfloat16, out=out)
     plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="native decoder runs, got one that transformers"):
+    with pytest.raises(ConfigError, match="native decoder runs, got one of transformers"):
         offramp.tune(plain, text, tokenizer=tokenizer, kv_source=2, out=out)
     assert not out.exists()

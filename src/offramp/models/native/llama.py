@@ -12,6 +12,7 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from offramp.models.base import EarlyExitModel
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.native.checkpoint import empty_model
@@ -241,6 +242,11 @@ def to_transformers(model: Transformer) -> Any:
     if config.tie_word_embeddings:
         plain.tie_weights()
     return plain.to(model.device).eval()
+
+
+def native_of(model: EarlyExitModel) -> Transformer | None:
+    """Return the model if the native decoder runs it, else None."""
+    return model if isinstance(model, Transformer) else None
 
 
 @torch.no_grad()
