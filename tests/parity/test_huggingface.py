@@ -106,6 +106,8 @@ FAMILIES = {
         },
     ),
 }
+if not hasattr(transformers, "Gemma4TextConfig"):  # before, Gemma 3n passed other things on
+    FAMILIES = {name: of for name, of in FAMILIES.items() if name not in ("gemma3n", "gemma4")}
 WHOLE_ONLY = {
     "bloom": ("BloomConfig", {**GPT, "hidden_size": 32}),
     "mamba": ("MambaConfig", {**SHAPE, "state_size": 8}),
