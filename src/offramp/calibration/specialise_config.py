@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import get_args
 
 from offramp.errors import ConfigError
-
-MissingKV = Literal["recompute", "propagate"]
+from offramp.models.missing_kv import MissingKV
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from offramp.errors import GenerationError
 from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.config import MissingKV
 from offramp.generation.deferred import DeferredKV, Segment
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
+from offramp.models.missing_kv import MissingKV
 from offramp.models.work import Work
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {

@@ -6,9 +6,8 @@ from typing import Literal, get_args
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence_names import check_confidence
-from offramp.models.missing_kv import EXACT
+from offramp.models.missing_kv import EXACT, MissingKV
 
-MissingKV = Literal["propagate", "recompute"]
 MISSING_KV: tuple[str, ...] = get_args(MissingKV)
 MissingKVChoice = Literal["propagate", "recompute", "exact"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from offramp.exits.confidence import ExitView
 from offramp.generation.confident_exit import ExitDecoder, ExitRule
-from offramp.generation.config import MissingKV
 from offramp.models.base import EarlyExitModel
+from offramp.models.missing_kv import MissingKV
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from offramp.generation.config import MissingKV
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
+from offramp.models.missing_kv import MissingKV
 from offramp.models.work import Work
 
 

@@ -11,9 +11,9 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
-from offramp.generation.config import GenerateConfig, MissingKV
+from offramp.generation.config import GenerateConfig
 from offramp.models.base import EarlyExitModel
-from offramp.models.missing_kv import EXACT, complete
+from offramp.models.missing_kv import EXACT, MissingKV, complete
 
 
 def token_ids(prompt: Sequence[int] | Tensor) -> list[int]:

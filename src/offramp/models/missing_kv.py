@@ -6,11 +6,12 @@ no PyTorch.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from offramp.models.base import EarlyExitModel
 
+MissingKV = Literal["propagate", "recompute"]
 EXACT: Final = "exact"
 """``missing_kv`` of figures in which every exit that may be used is complete."""
 
