@@ -31,6 +31,7 @@ from offramp.models.native.blocks import (
 )
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
+from offramp.models.native.quantised import QuantisedWeight, quantised_linear
 from offramp.models.native.rope import rotation_tables
 
 
@@ -95,12 +96,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return self.lm_head.weight.dtype
+        """Type of the states and the parameters; quantised weights have types of their own."""
+        return self.model.embed_tokens.weight.dtype
 
     @property
     def exits_trained(self) -> bool:
@@ -180,7 +181,10 @@ class Transformer(nn.Module):
         norm = self.model.norm if own is None else own
         if self._fast.fit(h):
             return self._fast.logits(h, norm, head.weight, vocab)
-        return F.linear(norm(h), head.weight if vocab is None else head.weight[vocab])
+        weight: Any = head.weight if vocab is None else head.weight[vocab]
+        if isinstance(weight, QuantisedWeight):
+            return quantised_linear(norm(h), weight)
+        return F.linear(norm(h), weight)
 
     def _is_fast(self, h: Tensor, step: Step) -> bool:
         return step.cache is not None and step.real is None and self._fast.fit(h)

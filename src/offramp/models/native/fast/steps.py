@@ -21,6 +21,7 @@ from offramp.models.native.fast.kernel_weights import DTYPES
 from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
 from offramp.models.native.fast.tokens import Call, KernelCall, Tables
 from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
+from offramp.models.native.quantised import QuantisedLinear
 
 
 class FastSteps:
@@ -46,14 +47,19 @@ class FastSteps:
         """Drop all values that were computed from the parameters; a copy computes its own."""
         return {**vars(self), "_vocabs": {}, "_tables": None}
 
-    @staticmethod
-    def fit(h: Tensor) -> bool:
+    def fit(self, h: Tensor) -> bool:
         """Return whether ``h`` (B, T, D) has few tokens, on a CPU and without gradients."""
         return (
             h.shape[0] * h.shape[1] <= FEW_TOKENS
             and h.device.type == "cpu"
             and not torch.is_grad_enabled()
+            and not self.quantised
         )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the blocks' weights are quantised."""
+        return isinstance(cast(Any, self.blocks[0]).self_attn.q_proj, QuantisedLinear)
 
     def run(
         self,
@@ -103,7 +109,7 @@ class FastSteps:
 
         ``tokens`` is the number of all tokens of the call.
         """
-        return tokens <= FEW_TOKENS and self._weights.kernels_read
+        return tokens <= FEW_TOKENS and not self.quantised and self._weights.kernels_read
 
     def _run_some(
         self,
