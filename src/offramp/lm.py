@@ -26,6 +26,7 @@ from offramp.models.base import EarlyExitModel
 from offramp.models.bos import Bos
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.model_files import find_model
+from offramp.models.native.schemes import Scheme
 from offramp.models.open import OpenedModel, open_in_memory, open_model
 from offramp.models.save import save_model
 from offramp.options import config_of
@@ -202,7 +203,7 @@ class EarlyExitLM:
             if isinstance(certificate, Certificate)
             else load_thresholds(Path(certificate))
         )
-        stored.require_model(self.sha256)
+        stored.require_model(self.sha256, weights=self._opened.weights)
         stored.require_bos(bool(self._opened.first_tokens))
         stored.warn_of_dtype(self._opened.precision)
         return stored
@@ -218,6 +219,7 @@ def load(
     bos: Bos = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    weights: Scheme | None = None,
 ) -> EarlyExitLM:
     """Open a model with its exits.
 
@@ -234,6 +236,8 @@ def load(
             "no", or "auto", as the model was trained.
         device: Where to compute; by default the CPU, or where a model in memory is.
         dtype: Precision; by default that of the files, or of a model in memory.
+        weights: "int8" or "int4" quantises the weights of attention, MLP and LM heads; ``dtype``,
+            float32 or bfloat16, is then the precision of everything else. ``save`` keeps them.
 
     Raises:
         CheckpointError: Files are missing, damaged or changed.
@@ -243,6 +247,7 @@ def load(
     layers = exit_layers_of(exits)
     if not isinstance(model, str | Path):
         _refuse("with a model in memory, which has them", base=base, device=device, dtype=dtype)
+        _refuse("with a model in memory, which can be saved and loaded with them", weights=weights)
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
         return EarlyExitLM(opened.with_bos(bos))
     _refuse("with a name or folder, which has its own", tokenizer=tokenizer)
@@ -250,7 +255,12 @@ def load(
     if files.kind != "checkpoint":
         _refuse(f"since {model} has exits", exits=layers, exit_head=exit_head)
     opened = open_model(
-        files, exit_layers=layers, exit_head=exit_head, device=device or "cpu", dtype=dtype
+        files,
+        exit_layers=layers,
+        exit_head=exit_head,
+        device=device or "cpu",
+        dtype=dtype,
+        weights=weights,
     )
     opened = opened.with_bos(bos)
     opened.warn_of_bos()

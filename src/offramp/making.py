@@ -77,7 +77,7 @@ def train(
     named = {_SHAPE.get(name, name): value for name, value in options.items()}
     if len(named) < len(options):
         raise ConfigError(f"options: expected each once, got two names of one: {sorted(options)}")
-    shape = {field.name for field in fields(DecoderConfig)} - {"vocab_size"}
+    shape = {field.name for field in fields(DecoderConfig)} - {"vocab_size", "weight_format"}
     training = {name: value for name, value in named.items() if name not in shape}
     run = TrainRun(
         corpus=str(corpus),

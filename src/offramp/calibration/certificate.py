@@ -11,6 +11,7 @@ from typing import Any
 
 from offramp.errors import CertificateError, ConfigError, OfframpWarning
 from offramp.files import write_json
+from offramp.models.native.schemes import SCHEMES, Scheme
 from offramp.reading import parsing, read_json
 from offramp.schema import fitting, shown
 
@@ -94,9 +95,18 @@ class Certificate:
         """Whether the model's first tokens, such as BOS, began every window."""
         return self.assumptions.get("bos") is True
 
-    def require_model(self, model_sha256: str) -> None:
-        """Raise a CertificateError unless the certificate is this model's."""
-        check_model(self.model_sha256, model_sha256)
+    @property
+    def weights(self) -> Scheme | None:
+        """Scheme of the model's quantised weights, int8 or int4; None if they are numbers."""
+        found = self.assumptions.get("weights")
+        return next((scheme for scheme in SCHEMES if scheme == found), None)
+
+    def require_model(self, model_sha256: str, *, weights: Scheme | None = None) -> None:
+        """Raise a CertificateError unless the certificate is this model's.
+
+        ``weights`` is the scheme of the model's weights, for the message.
+        """
+        check_model((self.model_sha256, self.weights), (model_sha256, weights))
 
     def require_bos(self, bos: bool) -> None:
         """Raise a CertificateError unless texts begin as those of the certificate."""
@@ -139,11 +149,20 @@ class Certificate:
             raise CertificateError(f"{path}: {error}") from None
 
 
-def check_model(of_file: str, of_model: str) -> None:
-    """Raise a CertificateError unless a file's thresholds were found for this model."""
-    if of_file != of_model:
+def check_model(of_file: tuple[str, Scheme | None], of_model: tuple[str, Scheme | None]) -> None:
+    """Raise a CertificateError unless a file's thresholds were found for this model.
+
+    Each is the hash of a model, and the scheme of its weights if they are quantised. The formats
+    of the same weights are different models.
+    """
+    if of_file[0] != of_model[0]:
+        found, here = (
+            "" if weights is None else f" with {weights} weights"
+            for _, weights in (of_file, of_model)
+        )
         raise CertificateError(
-            f"certificate: expected one for this model, sha256 {of_model}, got one for {of_file}"
+            f"certificate: expected one for this model{here}, sha256 {of_model[0]}, got one for "
+            f"{of_file[0]}{found}"
         )
 
 

@@ -25,6 +25,7 @@ from offramp.evaluation.sweep import sweep
 from offramp.evaluation.trace import ExitTrace
 from offramp.exits.policy import ThresholdPolicy
 from offramp.models.missing_kv import EXACT, are_complete
+from offramp.models.native.schemes import Scheme
 
 
 def certify(
@@ -34,6 +35,7 @@ def certify(
     model_sha256: str,
     dtype: str = "float32",
     bos: bool = False,
+    weights: Scheme | None = None,
     corpus_sha256: str,
     confidence: str = "max_prob",
     path: Sequence[Sequence[float]] | None = None,
@@ -44,7 +46,8 @@ def certify(
 
     If no step keeps it, the thresholds are those of the full model. ``path`` must be fixed before
     the trace is seen (default: ``threshold_path``). Windows that are shorter than the others are
-    ignored. ``complete_from`` is the model's (default: it has no complete exits).
+    ignored. ``complete_from`` is the model's (default: it has no complete exits), and ``weights``
+    the scheme of its weights if they are quantised.
     """
     trace = whole_sequences(trace)
     num_exits = len(trace.exit_layers)
@@ -82,6 +85,7 @@ def certify(
         assumptions={
             **_assumptions(promise, steps, sequence_tokens=trace.num_tokens // n),
             "bos": bos,
+            **({} if weights is None else {"weights": weights}),
         },
     ).signed()
 

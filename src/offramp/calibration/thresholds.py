@@ -14,6 +14,7 @@ from offramp.calibration.certificate import (
     warn_of_dtype,
 )
 from offramp.errors import CertificateError, ConfigError
+from offramp.models.native.schemes import Scheme
 from offramp.reading import read_json
 from offramp.schema import fitting, shown
 
@@ -31,6 +32,8 @@ class StoredThresholds:
     "Precision in which the model was measured."
     bos: bool = False
     "Whether the model's first tokens, such as BOS, began every window."
+    weights: Scheme | None = None
+    "Scheme of the model's quantised weights, int8 or int4; None if they are numbers."
     sha256: str | None = None
     "Hash of the certificate; None for a compute budget, which guarantees nothing."
 
@@ -52,12 +55,13 @@ class StoredThresholds:
             model_sha256=certificate.model_sha256,
             dtype=certificate.dtype,
             bos=certificate.bos,
+            weights=certificate.weights,
             sha256=certificate.sha256,
         )
 
-    def require_model(self, model_sha256: str) -> None:
+    def require_model(self, model_sha256: str, *, weights: Scheme | None = None) -> None:
         """Raise a CertificateError unless the thresholds are this model's."""
-        check_model(self.model_sha256, model_sha256)
+        check_model((self.model_sha256, self.weights), (model_sha256, weights))
 
     def require_bos(self, bos: bool) -> None:
         """Raise a CertificateError unless texts begin as those of the calibration."""

@@ -33,6 +33,7 @@ COMMANDS = (
     "generate",
     "plot",
     "probe",
+    "quantise",
     "recipe",
     "reproduce",
     "specialise",
@@ -56,7 +57,10 @@ FLAGS = {  # a config's field: its flag, where they differ
     "max_position_embeddings": "max-length",
 }
 
-NO_FLAG = ("vocab_size", "threshold", "decay", "missing_kv", "stop_strings", "stop_tokens")
+NO_FLAG = (
+    *("vocab_size", "weight_format", "threshold", "decay", "missing_kv"),
+    *("stop_strings", "stop_tokens"),
+)
 """Fields of configs that no flag sets by itself: the tokenizer or the command does."""
 
 

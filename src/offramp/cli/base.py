@@ -21,6 +21,7 @@ from offramp.cli.app import is_first_process
 from offramp.cli.interrupts import work_begins
 from offramp.console import safe_console
 from offramp.errors import CheckpointError, ConfigError
+from offramp.models.native.schemes import Scheme
 from offramp.options import check_processes
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ Bos = Annotated[
     ),
 ]
 Dtype = Annotated[Precision, Parameter(help="Precision of the model.")]
+Weights = Annotated[
+    Scheme | None,
+    Parameter(
+        help="Quantise the weights of attention, MLP and LM heads to 8 or 4 bits when the model is "
+        "loaded; --dtype is then the precision of everything else. Only for models that the native "
+        "decoder runs. offramp quantise keeps the result."
+    ),
+]
 
 
 def use(device: str, threads: int | None) -> None:
@@ -89,6 +98,7 @@ def open_for(
     base: str | Path | None = None,
     device: str,
     dtype: str | None,
+    weights: Scheme | None = None,
     bos: BosName = "auto",
     stored: StoredThresholds | Certificate | None = None,
 ) -> "OpenedModel":
@@ -105,17 +115,27 @@ def open_for(
 
     files = find_model(name, base=base)
     chosen = dtype or (stored.dtype if stored else None)
-    opened = open_model(files, device=device, dtype=getattr(torch, chosen) if chosen else None)
+    opened = open_model(
+        files,
+        device=device,
+        dtype=getattr(torch, chosen) if chosen else None,
+        weights=weights,
+    )
     if dtype is None and stored and opened.dtype != own_dtype(files):
         say(f"{name}: runs in {stored.dtype}, in which its thresholds were found.")
     if bos == "auto" and stored:
         bos = "yes" if stored.bos else "no"
     opened = opened.with_bos(bos)
     if stored is not None:
-        stored.require_model(opened.sha256)
+        stored.require_model(opened.sha256, weights=opened.weights)
         stored.require_bos(bool(opened.first_tokens))
         stored.warn_of_dtype(opened.precision)
     opened.warn_of_bos()
+    if opened.weights is not None:
+        say(
+            f"{name}: {opened.weights} weights in attention, MLP and LM heads; everything else in "
+            f"{opened.precision}."
+        )
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:
         say(

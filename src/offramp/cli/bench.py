@@ -13,6 +13,7 @@ from offramp.cli.base import (
     Model,
     Out,
     Threads,
+    Weights,
     check_out_file,
     console,
     open_for,
@@ -36,6 +37,7 @@ def bench(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
 ) -> None:
     """Time decoding with exits, at full depth and by transformers' own generate, in one run.
 
@@ -51,7 +53,7 @@ def bench(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, weights=weights)
     so_far: list[dict[str, Any]] = []
 
     def keep(content: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from offramp.cli.base import (
     Dtype,
     Model,
     Threads,
+    Weights,
     check_out_file,
     open_for,
     output,
@@ -51,6 +52,7 @@ def calibrate(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
 ) -> None:
     """Find thresholds with a guarantee and write a certificate; or keep a compute budget.
 
@@ -73,7 +75,15 @@ def calibrate(
     checked = None if check is None else Certificate.load(check)
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=checked)
+    opened = open_for(
+        model,
+        base=base,
+        bos=bos,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        stored=checked,
+    )
     measure, kept = "max_prob" if confidence is None else confidence, promise or Promise()
     with token_bar("trace") as on_tokens:
         if checked is not None:

@@ -15,6 +15,7 @@ from offramp.cli.base import (
     Model,
     Text,
     Threads,
+    Weights,
     check_out_file,
     console,
     open_for,
@@ -25,6 +26,7 @@ from offramp.cli.base import (
     use,
     warn,
 )
+from offramp.errors import ConfigError
 from offramp.exits.confidence_names import check_confidence
 from offramp.files import write_json
 
@@ -43,6 +45,7 @@ def confidence(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
 ) -> None:
     """Compare the confidence measures: risk and coverage, AUROC, ECE, and PPL at equal cost.
 
@@ -57,6 +60,11 @@ def confidence(
     check_out_file(out)
     for name in measures:
         check_confidence(name)
+    if fit is not None and weights is not None:
+        raise ConfigError(
+            f"weights: expected none with --fit, whose gates stay in the model's folder, got "
+            f"{weights}; fit them in a folder that offramp quantise wrote"
+        )
 
     from offramp.commands.confidence import fit as fit_exits
     from offramp.commands.confidence import measure_confidence
@@ -69,7 +77,14 @@ def confidence(
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype="float32" if fit else dtype)
+    opened = open_for(
+        model,
+        base=base,
+        bos=bos,
+        device=device,
+        dtype="float32" if fit else dtype,
+        weights=weights,
+    )
     if fit is not None:
         say(f"Fitting gates and temperatures to {fit}; this can take minutes")
         with bars(console) as drawn:

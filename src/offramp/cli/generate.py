@@ -19,6 +19,7 @@ from offramp.cli.base import (
     Model,
     Precision,
     Threads,
+    Weights,
     console,
     open_for,
     output,
@@ -97,6 +98,7 @@ def generate(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Precision | None = None,
+    weights: Weights = None,
 ) -> None:
     """Continue a text; in a terminal each token has the colour of its exit.
 
@@ -131,7 +133,15 @@ def generate(
     )
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
+    opened = open_for(
+        model,
+        base=base,
+        bos=bos,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        stored=stored,
+    )
     if stored is not None:
         config = _with_thresholds(config, stored, keys_values, opened)
     stops = [utf8(each) or "" for each in stop_token or ()]

@@ -9,6 +9,7 @@ from offramp.cli.base import (
     Out,
     Text,
     Threads,
+    Weights,
     check_out_file,
     open_for,
     output,
@@ -31,6 +32,7 @@ def probe(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
 ) -> None:
     """Measure how much each exit knows and costs, and predict whether exits will pay.
 
@@ -47,7 +49,7 @@ def probe(
     from offramp.report.probe import probe_table
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype)
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, weights=weights)
     with token_bar("probe") as on_tokens:
         content = run_probe(opened, corpus, tokens=tokens, on_tokens=on_tokens)
     shown = output()

@@ -14,6 +14,7 @@ from offramp.cli.base import (
     Model,
     Text,
     Threads,
+    Weights,
     check_out_file,
     open_for,
     output,
@@ -43,6 +44,7 @@ def sweep(
     device: Device = "cpu",
     threads: Threads = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
 ) -> None:
     """Measure PPL, Compute% and FLOPs% of any number of thresholds, from one pass over a text.
 
@@ -71,7 +73,15 @@ def sweep(
     from offramp.report.sweep import sweep_table, sweep_verdict
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, stored=stored)
+    opened = open_for(
+        model,
+        base=base,
+        bos=bos,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        stored=stored,
+    )
     with token_bar("trace") as on_tokens:
         content = run_sweep(
             opened, corpus, parsed, confidence=measure, stored=stored, on_tokens=on_tokens

@@ -38,6 +38,7 @@ def certify(
         model_sha256=opened.sha256,
         dtype=opened.precision,
         bos=bool(opened.first_tokens),
+        weights=opened.weights,
         corpus_sha256=text.corpus.sha256,
         confidence=confidence,
         path=path,
@@ -95,7 +96,7 @@ def check(
 
     Raises CertificateError for another model's certificate.
     """
-    certificate.require_model(opened.sha256)
+    certificate.require_model(opened.sha256, weights=opened.weights)
     certificate.require_bos(bool(opened.first_tokens))
     opened.require_exits()
     text = read_text(opened, corpus)

@@ -39,6 +39,7 @@ def export_exit(
     what the exit says, or where its blocks share keys and values.
     """
     files = find_model(name, base=base)
+    files.require_numbers("since a plain checkpoint holds numbers")
     layers = (exit_layer,) if files.kind == "checkpoint" else None
     model = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)
     texts = files.tokenizer_folder

@@ -51,7 +51,7 @@ def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
     with quiet():
         tokenizer = opened.chat_tokenizer
         try:
-            if tokenizer is None and opened.files is not None and opened.files.kind != "native":
+            if tokenizer is None and opened.files is not None and opened.files.speaks_chat:
                 tokenizer = transformers().AutoTokenizer.from_pretrained(
                     opened.files.backbone.folder, local_files_only=True, trust_remote_code=False
                 )

@@ -15,6 +15,7 @@ from offramp.data.corpus import load_corpus
 from offramp.errors import CheckpointError
 from offramp.evaluation.trace import collect_trace
 from offramp.folders import new_folder
+from offramp.models.model_files import refuse_quantised
 from offramp.models.open import OpenedModel
 from offramp.models.save import write_model
 
@@ -40,6 +41,7 @@ def specialise(
             f"{opened.name}: expected a model with trained exits, of offramp train or offramp "
             "tune, got one whose exits were never trained"
         )
+    refuse_quantised(opened.name, opened.weights, "since specialise trains LM heads")
     text = load_corpus(corpus)
     train_ids, validation_ids = training_ids(opened, text)
 

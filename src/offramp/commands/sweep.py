@@ -42,7 +42,7 @@ def sweep(
     for another model.
     """
     if stored is not None:
-        stored.require_model(opened.sha256)
+        stored.require_model(opened.sha256, weights=opened.weights)
         stored.require_bos(bool(opened.first_tokens))
         thresholds, confidence = [stored.thresholds], stored.confidence
     confidence_named(confidence)

@@ -107,6 +107,7 @@ class MeasuredText:
             "untrained": not self.opened.exits_trained,
             "unfinished": self.opened.unfinished,
             "bos": bool(self.opened.first_tokens),
+            **({} if self.opened.weights is None else {"weights": self.opened.weights}),
             "temperatures": dict(self.opened.fitted.temperatures),
             "corpus": {
                 "name": self.corpus.name,

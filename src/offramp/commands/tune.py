@@ -21,7 +21,7 @@ from offramp.exits.gate import FittedExits
 from offramp.exits.weightings import parse_loss_weights
 from offramp.folders import check_free, new_folder
 from offramp.models.base import EarlyExitModel, TrainableModel
-from offramp.models.model_files import find_model
+from offramp.models.model_files import find_model, refuse_quantised
 from offramp.models.open import OpenedModel, open_model
 from offramp.models.save import write_model
 from offramp.training.frozen import TuneProgress, check_exits, tune_exits
@@ -49,6 +49,7 @@ def open_for_tuning(
     With ``kv_source`` the native decoder runs it, and a model of ``offramp train`` may be opened.
     """
     files = find_model(name)
+    files.require_numbers("since tune trains")
     if files.kind == "exits":
         raise CheckpointError(f"{files.name}: expected a model without exits, got one with exits")
     if config.kv_source is not None:
@@ -85,6 +86,7 @@ def tune(
     that nothing was trained on.
     """
     check_free(out)
+    refuse_quantised(opened.name, opened.weights, "since tune trains")
     corpus = load_corpus(corpus_name)
     text = corpus.whole if corpus.test is None else corpus.train
     model, tokenizer = opened.model, opened.tokenizer

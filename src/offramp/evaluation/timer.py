@@ -14,6 +14,7 @@ from offramp.evaluation.cost import ModelCost, model_cost
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, Step
+from offramp.models.weight_bytes import bytes_per_weight
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Numbers of tokens per call for which a part is timed."""
@@ -75,9 +76,9 @@ class Timer:
     rounds: int
 
     @property
-    def item_bytes(self) -> int:
+    def item_bytes(self) -> float:
         """Bytes of one weight."""
-        return self.model.make_cache(1, 1).keys.element_size()
+        return bytes_per_weight(self.model)
 
     @property
     def sizes(self) -> list[int]:

@@ -11,7 +11,7 @@ head are copies of the final ones, and the residual block adds zero.
 """
 
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -81,14 +81,14 @@ class ExitHead(nn.Module):
         *,
         norm: nn.Module,
         adapter: ExitAdapter | None = None,
-        lm_head: nn.Linear | None = None,
+        lm_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm = norm
         self.adapter = adapter
-        self.lm_head = lm_head
+        self.lm_head: Any = lm_head
 
-    def start_from(self, norm: nn.Module, lm_head: nn.Linear) -> None:
+    def start_from(self, norm: nn.Module, lm_head: nn.Module) -> None:
         """Copy the final norm and LM head, so that the exit gives the same logits."""
         self.norm.load_state_dict(norm.state_dict())
         if self.adapter is not None:
@@ -113,7 +113,7 @@ class ExitHeads(nn.ModuleDict):
         self.trained = True
         "Whether the exits were trained; if not, the first use of one in eval mode warns."
 
-    def start_from(self, old: "ExitHeads", norm: nn.Module | None, lm_head: nn.Linear) -> None:
+    def start_from(self, old: "ExitHeads", norm: nn.Module | None, lm_head: nn.Module) -> None:
         """Initialise each head with the exit's norm in ``old``, or else ``norm``, and ``lm_head``.
 
         The exits count as trained if the old ones did.

@@ -7,7 +7,7 @@ folder keeps it.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from offramp.models.computation import computation
 from offramp.models.huggingface.exits_file import EXITS_FILE
 from offramp.models.model_files import ModelFiles
 from offramp.models.native.decoder import Transformer
+from offramp.models.native.llama import EMBEDDING, HEAD, native_name
+from offramp.models.native.quantise import weight_format
 
 
 @torch.no_grad()
@@ -33,12 +35,18 @@ def model_sha256(
     Weights are read from the files, so that the precision in which they were loaded does not
     matter; a model without files is hashed as it is in memory.
     """
-    native = isinstance(model, Transformer) and (files is None or files.kind == "native")
+    quantised = weight_format(model) is not None
+    native = isinstance(model, Transformer) and (
+        files is None or files.kind == "native" or quantised
+    )
     digest = hashlib.sha256(tokenizer.encode())
     about = [_config(model, files, native), list(model.exit_layers), model.exit_head]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    weights = _in_files(files.backbone.weights) if files else _in_memory(backbone_state(model))
+    if quantised:
+        weights = _quantised(model, files)
     parts = [
-        _in_files(files.backbone.weights) if files else _in_memory(backbone_state(model)),
+        weights,
         _heads(model, files, native),
         _in_memory(_fitted(fitted)),
     ]
@@ -49,6 +57,31 @@ def model_sha256(
             whole = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(whole.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _quantised(model: TrainableModel, files: ModelFiles | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a quantised model, those that are not quantised as its files hold them.
+
+    So a model that was quantised when it was loaded, and one whose folder holds quantised
+    weights, have the same hash, whatever the precision of everything else.
+    """
+    numbers = {name for name, _ in model.named_parameters()}
+    exact = {} if files is None else _exact(files, numbers)
+    for name, tensor in sorted(backbone_state(model).items()):
+        yield name, exact.get(name, tensor).float() if name in numbers else tensor
+
+
+def _exact(files: ModelFiles, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Return the stored tensors of these names in a native decoder."""
+    exits = (files.own / EXITS_FILE,) if files.kind == "exits" and files.own else ()
+    found = {
+        native_name(name): tensor
+        for name, tensor in _in_files((*files.backbone.weights, *exits))
+        if native_name(name) in wanted or native_name(name) == HEAD
+    }
+    if HEAD in found:  # a tied checkpoint may hold only this one
+        found.setdefault(EMBEDDING, found[HEAD])
+    return found
 
 
 def backbone_state(model: TrainableModel) -> dict[str, Tensor]:

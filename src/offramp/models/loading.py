@@ -8,6 +8,7 @@ import torch
 
 from offramp.errors import (
     CheckpointError,
+    ConfigError,
     OfframpWarning,
     UnsupportedArchitectureError,
 )
@@ -19,8 +20,10 @@ from offramp.models.model_files import ModelFiles
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import load_native
+from offramp.models.native.quantise import check_scheme, precision_beside, quantised
+from offramp.models.native.schemes import Scheme
 from offramp.models.reference import agrees
-from offramp.models.weights import stored_dtype
+from offramp.models.weights import stored_dtype, to_precision
 
 Runner = Literal["native", "transformers"]
 
@@ -29,7 +32,20 @@ def own_dtype(files: ModelFiles) -> torch.dtype:
     """Return the precision in which a model is opened if none is chosen."""
     if files.kind == "exits":
         return tuned_dtype(files.about)
-    return torch.float32 if files.kind == "native" else stored_dtype(files.backbone)
+    if files.kind != "native":
+        return stored_dtype(files.backbone)
+    scheme = files.weight_format
+    if scheme is None:
+        return torch.float32
+    return precision_beside(scheme, None, stored_dtype(files.backbone))
+
+
+def exact_dtype(files: ModelFiles) -> torch.dtype:
+    """Return a precision that holds every weight of the files as it is."""
+    stored = stored_dtype(files.backbone)
+    if files.kind != "exits":
+        return stored
+    return torch.promote_types(stored, tuned_dtype(files.about))
 
 
 def load_weights(
@@ -40,12 +56,54 @@ def load_weights(
     exit_head: ExitHeadKind | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    weights: str | None = None,
 ) -> Transformer | HuggingFaceModel:
     """Load a model in eval mode, without its tokenizer; see ``open_model``."""
+    if weights is not None:
+        scheme = check_scheme(weights)
+        files.require_numbers(f"since {scheme} weights are made of numbers")
+        return _quantised(files, scheme, exit_layers, exit_head, device, dtype)
     if files.kind == "native":
         return load_checkpoint(files.backbone.folder, device=device, dtype=dtype)[0]
     model = _pretrained(files, runner, exit_layers, exit_head, dtype)
     return model.to(device).eval()
+
+
+def _quantised(
+    files: ModelFiles,
+    weights: Scheme,
+    exit_layers: Iterable[int] | None,
+    exit_head: ExitHeadKind | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> Transformer:
+    """Load a model and quantise it, in the precision of its files, before anything is rounded.
+
+    So the weights do not depend on ``dtype``, the precision of what is not quantised.
+    """
+    beside = precision_beside(weights, dtype, own_dtype(files))
+    try:
+        model = load_weights(
+            files,
+            runner="native",
+            exit_layers=exit_layers,
+            exit_head=exit_head,
+            device=device,
+            dtype=exact_dtype(files),
+        )
+    except UnsupportedArchitectureError as error:
+        why = str(error).partition(";")[0]
+        raise UnsupportedArchitectureError(
+            f"weights: expected none for {files.name}, since only the native decoder runs "
+            f"{weights} weights: {why}"
+        ) from None
+    assert isinstance(model, Transformer)
+    try:
+        new = quantised(model, weights)
+    except ConfigError as error:
+        raise CheckpointError(f"{files.name}: {error}") from None
+    to_precision(new, beside)
+    return new
 
 
 def _pretrained(

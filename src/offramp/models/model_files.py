@@ -18,6 +18,7 @@ from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_JSON, read_exits
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.places import base_of
+from offramp.models.native.schemes import SCHEMES, Scheme
 from offramp.models.sources import Source, find_checkpoint
 from offramp.reading import read_json
 
@@ -74,6 +75,17 @@ class ModelFiles:
         return self.kind == "exits" and self.own == self.backbone.folder
 
     @property
+    def weight_format(self) -> Scheme | None:
+        """The scheme of the stored weights, int8 or int4; None if they are numbers."""
+        stored = self.about.get("model") if self.kind == "native" else None
+        found = stored.get("weight_format") if isinstance(stored, dict) else None
+        return next((scheme for scheme in SCHEMES if scheme == found), None)
+
+    def require_numbers(self, why: str) -> None:
+        """Raise a CheckpointError for quantised weights; ``why`` says what needs numbers."""
+        refuse_quantised(self.name, self.weight_format, why)
+
+    @property
     def exits_sha256(self) -> str:
         """Hash of the exits' file, or else of the weights, which hold the exits."""
         return str(self.about["exits_sha256"]) if self.kind == "exits" else self.backbone.sha256
@@ -84,6 +96,17 @@ class ModelFiles:
         if self.own is not None and (self.own / TOKENIZER_FILE).is_file():
             return self.own
         return self.backbone.folder
+
+    @property
+    def speaks_chat(self) -> bool:
+        """Whether ``transformers`` may find a chat template beside the weights."""
+        named = (self.backbone.folder / "tokenizer_config.json").is_file()
+        return self.kind != "native" or named
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model was trained by offramp train, on windows without first tokens."""
+        return self.kind == "native" and self.about.get("pretrained") is not True
 
     @cached_property
     def record(self) -> TrainingRecord:
@@ -129,6 +152,14 @@ class ModelFiles:
                 f"got {window!r}"
             )
         return window
+
+
+def refuse_quantised(name: str, found: Scheme | None, why: str) -> None:
+    """Raise a CheckpointError for quantised weights; ``why`` says what needs numbers."""
+    if found is not None:
+        raise CheckpointError(
+            f"{name}: expected a model whose weights are not quantised, {why}, got {found} weights"
+        )
 
 
 def token_ids(end: Any, name: str) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ from offramp.models.model_files import (
     token_ids,
 )
 from offramp.models.native.decoder import Transformer
+from offramp.models.native.quantise import weight_format
+from offramp.models.native.schemes import Scheme
 
 DEFAULT_WINDOW = 256
 """Number of tokens per window if the training window of the model is unknown."""
@@ -96,6 +98,11 @@ class OpenedModel:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def weights(self) -> Scheme | None:
+        """Scheme of the quantised weights, int8 or int4; None if they are numbers."""
+        return weight_format(self.model)
+
+    @property
     def unfinished(self) -> bool:
         """Whether the training run of this model has not ended; it is the best model so far."""
         return self.files is not None and self.files.unfinished
@@ -121,7 +128,7 @@ class OpenedModel:
             self.tokenizer,
             self.files,
             vocab_size=self.model.vocab_size,
-            plain=self.files.kind == "native"
+            plain=self.files.plain
             if self.files is not None
             else isinstance(self.model, Transformer),
             config=self.files.config if self.files else vars(getattr(backbone, "config", self)),
@@ -170,6 +177,7 @@ def open_model(
     exit_head: ExitHeadKind | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    weights: str | None = None,
 ) -> OpenedModel:
     """Open a model, in eval mode, with its tokenizer and its fitted gates and temperatures.
 
@@ -181,7 +189,9 @@ def open_model(
     with ``runner`` native, an UnsupportedArchitectureError is raised.
     ``exit_layers`` and ``exit_head`` are only for plain checkpoints; None puts exits at each
     quarter of the depth. ``dtype`` None keeps the precision of the files, or that in which the
-    exits were trained.
+    exits were trained. ``weights`` int8 or int4 quantises the weights of attention, MLP and LM
+    heads; ``dtype``, float32 or bfloat16, is then the precision of everything else. Only the
+    native decoder runs such a model.
 
     Raises CheckpointError for files that are missing, damaged, changed or pickles, and for a
     tokenizer with more tokens than the model; UnsupportedArchitectureError for a model that is
@@ -195,6 +205,7 @@ def open_model(
         exit_head=exit_head,
         device=device,
         dtype=dtype,
+        weights=weights,
     )
     tokenizer = load_tokenizer(files)
     check_vocabulary(files.name, tokenizer, model)

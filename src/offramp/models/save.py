@@ -12,7 +12,7 @@ from offramp.files import file_sha256
 from offramp.folders import new_folder
 from offramp.models.base import TrainableModel
 from offramp.models.fitted import save_fitted
-from offramp.models.huggingface.backbone import load_backbone, save_backbone
+from offramp.models.huggingface.backbone import copy_texts, load_backbone, save_backbone
 from offramp.models.huggingface.exits_file import write_exits
 from offramp.models.identity import backbone_state, state_of
 from offramp.models.native.checkpoint import save_checkpoint
@@ -39,15 +39,38 @@ def write_model(opened: OpenedModel, out: Path, *, about: Mapping[str, Any] | No
     """Write what ``save_model`` writes into an existing, empty folder."""
     model, files = opened.model, opened.files
     stored = {**(files.about if files else {}), **(about or {})}
-    if isinstance(model, Transformer) and (files is None or files.kind == "native"):
-        kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
-        save_checkpoint(model, out, about=kept, weights_about={})
+    native = files is None or files.kind == "native" or opened.weights is not None
+    if isinstance(model, Transformer) and native:
+        scheme = {} if opened.weights is None else {"weight_format": opened.weights}
+        save_checkpoint(model, out, about=_about_native(opened, stored), weights_about=scheme)
+        if scheme and files is not None:  # a chat template, too
+            copy_texts(files.tokenizer_folder, out)
         save_tokenizer(opened.tokenizer, out)
         exits = file_sha256(out / "model.safetensors")
     else:
         exits = _save_pretrained(opened, out, stored)
     if opened.fitted is not NOTHING_FITTED:
         save_fitted(opened.fitted, out, exits=exits)
+
+
+def _about_native(opened: OpenedModel, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``config.json`` keeps beside the model's own config.
+
+    The folder of a pretrained model with quantised weights says that it is one, and what its
+    files said of texts and exits.
+    """
+    files = opened.files
+    if files is None or files.kind == "native":
+        kept = {name: part for name, part in stored.items() if name not in ("format", "model")}
+    else:
+        kept = {"pretrained": True, "trained": stored.get("trained")}
+        if opened.end_tokens:
+            kept["eos_token_id"] = list(opened.end_tokens)
+        if type(begin := files.config.get("bos_token_id")) is int:
+            kept["bos_token_id"] = begin
+    if opened.weights is not None:
+        kept |= {"dtype": opened.precision, "exits_trained": opened.exits_trained}
+    return kept
 
 
 def _save_tokenizer(opened: OpenedModel, out: Path) -> None:

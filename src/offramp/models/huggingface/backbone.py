@@ -10,7 +10,7 @@ import torch
 
 from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, UnsupportedArchitectureError
-from offramp.files import obey_umask
+from offramp.files import obey_umask, writing
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.sources import Source
 from offramp.models.weights import (
@@ -192,6 +192,16 @@ def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_texts(texts: Path, folder: Path) -> None:
+    """Copy the files of a checkpoint's tokenizer from ``texts`` into ``folder``.
+
+    Raises CheckpointError for a link that leads out of ``texts``, and if they cannot be written.
+    """
+    with writing(folder):
+        for path in _text_files(texts):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _text_files(folder: Path) -> list[Path]:

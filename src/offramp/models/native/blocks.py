@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from offramp.errors import ConfigError
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.exit_heads import ExitHead, adapter_of, has_lm_head
 from offramp.models.native.config import DecoderConfig
+from offramp.models.native.quantised import QuantisedLinear
 
 
 def rotate(
@@ -62,6 +64,16 @@ class BlockContext:
         return (causal & self.real[:, None] | own)[:, None]
 
 
+def linear_of(config: DecoderConfig, inputs: int, outputs: int) -> Any:
+    """Return a linear map without bias whose weight has the config's format.
+
+    It is an ``nn.Linear`` or a ``QuantisedLinear``.
+    """
+    if config.weight_format is None:
+        return nn.Linear(inputs, outputs, bias=False)
+    return QuantisedLinear(inputs, outputs, config.weight_format)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
@@ -77,14 +89,14 @@ class Attention(nn.Module):
         size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.q_proj = linear_of(config, config.hidden_size, size)
         self.projects_kv = layer < config.cache_layers
         self.shares_kv = layer == config.kv_source_layer
         self.cache_layer = min(layer, config.cache_layers - 1)
         if self.projects_kv:
-            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+            self.k_proj = linear_of(config, config.hidden_size, kv_size)
+            self.v_proj = linear_of(config, config.hidden_size, kv_size)
+        self.o_proj = linear_of(config, size, config.hidden_size)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -128,9 +140,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         units = config.units(layer)
-        self.gate_proj = nn.Linear(config.hidden_size, units, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, units, bias=False)
-        self.down_proj = nn.Linear(units, config.hidden_size, bias=False)
+        self.gate_proj = linear_of(config, config.hidden_size, units)
+        self.up_proj = linear_of(config, config.hidden_size, units)
+        self.down_proj = linear_of(config, units, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the SwiGLU to x (..., D)."""
@@ -252,6 +264,6 @@ def exit_head_of(config: DecoderConfig) -> ExitHead:
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     head = None
     if has_lm_head(config.exit_head):
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = linear_of(config, config.hidden_size, config.vocab_size)
     adapter = adapter_of(config.exit_head, config.hidden_size)
     return ExitHead(norm=norm, adapter=adapter, lm_head=head)

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from offramp.data.hub import one_line
-from offramp.errors import CheckpointError
+from offramp.errors import CheckpointError, ConfigError
 from offramp.files import read_tensors, replacing, write_json
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
+from offramp.models.native.quantise import precision_beside, require_whole
 from offramp.models.weights import to_precision
 from offramp.reading import read_json, value_of
 from offramp.schema import shown
@@ -60,16 +61,31 @@ def load_checkpoint(
     if config.tie_word_embeddings:
         state[_TIED] = state.get("model.embed_tokens.weight", torch.empty(0))
     try:  # shapes first, on a model that takes no memory
-        empty_model(config, state, path, device="meta").load_state_dict(state, assign=True)
-        model = empty_model(config, state, path)
-        model.load_state_dict(state)
+        model = empty_model(config, state, path, device="meta")
+        model.load_state_dict(state, assign=True)
+        if config.weight_format is None:
+            model = empty_model(config, state, path)
+            model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / 'model.safetensors'}: the weights do not fit config.json: "
             + one_line(error)
         ) from None
+    if config.weight_format is not None:
+        dtype = _checked(model, folder, dtype)
+        model.exits.trained = about.get("exits_trained") is not False
     to_precision(model, dtype)
     return model.to(device).eval(), about
+
+
+def _checked(model: Transformer, folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """Check the tensors of a quantised model, and return the precision of what is not quantised."""
+    assert model.config.weight_format is not None
+    try:
+        require_whole(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'}: {error}") from None
+    return precision_beside(model.config.weight_format, dtype, model.dtype)
 
 
 def empty_model(

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from offramp.errors import ConfigError
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
+from offramp.models.native.schemes import SCHEMES, Scheme
 
 NormOrder = Literal["pre", "post"]
 RopeType = Literal["default", "linear", "llama3"]
@@ -72,6 +73,9 @@ class DecoderConfig:
     "With llama3: a frequency with more turns in the original length stays as it is."
     rope_original_length: int | None = None
     "With llama3: number of positions of the earlier training."
+    weight_format: Scheme | None = None
+    """Scheme of the weights of attention, MLP and LM heads, int8 or int4 (see ``quantised.py``);
+    None: floating-point numbers, as all other parameters have."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,6 +97,7 @@ class DecoderConfig:
                 raise ConfigError(f"{name}: expected a number above 0, got {value}")
         self._check_source()
         self._check_rope()
+        self._check_format()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ConfigError(f"head_dim: expected an even number above 0, got {self.head_dim}")
@@ -158,6 +163,20 @@ class DecoderConfig:
                 f"{upper}"
             )
 
+    def _check_format(self) -> None:
+        """Raise a ConfigError for an unknown scheme, and for a tied LM head that is quantised."""
+        if self.weight_format is None:
+            return
+        if self.weight_format not in SCHEMES:
+            raise ConfigError(
+                f"weight_format: expected {' or '.join(SCHEMES)}, got {self.weight_format!r}"
+            )
+        if self.tie_word_embeddings:
+            raise ConfigError(
+                f"tie_word_embeddings: expected false with {self.weight_format} weights, since the "
+                "embedding stays as it is, got true"
+            )
+
     @property
     def complete_from(self) -> int:
         """The lowest layer at which a token that leaves has left all keys and values."""
@@ -209,8 +228,8 @@ class DecoderConfig:
     def stored(self) -> dict[str, Any]:
         """Return the fields as files store them: what a model does not have is left out."""
         left_out = () if self.rope_type != "default" else ("rope_type", *_ONLY_SCALED)
-        sharing = ("kv_source_layer", "upper_intermediate_size")
-        left_out = (*left_out, *(name for name in sharing if getattr(self, name) is None))
+        rare = ("kv_source_layer", "upper_intermediate_size", "weight_format")
+        left_out = (*left_out, *(name for name in rare if getattr(self, name) is None))
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 

@@ -27,6 +27,7 @@ from offramp.models.native.blocks import (
     Decoder,
     DecoderBlock,
     exit_head_of,
+    linear_of,
     shared_keys_values,
 )
 from offramp.models.native.config import DecoderConfig
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         self.max_length, self.exit_head = config.max_position_embeddings, config.exit_head
         self.complete_from, self.cache_layers = config.complete_from, config.cache_layers
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear_of(config, config.hidden_size, config.vocab_size)
         self.exits = ExitHeads(num_layers=config.num_hidden_layers)
         if config.exit_head != "shared":
             for layer in config.exit_layers[:-1]:

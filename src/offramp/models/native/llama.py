@@ -23,7 +23,7 @@ from offramp.models.weights import load_state, refuse_tensors, stored_dtype
 from offramp.options import config_of
 from offramp.reading import parsing, read_json
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FAMILIES = ("llama", "mistral")
 _MISTRAL_WINDOW = 4096  # default of Mistral's config
 
@@ -53,7 +53,7 @@ def load_native(
     with parsing(path, "the config of a model"):
         config = decoder_config(stored, exit_layers=exit_layers, exit_head=exit_head)
     kept = load_state(source, dtype or stored_dtype(source))
-    state = {_native_name(name): tensor for name, tensor in kept.items()}
+    state = {native_name(name): tensor for name, tensor in kept.items()}
     config = _tied(config, state)
     model = empty_model(config, state, path, device="meta")  # draws no random numbers
     try:
@@ -72,7 +72,7 @@ def load_native(
     return model.to(device).eval()
 
 
-def _native_name(name: str) -> str:
+def native_name(name: str) -> str:
     """Return a parameter's name in a causal language model; base models have no prefix."""
     return name if name.startswith(("model.", "lm_head.", "exits.")) else f"model.{name}"
 
@@ -85,12 +85,12 @@ def _tied(config: DecoderConfig, state: dict[str, torch.Tensor]) -> DecoderConfi
     """
     if not config.tie_word_embeddings:
         return config
-    embedding, head = state.get(_EMBEDDING), state.get(_HEAD)
+    embedding, head = state.get(EMBEDDING), state.get(HEAD)
     if embedding is not None and head is not None and not torch.equal(embedding, head):
         return replace(config, tie_word_embeddings=False)
     kept = head if embedding is None else embedding
     if kept is not None:
-        state[_EMBEDDING] = state[_HEAD] = kept
+        state[EMBEDDING] = state[HEAD] = kept
     return config
 
 
@@ -202,6 +202,11 @@ def to_transformers(model: Transformer) -> Any:
     whose blocks share keys and values, which ``transformers`` does not have.
     """
     config = model.config
+    if config.weight_format is not None:
+        raise UnsupportedArchitectureError(
+            "weights: expected numbers, which transformers reads, got "
+            f"{config.weight_format} weights"
+        )
     if config.norm != "pre":
         raise UnsupportedArchitectureError(
             "norm: expected a pre-norm model, like Llama, got a post-norm model, for which "
@@ -271,7 +276,7 @@ def first_layers(model: Transformer, exit_layer: int) -> Transformer:
     if own is not None:
         state["model.norm.weight"] = own.norm.weight
     if head is not None:
-        state[_HEAD] = head.weight
+        state[HEAD] = head.weight
     with torch.device("meta"):
         short = Transformer(config)
     wanted = short.state_dict()
