@@ -74,6 +74,7 @@ WRITERS = {
     "calibrate": ["calibrate", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "sweep": ["sweep", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "probe": ["probe", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
+    "quantise": ["quantise", "MODEL", "--weights", "int8", "--out", "DISK/new"],
     "export": ["export", "CHECKPOINT", "--exit", 2, "--out", "DISK/new"],
     "plot": ["plot", "SWEPT", "--out", "DISK/before.svg"],
     "study": ["study", "alpha", "--corpus", "python-docs", "--tokens", 4096, "--out", "DISK/new"],

@@ -81,6 +81,8 @@ def world(
         *("tune", folder / "checkpoint", "--corpus", text, "--exits", "1,2", "--seq-len", 32),
         *("--exit-head", "norm", "--epochs", 1, "--out", tuned),
     )
+    for name, model, scheme in (("int8", native, "int8"), ("int4", tuned, "int4")):
+        made("quantise", model, "--weights", scheme, "--out", folder / name)
     made("confidence", tuned, "--corpus", small, "--fit", text, "--out", folder / "confidence.json")
     for name, arguments in {
         "certificate.json": ("calibrate", native, "--corpus", small),

@@ -50,6 +50,7 @@ MODEL = (
     ("probe", "M", "--corpus", "T", "--tokens", "32"),
     ("calibrate", "M", "--corpus", "T", "--out", "O"),
 )
+QUANTISE = ("quantise", "M", "--weights", "int4", "--out", "D")
 RESUME = (("train", "--resume", "M"), ("train", "--resume", "M", "--steps", "5"))
 TRAIN = (
     *("train", "--corpus", "T", "--out", "D", "--config", "F", "--layers", "2", "--dim", "8"),
@@ -60,6 +61,12 @@ KINDS = (
     Kind(file="native/config.json", commands=MODEL, weight=3),
     Kind(file="native/tokenizer.json", commands=MODEL, weight=2),
     Kind(file="native/model.safetensors", commands=MODEL),
+    Kind(file="int8/config.json", commands=MODEL, weight=2),
+    Kind(file="int8/model.safetensors", commands=MODEL, weight=2),
+    Kind(file="int4/config.json", commands=MODEL, weight=2),
+    Kind(file="int4/model.safetensors", commands=MODEL, weight=2),
+    Kind(file="native/model.safetensors", commands=(QUANTISE,)),
+    Kind(file="tuned/offramp.json", commands=(QUANTISE,)),
     Kind(file="checkpoint/config.json", commands=MODEL, weight=3),
     Kind(file="checkpoint/generation_config.json", commands=MODEL[1:2]),
     Kind(file="checkpoint/model.safetensors", commands=MODEL),

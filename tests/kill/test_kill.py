@@ -182,6 +182,13 @@ CASES = {
         weight=2,
         opens="model",
     ),
+    "quantise": Case(
+        before=TUNED,
+        arguments=["quantise", "tuned", "--weights", "int4", "--out", "small"],
+        outcome=lambda root: tensors(root / "small"),
+        out="small",
+        opens="tuned",
+    ),
     "export": Case(
         before=[make_base],
         arguments=["export", "base", "--exit", "1", "--out", "short"],

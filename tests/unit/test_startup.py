@@ -39,6 +39,7 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "generate": ["MODEL", "PROMPT"],
     "plot": ["FILE"],
     "probe": ["MODEL", "--corpus", "TEXT"],
+    "quantise": ["MODEL", "--weights", "int8", "--out", "OUT"],
     "recipe": ["--corpus", "TEXT", "--out", "OUT"],
     "reproduce": [],
     "specialise": ["MODEL", "--corpus", "TEXT", "--out", "OUT"],
@@ -48,18 +49,25 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "tune": ["MODEL", "--corpus", "TEXT", "--out", "OUT"],
 }
 BAD_VALUES = {  # the second is refused by a config, where the command has one
-    "bench": [("--prompts", "x"), ("--prompts", "0"), ("--confidence", "surety")],
-    "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0")],
-    "confidence": [("--dtype", "int3")],
+    "bench": [
+        *(("--prompts", "x"), ("--prompts", "0"), ("--confidence", "surety")),
+        ("--weights", "int3"),
+    ],
+    "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0"), ("--weights", "int3")],
+    "confidence": [("--dtype", "int3"), ("--weights", "int3")],
     "export": [("--exit", "x")],
-    "generate": [("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")],
+    "generate": [
+        *(("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")),
+        ("--weights", "int3"),
+    ],
     "plot": [("--out", "x.bmp")],
-    "probe": [("--tokens", "x")],
+    "probe": [("--tokens", "x"), ("--weights", "int3")],
+    "quantise": [("--weights", "int3"), ("--threads", "x")],
     "recipe": [("--layers", "x"), ("--layers", "1"), ("--jobs", "0")],
     "reproduce": [("--seeds", "x"), ("--seeds", "0"), ("--jobs", "0")],
     "specialise": [("--steps", "x"), ("--steps", "0")],
     "study": [("--seeds", "x"), ("--seeds", "0"), ("--threads", "0")],
-    "sweep": [("--dtype", "int3"), ("--thresholds", "high")],
+    "sweep": [("--dtype", "int3"), ("--thresholds", "high"), ("--weights", "int3")],
     "train": [("--steps", "x"), ("--steps", "0"), ("--lr", "0")],
     "tune": [("--lr", "x"), ("--lr", "nan"), ("--tokens", "1")],
 }
@@ -82,6 +90,7 @@ def mistyped(word):
 NEAR = {
     "export": "--out",
     "plot": "--out",
+    "quantise": "--threads",
     "reproduce": "--quick",
     "study": "--tokens",
     "tune": "--tokens",
