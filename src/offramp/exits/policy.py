@@ -144,6 +144,10 @@ class GainPolicy:
         if not self.price >= 0:
             raise ConfigError(f"price: expected a number of at least 0, got {self.price}")
 
+    def extra(self, index: int) -> tuple[float, ...]:
+        """Return price x cost of running on from the ``index``-th exit to each later one."""
+        return tuple(self.price * (cost - self.costs[index]) for cost in self.costs[index + 1 :])
+
     def advantage(self, index: int, expected_kl: Any) -> Any:
         """Return the largest loss, in nats, that continuing saves, minus price x its cost.
 
@@ -152,7 +156,7 @@ class GainPolicy:
         the advantage is at most 0.
         """
         here, *later = expected_kl
-        extra = [self.price * (cost - self.costs[index]) for cost in self.costs[index + 1 :]]
+        extra = self.extra(index)
         best = here - extra[-1]
         for loss, cost in zip(later, extra, strict=False):
             saved = here - loss - cost

@@ -4,6 +4,7 @@ The token's keys and values in the layers above that exit are computed when a la
 them: see deferred.py.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.deferred import DeferredKV, Segment
-from offramp.models.base import EarlyExitModel, Step
+from offramp.generation.routing import router_spec
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
+from offramp.models.router import Routed, Router
 from offramp.models.work import Work
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -72,16 +75,6 @@ def check_confidence_scores(scores: Iterable[float], measure: str, layer: int) -
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exits:
-    """Where one token of each row left, and the logits of the next token there."""
-
-    logits: Float[Tensor, "B V"]
-    exit_layers: list[int]
-    confidence: list[float]
-    "The confidence at the exit where the token left; at the last layer, its largest probability."
-
-
 class ExitDecoder:
     """Decodes one token of each row at a time; each row leaves at the first exit that allows it.
 
@@ -104,6 +97,9 @@ class ExitDecoder:
         self.drafted = self.accepted = 0  # this decoder drafts no tokens
         self.exits = model.exit_layers if rule else (model.num_layers,)
         self._prompts = [0] * batch_size
+        self._missing_kv: MissingKV = missing_kv
+        self._router: Router | None = None  # made for the first token, which follows a prompt
+        self._started = False
         self._deferred = DeferredKV(
             model,
             cache,
@@ -114,7 +110,7 @@ class ExitDecoder:
         )
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Exits:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Routed:
         """Run the prompts at full depth; rows are padded on the left.
 
         Blocks above ``complete_from`` write no keys and values of their own, so they run only for
@@ -142,9 +138,16 @@ class ExitDecoder:
             h = model.run_layers(h[:, -1:], complete, layers, step=last)
         return _at_last_layer(model.unembed(h[:, -1:], layers)[:, 0], layers)
 
-    @torch.inference_mode()
-    def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
+    def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Routed:
         """Run the next token of each of ``rows`` (ascending) until it leaves."""
+        if not self._started:
+            self._started, self._router = True, self._new_router()
+        if self._router is not None:
+            return self._routed(self._router, ids, rows)
+        return self._step_by_step(ids, rows)
+
+    @torch.inference_mode()
+    def _step_by_step(self, ids: Sequence[int], rows: Sequence[int]) -> Routed:
         step = self._step(rows)
         h = self.model.embed(torch.tensor(ids, device=self.model.device)[:, None], step=step)
         if self.rule is None:
@@ -156,9 +159,30 @@ class ExitDecoder:
             self.lengths[row] += 1
         return exits
 
+    def _new_router(self) -> Router | None:
+        """Return a router for the rule, if the model has one: see models/router.py."""
+        if self.batch_size > FEW_TOKENS or type(self.rule) not in (ExitRule, type(None)):
+            return None
+        spec = router_spec(
+            self.rule, self.exits, missing_kv=self._missing_kv, tokens=self.cache.capacity
+        )
+        return None if spec is None else self.model.router(self.cache, spec)
+
+    def _routed(self, router: Router, ids: Sequence[int], rows: Sequence[int]) -> Routed:
+        """Run the next token of each of ``rows`` in one call of the model."""
+        places = [self.lengths[row] for row in rows]
+        since = [self.lengths[row] - self._prompts[row] for row in rows]
+        routed = router.step(list(ids), list(rows), places, since, self.work)
+        for layer in routed.broken.values():
+            assert self.rule is not None
+            check_confidence_scores([math.nan], self.rule.confidence, layer)
+        for row in rows:
+            self.lengths[row] += 1
+        return routed
+
     def _route(
         self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule, step: Step
-    ) -> Exits:
+    ) -> Routed:
         """Run from exit to exit, each time with the rows that have not left yet."""
         left: dict[int, tuple[Tensor, int, float]] = {}  # by row: logits, exit layer, confidence
         running, done, agreement = list(rows), 0, None
@@ -194,7 +218,7 @@ class ExitDecoder:
             for i, row in enumerate(running):
                 left[row] = (last.logits[i], last.exit_layers[i], last.confidence[i])
         ordered = [left[row] for row in rows]
-        return Exits(
+        return Routed(
             logits=torch.stack([logits for logits, _, _ in ordered])
             if len(ordered) > 1
             else ordered[0][0][None],
@@ -225,7 +249,7 @@ class ExitDecoder:
     def _logits(self, h: Float[Tensor, "B 1 D"], layer: int) -> Float[Tensor, "B V"]:
         return self.model.unembed(h, layer)[:, 0]
 
-    def _last(self, h: Float[Tensor, "B 1 D"]) -> Exits:
+    def _last(self, h: Float[Tensor, "B 1 D"]) -> Routed:
         layer = self.model.num_layers
         self.work.heads[layer, len(h)] += 1
         return _at_last_layer(self._logits(h, layer), layer)
@@ -238,10 +262,10 @@ class ExitDecoder:
         return Step(positions=positions, cache=self.cache, rows=chosen)
 
 
-def _at_last_layer(logits: Float[Tensor, "B V"], layer: int) -> Exits:
+def _at_last_layer(logits: Float[Tensor, "B V"], layer: int) -> Routed:
     largest = logits.float().softmax(dim=-1).amax(dim=-1)
     layers = [layer] * logits.shape[0]
-    return Exits(logits=logits, exit_layers=layers, confidence=largest.tolist())
+    return Routed(logits=logits, exit_layers=layers, confidence=largest.tolist())
 
 
 def forced_exits(

@@ -208,7 +208,10 @@ def _decode(
     while True:
         chosen = [
             rows[place].sampler.choose(
-                exits.logits[i], rows[place].count, exit_layer=exits.exit_layers[i]
+                exits.logits[i],
+                rows[place].count,
+                exit_layer=exits.exit_layers[i],
+                likeliest=exits.likeliest[i] if exits.likeliest else None,
             )
             for i, place in enumerate(going)
         ]

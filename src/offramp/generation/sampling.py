@@ -60,11 +60,13 @@ class Sampler:
         after: Sequence[int] = (),
         vocab: Int[Tensor, " W"] | None = None,
         exit_layer: int | None = None,
+        likeliest: tuple[float, int] | None = None,
     ) -> int:
         """Choose the ``index``-th new token (from 0).
 
         ``after`` are tokens that follow the kept ones, such as drafts. ``vocab`` names the tokens
-        of the logits if they are not all. Raises GenerationError for logits that are not finite,
+        of the logits if they are not all. ``likeliest`` is the largest of the logits and its token,
+        if it is known. Raises GenerationError for logits that are not finite,
         and names the ``exit_layer`` that they are from.
         """
         config = self.config
@@ -74,7 +76,8 @@ class Sampler:
             seen = seen.to(logits.device)
             here = seen if vocab is None else seen[vocab]
             logits = penalise(logits, here.nonzero()[:, 0], config.repetition_penalty)
-        best, place = logits.max(dim=-1)
+            likeliest = None
+        best, place = logits.max(dim=-1) if likeliest is None else likeliest
         if not math.isfinite(best):
             of = "" if exit_layer is None else f" of exit layer {exit_layer}"
             raise GenerationError(

@@ -17,6 +17,7 @@ from offramp.errors import ConfigError
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
+from offramp.models.router import Router, RouterSpec
 
 FEW_TOKENS = 16
 """Largest number of tokens of a call whose time is mostly fixed cost, such as reading weights."""
@@ -151,6 +152,13 @@ class EarlyExitModel(Protocol):
         order where several tokens are computed at once.
         """
 
+    def router(self, cache: KVCache, spec: RouterSpec) -> Router | None:
+        """Return a router of new tokens of this cache, which runs a token in one call; or None.
+
+        None where the model's blocks, or the gates of ``spec``, have no compiled kernels. A cache
+        that a router uses is used by nothing else.
+        """
+
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step
     ) -> Iterator[tuple[int, Float[Tensor, "B T D"]]]:
@@ -268,26 +276,6 @@ def walk(
         h = model.run_layers(h, done, layer, step=step)
         done = layer
         yield layer, h
-
-
-def layers_by_name(
-    model: nn.Module, *, below: Iterable[nn.Module], blocks: Iterable[nn.Module]
-) -> dict[str, int]:
-    """Implement ``layers_of_parameters`` for a model whose parts are modules.
-
-    ``below`` are the modules before the first of ``blocks``. A parameter that several parts share
-    belongs to the lowest of them.
-    """
-    blocks = list(blocks)
-    layers: dict[int, int] = {}
-    for layer, modules in enumerate((below, *([block] for block in blocks))):
-        for module in modules:
-            for parameter in module.parameters():
-                layers.setdefault(id(parameter), layer)
-    return {
-        name: layers.get(id(parameter), len(blocks) + 1)
-        for name, parameter in model.named_parameters()
-    }
 
 
 def require_blocks(model: EarlyExitModel, field: str) -> None:

@@ -8,7 +8,8 @@ import torch
 
 import offramp
 from offramp.errors import ConfigError
-from offramp.models.base import layers_by_name, require_blocks
+from offramp.models.base import require_blocks
+from offramp.models.layer_names import layers_by_name
 
 SOURCE = Path(offramp.__file__).parent
 MODEL_CLASSES = {"Transformer", "HuggingFaceModel"}

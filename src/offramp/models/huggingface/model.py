@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.models import checks
-from offramp.models.base import Step, TrainableModel, layers_by_name, walk, whole_step
+from offramp.models.base import Step, TrainableModel, walk, whole_step
 from offramp.models.exit_heads import ExitHeads
 from offramp.models.head_kinds import EXIT_HEAD_KINDS, ExitHeadKind
 from offramp.models.huggingface.check import disagreement, trial
@@ -30,6 +30,8 @@ from offramp.models.huggingface.layout import (
 from offramp.models.huggingface.runner import BlockRunner
 from offramp.models.huggingface.whole import require_whole, states_of_whole_pass
 from offramp.models.kv_cache import KVCache
+from offramp.models.layer_names import layers_by_name
+from offramp.models.router import RouterSpec
 from offramp.models.sources import Source
 
 
@@ -149,6 +151,9 @@ class HuggingFaceModel(nn.Module):
     def rounds_alike(self) -> bool:
         """Return False: products of several rows are summed in another order than those of one."""
         return False
+
+    def router(self, cache: KVCache, spec: RouterSpec) -> None:
+        """Return None: blocks of ``transformers`` run one by one."""
 
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step

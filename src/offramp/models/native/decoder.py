@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError
 from offramp.models import checks
-from offramp.models.base import Step, layers_by_name, walk, whole_step
+from offramp.models.base import Step, walk, whole_step
 from offramp.models.exit_heads import ExitAdapter, ExitHead, ExitHeads
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
+from offramp.models.layer_names import layers_by_name
 from offramp.models.native.blocks import (
     BlockContext,
     Decoder,
@@ -31,9 +32,11 @@ from offramp.models.native.blocks import (
     shared_keys_values,
 )
 from offramp.models.native.config import DecoderConfig
+from offramp.models.native.fast.router import router_of
 from offramp.models.native.fast.steps import FastSteps
-from offramp.models.native.quantised import QuantisedWeight, quantised_linear
+from offramp.models.native.quantised import linear
 from offramp.models.native.rope import rotation_tables
+from offramp.models.router import Router, RouterSpec
 
 
 class Transformer(nn.Module):
@@ -154,6 +157,11 @@ class Transformer(nn.Module):
         """Return whether the compiled kernels run the blocks: they sum each token in one order."""
         return self.fills_beside(1)
 
+    def router(self, cache: KVCache, spec: RouterSpec) -> Router | None:
+        """Return a router of the compiled kernels for new tokens of a cache, if they fit it."""
+        cache.require_form(self._buffers["cos"], **self._form)
+        return router_of(self, self._fast, cache, spec)
+
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         cache = checks.require_cache(step)
@@ -177,15 +185,10 @@ class Transformer(nn.Module):
         """Return logits at any layer 1..L, by its own norm and head or else by the final ones."""
         checks.check_states(h, self.hidden_size)
         checks.check_exit_layer(exit_layer, self.num_layers)
-        own = self.exits.at(exit_layer)
-        head = self.lm_head if own is None or own.lm_head is None else own.lm_head
-        norm = self.model.norm if own is None else own
+        norm, head = self.exits.head_at(exit_layer, self.model.norm, self.lm_head)
         if self._fast.fit(h):
-            return self._fast.logits(h, norm, head.weight, vocab)
-        weight: Any = head.weight if vocab is None else head.weight[vocab]
-        if isinstance(weight, QuantisedWeight):
-            return quantised_linear(norm(h), weight)
-        return F.linear(norm(h), weight)
+            return self._fast.logits(h, norm, head, vocab)
+        return linear(norm(h), head if vocab is None else head[vocab])
 
     def _is_fast(self, h: Tensor, step: Step) -> bool:
         return step.cache is not None and step.real is None and self._fast.fit(h)
@@ -230,8 +233,7 @@ class Transformer(nn.Module):
 
     def normalised(self, h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Return last-layer states after the final norm; a post-norm model has none."""
-        out: Tensor = self.model.norm(h)
-        return out
+        return cast(Tensor, self.model.norm(h))
 
     def freeze_backbone(self) -> None:
         """Make only the exits' own heads require a gradient."""
@@ -252,8 +254,8 @@ class Transformer(nn.Module):
 
     def forward_all_layers(self, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T V"]]:
         """Return the logits of every layer, from the first to the last."""
-        layers = range(1, self.num_layers + 1)
-        states = self.states_at(input_ids, layers, step=whole_step(input_ids))
+        every = range(1, self.num_layers + 1)
+        states = self.states_at(input_ids, every, step=whole_step(input_ids))
         return [self.unembed(h, layer) for layer, h in states]
 
     def forward_train(

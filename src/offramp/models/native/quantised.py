@@ -26,6 +26,7 @@ __all__ = [
     "QuantisedLinear",
     "QuantisedWeight",
     "concatenated",
+    "linear",
     "quantise_weight",
     "quantised_linear",
 ]
@@ -107,6 +108,13 @@ class QuantisedLinear(nn.Module):
                 same = moved.dtype == tensor.dtype
                 self._buffers[name] = moved if same else tensor.to(moved.device)
         return self
+
+
+def linear(x: Float[Tensor, "*N I"], weight: Any) -> Float[Tensor, "*N O"]:
+    """Return x weight^T for a weight of any form."""
+    if isinstance(weight, QuantisedWeight):
+        return quantised_linear(x, weight)
+    return F.linear(x, weight)
 
 
 def quantised_linear(x: Float[Tensor, "*N I"], weight: QuantisedWeight) -> Float[Tensor, "*N O"]:

@@ -431,9 +431,12 @@ static PyObject *py_blocks(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+#include "_route.h"
+
 static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
                                 {"blocks", py_blocks, METH_VARARGS, ""},
+                                {"route", py_route, METH_VARARGS, ""},
                                 {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_few_tokens", "", -1, methods};
 PyMODINIT_FUNC PyInit__few_tokens(void) { return PyModule_Create(&module); }

@@ -66,3 +66,15 @@ def blocks(
     upper: int,
     /,
 ) -> None: ...
+def route(
+    plan: int,
+    ids: list[int],
+    rows: list[int],
+    slots: list[int],
+    since_prompt: list[int],
+    states: int,
+    logits: int,
+    scores: int,
+    threads: int,
+    /,
+) -> tuple[list[tuple[int, float, int, float]], list[tuple[int, int, int, int]]]: ...

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from offramp.models.base import FEW_TOKENS, Step
 from offramp.models.checks import require_cache
 from offramp.models.exit_heads import ExitHead
+from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast import kernels
-from offramp.models.native.fast.kernel_weights import DTYPES
+from offramp.models.native.fast.kernel_weights import DTYPES, KernelWeights
 from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
-from offramp.models.native.fast.tokens import Call, KernelCall, Tables
+from offramp.models.native.fast.tokens import Call, KernelCall, Tables, WideTables, kernel_cache
 from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
 from offramp.models.native.quantised import QuantisedLinear
 
@@ -39,13 +40,13 @@ class FastSteps:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
         self._weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
-        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._wide = WideTables()
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop all values that were computed from the parameters; a copy computes its own."""
-        return {**vars(self), "_vocabs": {}, "_tables": None}
+        return {**vars(self), "_vocabs": {}, "_wide": WideTables()}
 
     def fit(self, h: Tensor) -> bool:
         """Return whether ``h`` (B, T, D) has few tokens, on a CPU and without gradients."""
@@ -204,6 +205,15 @@ class FastSteps:
             logits = self._linear(x, weight)
         return logits.to(h.dtype).view(*h.shape[:2], -1)
 
+    def for_kernels(
+        self, cache: KVCache, tables: Tables
+    ) -> tuple[KernelWeights, kernels.KernelCache] | None:
+        """Return the weights and the cache as the kernels read them; None if they cannot."""
+        weights = self._weights.of(cache).kernel
+        if weights is None or weights.dtype != cache.keys.dtype or not cache.keys.is_cpu:
+            return None
+        return weights, kernel_cache(cache, self._wide.of(tables))
+
     def _linear(
         self,
         x: Tensor,
@@ -245,22 +255,12 @@ class FastSteps:
             about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
             if self._compiled(weight) and cache.keys.dtype in DTYPES:
                 call = KernelCall(
-                    step, shape, tables=self._wide(tables), dtype=torch.float32, **about
+                    step, shape, tables=self._wide.of(tables), dtype=torch.float32, **about
                 )
             else:
                 call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
             step.memo[key] = call
         return call
-
-    def _wide(self, tables: Tables) -> Tables:
-        """Return the tables in float32; they are kept for the next token."""
-        if tables[0].dtype == torch.float32:
-            return tables
-        kept = self._tables
-        if kept is None or kept[0] is not tables[0] or kept[1] is not tables[1]:
-            cos, sin = (table.float() for table in tables)
-            kept = self._tables = (*tables, cos, sin)
-        return kept[2], kept[3]
 
     def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
         """Return ``weight[vocab]``, which is kept for the next token."""

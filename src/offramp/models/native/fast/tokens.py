@@ -138,11 +138,7 @@ class KernelCall(Call):
     @property
     def _cache(self) -> kernels.KernelCache:
         """Return the cache in the form of the kernels, reused while its tensors are the same."""
-        tensors = (self.cache.keys, self.cache.values, self.cache.lengths, *self.tables)
-        kept: kernels.KernelCache | None = self.cache.memo.get(kernels.KernelCache)
-        if kept is None or not kept.holds(tensors):
-            kept = self.cache.memo[kernels.KernelCache] = kernels.KernelCache(*tensors)
-        return kept
+        return kernel_cache(self.cache, self.tables)
 
     def blocks(
         self,
@@ -166,3 +162,29 @@ class KernelCall(Call):
 
     def note_lengths(self, start: int, stop: int) -> None:
         """Do nothing, because the kernels set the lengths."""
+
+
+def kernel_cache(cache: KVCache, tables: Tables) -> kernels.KernelCache:
+    """Return the cache in the form of the kernels, reused while its tensors are the same."""
+    tensors = (cache.keys, cache.values, cache.lengths, *tables)
+    kept: kernels.KernelCache | None = cache.memo.get(kernels.KernelCache)
+    if kept is None or not kept.holds(tensors):
+        kept = cache.memo[kernels.KernelCache] = kernels.KernelCache(*tensors)
+    return kept
+
+
+class WideTables:
+    """Tables in float32, which are kept for the next token."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def of(self, tables: Tables) -> Tables:
+        """Return the tables in float32."""
+        if tables[0].dtype == torch.float32:
+            return tables
+        kept = self._kept
+        if kept is None or kept[0] is not tables[0] or kept[1] is not tables[1]:
+            cos, sin = (table.float() for table in tables)
+            kept = self._kept = (*tables, cos, sin)
+        return kept[2], kept[3]

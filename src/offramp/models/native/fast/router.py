@@ -1,0 +1,244 @@
+"""Routes a token from the embedding to the exit where it leaves, in one call of the kernels.
+
+Between two exits Python has nothing to do: ``_route.h`` runs blocks, evaluates the exit's gate,
+compares its score, computes the logits of the tokens that leave, and keeps the pending keys and
+values (generation/deferred.py).
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import ConfigError
+from offramp.models.base import FEW_TOKENS
+from offramp.models.checks import check_tensor
+from offramp.models.kv_cache import KVCache
+from offramp.models.native.fast.kernel_weights import CPU, KernelWeights
+from offramp.models.native.fast.kernels import KernelCache
+from offramp.models.native.fast.route_table import (
+    Head,
+    RouteStruct,
+    can_route,
+    exits_of,
+    gate_eps,
+    head_of,
+    struct_of,
+)
+from offramp.models.native.fast.steps import FastSteps
+from offramp.models.router import Routed, RouterSpec
+from offramp.models.work import Work
+
+try:
+    from offramp.models.native.fast import _few_tokens
+except ImportError:  # then no model has weights in the form of the kernels, and no router
+    _few_tokens = None  # type: ignore[assignment]
+
+
+class CompiledRouter:
+    """A ``Router`` (models/router.py) of the native decoder, for one cache.
+
+    ``unembed`` computes the logits at an exit whose head the kernels cannot read (None in
+    ``heads``, which has one entry for each exit and the last layer).
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: RouterSpec,
+        weights: KernelWeights,
+        cache: KernelCache,
+        embeddings: Tensor,
+        heads: Sequence[Head | None],
+        unembed: Any,
+        complete_from: int,
+        vocab_size: int,
+    ) -> None:
+        cache.require(weights)
+        check_tensor(
+            "embeddings",
+            embeddings,
+            (embeddings.shape[0], weights.hidden),
+            weights.dtype,
+            CPU,
+            contiguous=True,
+        )
+        self.spec, self.layers = spec, (*(each.layer for each in spec.exits), weights.count)
+        self._heads, self._unembed = list(heads), unembed
+        self._cache, self._weights, self._vocab = cache, weights, vocab_size
+        for head in heads:
+            if head is not None:
+                shape = (vocab_size, weights.hidden)
+                check_tensor("head", head.weight, shape, head.weight.dtype, CPU)
+        self._exits, held = exits_of(spec, heads, weights.hidden, weights.count)
+        units = max([each.gate.up_proj.out_features for each in spec.exits], default=0)
+        outputs = max([each.gate.out_proj.out_features for each in spec.exits], default=0)
+        hidden = weights.hidden
+        self._space = {
+            "x": torch.empty(FEW_TOKENS, hidden),
+            "slots": torch.empty(FEW_TOKENS, dtype=torch.long),
+            "rows": torch.empty(FEW_TOKENS, dtype=torch.long),
+            "room": torch.empty(FEW_TOKENS * weights.room),
+            "gate": torch.empty(FEW_TOKENS * (hidden + units + outputs)),
+            "states": torch.empty(FEW_TOKENS, hidden),
+        }
+        self._running = torch.empty(FEW_TOKENS, hidden)
+        self._held = (held, embeddings)
+        self._plan = struct_of(
+            RouteStruct,
+            {
+                **{name: space.data_ptr() for name, space in self._space.items()},
+                **dict.fromkeys((f"pending_{name}" for name in _PENDING), 0),
+                "weights": weights.at(0),
+                "embeddings": embeddings.data_ptr(),
+                "cosines": cache.cos_at,
+                "sines": cache.sin_at,
+                "keys": cache.keys_at,
+                "values": cache.values_at,
+                "lengths": cache.lengths_at,
+                "exits": ctypes.addressof(self._exits),
+                "eps": weights.eps,
+                "gate_eps": gate_eps(spec),
+                "bfloat16": cache.bfloat16,
+                "post": weights.post,
+                "hidden": hidden,
+                "lower": weights.units,
+                "upper": weights.upper_units,
+                "heads": weights.heads,
+                "kv_heads": cache.kv_heads,
+                "size": cache.size,
+                "capacity": cache.capacity,
+                "cached": cache.rows,
+                "layer_bytes": cache.layer_bytes,
+                "cache_layers": cache.layers,
+                "complete_from": complete_from,
+                "recompute": spec.recompute,
+                "gain": spec.score == "gain",
+                "exit_count": len(self.layers),
+                "vocab": vocab_size,
+                "positions": min(cache.capacity - 1, cache.positions),  # the last slot is spare
+                "pending": 0,
+                "pending_space": 0,
+            },
+        )
+        self._pending: dict[str, Tensor] = {}
+        self._grow(8 * FEW_TOKENS)
+
+    def step(
+        self,
+        ids: list[int],
+        rows: list[int],
+        positions: list[int],
+        since_prompt: list[int],
+        work: Work,
+    ) -> Routed:
+        """Run one token of each of ``rows``: see ``Router``."""
+        plan, threads = self._plan, torch.get_num_threads()
+        if plan.pending + FEW_TOKENS > plan.pending_space:
+            self._grow(2 * plan.pending_space)
+        logits = torch.empty(len(ids), self._vocab, dtype=self._weights.dtype)
+        try:
+            tokens, calls = _few_tokens.route(
+                ctypes.addressof(plan),
+                ids,
+                rows,
+                positions,
+                since_prompt,
+                self._running.data_ptr(),
+                logits.data_ptr(),
+                self._cache.scores(threads),
+                threads,
+            )
+        except ValueError as error:
+            raise ConfigError(f"tokens: {error}, got {ids} at {positions}") from None
+        self._count(calls, work)
+        layers, scores, likeliest, broken, every = [], [], [], {}, True
+        for place, (exit, score, best, top) in enumerate(tokens):
+            if exit < 0:
+                broken[place] = self.layers[exit := -1 - exit]
+            elif self._heads[exit] is None:
+                every = False
+                score = self._own_logits(logits, place, exit, score)
+            layers.append(self.layers[exit])
+            scores.append(score)
+            likeliest.append((top, best))
+        return Routed(
+            logits=logits,
+            exit_layers=layers,
+            confidence=scores,
+            likeliest=likeliest if every else None,
+            broken=broken,
+        )
+
+    @torch.inference_mode()
+    def _own_logits(self, logits: Tensor, place: int, exit: int, score: float) -> float:
+        """Let the model compute the logits of a token; return the token's confidence."""
+        state = self._space["states"][place].to(self._weights.dtype)
+        logits[place] = self._unembed(state[None, None], self.layers[exit])[0, 0]
+        if exit + 1 < len(self.layers):
+            return score
+        return float(logits[place].float().softmax(dim=-1).amax())
+
+    def drop(self, row: int) -> None:
+        """Forget the pending tokens of a row: see ``Router``."""
+        plan, pending = self._plan, self._pending
+        kept = (pending["rows"][: plan.pending] != row).nonzero()[:, 0]
+        for each in pending.values():
+            each[: len(kept)] = each[kept]
+        plan.pending = len(kept)
+
+    def _count(self, calls: Sequence[tuple[int, int, int, int]], work: Work) -> None:
+        for kind, exit, tokens, count in calls:
+            if kind == _BLOCKS:
+                work.blocks[tokens] += count
+            elif kind == _KEYS_VALUES:
+                work.keys_values[tokens] += count
+            else:
+                of = work.evaluations if kind == _EVALUATED else work.heads
+                of[self.layers[exit], tokens] += count
+
+    def _grow(self, space: int) -> None:
+        """Make room for this many pending tokens."""
+        plan = self._plan
+        for name in _PENDING:
+            shape = (space, self._weights.hidden) if name == "states" else (space,)
+            dtype = torch.float32 if name == "states" else torch.long
+            larger = torch.empty(shape, dtype=dtype)
+            if plan.pending:
+                larger[: plan.pending] = self._pending[name][: plan.pending]
+            self._pending[name] = larger
+            setattr(plan, f"pending_{name}", larger.data_ptr())
+        plan.pending_space = space
+
+
+_PENDING = ("states", "slots", "rows", "layers")
+_BLOCKS, _KEYS_VALUES, _EVALUATED, _LEFT = range(4)  # as in _route.h
+
+
+def router_of(
+    model: Any, fast: FastSteps, cache: KVCache, spec: RouterSpec
+) -> CompiledRouter | None:
+    """Return a router of the native decoder ``model``; None if the kernels cannot run it."""
+    embeddings = model.model.embed_tokens.weight.detach()
+    found = fast.for_kernels(cache, (model.get_buffer("cos"), model.get_buffer("sin")))
+    if found is None or not can_route(spec):
+        return None
+    weights, kernel_cache = found
+    readable = embeddings.is_cpu and embeddings.is_contiguous()
+    if not readable or embeddings.dtype != weights.dtype:
+        return None
+    return CompiledRouter(
+        spec=spec,
+        weights=weights,
+        cache=kernel_cache,
+        embeddings=embeddings,
+        heads=[
+            head_of(*model.exits.head_at(layer, model.model.norm, model.lm_head))
+            for layer in (*(each.layer for each in spec.exits), model.num_layers)
+        ],
+        unembed=model.unembed,
+        complete_from=model.complete_from,
+        vocab_size=model.vocab_size,
+    )
