@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offramp.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from offramp.evaluation.timer import measure_clock
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import EarlyExitModel, Step
@@ -18,6 +19,7 @@ from offramp.models.native.decoder import Transformer
 from offramp.models.native.quantise import precision_beside, quantised
 from offramp.models.native.quantised import QuantisedLinear
 from offramp.models.native.schemes import SCHEMES
+from offramp.models.weight_bytes import bytes_per_weight
 
 SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "vocab_size": 53}
 KINDS = {
@@ -238,6 +240,18 @@ def test_weights_that_are_not_finite_are_named(make_model, scheme, bad):
         model.model.layers[1].mlp.up_proj.weight[3, 40] = bad
     with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj: .*finite"):
         quantised(model, scheme)
+
+
+@pytest.mark.parametrize(("weights", "size"), [(None, 4), ("int8", 1 + 4 / 64), ("int4", 5 / 8)])
+def test_the_clock_counts_the_bytes_of_the_format(make_model, weights, size):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
+    model = make_model(dtype=torch.float32, **shape, exit_layers=())
+    if weights is not None:
+        model = quantised(model, weights)
+    assert bytes_per_weight(model) == pytest.approx(size)
+    clock = measure_clock(model, context=8, bandwidth=1e9, rounds=1)
+    attention, mlp, head = 4 * 64 * 64, 3 * 64 * 64, 128 * 64
+    assert clock.weights == pytest.approx(size * (3 * (attention + mlp) + head), rel=0.01)
 
 
 def test_transformers_has_no_such_weights(make_pair):
