@@ -1,11 +1,14 @@
 """Every way to decode, timed in one run."""
 
 import json
+import re
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 
+from offramp.commands.bench import clocks as clocks_module
 from offramp.commands.bench import run
 from offramp.commands.bench.config import BenchConfig
 from offramp.evaluation.timer import measure_clock
@@ -47,11 +50,59 @@ def test_a_native_model_beside_transformers(offramp, checkpoint, native, tmp_pat
     for row in rows.values():
         rate = row["tokens_per_s"]
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+        assert row["ppl"] > 1
         assert (row["predicted_tokens_per_s"] is None) == row["method"].startswith("hf")
+    assert rows["hf"]["ppl"] == pytest.approx(rows["full"]["ppl"], rel=1e-4)
+    assert rows["exit@inf:recompute"]["ppl"] == rows["full"]["ppl"] == rows["speculative@2"]["ppl"]
+    assert rows["exit@0.3:propagate"]["ppl"] > rows["full"]["ppl"]
+    assert rows["hf"]["bytes_per_token"] == rows["full"]["bytes_per_token"]
     assert rows["hf"]["speedup_vs_hf"] == rows["full"]["speedup_vs_full"] == 1.0
     assert "fastest here" in result.stdout
     assert content["limit_tokens_per_s"] > 0
     assert content["bandwidth_gb_s"] > 0
+
+
+@pytest.mark.slow
+def test_every_format_has_its_rows_by_gain_and_max_prob(offramp, checkpoint, native, tmp_path):
+    fitted, out = tmp_path / "fitted", tmp_path / "bench.json"
+    shutil.copytree(native, fitted)
+    text = checkpoint / "text.txt"
+    result = offramp("confidence", fitted, "--corpus", text, "--fit", text)
+    assert result.returncode == 0, result.stderr
+    result = offramp(
+        *("bench", fitted, "--corpus", text, "--out", out, *SHORT, "--no-peers"),
+        *("--weights", "bfloat16,float32", "--prefill-tokens", 40, "--ppl-tokens", 500),
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    assert list(content["formats"]) == ["bfloat16", "float32"]
+    for weights in ("bfloat16", "float32"):
+        rows = [row for row in content["rows"] if row["weights"] == weights]
+        kinds = [re.sub(r"@[^:]*", "@X", row["method"]) for row in rows]
+        assert kinds == [
+            *("full", "exit@X:gain:propagate", "exit@X:gain:recompute", "exit@X:propagate"),
+            "speculative@X",
+        ]
+        full, *_, drafts = rows
+        assert full["prefill_tokens_per_s"] > 0
+        assert drafts["prefill_tokens_per_s"] is None
+        assert full["ppl"] == drafts["ppl"]
+        assert len({row["ppl"] for row in rows[:2]}) == 2
+        for row in rows:
+            assert 1 < row["ppl"] < 1000
+            assert row["first_token_s"] > 0
+            assert row["share_of_limit"] > 0
+            assert row["speedup_vs_full"] > 0
+            layers = row["bytes_per_token"] / full["bytes_per_token"]
+            assert layers == 1 if row is full else layers < 1.5
+    wide, narrow = (next(r for r in content["rows"] if r["bits"] == bits) for bits in (32, 16))
+    assert wide["bytes_per_token"] == 2 * narrow["bytes_per_token"]
+    assert len(content["summary"]) == 8
+    assert {row["beside"] for row in content["summary"]} == {"full"}
+    assert {row["prompts"] for row in content["summary"]} == {2}
+    assert "float32: " in result.stdout
+    assert "bfloat16: " in result.stdout
+    assert max(map(len, result.stdout.split("ratio of median")[0].splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -69,7 +120,7 @@ def test_parts_timed_while_other_work_ran_are_timed_again(
         clocks.append(clock)
         return clock
 
-    monkeypatch.setattr(run, "measure_clock", timed)
+    monkeypatch.setattr(clocks_module, "measure_clock", timed)
     config = BenchConfig(prompts=1, prompt_tokens=8, max_new_tokens=4, repeats=1)
     content = run.run_bench(open_model(native), str(checkpoint / "text.txt"), config)
     undisturbed = clocks[1 - disturbed].block.seconds[1]
@@ -132,6 +183,14 @@ def test_a_peer_that_does_not_fit_is_named_and_left_out(
         (["--confidence", "mood"], ["confidence", "mood"]),
         (["--compute-pct", 0], ["compute_pct", "between 0 and 100"]),
         (["--draft-exit", 3], ["draft_exit", "3"]),
+        (["--weights", "int3"], ["weights", "float32", "'int3'"]),
+        (["--weights", "float32,float32"], ["weights", "each format once"]),
+        (["--weights", "float32", "--dtype", "bfloat16"], ["dtype", "--weights", "bfloat16"]),
+        (["--llama-cpp", "q3_k"], ["llama_cpp", "q8_0", "'q3_k'"]),
+        (["--gguf", "nowhere.gguf", "--no-peers"], ["gguf", "without peers", "nowhere.gguf"]),
+        (["--prefill-tokens", 0], ["prefill_tokens", "at least 1"]),
+        (["--prefill-tokens", 5000], ["prefill_tokens", "at most 4096", "5000"]),
+        (["--ppl-tokens", -1], ["ppl_tokens", "at least 0"]),
     ],
 )
 def test_bench_refuses(offramp, checkpoint, native, tmp_path, flags, expected):
@@ -169,7 +228,7 @@ def test_gpt2_whose_peer_in_transformers_fails_is_timed_without_it(
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_evaluated_at_full_depth", interrupt)
+    monkeypatch.setattr(run, "evaluated_at_full_depth", interrupt)
     result = offramp(*command)
     assert result.returncode == 130
     assert "Stopped before the end" in result.stderr

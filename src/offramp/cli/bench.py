@@ -13,7 +13,6 @@ from offramp.cli.base import (
     Model,
     Out,
     Threads,
-    Weights,
     check_out_file,
     console,
     open_for,
@@ -23,7 +22,10 @@ from offramp.cli.base import (
     use,
 )
 from offramp.commands.bench.config import BenchConfig
+from offramp.commands.bench.llama_process import check_gguf
+from offramp.errors import ConfigError
 from offramp.files import write_json
+from offramp.models.native.schemes import SCHEMES
 
 
 def bench(
@@ -36,24 +38,33 @@ def bench(
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
-    dtype: Dtype = "float32",
-    weights: Weights = None,
+    dtype: Dtype | None = None,
 ) -> None:
-    """Time decoding with exits, at full depth and by transformers' own generate, in one run.
+    """Time decoding with exits, at full depth, and by transformers and llama.cpp, in one run.
 
     Parameters
     ----------
     corpus
-        The text of the prompts: pangram, python-docs, hf:DATASET, or a text file or folder; its
-        test split if it has named splits.
+        The text of the prompts and of PPL: pangram, python-docs, hf:DATASET, or a text file or
+        folder; its test split if it has named splits.
+    dtype
+        Precision of the model (default: float32), and of what is not quantised in int8 and int4.
     """
     check_out_file(out)
+    config = config or BenchConfig()
+    first = config.weights[0] if config.weights else None
+    scheme = next((name for name in SCHEMES if name == first), None)
+    if dtype is not None and first is not None and any(set(config.weights) - set(SCHEMES)):
+        raise ConfigError(f"dtype: expected none with a precision in --weights, got {dtype}")
+    if config.gguf is not None:
+        check_gguf(config.gguf)
 
     from offramp.commands.bench.run import run_bench
     from offramp.report.progress import bars
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, weights=weights)
+    precision = dtype or (first if first is not None and scheme is None else "float32")
+    opened = open_for(model, base=base, bos=bos, device=device, dtype=precision, weights=scheme)
     so_far: list[dict[str, Any]] = []
 
     def keep(content: dict[str, Any]) -> None:
@@ -66,7 +77,7 @@ def bench(
             content = run_bench(
                 opened,
                 corpus,
-                config or BenchConfig(),
+                config,
                 on_run=lambda done, total, name: drawn.show(
                     "bench", done=done, total=total, text=name
                 ),
@@ -82,11 +93,14 @@ def bench(
 
 
 def _show(content: dict[str, Any], model: Path, out: Path | None) -> None:
-    """The table, the verdict, and what was left out."""
-    from offramp.report.bench import bench_table, bench_verdict
+    """The tables, the verdict, and what was left out."""
+    from offramp.report.bench import bench_table, summary_table
+    from offramp.report.bench_verdict import bench_verdict
 
     shown = output()
     shown.print(bench_table(content, width=shown.width))
+    if content["summary"]:
+        shown.print(summary_table(content, width=shown.width))
     say_verdict(bench_verdict(content))
     for name, why in content["failed"].items():
         say(f"{name} does not run here: {why}")

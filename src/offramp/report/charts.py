@@ -133,7 +133,14 @@ def _check(content: Content) -> Any:
 
 def _bench(content: Content) -> Any:
     """Tokens per second of every method, from the slowest run to the fastest."""
-    points = [{"method": row["method"], **row["tokens_per_s"]} for row in content["rows"]]
+    several = len(content.get("formats", ())) > 1
+    points = [
+        {
+            "method": f"{row['method']} ({row['weights']})" if several else row["method"],
+            **row["tokens_per_s"],
+        }
+        for row in content["rows"]
+    ]
     y = alt.Y("method:N", title=None, sort=None)
     x = alt.X("median:Q", title="tokens per second")
     bars = data_chart(points).mark_bar(color=PALETTE[0]).encode(x=x, y=y)

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from offramp.commands.bench import rounds as bench_rounds
 from offramp.commands.bench import run
+from offramp.commands.bench.clocks import measure_clocks
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.methods import Method, Sample, hugging_face, plain_generation
 from offramp.commands.bench.plan import Plan
-from offramp.commands.bench.rows import rows_of
-from offramp.commands.bench.run import Rounds, time_task
+from offramp.commands.bench.rounds import Rounds
+from offramp.commands.bench.rows import Compared, rows_of
+from offramp.commands.bench.run import time_tasks
 from offramp.commands.bench.task import Task
-from offramp.evaluation.timer import measure_clock
 from offramp.exits.gate import NOTHING_FITTED
 from offramp.models.huggingface.model import HuggingFaceModel
 
@@ -32,7 +34,7 @@ def peer(name, *samples, slow=False):
             raise sample
         return sample
 
-    return Method(name=name, run=decode, slow=slow, foreign=True)
+    return Method(name=name, run=decode, slow=slow, foreign=True, weights="float32")
 
 
 @pytest.fixture
@@ -42,13 +44,21 @@ def task(make_model):
 
 
 @pytest.fixture
-def rounds_with(task, monkeypatch):
+def rounds_with(task):
     def make(*peers, failed=(), on_run=lambda *_: None):
-        methods = [*peers, task.method("full")]
-        monkeypatch.setattr(run, "plan_of", lambda _: Plan(methods=methods, failed=dict(failed)))
-        return Rounds(task, on_run=on_run)
+        return Rounds(task, plan_with(task, *peers, failed=failed), on_run=on_run)
 
     return make
+
+
+def plan_with(task, *peers, failed=()):
+    return Plan(methods=[*peers, task.method("full")], failed=dict(failed))
+
+
+@pytest.fixture(autouse=True)
+def bandwidth(monkeypatch):
+    for module in (bench_rounds, run):
+        monkeypatch.setattr(module, "measure_bandwidth", lambda *_, **__: 1e9)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +79,7 @@ def rounds_with(task, monkeypatch):
 def test_a_peer_that_fails_is_left_out_and_the_others_are_kept(rounds_with, samples, why, slow):
     rounds = rounds_with(peer("hf", GOOD), peer("bad", *samples, slow=slow))
     told = []
-    rounds.run(lambda: told.append(len(rounds.full.every)))
+    rounds.run(lambda: told.append(len(rounds.full[0].every)))
     assert rounds.failed == {"bad": why} or slow  # a slow peer has fewer turns
     assert rounds.failed.get("bad", why) == why
     names = [each.method.name for each in rounds.timed]
@@ -87,24 +97,24 @@ def test_an_error_of_offramp_itself_is_not_swallowed(rounds_with):
 def test_a_peer_with_other_tokens_is_not_called_identical(rounds_with, task):
     rounds = rounds_with(peer("hf", GOOD), peer("other", replace(GOOD, tokens=[[9, 9, 9]])))
     rounds.run(lambda: None)
-    clock = measure_clock(task.model, context=4, bandwidth=1e9, rounds=1)
-    rows = {row["method"]: row for row in rows_of(rounds.timed, clock, 3)}
-    assert rows["full"]["identical_to_greedy"]
-    assert not rows["other"]["identical_to_greedy"]
+    rows = {row.method: row for row in rows_with(task, rounds)}
+    assert rows["full"].identical_to_greedy
+    assert not rows["other"].identical_to_greedy
 
 
-def test_results_come_after_each_round_and_ctrl_c_keeps_what_was_measured(
-    rounds_with, task, monkeypatch
-):
-    monkeypatch.setattr(run, "measure_bandwidth", lambda _: 1e9)
-    monkeypatch.setattr(run, "_evaluated_at_full_depth", lambda _: [])
-    rounds_with(peer("hf", GOOD), peer("bad", GOOD, GOOD, GOOD, OSError("gone")))
+def rows_with(task, rounds):
+    return rows_of(Compared.of(rounds.timed), {"float32": measure_clocks(task, 1e9)}, 3)
+
+
+def test_results_come_after_each_round_and_ctrl_c_keeps_what_was_measured(task, monkeypatch):
+    monkeypatch.setattr(run, "evaluated_at_full_depth", lambda _: {})
+    plan = plan_with(task, peer("hf", GOOD), peer("bad", GOOD, GOOD, GOOD, OSError("gone")))
     contents = []
 
     def keep(content):
         contents.append(json.loads(json.dumps(content)))
 
-    done = time_task(task, on_run=lambda *_: None, on_round=keep)
+    done = time_tasks([task], plan, on_run=lambda *_: None, on_round=keep)
     assert [content["unfinished"] for content in contents] == [True] * 6
     assert not done["unfinished"]
     runs = [{row["method"]: row["runs"] for row in content["rows"]} for content in contents]
@@ -117,9 +127,9 @@ def test_results_come_after_each_round_and_ctrl_c_keeps_what_was_measured(
             raise KeyboardInterrupt
 
     contents.clear()
-    rounds_with(peer("hf", GOOD))
+    plan = plan_with(task, peer("hf", GOOD))
     with pytest.raises(KeyboardInterrupt):
-        time_task(task, on_run=interrupt, on_round=keep)
+        time_tasks([task], plan, on_run=interrupt, on_round=keep)
     [*_, last] = contents
     assert last["unfinished"]
     assert {row["method"]: row["runs"] for row in last["rows"]} == {"hf": 2, "full": 2}

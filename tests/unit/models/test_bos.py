@@ -117,9 +117,9 @@ def test_a_prompt_begins_as_a_window_does_so_a_threshold_means_the_same(begun):
     assert ids[0] == BOS
     assert ids[1:] == prompt_ids(opened.with_bos("no"), "7 quick")  # and nothing after the text
     assert prompt_ids(opened, opened.tokenizer.id_to_token(BOS) + "7")[:2] != [BOS, BOS]
-    [[prompt]] = prompts_of(
-        str(begun / "text.txt"),
-        opened.tokenizer,
+    [prompt] = prompts_of(
+        read_text(opened, str(begun / "text.txt")).ids,
+        "text.txt",
         BenchConfig(prompts=1, prompt_tokens=8, max_new_tokens=2),
         max_length=64,
         first_tokens=opened.first_tokens,

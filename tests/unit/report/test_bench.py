@@ -3,12 +3,31 @@ import io
 import pytest
 from rich.console import Console
 
-from offramp.report.bench import bench_table, bench_verdict
+from offramp.report.bench import bench_table
+from offramp.report.bench_verdict import bench_verdict
+
+BITS = {"float32": 32, "f32": 32, "int8": 8, "q8_0": 8}
 
 
-def row(method, speedup, *, worst=None, layers=6.0, acceptance=None, identical=True):
+def row(
+    method,
+    speedup,
+    *,
+    worst=None,
+    layers=6.0,
+    acceptance=None,
+    identical=True,
+    weights="float32",
+    ppl=None,
+):
     return {
         "method": method,
+        "weights": weights,
+        "bits": BITS[weights],
+        "ppl": ppl,
+        "first_token_s": 0.123,
+        "share_of_limit": 0.876,
+        "prefill_tokens_per_s": None,
         "tokens_per_s": {"median": 100 * speedup, "min": 90 * speedup, "max": 110 * speedup},
         "speedup_vs_hf": 2 * speedup,
         "speedup_vs_full": speedup,
@@ -32,11 +51,14 @@ def content(*rows):
             "max_new_tokens": 64,
             "batch_size": 1,
             "repeats": 3,
+            "ppl_tokens": 4096,
+            "prefill_tokens": None,
         },
+        "summary": [],
+        "formats": {"float32": {"limit_tokens_per_s": 40.0}},
         "parts": {"block": {"share_of_bandwidth": 0.9}},
         "dtype": "float32",
         "bandwidth_gb_s": 20.0,
-        "limit_tokens_per_s": 40.0,
     }
 
 

@@ -40,6 +40,12 @@ class Sample:
     work: Work | None = None
     drafted: int = 0
     accepted: int = 0
+    bandwidth: float | None = None
+    "Bytes per second at which the machine read its memory in this round."
+    prefill_seconds: float | None = None
+    "Seconds until the first token of the longer prompt of this round, if it was timed."
+    prefill_tokens: int = 0
+    "Tokens of that prompt."
 
     @property
     def count(self) -> int:
@@ -50,6 +56,11 @@ class Sample:
     def tokens_per_s(self) -> float:
         """Tokens a second of all rows together, once every row has its first token."""
         return self.count / self.seconds
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Tokens a second of the longer prompt, until its first token; None without one."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,19 @@ class Method:
     "Whether it is a slow peer, which decodes two batches only."
     foreign: bool = False
     "Whether it is of another package, whose failure is reported and does not stop the run."
+    weights: str = ""
+    "The format of its weights."
+    confidence: str | None = None
+    "The confidence measure of its exits; None if it uses none."
+    threshold: float | None = None
+    "The threshold of its exits; None if it uses none."
+    prefill: Callable[[Sequence[int]], float] | None = None
+    "Returns the seconds until the first token of a prompt; None if it is as fast as full depth."
+    ppl: Callable[[], float] | None = None
+    "Returns its PPL on the text of the run; None if that is unknown."
+    bytes_per_step: float | None = None
+    """Bytes of weights that are read for the next token of every row; None if that is unknown, or
+    follows from the work of the samples."""
 
 
 def own(
@@ -70,8 +94,9 @@ def own(
     config: GenerateConfig,
     *,
     fitted: FittedExits,
+    **about: Any,
 ) -> Method:
-    """One of offramp's own methods."""
+    """One of offramp's own methods; ``about`` are more fields of ``Method``."""
 
     def run(batch: Batch) -> Sample:
         start = time.perf_counter()
@@ -99,7 +124,18 @@ def own(
             accepted=generation.accepted,
         )
 
-    return Method(name=name, run=run)
+    return Method(name=name, run=run, **about)
+
+
+def own_prefill(model: EarlyExitModel) -> Callable[[Sequence[int]], float]:
+    """Return a function that times the first token of a prompt."""
+
+    def prefill(prompt: Sequence[int]) -> float:
+        start = time.perf_counter()
+        next(generate(model, prompt, GenerateConfig(max_new_tokens=1)))
+        return time.perf_counter() - start
+
+    return prefill
 
 
 def hugging_face(
@@ -107,7 +143,7 @@ def hugging_face(
 ) -> Method:
     """``generate`` of transformers with these options; greedy, and no token ends a text."""
 
-    def run(batch: Batch) -> Sample:
+    def run(batch: Batch, new_tokens: int = new_tokens) -> Sample:
         ids, mask = _padded(batch, lm.device)
         watch = _Watch(ids.shape[1])
         start = time.perf_counter()
@@ -123,7 +159,10 @@ def hugging_face(
         end = time.perf_counter()
         return _sample(out[:, ids.shape[1] :].tolist(), start, watch.first, end, early=watch.tokens)
 
-    return Method(name=name, run=run, slow=slow, foreign=True)
+    def prefill(prompt: Sequence[int]) -> float:
+        return run([prompt], 1).first_seconds
+
+    return Method(name=name, run=run, slow=slow, foreign=True, prefill=prefill)
 
 
 @contextmanager

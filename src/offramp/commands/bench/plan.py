@@ -1,6 +1,8 @@
 """The methods that one run of ``offramp bench`` compares."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 from offramp.commands.bench.methods import (
     LOOKUP_TOKENS,
@@ -10,6 +12,7 @@ from offramp.commands.bench.methods import (
     hugging_face,
     plain_generation,
 )
+from offramp.commands.bench.quality import transformers_ppl
 from offramp.commands.bench.task import Task
 from offramp.commands.bench.threshold import threshold_for
 from offramp.errors import ConfigError, UnsupportedArchitectureError
@@ -36,30 +39,47 @@ class Plan:
     "The peers that could not be prepared, with the reason."
 
 
-def plan_of(task: Task) -> Plan:
-    """Choose every method: full depth, exits, drafts, and those of other packages."""
-    config, early = task.config, task.early_exits
-    thresholds = list(config.thresholds)
-    if early and config.compute_pct is not None:
-        thresholds.append(threshold_for(config.compute_pct, task))
-    thresholds = list(dict.fromkeys(thresholds))
-    drafting = config.draft_exit if config.draft_exit is not None else (early or (0,))[0]
-    ways = (EXACT,) if complete(task.model) else MISSING_KV
-    ours = [task.method("full")]
-    ours += [
-        task.method(
-            f"exit@{threshold:g}:{kv}",
-            threshold=threshold,
-            missing_kv=kv,
-            confidence=config.confidence,
-        )
-        for threshold in thresholds
-        for kv in ways
-    ]
-    if early and config.batch_size == 1:
-        ours.append(task.method(f"speculative@{drafting}", speculative=True, draft_exit=drafting))
-    peers = _Peers(task, drafting, (thresholds or [0.9])[-1])
+def plan_of(tasks: Sequence[Task]) -> Plan:
+    """Choose every method: full depth, exits, drafts, and those of other packages.
+
+    ``tasks`` are the weight formats; packages that run the PyTorch model run the first one.
+    """
+    ours = [method for task in tasks for method in _own_methods(task)]
+    exits = [method.threshold for method in ours if method.threshold is not None]
+    first = tasks[0]
+    peers = _Peers(first, _drafting(first), (exits or [0.9])[-1])
     return Plan(methods=[*peers.before, *ours, *peers.after], failed=peers.failed)
+
+
+def _drafting(task: Task) -> int:
+    chosen = task.config.draft_exit
+    return chosen if chosen is not None else (task.early_exits or (0,))[0]
+
+
+def _own_methods(task: Task) -> Iterator[Method]:
+    """Full depth, exits by each confidence measure, and drafts, in one weight format.
+
+    Under ``recompute`` only the first measure is timed, and options for thresholds are for it.
+    """
+    config, early, drafting = task.config, task.early_exits, _drafting(task)
+    yield task.full()
+    for confidence in task.confidences:
+        main = confidence == task.confidences[0]
+        thresholds = list(config.thresholds) if main else []
+        if early and config.compute_pct is not None:
+            thresholds.append(threshold_for(config.compute_pct, task, confidence))
+        ways = (EXACT,) if complete(task.model) else MISSING_KV if main else MISSING_KV[:1]
+        for threshold in dict.fromkeys(thresholds):
+            for kv in ways:
+                yield _exit_method(task, threshold, kv, confidence)
+    if early and config.batch_size == 1:
+        yield task.method(f"speculative@{drafting}", speculative=True, draft_exit=drafting)
+
+
+def _exit_method(task: Task, threshold: float, kv: str, confidence: str) -> Method:
+    measure = "" if confidence == "max_prob" else f"{confidence}:"
+    name = f"exit@{threshold:g}:{measure}{kv}"
+    return task.method(name, threshold=threshold, missing_kv=kv, confidence=confidence)
 
 
 class _Peers:
@@ -79,19 +99,25 @@ class _Peers:
             self.failed["hf"] = reason(error)
             return
         new = task.config.max_new_tokens
-        self.before.append(hugging_face("hf", lm, new))
+        ppl = cache(lambda: transformers_ppl(lm, task.windows)) if task.windows else None
+
+        def peer(method: Method) -> Method:
+            return replace(method, weights=task.weights, ppl=ppl)
+
+        self.before.append(peer(hugging_face("hf", lm, new)))
         if task.config.batch_size > 1:
             return
-        self.before.append(
-            hugging_face("hf_prompt_lookup", lm, new, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-        )
+        lookup = hugging_face("hf_prompt_lookup", lm, new, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+        self.before.append(replace(peer(lookup), prefill=None))
         if not task.early_exits:
             return
         name = f"hf_early_exit@{drafting}"
-        self.before.append(hugging_face(name, lm, new, slow=True, assistant_early_exit=drafting))
+        assisted = hugging_face(name, lm, new, slow=True, assistant_early_exit=drafting)
+        self.before.append(replace(peer(assisted), prefill=None))
         if economize_installed():
             try:
-                self.after = economize_methods(lm, new, draft_exit=drafting, threshold=threshold)
+                methods = economize_methods(lm, new, draft_exit=drafting, threshold=threshold)
+                self.after = [replace(method, weights=task.weights) for method in methods]
             except (Exception, SystemExit) as error:
                 self.failed["economize"] = reason(error)
 

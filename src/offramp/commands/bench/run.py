@@ -1,26 +1,26 @@
 """One interleaved run of every method on the same prompts, beside what the cost model predicts."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from offramp.commands.bench.clocks import Clocks, evaluated_at_full_depth, measure_clocks
 from offramp.commands.bench.config import BenchConfig
-from offramp.commands.bench.methods import Sample
-from offramp.commands.bench.plan import check_options, plan_of, reason
-from offramp.commands.bench.rows import Timed, rows_of
-from offramp.commands.bench.task import Task, prompts_of
+from offramp.commands.bench.formats import in_formats
+from offramp.commands.bench.llama import LlamaFile, find_gguf, llama_methods
+from offramp.commands.bench.llama_process import LlamaCrashError
+from offramp.commands.bench.plan import Plan, check_options, plan_of
+from offramp.commands.bench.rounds import OnRun, Rounds
+from offramp.commands.bench.rows import Compared, rows_of
+from offramp.commands.bench.summary import summary_of
+from offramp.commands.bench.task import Task, in_batches, long_prompts_of, prompts_of
+from offramp.commands.text import read_text, windows
 from offramp.environment import environment
-from offramp.evaluation.clock import Clock
-from offramp.evaluation.timer import measure_bandwidth, measure_clock
+from offramp.evaluation.timer import measure_bandwidth
 from offramp.models.open import OpenedModel
 
-SLOW_BATCHES = 2
-"""Number of batches that a slow peer decodes, once each."""
-OnRun = Callable[[int, int, str], None]
-"""Called before each run with (runs done, runs in all, the method that is next)."""
 OnRound = Callable[[dict[str, Any]], None]
 """Called with the content of the result file, which says that it is unfinished: after each prompt
 that every method decoded, and when the run is interrupted."""
@@ -35,150 +35,118 @@ def run_bench(
     on_round: OnRound = lambda content: None,
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
-    model = opened.model
-    prompts = prompts_of(
-        corpus_name,
-        opened.tokenizer,
-        config,
-        max_length=model.max_length,
-        first_tokens=opened.first_tokens,
-    )
-    task = Task(model=model, fitted=opened.fitted, config=config, prompts=prompts)
+    failed: dict[str, str] = {}
+    try:
+        gguf = find_gguf(opened, config)
+    except LlamaCrashError as error:
+        gguf, failed["llama_cpp"] = None, str(error)
+    tasks = tasks_of(opened, corpus_name, config)
     about = {
-        "dtype": str(opened.dtype).removeprefix("torch."),
+        "dtype": tasks[0].weights,
         "untrained": not opened.exits_trained,
         "bos": bool(opened.first_tokens),
-        "config": asdict(config),
-        "environment": environment(str(model.device)),
+        "config": asdict(config) | {"gguf": str(config.gguf) if config.gguf else None},
+        "environment": environment(str(opened.model.device)),
     }
-    content = time_task(task, on_run=on_run, on_round=lambda so_far: on_round(so_far | about))
+    with ExitStack() as stack:
+        plan = plan_with(tasks, gguf, stack)
+        plan.failed.update(failed)
+        content = time_tasks(
+            tasks, plan, on_run=on_run, on_round=lambda so_far: on_round(so_far | about)
+        )
     return content | about
 
 
-def time_task(task: Task, *, on_run: OnRun, on_round: OnRound) -> dict[str, Any]:
-    """Time every method, and the parts of the model before and after.
+def tasks_of(opened: OpenedModel, corpus_name: str, config: BenchConfig) -> list[Task]:
+    """Return the task of each weight format, all of which decode the same prompts."""
+    ids = read_text(opened, corpus_name).ids
+    place: dict[str, Any] = {
+        "max_length": opened.model.max_length,
+        "first_tokens": opened.first_tokens,
+    }
+    prompts = in_batches(prompts_of(ids, corpus_name, config, **place), config.batch_size)
+    long_prompts = long_prompts_of(ids, corpus_name, config, **place)
+    measured = list(windows(opened, ids[: config.ppl_tokens + 1])) if config.ppl_tokens else []
+    tasks = [
+        Task(
+            model=each.model,
+            fitted=each.fitted,
+            config=config,
+            prompts=prompts,
+            weights=weights,
+            long_prompts=long_prompts,
+            windows=measured,
+        )
+        for weights, each in in_formats(opened, config.weights).items()
+    ]
+    check_options(tasks[0])
+    return tasks
+
+
+def plan_with(tasks: Sequence[Task], gguf: LlamaFile | None, stack: ExitStack) -> Plan:
+    """Return every method, those of llama.cpp last; ``stack`` ends what they need."""
+    plan = plan_of(tasks)
+    if gguf is None:
+        return plan
+    first = tasks[0]
+    methods, failed = llama_methods(gguf, first.config, windows=first.windows, stack=stack)
+    return Plan(methods=[*plan.methods, *methods], failed=plan.failed | failed)
+
+
+def time_tasks(
+    tasks: Sequence[Task], plan: Plan, *, on_run: OnRun, on_round: OnRound
+) -> dict[str, Any]:
+    """Time every method, and the parts of the models before and after.
 
     Other work on the machine only adds time, so the parts count by the shorter of both times.
     """
-    check_options(task)
-    device, config = task.model.device, task.config
-    bandwidth = measure_bandwidth(device)
-    measure = partial(
-        measure_clock,
-        task.model,
-        context=config.prompt_tokens + config.max_new_tokens // 2,
-        bandwidth=bandwidth,
-        confidence=config.confidence,
-        fitted=task.fitted,
-        rows=config.batch_size > 1,
-    )
-    rounds = Rounds(task, on_run=on_run)  # which also finds out that an exit is not usable
-    clock = measure()
+    bandwidth = measure_bandwidth(tasks[0].model.device)
+    rounds = Rounds(tasks[0], plan, on_run=on_run)
+    clocks = {task.weights: measure_clocks(task, bandwidth) for task in tasks}
 
     def tell() -> None:
-        if rounds.full.samples:
-            pinned = replace(_pinned(clock, rounds.full.every), bandwidth=bandwidth)
-            on_round(_content(rounds, pinned, unfinished=True))
+        if all(each.samples for each in rounds.full):
+            pinned = {
+                full.method.weights: clocks[full.method.weights].pinned(full.every, {})
+                for full in rounds.full
+            }
+            on_round(_content(tasks, rounds, pinned, unfinished=True))
 
     try:
         rounds.run(tell)
     except KeyboardInterrupt:
         tell()
         raise
-    evaluated = _evaluated_at_full_depth(task)
-    clock = _pinned(_pinned(clock.faster(measure()), rounds.full.every), evaluated)
-    clock = replace(clock, bandwidth=median((bandwidth, measure_bandwidth(device))))
-    return _content(rounds, clock, unfinished=False)
+    final = {}
+    for task, full in zip(tasks, rounds.full, strict=True):
+        again = measure_clocks(task, bandwidth)
+        evaluated = evaluated_at_full_depth(task)
+        final[task.weights] = clocks[task.weights].faster(again).pinned(full.every, evaluated)
+    return _content(tasks, rounds, final, unfinished=False)
 
 
-def _content(rounds: "Rounds", clock: Clock, *, unfinished: bool) -> dict[str, Any]:
+def _content(
+    tasks: Sequence[Task], rounds: Rounds, clocks: dict[str, Clocks], *, unfinished: bool
+) -> dict[str, Any]:
+    bandwidth = median(rounds.bandwidths)
+    compared = Compared.of(rounds.timed)
+    formats = {weights: _format(each.reading(bandwidth)) for weights, each in clocks.items()}
     return {
         "unfinished": unfinished,
-        "rows": rows_of(rounds.timed, clock, rounds.task.model.num_layers),
-        "bandwidth_gb_s": clock.bandwidth / 1e9,
-        "limit_tokens_per_s": clock.bandwidth / clock.weights,
-        "weights_gb": clock.weights / 1e9,
+        "rows": [asdict(row) for row in rows_of(compared, clocks, tasks[0].model.num_layers)],
+        "summary": [asdict(ratio) for ratio in summary_of(compared)],
+        "bandwidth_gb_s": bandwidth / 1e9,
+        **formats[tasks[0].weights],
+        "formats": formats,
         "failed": rounds.failed,
-        "parts": clock.about(),
     }
 
 
-class Rounds:
-    """Runs the methods in turn on every batch, ``config.repeats`` times.
-
-    ``timed`` are the methods that run here, with their samples so far. A peer that raises an error
-    or gives another number of tokens is left out, and ``failed`` has the reason by its name.
-    """
-
-    def __init__(self, task: Task, *, on_run: OnRun) -> None:
-        plan = plan_of(task)
-        self.task, self.on_run, self.failed = task, on_run, plan.failed
-        self.timed = [Timed(method) for method in plan.methods]
-        self.full = next(each for each in self.timed if each.method.name == "full")
-
-    def run(self, on_round: Callable[[], None]) -> None:
-        """Run everything; ``on_round`` is called after each batch that every method decoded."""
-        for each in list(self.timed):  # a first call, which also prepares what later calls reuse
-            if not each.method.slow:
-                self._sample(each, 0)
-        total = sum(len(self._due(*place)) for place in self._places())
-        done = 0
-        for place in self._places():
-            for each in self._due(*place):
-                if each in self.timed:
-                    self.on_run(done, total, each.method.name)
-                    if sample := self._sample(each, place[1]):
-                        each.samples.setdefault(place[1], []).append(sample)
-                done += 1
-            on_round()
-
-    def _places(self) -> list[tuple[int, int]]:
-        batches = range(len(self.task.prompts))
-        return [
-            (repeat, number) for repeat in range(self.task.config.repeats) for number in batches
-        ]
-
-    def _due(self, repeat: int, number: int) -> list[Timed]:
-        """The methods that decode this batch in this repeat."""
-        few = repeat == 0 and number < SLOW_BATCHES
-        return [each for each in self.timed if few or not each.method.slow]
-
-    def _sample(self, each: Timed, number: int) -> Sample | None:
-        """Decode a batch; None for a peer that fails, which is then left out."""
-        method, batch = each.method, self.task.prompts[number]
-        try:
-            sample = method.run(batch)
-            if method.foreign:
-                _check_sample(sample, rows=len(batch), new=self.task.config.max_new_tokens)
-        except (Exception, SystemExit) as error:  # it may not support the installed versions
-            if not method.foreign:
-                raise
-            self.failed[method.name] = reason(error)
-            self.timed.remove(each)
-            return None
-        return sample
-
-
-def _check_sample(sample: Sample, *, rows: int, new: int) -> None:
-    got = sorted({len(row) for row in sample.tokens})
-    if len(sample.tokens) != rows or got != [new]:
-        raise ValueError(f"expected {new} new tokens for each of {rows} prompts, got {got}")
-    if not sample.seconds > 0:
-        raise ValueError(f"expected a duration above 0 s, got {sample.seconds:g}")
-
-
-def _evaluated_at_full_depth(task: Task) -> list[Sample]:
-    """Runs that evaluate every exit and leave at none: full depth, and what evaluating takes."""
-    if not task.early_exits:
-        return []
-    method = task.method("", threshold=math.inf, confidence=task.config.confidence)
-    return [method.run(batch) for _ in range(2) for batch in task.prompts[:8]]
-
-
-def _pinned(clock: Clock, samples: Sequence[Sample]) -> Clock:
-    """The clock pinned to the median of these runs at full depth: see ``Clock.pinned``."""
-    found = [
-        clock.pinned(sample.work, sample.count, sample.seconds) for sample in samples if sample.work
-    ]
-    found.sort(key=lambda each: (each.token_seconds, each.evaluation_seconds))
-    return found[len(found) // 2] if found else clock
+def _format(clocks: Clocks) -> dict[str, Any]:
+    """What the machine allows a weight format, and its parts by the first confidence measure."""
+    clock = next(iter(clocks.exits.values()))
+    return {
+        "limit_tokens_per_s": clock.bandwidth / clocks.weights.full_depth,
+        "weights_gb": clocks.weights.full_depth / 1e9,
+        "parts": clock.about(),
+    }

@@ -1,73 +1,157 @@
 """What one run of ``offramp bench`` decodes: a model and its prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
-from tokenizers import Tokenizer
+from jaxtyping import Int
+from torch import Tensor
 
 from offramp.commands.bench.config import BenchConfig
-from offramp.commands.bench.methods import Batch, Method, own
-from offramp.data import encode, load_corpus
+from offramp.commands.bench.methods import Batch, Method, own, own_prefill
+from offramp.commands.bench.quality import Windows, routed_ppl
 from offramp.errors import ConfigError, CorpusError
 from offramp.exits.gate import FittedExits
 from offramp.generation.config import GenerateConfig
 from offramp.models.base import EarlyExitModel
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A model, what was fitted to its exits, and the prompts that every method decodes."""
+    """A model in one weight format, what was fitted to its exits, and what every method decodes."""
 
     model: EarlyExitModel
     fitted: FittedExits
     config: BenchConfig
     prompts: Sequence[Batch]
     "The prompts in batches of ``config.batch_size``."
+    weights: str = "float32"
+    "The name of the weight format."
+    long_prompts: Sequence[Sequence[int]] = ()
+    "The prompt of ``config.prefill_tokens`` tokens that goes with each batch."
+    windows: Windows = ()
+    "The windows of the text on which PPL is measured."
 
     @property
     def early_exits(self) -> tuple[int, ...]:
         """The exit layers before the last layer."""
         return tuple(self.model.exit_layers[:-1])
 
-    def method(self, name: str, **options: Any) -> Method:
+    @property
+    def confidences(self) -> tuple[str, ...]:
+        """The confidence measures to time: the chosen one, or ``gain`` first where it is fitted."""
+        if self.config.confidence is not None:
+            return (self.config.confidence,)
+        fitted = self.fitted.gates.get("gain", {})
+        by_gain = bool(self.early_exits) and all(layer in fitted for layer in self.early_exits)
+        return ("gain", "max_prob") if by_gain else ("max_prob",)
+
+    @cached_property
+    def full_ppl(self) -> float:
+        """The PPL at full depth."""
+        return routed_ppl(self.model, self.windows)
+
+    def full(self) -> Method:
+        """Decoding at full depth, which also times the longer prompts."""
+        return replace(self.method("full"), prefill=own_prefill(self.model))
+
+    def method(self, name: str, *, threshold: float | None = None, **options: Any) -> Method:
         """One of offramp's own ways to decode; ``options`` are fields of ``GenerateConfig``."""
-        generate = GenerateConfig(max_new_tokens=self.config.max_new_tokens, **options)
-        return own(name, self.model, generate, fitted=self.fitted)
+        new = self.config.max_new_tokens
+        generate = GenerateConfig(max_new_tokens=new, threshold=threshold, **options)
+        return own(
+            name,
+            self.model,
+            generate,
+            fitted=self.fitted,
+            weights=self.weights,
+            confidence=None if threshold is None else generate.confidence,
+            threshold=threshold,
+            ppl=partial(self._ppl, threshold, generate) if self.windows else None,
+        )
+
+    def _ppl(self, threshold: float | None, generate: GenerateConfig) -> float:
+        """Return the PPL of a way to decode; drafts do not change it."""
+        if threshold is None:
+            return self.full_ppl
+        return routed_ppl(
+            self.model,
+            self.windows,
+            threshold=threshold,
+            confidence=generate.confidence,
+            missing_kv=generate.missing_kv,
+            fitted=self.fitted,
+        )
 
 
 def prompts_of(
+    ids: Int[Tensor, " N"],
     corpus_name: str,
-    tokenizer: Tokenizer,
     config: BenchConfig,
     *,
     max_length: int,
     first_tokens: Sequence[int] = (),
-) -> list[Batch]:
-    """Prompts at equal distances in a corpus (its test split where it has one), in batches.
+) -> list[list[int]]:
+    """Return prompts at equal distances in a text.
 
     Each begins with ``first_tokens``, which are among its ``prompt_tokens``.
 
-    Raises CorpusError for a corpus shorter than one prompt, and ConfigError where a prompt and
+    Raises CorpusError for a text shorter than one prompt, and ConfigError where a prompt and
     its new tokens are longer than ``max_length``.
     """
-    corpus = load_corpus(corpus_name)
-    ids = encode(tokenizer, corpus.whole if corpus.test is None else corpus.test).tolist()
-    if len(ids) < config.prompt_tokens:
-        raise CorpusError(
-            f"{corpus_name}: expected at least {config.prompt_tokens} tokens for a prompt, got "
-            f"{len(ids)}"
-        )
+    prompts = _at_equal_distances(
+        ids, config.prompt_tokens, config.prompts, corpus_name, first_tokens=first_tokens
+    )
     longest = config.prompt_tokens + config.max_new_tokens - 1
     if longest > max_length:
         raise ConfigError(
             f"max_new_tokens: expected at most {max_length} tokens with the prompt, "
             f"the model's longest sequence, got {longest}"
         )
-    space = (len(ids) - config.prompt_tokens) / max(1, config.prompts)
-    starts = [int(space * number) for number in range(config.prompts)]
-    first = list(first_tokens)[: config.prompt_tokens - 1]
-    taken = config.prompt_tokens - len(first)
-    prompts = [first + ids[start : start + taken] for start in starts]
-    size = config.batch_size
+    return prompts
+
+
+def long_prompts_of(
+    ids: Int[Tensor, " N"],
+    corpus_name: str,
+    config: BenchConfig,
+    *,
+    max_length: int,
+    first_tokens: Sequence[int] = (),
+) -> list[list[int]]:
+    """Return a prompt of ``config.prefill_tokens`` tokens for each batch, as ``prompts_of``."""
+    tokens = config.prefill_tokens
+    if tokens is None:
+        return []
+    if tokens > max_length:
+        raise ConfigError(
+            f"prefill_tokens: expected at most {max_length}, the model's longest sequence, "
+            f"got {tokens}"
+        )
+    batches = config.prompts // config.batch_size
+    return _at_equal_distances(ids, tokens, batches, corpus_name, first_tokens=first_tokens)
+
+
+def _at_equal_distances(
+    ids: Int[Tensor, " N"],
+    tokens: int,
+    count: int,
+    corpus_name: str,
+    *,
+    first_tokens: Sequence[int],
+) -> list[list[int]]:
+    if len(ids) < tokens:
+        raise CorpusError(
+            f"{corpus_name}: expected at least {tokens} tokens for a prompt, got {len(ids)}"
+        )
+    space = (len(ids) - tokens) / max(1, count)
+    first = list(first_tokens)[: tokens - 1]
+    taken = tokens - len(first)
+    starts = [int(space * number) for number in range(count)]
+    return [first + ids[start : start + taken].tolist() for start in starts]
+
+
+def in_batches(prompts: Sequence[Sequence[int]], size: int) -> list[Batch]:
+    """Return the prompts in batches of ``size``."""
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
