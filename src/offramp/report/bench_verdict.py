@@ -40,7 +40,7 @@ def _of_format(rows: Sequence[Row]) -> str:
         same = "identical" if fastest["identical_to_greedy"] else "different"
         times = fastest["speedup_vs_full"]
         sentences[0] += f": {_times(times)} full depth, with {same} tokens"
-        sentences[0] += _quality(fastest, rows)
+        sentences[0] += _quality(fastest, rows, " and ")
         if fastest["speedup_vs_full_worst"] < 1 < times:
             sentences[0] += ", but slower on at least one prompt"
     for best in _best_of_each_kind(rows):
@@ -69,7 +69,7 @@ def _best_of_each_kind(rows: Sequence[Row]) -> list[Row]:
 def _beside_full(row: Row, rows: Sequence[Row]) -> str:
     """Sentence on a method that is not the fastest: its speed, and why it is slow if it is."""
     name, times = _name(row, rows), row["speedup_vs_full"]
-    if f"{times:.2f}" == "1.00":
+    if abs(times - 1) < CLEARLY_FASTER - 1:
         return f"{name} is as fast as full depth{_quality(row, rows)}"
     if times > 1:
         return f"{name} is {_times(times)} full depth{_quality(row, rows)}"
@@ -98,11 +98,11 @@ def _with_other_bits(rows: Sequence[Row], sections: Mapping[str, Sequence[Row]])
     ]
 
 
-def _quality(row: Row, rows: Sequence[Row]) -> str:
+def _quality(row: Row, rows: Sequence[Row], before: str = ", with ") -> str:
     """What a method's PPL is if it differs from that of full depth."""
     full = next(each for each in rows if each["method"] == "full")
     own, whole = (f"{each['ppl']:.4g}" if each["ppl"] else "" for each in (row, full))
-    return f", with PPL {own} instead of {whole}" if own and whole and own != whole else ""
+    return f"{before}PPL {own} instead of {whole}" if own and whole and own != whole else ""
 
 
 def _measure(method: str) -> str:
