@@ -95,7 +95,9 @@ class EarlyExitLM:
         Args:
             prompt: The text to continue.
             threshold: Confidence at which a token exits: a number for all exits, or one for
-                each but the last. None runs every token through all layers.
+                each but the last. None runs every token through all layers. If no confidence is
+                named and gain was fitted, gain decides: a threshold from 0 to 1 is the share of
+                the last layer's probability that an exit must keep, below 0 it is in nats.
             certificate: Take the thresholds of this certificate, or of a file that
                 ``offramp calibrate`` wrote.
             chat: Put the prompt into the model's chat template.
@@ -139,7 +141,7 @@ class EarlyExitLM:
                 self._opened,
                 str(text),
                 thresholds,
-                confidence=confidence or "max_prob",
+                confidence=confidence,
                 stored=stored,
                 on_tokens=on_tokens,
             )
@@ -158,7 +160,7 @@ class EarlyExitLM:
         self,
         text: Corpus,
         *,
-        confidence: str = "max_prob",
+        confidence: str | None = None,
         progress: bool = False,
         **promise: Any,
     ) -> Certificate:
@@ -166,7 +168,8 @@ class EarlyExitLM:
 
         Args:
             text: Text like that of later use, and not that of training.
-            confidence: The measure whose thresholds are searched.
+            confidence: The measure whose thresholds are searched; by default gain if it was
+                fitted, else max_prob.
             progress: Show a progress bar.
             **promise: Fields of the promise: ``epsilon`` (risk at most, default 0.02), ``delta``
                 (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap") and

@@ -62,7 +62,8 @@ def calibrate(
         The text to calibrate on: like that of later use, and not that of training. With --check
         it is the new text.
     confidence
-        The measure whose thresholds are searched (default: max_prob).
+        The measure whose thresholds are searched (default: gain where it was fitted, else
+        max_prob).
     compute_budget
         Instead of a risk: find the thresholds of least loss whose FLOPs% is at most this.
     check
@@ -84,14 +85,14 @@ def calibrate(
         weights=weights,
         stored=checked,
     )
-    measure, kept = "max_prob" if confidence is None else confidence, promise or Promise()
+    kept = promise or Promise()
     with token_bar("trace") as on_tokens:
         if checked is not None:
             show, results = _check(opened, corpus, checked, kept, on_tokens)
         elif compute_budget is not None:
-            show, results = _budget(opened, corpus, compute_budget, measure, on_tokens)
+            show, results = _budget(opened, corpus, compute_budget, confidence, on_tokens)
         else:
-            show, results = _certify(opened, corpus, kept, measure, on_tokens)
+            show, results = _certify(opened, corpus, kept, confidence, on_tokens)
     content, about = results
     show()
     warn(model, corpus, about)
@@ -114,7 +115,8 @@ def _check_mode(
         raise ConfigError(f"calibrate: expected a promise, a budget or a check, got {given}")
     if check is not None and confidence is not None:
         raise ConfigError("confidence: expected none with --check, since the certificate names it")
-    check_confidence("max_prob" if confidence is None else confidence)
+    if confidence is not None:
+        check_confidence(confidence)
 
 
 def _check(
@@ -141,7 +143,7 @@ def _check(
 
 
 def _budget(
-    opened: "OpenedModel", corpus: str, budget: float, measure: str, on_tokens: OnTokens
+    opened: "OpenedModel", corpus: str, budget: float, measure: str | None, on_tokens: OnTokens
 ) -> tuple[Callable[[], None], Results]:
     from offramp.commands.calibrate import keep_compute_budget
     from offramp.report.sweep import sweep_table, sweep_verdict
@@ -159,7 +161,7 @@ def _budget(
 
 
 def _certify(
-    opened: "OpenedModel", corpus: str, promise: Promise, measure: str, on_tokens: OnTokens
+    opened: "OpenedModel", corpus: str, promise: Promise, measure: str | None, on_tokens: OnTokens
 ) -> tuple[Callable[[], None], Results]:
     from offramp.commands.calibrate import certify
     from offramp.report.confidence import certificate_table, certificate_verdict

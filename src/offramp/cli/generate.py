@@ -64,7 +64,8 @@ Measure = Annotated[
     Parameter(
         name="--confidence",
         help="The confidence measure, for exits and drafts (default: that of the certificate, or "
-        "max_prob).",
+        "gain where it was fitted, else max_prob; drafts: max_prob). Without it, a threshold from "
+        "0 to 1 on gain is the share of the last layer's probability that an exit must keep.",
     ),
 ]
 KeysValues = Annotated[
@@ -176,7 +177,7 @@ def _run(
     chat: bool,
     as_json: bool,
 ) -> None:
-    from offramp.commands.generate import generate
+    from offramp.commands.generate import confidence_note, generate
     from offramp.data.token_names import token_id
     from offramp.generation.promise import drafts_note
 
@@ -188,6 +189,8 @@ def _run(
     if config.speculative and (note := drafts_note(opened.model)):
         say(note)
     generation = generate(opened, prompt, replace(config, stop_tokens=ids), chat=chat)
+    if config.threshold is not None and config.confidence is None:
+        say(confidence_note(opened, generation.rule))
     if as_json:
         _, rate = _timed(generation, show=None)
         print(json.dumps(_content(generation, rate)))
@@ -265,6 +268,7 @@ def _content(generation: "Generation", rate: float | None) -> dict[str, Any]:
         "tokens_per_s": rate,
         "mean_layers": generation.mean_layers,
         "missing_kv": generation.missing_kv,
+        "confidence": None if generation.rule is None else generation.rule.confidence,
         "acceptance_rate": generation.acceptance_rate,
         "lossless": generation.lossless,
     }

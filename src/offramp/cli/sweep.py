@@ -54,8 +54,9 @@ def sweep(
         Numbers between commas; one for each exit but the last is written 0.9:0.8
         (default: 0.5,0.7,0.8,0.9,0.95,0.99 for measures from 0 to 1).
     confidence
-        The measure of the thresholds: max_prob (default), margin, entropy, saturation,
-        patience, gate or gain.
+        The measure of the thresholds: max_prob, margin, entropy, saturation, patience, gate
+        or gain (default: gain where it was fitted, else max_prob). Without it, a threshold
+        from 0 to 1 on gain is the share of the last layer's probability that an exit must keep.
     certificate
         Instead: the thresholds in a file that ``offramp calibrate`` wrote for this model.
     out
@@ -64,7 +65,8 @@ def sweep(
     for name, value in (("thresholds", thresholds), ("confidence", confidence)):
         if certificate is not None and value is not None:
             raise ConfigError(f"{name}: expected none with --certificate, which has its own")
-    check_confidence(measure := "max_prob" if confidence is None else confidence)
+    if confidence is not None:
+        check_confidence(confidence)
     parsed = None if thresholds is None else parse_thresholds(thresholds)
     check_out_file(out)
     stored = None if certificate is None else load_thresholds(certificate)
@@ -84,7 +86,7 @@ def sweep(
     )
     with token_bar("trace") as on_tokens:
         content = run_sweep(
-            opened, corpus, parsed, confidence=measure, stored=stored, on_tokens=on_tokens
+            opened, corpus, parsed, confidence=confidence, stored=stored, on_tokens=on_tokens
         )
     shown = output()
     shown.print(sweep_table(content, width=shown.width))

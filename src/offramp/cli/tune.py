@@ -49,8 +49,10 @@ def tune(
 
         def on_progress(progress: TuneProgress) -> None:
             doing = progress.doing
-            if doing in ("fit", "states"):
+            if doing in ("fit", "states", "sample"):
                 drawn.show(doing, done=progress.done, total=progress.total, text="tokens")
+            elif doing == "gates":
+                drawn.show(doing, done=progress.done, total=progress.total, text="fitted")
             elif progress.done % 10 == 0 or progress.done == progress.total:
                 text = "" if progress.loss is None else f"loss {float(progress.loss):.3f}"
                 drawn.show(doing, done=progress.done, total=progress.total, text=text)
@@ -65,6 +67,11 @@ def tune(
         say_verdict(tune_verdict(trained))
         if trained["kv_source"] is not None:
             say_verdict(shared_verdict(trained))
+    if trained["fitted_gates"]:
+        say(
+            f"Gates for gain and gate were fitted to {trained['fitted_gates']['tokens']:,} tokens; "
+            "generate, sweep and calibrate decide by gain unless --confidence names a measure."
+        )
     whole = trained["unfreeze"] or trained["kv_source"] is not None
     say(
         f"{quote(str(out))} holds the {'model' if whole else 'exits'}. "

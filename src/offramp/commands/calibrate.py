@@ -12,6 +12,7 @@ from offramp.calibration.promise import DEFAULT_DELTA, Promise
 from offramp.calibration.risk import check_path
 from offramp.commands.text import MeasuredText, OnTokens, read_text
 from offramp.errors import ConfigError
+from offramp.exits.default_confidence import default_confidence
 from offramp.models.open import OpenedModel
 
 
@@ -20,15 +21,17 @@ def certify(
     corpus: str,
     promise: Promise,
     *,
-    confidence: str = "max_prob",
+    confidence: str | None = None,
     path: Sequence[Sequence[float]] | None = None,
     on_tokens: OnTokens | None = None,
 ) -> tuple[Certificate, MeasuredText]:
     """Certify thresholds for a model on a text, from one pass; also returns the text.
 
-    With fewer sequences than ``promise.sequences_needed`` the certificate is for the full model.
+    Without ``confidence`` thresholds are on gain if it was fitted, else on max_prob. With fewer
+    sequences than ``promise.sequences_needed`` the certificate is for the full model.
     """
     opened.require_exits()
+    confidence = confidence or default_confidence(opened.fitted, opened.model.exit_layers)
     text = read_text(opened, corpus)
     if path is not None:
         path = check_path(path, len(opened.model.exit_layers))
@@ -53,7 +56,7 @@ def keep_compute_budget(
     corpus: str,
     compute_budget: float,
     *,
-    confidence: str = "max_prob",
+    confidence: str | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[str, Any]:
     """Find the thresholds of least loss whose FLOPs% is at most the budget.
@@ -62,6 +65,7 @@ def keep_compute_budget(
     ``load_thresholds`` reads.
     """
     opened.require_exits()
+    confidence = confidence or default_confidence(opened.fitted, opened.model.exit_layers)
     text = read_text(opened, corpus)
     trace = text.trace((confidence,), on_tokens=on_tokens)
     cost = text.cost()

@@ -1,6 +1,7 @@
 """Text from an opened model: ``offramp generate``."""
 
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 from offramp.calibration.thresholds import StoredThresholds
@@ -8,6 +9,7 @@ from offramp.data.hub import one_line
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError, ConfigError
 from offramp.exits.policy import ThresholdPolicy
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import Generation
 from offramp.generation.generate import generate as generate_ids
@@ -75,6 +77,26 @@ def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
                 f"{one_line(error)}"
             ) from None
     return encode_prompt(opened.tokenizer, text, special_tokens=False)
+
+
+def confidence_note(opened: OpenedModel, rule: ExitRule | None) -> str:
+    """Return a sentence on the confidence that decides, where the user named none."""
+    assert rule is not None
+    assert isinstance(rule.policy, ThresholdPolicy)
+    if rule.confidence == "gain":
+        nats = ", ".join(
+            f"{max(0.0, -bound):.3g}" for bound in dict.fromkeys(rule.policy.thresholds)
+        )
+        return (
+            "Exits are decided by gain: a token leaves where leaving is expected to cost at most "
+            f"{nats} nats. For another measure: --confidence max_prob"
+        )
+    if rule.policy.decay:
+        return "Exits are decided by max_prob, as always with --decay."
+    return (
+        "Exits are decided by max_prob, which needs an LM head at each exit. A gate is cheaper: "
+        f"offramp confidence {quote(opened.name)} --corpus TEXT --fit TRAINING_TEXT"
+    )
 
 
 def with_thresholds(

@@ -9,6 +9,7 @@ from offramp.commands.text import OnTokens, read_text
 from offramp.evaluation.sweep import Threshold
 from offramp.evaluation.sweep import sweep as sweep_trace
 from offramp.exits.confidence import confidence_named
+from offramp.exits.default_confidence import confidence_and_threshold, default_confidence
 from offramp.exits.policy import ThresholdPolicy
 from offramp.models.open import OpenedModel
 
@@ -29,32 +30,41 @@ def sweep(
     corpus: str,
     thresholds: Sequence[Threshold] | None = None,
     *,
-    confidence: str = "max_prob",
+    confidence: str | None = None,
     stored: StoredThresholds | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[str, Any]:
     """What ``offramp sweep`` writes: a row for each threshold, from one pass over a text.
 
-    ``stored`` takes the place of ``thresholds`` and ``confidence``: those of a file that
-    ``offramp calibrate`` wrote. The model's fitted temperatures and gates are used, and FLOPs%
-    counts exit heads and gates. Raises ConfigError for thresholds that do not fit the model's
-    exits or a measure whose gates were not fitted, CertificateError for thresholds that were found
-    for another model.
+    Without ``confidence`` gain decides if it was fitted, else max_prob; a threshold means what it
+    means for ``generate`` (exits/default_confidence.py). ``stored`` takes the place of
+    ``thresholds`` and ``confidence``: those of a file that ``offramp calibrate`` wrote. The model's
+    fitted temperatures and gates are used, and FLOPs% counts exit heads and gates. Raises
+    ConfigError for thresholds that do not fit the model's exits or a measure whose gates were not
+    fitted, CertificateError for thresholds that were found for another model.
     """
     if stored is not None:
         stored.require_model(opened.sha256, weights=opened.weights)
         stored.require_bos(bool(opened.first_tokens))
         thresholds, confidence = [stored.thresholds], stored.confidence
-    confidence_named(confidence)
-    chosen = default_thresholds(confidence) if thresholds is None else thresholds
+    fitted, exits = opened.fitted, opened.model.exit_layers
+    if thresholds is None:
+        confidence = confidence or default_confidence(fitted, exits)
+        thresholds = default_thresholds(confidence)
+    named = confidence or default_confidence(fitted, exits)
+    confidence_named(named)
+    chosen = [
+        confidence_and_threshold(confidence, each, fitted=fitted, exit_layers=exits)[1]
+        for each in thresholds
+    ]
     for threshold in chosen:
         ThresholdPolicy.of(threshold, len(opened.model.exit_layers))
     text = read_text(opened, corpus)
-    trace = text.trace((confidence,), on_tokens=on_tokens)
-    rows = sweep_trace(trace, chosen, confidence=confidence, cost=text.cost())
+    trace = text.trace((named,), on_tokens=on_tokens)
+    rows = sweep_trace(trace, chosen, confidence=named, cost=text.cost())
     return {
         **text.about(),
-        "confidence": confidence,
+        "confidence": named,
         **({} if stored is None else {"certificate": stored.sha256}),
         "rows": [asdict(row) for row in rows],
         "exit_ppl": {layer: trace.ppl(layer) for layer in trace.exit_layers},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offramp.commands.text import LARGEST_LOGITS
 from offramp.commands.tune_config import TuneConfig
+from offramp.commands.tune_gates import gates_of
 from offramp.commands.tune_shared import about_shared, open_to_share, share
 from offramp.data import Corpus, batches, encode, load_corpus
 from offramp.environment import environment
@@ -108,9 +109,9 @@ def tune(
     with new_folder(out) as folder:
         about = {} if config.kv_source is None else about_shared(opened)
         opened, trained = _trained(opened, corpus, ids, held_out, config, on_progress)
-        if model.vocab_size > 2 * DRAFT_VOCAB:
-            frequent = frequent_tokens(ids[: len(ids) - held_out])
-            opened = replace(opened, fitted=FittedExits(draft_vocab=frequent))
+        opened, trained["fitted_gates"] = _fitted(
+            opened, ids[: len(ids) - held_out], config, on_progress
+        )
         write_model(opened, folder, about={**about, "trained": trained})
     return trained
 
@@ -169,6 +170,26 @@ def _trained(
         "bos": bool(first),
         "environment": environment(str(model.device)),
     }
+
+
+def _fitted(
+    opened: OpenedModel, ids: Int[Tensor, " N"], config: TuneConfig, on_progress: OnProgress
+) -> tuple[OpenedModel, dict[str, Any] | None]:
+    """Return the model with gates and a draft vocabulary, and a record of the gates."""
+    fitted, record = opened.fitted, None
+    if config.gates:
+        gates, record = gates_of(
+            opened.model,
+            ids,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            first_tokens=opened.first_tokens,
+            on_progress=on_progress,
+        )
+        fitted = FittedExits(gates=gates, bos=bool(opened.first_tokens))
+    if opened.model.vocab_size > 2 * DRAFT_VOCAB:
+        fitted = replace(fitted, draft_vocab=frequent_tokens(ids))
+    return replace(opened, fitted=fitted), record
 
 
 def frequent_tokens(ids: Int[Tensor, " N"]) -> Int[Tensor, " W"]:

@@ -45,6 +45,9 @@ class TuneConfig:
     there leave nothing out. They are fitted by least squares; then the attention above the layer
     (with --unfreeze everything) learns to predict what the model predicted, and then the exits
     learn."""
+    gates: bool = True
+    """Fit a gain and a gate gate to each exit, by which generate, sweep and calibrate decide where
+    tokens leave. Without them they use max_prob, which costs an LM head at each exit."""
     distill_epochs: int | None = None
     "With --kv-source: passes over the text of the distillation (default: 1; 0: only the fit)."
     distill_lr: float | None = None

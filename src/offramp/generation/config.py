@@ -72,8 +72,10 @@ class GenerateConfig(SamplingConfig):
     """Decrease the threshold along the text (CALM): at new token t, counted from 0, of
     max_new_tokens N it is 0.9 threshold + 0.1 exp(-decay t / N). Early tokens, on which all later
     ones depend, then need more confidence to leave. Default: the threshold is constant."""
-    confidence: str = "max_prob"
-    "The confidence measure, for exits and drafts."
+    confidence: str | None = None
+    """The confidence measure, for exits and drafts. By default exits are decided by gain if it was
+    fitted and the threshold does not fall (a threshold from 0 to 1 is then a share of probability:
+    see ``exits/default_confidence.py``), else by max_prob, and drafts by max_prob."""
     missing_kv: MissingKVChoice = "propagate"
     """How missing keys and values above an exit are computed when a later token needs them: from
     the state at the exit (propagate), or by running the layers (recompute). For complete exits
@@ -118,7 +120,13 @@ class GenerateConfig(SamplingConfig):
             )
         if self.decay is not None:
             self._check_decay(self.decay)
-        check_confidence(self.confidence)
+        if self.confidence is not None:
+            check_confidence(self.confidence)
+
+    @property
+    def draft_confidence(self) -> str:
+        """The measure that ends a draft."""
+        return "max_prob" if self.confidence is None else self.confidence
 
     def _check_decay(self, tau: float) -> None:
         if not (math.isfinite(tau) and tau >= 0):

@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp.errors import ConfigError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.confident_exit import ExitDecoder, ExitRule
 from offramp.generation.config import GenerateConfig
 from offramp.generation.options import (
     check_prompt,
@@ -31,7 +31,7 @@ class Generation(Iterator[Token]):
 
     The iteration may stop before the text is complete. ``missing_kv`` says how the keys and values
     above an exit are computed; it is "exact" if all exits that may be used are complete, and None
-    if no token can leave early.
+    if no token can leave early. ``rule`` decides where tokens leave; None for full depth.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class Generation(Iterator[Token]):
         completion: Completion,
         decoder: ExitDecoder | SpeculativeDecoder,
         missing_kv: str | None = None,
+        rule: ExitRule | None = None,
     ) -> None:
         self._tokens, self._decoder = tokens, decoder
-        self.completion, self.missing_kv = completion, missing_kv
+        self.completion, self.missing_kv, self.rule = completion, missing_kv, rule
 
     def __next__(self) -> Token:
         return next(self._tokens)
@@ -129,7 +130,9 @@ def generate(
     if not config.speculative:
         decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=way)
         tokens = (token for _, token in _decode(decoder, [prompt], [row]))
-        return Generation(tokens, completion=row.completion, decoder=decoder, missing_kv=meaning)
+        return Generation(
+            tokens, completion=row.completion, decoder=decoder, missing_kv=meaning, rule=rule
+        )
     drafting = SpeculativeDecoder(
         model,
         cache,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence import confidence_named
+from offramp.exits.default_confidence import confidence_and_threshold
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitRule
@@ -62,18 +63,26 @@ def exit_rule(
         raise ConfigError(
             "threshold: expected a model with an exit before its last layer, got one without"
         )
+    name = config.confidence
     if policy is None:
         assert config.threshold is not None
-        tau = config.decay
+        tau, threshold = config.decay, config.threshold
         decay = None if tau is None else Decay(tau=tau, length=config.max_new_tokens)
-        policy = ThresholdPolicy.of(config.threshold, len(model.exit_layers), decay=decay)
+        if decay and name is None:  # a share of probability that falls would not be one
+            name = "max_prob"
+        name, threshold = confidence_and_threshold(
+            name, threshold, fitted=fitted, exit_layers=model.exit_layers
+        )
+        policy = ThresholdPolicy.of(threshold, len(model.exit_layers), decay=decay)
     elif config.decay is not None:
         raise ConfigError("decay: expected none with a policy, which has its own thresholds")
     elif config.speculative:
         raise ConfigError("policy: expected none with speculative decoding, which has no exits")
-    for layer in model.exit_layers[:-1] if confidence_named(config.confidence).needs_gate else ():
-        fitted.gate(config.confidence, layer)  # raises ConfigError if there is none
-    return ExitRule(policy=policy, confidence=config.confidence, fitted=fitted)
+    if name is None:  # a policy has thresholds in the unit of its measure
+        name = "gain" if isinstance(policy, GainPolicy) else "max_prob"
+    for layer in model.exit_layers[:-1] if confidence_named(name).needs_gate else ():
+        fitted.gate(name, layer)  # raises ConfigError if there is none
+    return ExitRule(policy=policy, confidence=name, fitted=fitted)
 
 
 def missing_kv_for(
@@ -102,11 +111,11 @@ def missing_kv_for(
 
 def draft_exit(model: EarlyExitModel, config: GenerateConfig, fitted: FittedExits) -> int:
     """Return the exit layer that drafts. Raises ConfigError if no exit fits the options."""
-    measure = confidence_named(config.confidence)
-    if config.confidence == "patience" or measure.needs_previous_state:
+    measure = confidence_named(config.draft_confidence)
+    if config.draft_confidence == "patience" or measure.needs_previous_state:
         raise ConfigError(
             "confidence: expected a measure that reads only one exit for drafts, "
-            f"got {config.confidence!r}"
+            f"got {config.draft_confidence!r}"
         )
     early = model.exit_layers[:-1]
     if not early:
@@ -118,5 +127,5 @@ def draft_exit(model: EarlyExitModel, config: GenerateConfig, fitted: FittedExit
         exits = ", ".join(map(str, early))
         raise ConfigError(f"draft_exit: expected one of the exits {exits}, got {chosen}")
     if measure.needs_gate:
-        fitted.gate(config.confidence, chosen)
+        fitted.gate(config.draft_confidence, chosen)
     return chosen

@@ -49,7 +49,7 @@ class SpeculativeDecoder:
     ) -> None:
         self.model, self.cache, self.config = model, cache, config
         self.draft_exit, self.fitted = draft_exit, fitted
-        self.measure = confidence_named(config.confidence)
+        self.measure = confidence_named(config.draft_confidence)
         self.payoff = Payoff()
         self.lookup = Lookup(config.lookup)
         self.work = Work()
@@ -119,7 +119,7 @@ class SpeculativeDecoder:
         while len(drafts) < min(self.config.max_drafts, at_most):
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             score = self._confidence(logits, states[-1][0, 0])
-            check_confidence_scores([score], self.config.confidence, self.draft_exit)
+            check_confidence_scores([score], self.config.draft_confidence, self.draft_exit)
             self.work.drafts[self.draft_exit, 1] += 1
             if not score >= self.config.draft_threshold:
                 break

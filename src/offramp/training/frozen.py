@@ -33,10 +33,10 @@ RIDGE = 100
 class TuneProgress:
     """The progress of a run, while it reads a text or after a step."""
 
-    doing: Literal["fit", "distill", "states", "tune"]
+    doing: Literal["fit", "distill", "states", "tune", "sample", "gates"]
     done: int
     total: int
-    "Total number of tokens (fit, states) or steps (distill, tune)."
+    "Total number of tokens (fit, states, sample), steps (distill, tune) or gates."
     loss: Tensor | None = None
     "Loss of the last step in nats per token, summed over the exits."
 

@@ -74,6 +74,30 @@ def test_exits_agree_more_with_the_final_layer_afterwards(tuned):
     assert trained["after"][-1]["agreement"] == 1
 
 
+def test_gates_are_fitted_to_the_tuned_exits(tuned, text):
+    out, trained, told = tuned
+    assert trained["fitted_gates"]["kinds"] == ["gate", "gain"]
+    assert (
+        trained["fitted_gates"]
+        == json.loads((out / "offramp.json").read_text())["trained"]["fitted_gates"]
+    )
+    opened = open_model(out)
+    gates = opened.fitted.gates
+    assert sorted(gates["gain"]) == sorted(gates["gate"]) == [1, 2]
+    doing = [progress.doing for progress in told]
+    assert doing.index("sample") < doing.index("gates") == len(doing) - doing.count("gates")
+    trace = read_text(opened, text).first(1000).trace(("gain",), kl=True)
+    for row in (0, 1):  # a gate that was not fitted predicts 0.7 nats
+        assert -trace.scores("gain")[row].mean() == pytest.approx(trace.kl[row].mean(), rel=0.3)
+
+
+def test_gates_can_be_left_out(checkpoint, text, tmp_path):
+    config = TuneConfig(**{**QUICK, "epochs": 1}, gates=False)
+    trained = tune_folder(checkpoint, text, tmp_path / "exits", config)
+    assert trained["fitted_gates"] is None
+    assert not load_fitted(tmp_path / "exits").gates
+
+
 def test_the_backbones_logits_are_bitwise_what_they_were(checkpoint, tuned, ids):
     out, _, _ = tuned
     plain, back = from_pretrained(checkpoint), from_pretrained(out)

@@ -223,7 +223,7 @@ def router_of(
     """Return a router of the native decoder ``model``; None if the kernels cannot run it."""
     embeddings = model.model.embed_tokens.weight.detach()
     found = fast.for_kernels(cache, (model.get_buffer("cos"), model.get_buffer("sin")))
-    if found is None or not can_route(spec):
+    if found is None or not can_route(spec) or not hasattr(_few_tokens, "route"):
         return None
     weights, kernel_cache = found
     readable = embeddings.is_cpu and embeddings.is_contiguous()
