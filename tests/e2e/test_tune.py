@@ -29,7 +29,8 @@ def tuned(offramp, checkpoint, tmp_path_factory):
 
 
 def test_tune_writes_the_exits_alone(tuned):
-    assert {path.name for path in tuned.iterdir()} == {"offramp.json", "exits.safetensors"}
+    names = {"offramp.json", "exits.safetensors", "fitted.safetensors"}
+    assert {path.name for path in tuned.iterdir()} == names
     about = json.loads((tuned / "offramp.json").read_text())
     assert about["exit_layers"] == [1, 2, 4]
     assert about["trained"]["objective"] == "distill"

@@ -68,9 +68,10 @@ class Clock:
     weights: float
     "Bytes of the blocks and the last head."
     token_seconds: float = 0.0
-    "Seconds that a new token takes in addition to all parts, such as to choose and decode it."
+    """Seconds that a new token takes in addition to all parts, such as to choose and decode it.
+    Below 0 where decoding runs parts in fewer calls than they were timed in."""
     evaluation_seconds: float = 0.0
-    "Seconds that an evaluation takes in addition to its part, such as to split the batch."
+    "The same of an evaluation, such as to split the batch."
 
     def seconds(self, work: Work, tokens: int) -> float:
         """Return the predicted seconds of ``work`` that generated ``tokens`` new tokens."""
@@ -110,12 +111,16 @@ class Clock:
         """Return the clock, corrected so that it predicts ``seconds`` for a run at full depth.
 
         The seconds that the parts do not explain are divided among the tokens or, if every exit
-        was evaluated and no token left, among the evaluations.
+        was evaluated and no token left, among the evaluations. They may be below 0, but a token
+        and an evaluation, with its part, take no less than no time.
         """
-        rest = max(0.0, seconds - self.seconds(work, tokens))
+        rest = seconds - self.seconds(work, tokens)
         if evaluated := sum(work.evaluations.values()):
-            return replace(self, evaluation_seconds=self.evaluation_seconds + rest / evaluated)
-        return replace(self, token_seconds=self.token_seconds + rest / tokens)
+            own = sum(self.evaluations[at].of(n) * c for (at, n), c in work.evaluations.items())
+            added = self.evaluation_seconds + max(rest, -own) / evaluated
+            return replace(self, evaluation_seconds=added)
+        heads = sum(self.heads[at].of(n) * count for (at, n), count in work.heads.items())
+        return replace(self, token_seconds=self.token_seconds + max(rest, -heads) / tokens)
 
     def about(self) -> dict[str, Any]:
         """Return figures of each part: bytes, FLOPs, milliseconds, share of the bandwidth."""

@@ -48,9 +48,10 @@ def measure_clock(
     cost = model_cost(model, context=float(context), fitted=fitted)
     timer = Timer(model=model, cost=cost, context=context, fitted=fitted, rows=rows, rounds=rounds)
     block, early = timer.block(), model.exit_layers[:-1]
+    one_call = timer.whole(1)
     return Clock(
         block=block,
-        keys_values=timer.keys_values(block.seconds[1]),
+        keys_values=timer.keys_values(one_call),
         heads={layer: timer.head(layer) for layer in model.exit_layers},
         evaluations={layer: timer.evaluation(layer, confidence) for layer in early},
         drafts={layer: timer.draft(layer) for layer in early},
@@ -87,27 +88,33 @@ class Timer:
         return [count for count in TOKENS if self.rows or self.context + count <= longest]
 
     def block(self) -> Part:
-        """Time one block: the mean of all blocks."""
+        """Time one block: the mean of all blocks, without what a call takes that runs none."""
         layers = self.model.num_layers
         seconds = {}
         for tokens in self.sizes:
-            h, step = self._tokens(tokens)
-            whole = partial(self.model.run_layers, h, 0, layers, step=step)
-            seconds[tokens] = seconds_of(whole, self.rounds) / layers
+            none = self.whole(tokens, blocks=0)
+            seconds[tokens] = max(self.whole(tokens) - none, 1e-9) / layers
         return self._part(sum(self.cost.layers) / layers, seconds)
 
-    def keys_values(self, one_block: float) -> Part:
+    def whole(self, tokens: int, *, blocks: int | None = None) -> float:
+        """Return the seconds of a call of the first blocks (default: all)."""
+        h, step = self._tokens(tokens)
+        last = self.model.num_layers if blocks is None else blocks
+        part = partial(self.model.run_layers, h, 0, last, step=step)
+        return seconds_of(part, self.rounds)
+
+    def keys_values(self, one_call: float) -> Part:
         """Time the keys and values of pending tokens in one block that writes any.
 
         If the model computes them in the same call as a running token, only the additional time
-        counts. ``one_block`` is the seconds of a block for the running token alone.
+        counts. ``one_call`` is the seconds of a call of all blocks for the running token alone.
         """
-        layers, sizes, writers = self.model.num_layers, self.sizes, self._writers
+        sizes, writers = self.sizes, self._writers
         seconds = {}
         for tokens in sizes:
             if self.model.fills_beside(tokens + 1) and tokens < sizes[-1]:
                 part = partial(_run_last, self.model, *self._tokens(tokens + 1))
-                added = seconds_of(part, self.rounds) - layers * one_block
+                added = seconds_of(part, self.rounds) - one_call
                 seconds[tokens] = max(added / writers, 1e-9)
             else:
                 part = partial(_project, self.model, *self._tokens(tokens))

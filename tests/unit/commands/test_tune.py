@@ -249,7 +249,8 @@ def test_models_of_unknown_blocks_are_tuned_and_trained(tmp_path, checkpoint, te
 
 def test_the_file_says_what_was_trained_on_what(checkpoint, text, tuned):
     out, trained, told = tuned
-    assert sorted(path.name for path in out.iterdir()) == ["exits.safetensors", "offramp.json"]
+    names = ["exits.safetensors", "fitted.safetensors", "offramp.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
     content = json.loads((out / "offramp.json").read_text())
     assert content["trained"] == json.loads(json.dumps(trained))
     assert content["exit_layers"] == [1, 2, 4]

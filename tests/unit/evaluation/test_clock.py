@@ -74,4 +74,8 @@ def test_a_clock_is_pinned_to_full_depth_and_then_to_evaluations(clock):
     assert pinned.evaluation_seconds == 4.0
     assert pinned.seconds(evaluated, 10) == 98.0
     assert pinned.seconds(full, 10) == 76.0
-    assert clock.pinned(full, 10, 1.0).token_seconds == 0.0  # no time is below nothing
+    # parts that decoding runs in fewer calls than they were timed in take less
+    assert clock.pinned(full, 10, 44.0).seconds(full, 10) == 44.0
+    assert clock.pinned(evaluated, 10, 50.0).seconds(evaluated, 10) == 50.0
+    heads = sum(clock.heads[layer].of(n) * count for (layer, n), count in full.heads.items())
+    assert clock.pinned(full, 10, 1.0).token_seconds == -heads / 10  # no token takes less
