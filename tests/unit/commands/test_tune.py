@@ -259,7 +259,7 @@ def test_the_file_says_what_was_trained_on_what(checkpoint, text, tuned):
     assert trained["held_out_tokens"] == trained["tokens"] // 20
     assert read_text(open_model(out), text).seen_in_training
     assert open_model(out).exits_trained
-    assert {progress.doing for progress in told} == {"states", "tune"}
+    assert {progress.doing for progress in told} == {"states", "tune", "sample", "gates"}
     assert told[-1].done == told[-1].total
 
 
