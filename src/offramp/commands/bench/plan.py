@@ -65,7 +65,7 @@ def _own_methods(task: Task) -> Iterator[Method]:
     yield task.full()
     for confidence in task.confidences:
         main = confidence == task.confidences[0]
-        thresholds = list(config.thresholds) if main else []
+        thresholds = [float(each) for each in map(task.threshold, config.thresholds) if main]
         if early and config.compute_pct is not None:
             thresholds.append(threshold_for(config.compute_pct, task, confidence))
         ways = (EXACT,) if complete(task.model) else MISSING_KV if main else MISSING_KV[:1]

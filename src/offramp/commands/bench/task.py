@@ -12,6 +12,7 @@ from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.methods import Batch, Method, own, own_prefill
 from offramp.commands.bench.quality import Windows, routed_ppl
 from offramp.errors import ConfigError, CorpusError
+from offramp.exits.default_confidence import confidence_and_threshold, default_confidence
 from offramp.exits.gate import FittedExits
 from offramp.generation.config import GenerateConfig
 from offramp.models.base import EarlyExitModel
@@ -43,9 +44,17 @@ class Task:
         """The confidence measures to time: the chosen one, or ``gain`` first where it is fitted."""
         if self.config.confidence is not None:
             return (self.config.confidence,)
-        fitted = self.fitted.gates.get("gain", {})
-        by_gain = bool(self.early_exits) and all(layer in fitted for layer in self.early_exits)
-        return ("gain", "max_prob") if by_gain else ("max_prob",)
+        chosen = default_confidence(self.fitted, self.model.exit_layers)
+        return tuple(dict.fromkeys((chosen, "max_prob")))
+
+    def threshold(self, written: float) -> Any:
+        """The threshold of the first measure, in its unit, for one that the user wrote."""
+        return confidence_and_threshold(
+            self.config.confidence,
+            written,
+            fitted=self.fitted,
+            exit_layers=self.model.exit_layers,
+        )[1]
 
     @cached_property
     def full_ppl(self) -> float:
@@ -79,7 +88,7 @@ class Task:
             self.model,
             self.windows,
             threshold=threshold,
-            confidence=generate.confidence,
+            confidence=generate.confidence or self.confidences[0],
             missing_kv=generate.missing_kv,
             fitted=self.fitted,
         )
