@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError
 from offramp.models.checks import about
+from offramp.models.native.fast import products
 from offramp.models.native.quantised_weight import (
     GROUP,
     ROWS,
@@ -71,6 +72,7 @@ class QuantisedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, scheme: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self._weight: QuantisedWeight | None = None
         for name, (shape, dtype) in tensor_forms(scheme, (out_features, in_features)).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
@@ -79,18 +81,30 @@ class QuantisedLinear(nn.Module):
         """Return a layer that holds this weight."""
         with torch.device("meta"):
             layer = cls(weight.shape[1], weight.shape[0], weight.scheme)
-        for name, tensor in weight.tensors().items():
-            layer._buffers[name] = tensor
+        layer.weight = weight
         return layer
 
     @property
     def weight(self) -> QuantisedWeight:
         """The weight; it shares the buffers."""
-        return QuantisedWeight(
-            scheme=self.scheme,
-            shape=(self.out_features, self.in_features),
-            **{name: tensor for name in TENSORS if (tensor := self._buffers.get(name)) is not None},
-        )
+        held = [self._buffers.get(name) for name in TENSORS]
+        kept = self._weight
+        if kept is None or any(
+            getattr(kept, n) is not t for n, t in zip(TENSORS, held, strict=True)
+        ):
+            tensors = {n: t for n, t in zip(TENSORS, held, strict=True) if t is not None}
+            shape = (self.out_features, self.in_features)
+            kept = self._weight = QuantisedWeight(scheme=self.scheme, shape=shape, **tensors)
+        return kept
+
+    @weight.setter
+    def weight(self, weight: QuantisedWeight) -> None:
+        for name, tensor in weight.tensors().items():
+            self._buffers[name] = tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the weight, which a copy makes of its own buffers."""
+        return {**vars(self), "_weight": None}
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         """Return x weight^T in the precision of x."""
@@ -118,13 +132,18 @@ def linear(x: Float[Tensor, "*N I"], weight: Any) -> Float[Tensor, "*N O"]:
 
 
 def quantised_linear(x: Float[Tensor, "*N I"], weight: QuantisedWeight) -> Float[Tensor, "*N O"]:
-    """Return x weight^T in the precision of x, from the weights as numbers of that precision.
+    """Return x weight^T in the precision of x.
 
-    They are computed some rows at a time, so that memory stays bounded.
+    On a CPU without gradients the compiled kernels compute it, if they were built: states are
+    rounded to int8 in groups of 32, and a token's result is independent of the others. Otherwise
+    the weights become numbers of x's precision, some rows at a time, so that memory stays bounded.
     """
     outputs, inputs = weight.shape
     if x.shape[-1:] != (inputs,) or not x.is_floating_point():
         raise ConfigError(f"x: expected floats of shape (..., {inputs}), got {about(x)}")
+    if products.kernels_fit(weight) and x.is_cpu and not torch.is_grad_enabled():
+        flat = products.linear(x.reshape(-1, inputs).float(), weight)
+        return flat.view(*x.shape[:-1], outputs).to(x.dtype)
     step = max(1, _CHUNK // (inputs * ROWS)) * ROWS
     parts = [
         F.linear(x, weight.dequantised(x.dtype, first=first, last=first + step))

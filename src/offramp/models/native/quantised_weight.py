@@ -89,6 +89,11 @@ class QuantisedWeight:
         return self.values.device
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether the tensors are on the CPU."""
+        return self.values.is_cpu
+
+    @property
     def nbytes(self) -> int:
         """Size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -112,7 +117,15 @@ class QuantisedWeight:
         return found
 
     def __getitem__(self, rows: Int[Tensor, " W"] | slice) -> "QuantisedWeight":
-        """Return a weight of only these rows, in this order."""
+        """Return a weight of only these rows, in this order; whole blocks are views."""
+        if isinstance(rows, slice) and rows.step is None and (rows.start or 0) % ROWS == 0:
+            first, last, _ = rows.indices(self.shape[0])
+            if first < last:
+                blocks = slice(first // ROWS, -(-last // ROWS))
+                parts = {name: tensor[blocks] for name, tensor in self.tensors().items()}
+                if last == self.shape[0] or last % ROWS == 0:
+                    shape = (last - first, self.shape[1])
+                    return QuantisedWeight(scheme=self.scheme, shape=shape, **parts)
         index = torch.arange(self.shape[0], device=self.device)[rows]
         block, at = index // ROWS, index % ROWS
         chunked = self.values.view(len(self.values), -1, ROWS, 4)

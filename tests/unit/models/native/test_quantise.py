@@ -65,9 +65,8 @@ def dequantised(model: Transformer) -> Transformer:
 
 
 def close(mine, theirs):
-    """Alike, up to what the kernels round."""
-    spread = float(theirs.std())
-    assert float((mine - theirs).abs().max()) < 2e-2 * spread
+    """Alike, up to what the kernels round: states to int8."""
+    assert float((mine - theirs).norm()) < 4e-2 * float(theirs.norm())
 
 
 @torch.no_grad()

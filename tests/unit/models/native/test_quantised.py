@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from offramp.errors import ConfigError
 from offramp.models.base import Step
+from offramp.models.native.quantise import quantised
 from offramp.models.native.quantised import (
     SCHEMES,
     QuantisedLinear,
@@ -22,23 +22,6 @@ RELATIVE = {"int8": 0.01, "int4": 0.09}
 
 def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quantise(model, scheme):
-    """Replace the linear layers of the blocks and the LM heads, as ``--weights`` does."""
-    parts = [*model.model.layers, *(head for head in model.exits.values()), model]
-    for part in parts:
-        for inside in part.modules() if part is not model else [model]:
-            for name, layer in inside.named_children():
-                plain = isinstance(layer, nn.Linear) and "exits" not in name
-                if plain and (name == "lm_head" or inside in _blocks(model)):
-                    made = QuantisedLinear.of(quantise_weight(layer.weight.detach(), scheme))
-                    setattr(inside, name, made)
-    return model.eval()
-
-
-def _blocks(model):
-    return [inside for block in model.model.layers for inside in block.modules()]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -158,7 +141,7 @@ def test_a_quantised_model_runs_as_the_same_model_with_its_weights_as_numbers(
     make_model, make_ids, scheme, dtype
 ):
     options = {"hidden_size": 64, "num_key_value_heads": 2, "exit_head": "full", "dtype": dtype}
-    model, same = quantise(make_model(**options), scheme), make_model(**options)
+    model, same = quantised(make_model(**options), scheme), make_model(**options)
     for layer, plain in zip(model.modules(), same.modules(), strict=True):
         if isinstance(layer, QuantisedLinear):
             plain.weight.copy_(layer.weight.dequantised())

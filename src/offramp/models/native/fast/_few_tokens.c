@@ -5,8 +5,9 @@
    once and multiplied with all tokens while it is in registers, so a few tokens take no longer than
    one. The result of a token does not depend on the number of tokens, bit for bit.
 
-   States are float32 (rows of x are tokens), weights and the cache float32 or bfloat16. Weights
-   are (outputs, inputs), contiguous. Addresses, shapes and places are checked in Python: kernels.py.
+   States are float32 (rows of x are tokens), the cache float32 or bfloat16. Weights are
+   (outputs, inputs), contiguous, in float32 or bfloat16 (products.h), or quantised (quantised.h).
+   Addresses, shapes and places are checked in Python: kernels.py, products.py.
    The threads are those of PyTorch's own OpenMP. */
 
 #define PY_SSIZE_T_CLEAN
@@ -27,8 +28,6 @@
 
 #define LANES 8
 #define AHEAD 1024     /* bytes */
-#define TOKENS 6       /* so many sums fit into the registers */
-#define TILE 4         /* rows of a weight that stay in the cache for the next tokens */
 #define SERIAL 65536   /* up to so many multiplications one thread is faster */
 #define SERIAL_BLOCK 262144 /* the same for a block, in which threads synchronise six times */
 #define LARGEST_HEAD 256
@@ -93,54 +92,8 @@ INLINE vec exponential(vec x) { /* Cephes' expf, between e^-87 and e^87 */
   return (vec)(((ints)y + power) | nan);
 }
 
-/* Rows first .. last - 1 of a weight, times n <= TOKENS tokens. */
-INLINE void products(const float *x, const void *w, int bfloat16, float *y, long inputs,
-                     long outputs, long first, long last, const int n) {
-  for (long o = first; o < last; o++) {
-    const long row = o * inputs;
-    vec even[TOKENS], odd[TOKENS];
-    for (int t = 0; t < n; t++) even[t] = odd[t] = (vec){0};
-    long i = 0;
-    for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
-      vec a = load(w, row + i, bfloat16), b = load(w, row + i + LANES, bfloat16);
-      if (n > 1 || bfloat16) /* for one float32 token the processor's own prefetching is better */
-        __builtin_prefetch((const char *)w + (bfloat16 ? 2 : 4) * (row + i) + AHEAD);
-      for (int t = 0; t < n; t++) {
-        even[t] += a * load(x, t * inputs + i, 0);
-        odd[t] += b * load(x, t * inputs + i + LANES, 0);
-      }
-    }
-    for (int t = 0; t < n; t++) {
-      float total = sum(even[t] + odd[t]);
-      for (long rest = i; rest < inputs; rest++)
-        total += at(w, row + rest, bfloat16) * x[t * inputs + rest];
-      y[t * outputs + o] = total;
-    }
-  }
-}
-
-#define CASE(n)                                                                           \
-  case n:                                                                                 \
-    if (bfloat16)                                                                         \
-      products(x_at, w, 1, y_at, inputs, outputs, tile, end, n);                          \
-    else                                                                                  \
-      products(x_at, w, 0, y_at, inputs, outputs, tile, end, n);                          \
-    break;
-
-DISPATCHED
-static void rows_of(const float *x, const void *w, int bfloat16, float *y, long tokens,
-                    long inputs, long outputs, long first, long last) {
-  for (long tile = first; tile < last; tile += TILE) {
-    const long end = tile + TILE < last ? tile + TILE : last;
-    for (long t = 0; t < tokens; t += TOKENS) {
-      const float *x_at = x + t * inputs;
-      float *y_at = y + t * outputs;
-      switch (tokens - t < TOKENS ? tokens - t : TOKENS) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-      }
-    }
-  }
-}
+#include "products.h"
+#include "quantised.h"
 
 DISPATCHED
 static void normalise(const float *x, const void *weight, int bfloat16, float eps, float *out,
@@ -178,25 +131,49 @@ typedef struct {
 
 INLINE Team team(void) { return (Team){omp_get_thread_num(), omp_get_num_threads()}; }
 
+/* Bring groups of a token's states into the form that products read: see products.h, quantised.h. */
+INLINE void prepare(const float *x, void *to, int format, long inputs, long first, long last) {
+  if (format == BFLOAT16)
+    split_pairs(x, to, inputs, first, last);
+  else if (format != FLOAT32)
+    to_int8(x, to, inputs, format, first, last);
+}
+
 /* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. */
-static void linear_in_parts(Team team, const float *x, const void *w, int bfloat16, float *y,
-                            long tokens, long inputs, long outputs, int before, const void *norm,
+static void linear_in_parts(Team team, const float *x, Matrix w, int format, float *y, long tokens,
+                            long inputs, long outputs, int before, const void *norm, int bfloat16,
                             float eps, const float *residual, float *scratch) {
-  const long me = team.me, all = team.all;
-  if (before == NORMALISED) {
-    for (long t = me; t < tokens; t += all)
-      normalise(x + t * inputs, norm, bfloat16, eps, scratch + t * inputs, inputs);
-  } else if (before == GATED) {
-    for (long t = 0; t < tokens; t++)
-      swiglu(x + 2 * t * inputs, scratch + t * inputs, inputs, inputs * me / all / LANES * LANES,
-             me + 1 == all ? inputs : inputs * (me + 1) / all / LANES * LANES);
+  const long me = team.me, all = team.all, groups = groups_of(inputs);
+  const long from = groups * me / all, to = groups * (me + 1) / all, end = to * GROUP;
+  const int prepares = before != AS_IT_IS || format != FLOAT32;
+  int8_t *records = prepares ? (int8_t *)(scratch + tokens * inputs) : NULL;
+  for (long t = 0; t < tokens && prepares; t++) {
+    float *row = scratch + t * inputs;
+    void *ready = format < INT8 ? (void *)row : records + t * record_of(inputs);
+    if (before == GATED) {
+      swiglu(x + 2 * t * inputs, row, inputs, from * GROUP, end < inputs ? end : inputs);
+      prepare(row, ready, format, inputs, from, to);
+    } else if (before == NORMALISED && t % all == me) {
+      normalise(x + t * inputs, norm, bfloat16, eps, row, inputs);
+      prepare(row, ready, format, inputs, 0, groups);
+    } else if (before == AS_IT_IS) {
+      prepare(x + t * inputs, ready, format, inputs, from, to);
+    }
   }
-  if (before != AS_IT_IS) {
+  if (prepares) {
 #pragma omp barrier
     x = scratch;
   }
-  const long first = outputs * me / all, last = outputs * (me + 1) / all;
-  rows_of(x, w, bfloat16, y, tokens, inputs, outputs, first, last);
+  long first = outputs * me / all, last = outputs * (me + 1) / all;
+  if (format < INT8) {
+    (format == BFLOAT16 ? rows_of_pairs : rows_of)(x, w.values, y, tokens, inputs, outputs, first,
+                                                   last);
+  } else {
+    const long parts = (outputs + ROWS - 1) / ROWS;
+    first = parts * me / all, last = parts * (me + 1) / all;
+    quantised_products(records, w, format, y, tokens, inputs, outputs, first, last);
+    first *= ROWS, last = last * ROWS < outputs ? last * ROWS : outputs;
+  }
   if (residual)
     for (long t = 0; t < tokens; t++)
       for (long o = first; o < last; o++) y[t * outputs + o] += residual[t * outputs + o];
@@ -300,19 +277,32 @@ static void normalise_in_parts(Team team, float *x, const void *norm, int bfloat
 
 #define AT(address) ((void *)(uintptr_t)(address))
 
+/* The addresses of a weight's values, scales and minimums; 0 for what its format has not. */
+typedef struct {
+  uint64_t values, scales, minimums;
+} Addresses;
+
+INLINE Matrix matrix(Addresses of) {
+  return (Matrix){AT(of.values), AT(of.scales), AT(of.minimums)};
+}
+
 /* The addresses of a block's weights; the norms are before or after the sublayers. */
 typedef struct {
-  uint64_t qkv, out, gate_up, down, first_norm, second_norm;
+  Addresses qkv, out, gate_up, down;
+  uint64_t first_norm, second_norm;
 } Weights;
 
 /* Run blocks on the states x (tokens, hidden), in place. The first ``kept`` tokens keep their state:
    only their keys and values are computed. keys, values and lengths are those of the first block;
    those of the next block are ``layer`` bytes and ``cached`` rows further. Only the first ``own``
    blocks have their own keys and values; the others have only queries, and read those of the last
-   block that has (or, if there is none here, those that are given). room is a buffer of
-   tokens x (qkv + attended + hidden + 2 units + the larger of hidden and units) numbers, where
-   units is the larger of lower (units of the blocks with own keys and values) and upper. */
-static void blocks(float *x, const Weights *weights, long count, int bfloat16, int post, float eps,
+   block that has (or, if there is none here, those that are given). ``format`` is that of the
+   matrices; with bfloat16 the norms and the cache are bfloat16, and so is a state after a block.
+   room is a buffer of tokens x (qkv + attended + hidden + 2 units) numbers and the scratch of the
+   most inputs (kernel_weights.py), where units is the larger of lower (units of the blocks with own
+   keys and values) and upper. */
+static void blocks(float *x, const Weights *weights, long count, int format, int bfloat16, int post,
+                   float eps,
                    const float *cosines, const float *sines, char *keys, char *values, long layer,
                    int64_t *lengths, long cached, const int64_t *slots, const int64_t *rows,
                    float *room, float *scores,
@@ -338,18 +328,18 @@ static void blocks(float *x, const Weights *weights, long count, int bfloat16, i
       const long left_out = i < own ? 0 : kept, here = tokens - left_out;
       const long units = i < own ? lower : upper;
       const long from = i < own ? i : own ? own - 1 : 0;
-      linear_in_parts(we, x + left_out * hidden, AT(of->qkv), bfloat16, qkv, here, hidden,
-                      i < own ? all_heads : attended, before, first, eps, NULL, scratch);
+      linear_in_parts(we, x + left_out * hidden, matrix(of->qkv), format, qkv, here, hidden,
+                      i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch);
       attend_in_parts(we, qkv, cosines, sines, keys + from * layer, values + from * layer,
                       lengths + from * cached, bfloat16, slots + left_out, rows + left_out, seen,
                       scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own);
-      linear_in_parts(we, seen, AT(of->out), bfloat16, middle, running, attended, hidden, AS_IT_IS,
-                      NULL, eps, mine, scratch);
+      linear_in_parts(we, seen, matrix(of->out), format, middle, running, attended, hidden, AS_IT_IS,
+                      NULL, 0, eps, mine, scratch);
       if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
-      linear_in_parts(we, middle, AT(of->gate_up), bfloat16, gate_up, running, hidden, 2 * units,
-                      before, second, eps, NULL, scratch);
-      linear_in_parts(we, gate_up, AT(of->down), bfloat16, mine, running, units, hidden, GATED,
-                      NULL, eps, middle, scratch);
+      linear_in_parts(we, middle, matrix(of->gate_up), format, gate_up, running, hidden, 2 * units,
+                      before, second, bfloat16, eps, NULL, scratch);
+      linear_in_parts(we, gate_up, matrix(of->down), format, mine, running, units, hidden, GATED,
+                      NULL, 0, eps, middle, scratch);
       if (post) normalise_in_parts(we, mine, second, bfloat16, eps, running, hidden);
       if (bfloat16) {
         for (long j = we.me; j < running * hidden; j += we.all) mine[j] = wide(narrow(mine[j]));
@@ -371,22 +361,24 @@ static int refused(long tokens, long heads, long kv_heads, long size, long capac
 }
 
 static PyObject *py_linear(PyObject *self, PyObject *args) {
-  address x, w, y, norm, residual, scratch;
+  address x, y, norm, residual, scratch;
+  Addresses w;
   long tokens, inputs, outputs;
-  int bfloat16, before, threads;
+  int format, before, bfloat16, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKiKllliKfKKi", &x, &w, &bfloat16, &y, &tokens, &inputs, &outputs,
-                        &before, &norm, &eps, &residual, &scratch, &threads))
+  if (!PyArg_ParseTuple(args, "K(KKK)iKllliKpfKKi", &x, &w.values, &w.scales, &w.minimums, &format,
+                        &y, &tokens, &inputs, &outputs, &before, &norm, &bfloat16, &eps, &residual,
+                        &scratch, &threads))
     return NULL;
-  if (tokens < 0 || inputs < 0 || outputs < 0 || threads < 1) {
+  if (tokens < 0 || inputs < 0 || outputs < 0 || threads < 1 || format < FLOAT32 || format > INT4) {
     PyErr_SetString(PyExc_ValueError, "expected sizes of at least 0 and threads of at least 1");
     return NULL;
   }
   if (tokens * inputs * outputs < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
-  linear_in_parts(team(), AT(x), AT(w), bfloat16, AT(y), tokens, inputs, outputs, before, AT(norm),
-                  eps, AT(residual), AT(scratch));
+  linear_in_parts(team(), AT(x), matrix(w), format, AT(y), tokens, inputs, outputs, before,
+                  AT(norm), bfloat16, eps, AT(residual), AT(scratch));
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -414,17 +406,21 @@ static PyObject *py_blocks(PyObject *self, PyObject *args) {
   address x, weights, cosines, sines, keys, values, lengths, slots, rows, room, scores;
   long count, layer, cached, tokens, kept, hidden, units, heads, kv_heads, size, capacity;
   long own, upper;
-  int bfloat16, post, threads;
+  int format, bfloat16, post, threads;
   float eps;
-  if (!PyArg_ParseTuple(args, "KKlppfKKKKlKlKKKKllllllllill", &x, &weights, &count, &bfloat16,
-                        &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
+  if (!PyArg_ParseTuple(args, "KKlippfKKKKlKlKKKKllllllllill", &x, &weights, &count, &format,
+                        &bfloat16, &post, &eps, &cosines, &sines, &keys, &values, &layer, &lengths, &cached,
                         &slots, &rows, &room,
                         &scores, &tokens, &kept, &hidden, &units, &heads, &kv_heads, &size,
                         &capacity, &threads, &own, &upper))
     return NULL;
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
+  if (format < FLOAT32 || format > INT4) {
+    PyErr_SetString(PyExc_ValueError, "expected a format of weights");
+    return NULL;
+  }
   Py_BEGIN_ALLOW_THREADS
-  blocks(AT(x), AT(weights), count, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
+  blocks(AT(x), AT(weights), count, format, bfloat16, post, eps, AT(cosines), AT(sines), AT(keys),
          AT(values), layer, AT(lengths), cached, AT(slots), AT(rows), AT(room), AT(scores),
          tokens, kept, hidden, units, upper, heads, kv_heads, size, capacity, threads, own);
   Py_END_ALLOW_THREADS
@@ -433,10 +429,21 @@ static PyObject *py_blocks(PyObject *self, PyObject *args) {
 
 #include "_route.h"
 
+/* Limit the kinds of quantised products, for tests; return the kind that is used (quantised.h). */
+static PyObject *py_kind(PyObject *self, PyObject *args) {
+  int most;
+  if (!PyArg_ParseTuple(args, "i", &most)) return NULL;
+  return PyLong_FromLong(choose_products(most));
+}
+
 static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
                                 {"blocks", py_blocks, METH_VARARGS, ""},
                                 {"route", py_route, METH_VARARGS, ""},
+                                {"kind", py_kind, METH_VARARGS, ""},
                                 {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_few_tokens", "", -1, methods};
-PyMODINIT_FUNC PyInit__few_tokens(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__few_tokens(void) {
+  choose_products(MOST_KIND);
+  return PyModule_Create(&module);
+}

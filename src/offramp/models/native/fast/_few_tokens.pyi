@@ -1,13 +1,14 @@
 def linear(
     x: int,
-    w: int,
-    bfloat16: bool,
+    w: tuple[int, int, int],
+    format: int,
     y: int,
     tokens: int,
     inputs: int,
     outputs: int,
     before: int,
     norm: int,
+    bfloat16: bool,
     eps: float,
     residual: int,
     scratch: int,
@@ -39,6 +40,7 @@ def blocks(
     x: int,
     weights: int,
     count: int,
+    format: int,
     bfloat16: bool,
     post: bool,
     eps: float,
@@ -78,3 +80,4 @@ def route(
     threads: int,
     /,
 ) -> tuple[list[tuple[int, float, int, float]], list[tuple[int, int, int, int]]]: ...
+def kind(most: int, /) -> int: ...

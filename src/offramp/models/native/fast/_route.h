@@ -11,9 +11,10 @@ typedef struct {
   uint64_t gate_norm, gate_up, gate_up_bias, gate_out, gate_out_bias;
   uint64_t bounds; /* the lowest scores that leave: one, or one for each new token of a row */
   uint64_t extra;  /* price x cost of running on to each later exit; 0: the bounds decide */
-  uint64_t head_norm, head; /* head 0: the caller computes the logits */
+  uint64_t head_norm;
+  Addresses head; /* values 0: the caller computes the logits */
   double head_eps;
-  int64_t layer, units, outputs, bounded, head_bfloat16;
+  int64_t layer, units, outputs, bounded, head_format, norm_bfloat16;
 } Exit;
 
 typedef struct {
@@ -21,7 +22,8 @@ typedef struct {
   uint64_t x, slots, rows, room, gate, states; /* space for FEW tokens */
   uint64_t pending_states, pending_slots, pending_rows, pending_layers;
   double eps, gate_eps;
-  int64_t bfloat16, post, hidden, lower, upper, heads, kv_heads, size, capacity, cached, layer_bytes;
+  int64_t format, bfloat16, post, hidden, lower, upper, heads, kv_heads, size, capacity, cached;
+  int64_t layer_bytes;
   int64_t cache_layers, complete_from, recompute, gain, exit_count, vocab, positions;
   int64_t pending, pending_space;
 } Route;
@@ -40,9 +42,9 @@ static void run_blocks(const Route *r, const Running *run, float *x, const int64
                        const int64_t *rows, long start, long stop, long tokens, long kept) {
   const long cached = stop < r->cache_layers ? stop : r->cache_layers;
   const long first = start < r->cache_layers ? start : r->cache_layers - 1;
-  blocks(x, (const Weights *)AT(r->weights) + start, stop - start, r->bfloat16, r->post, r->eps,
-         AT(r->cosines), AT(r->sines), (char *)AT(r->keys) + first * r->layer_bytes,
-         (char *)AT(r->values) + first * r->layer_bytes, r->layer_bytes,
+  blocks(x, (const Weights *)AT(r->weights) + start, stop - start, r->format, r->bfloat16,
+         r->post, r->eps, AT(r->cosines), AT(r->sines),
+         (char *)AT(r->keys) + first * r->layer_bytes, (char *)AT(r->values) + first * r->layer_bytes, r->layer_bytes,
          (int64_t *)AT(r->lengths) + first * r->cached, r->cached, slots, rows, AT(r->room),
          run->scores, tokens, kept, r->hidden, r->lower, r->upper, r->heads, r->kv_heads, r->size,
          r->capacity, run->threads, cached > start ? cached - start : 0);
@@ -165,13 +167,13 @@ static void run_to(Route *r, Running *run, long start, long stop) {
 }
 
 /* y = W f(x), by as many threads as pay. */
-static void linear_of(const float *x, const void *w, int bfloat16, float *y, long tokens,
-                      long inputs, long outputs, const void *norm, float eps, float *scratch,
+static void linear_of(const float *x, Matrix w, int format, float *y, long tokens, long inputs,
+                      long outputs, const void *norm, int bfloat16, float eps, float *scratch,
                       int threads) {
   if (tokens * inputs * outputs < SERIAL) threads = 1;
 #pragma omp parallel num_threads(threads)
-  linear_in_parts(team(), x, w, bfloat16, y, tokens, inputs, outputs, norm ? NORMALISED : AS_IT_IS,
-                  norm, eps, NULL, scratch);
+  linear_in_parts(team(), x, w, format, y, tokens, inputs, outputs, norm ? NORMALISED : AS_IT_IS,
+                  norm, bfloat16, eps, NULL, scratch);
 }
 
 enum { STAYS, LEAVES, BREAKS };
@@ -183,13 +185,14 @@ static void decide(const Route *r, const Exit *exit, const Running *run, float *
   float *scratch = AT(r->gate), *middle = scratch + n * r->hidden, *out = middle + n * units;
   const float *bias = AT(exit->gate_up_bias), *last_bias = AT(exit->gate_out_bias);
   const float *bounds = AT(exit->bounds), *extra = AT(exit->extra);
-  linear_of(run->states, AT(exit->gate_up), 0, middle, n, r->hidden, units, AT(exit->gate_norm),
-            r->gate_eps, scratch, run->threads);
+  linear_of(run->states, (Matrix){AT(exit->gate_up)}, FLOAT32, middle, n, r->hidden, units,
+            AT(exit->gate_norm), 0, r->gate_eps, scratch, run->threads);
   for (long i = 0; i < n * units; i++) {
     const float y = middle[i] + bias[i % units];
     middle[i] = y / (1.0f + expf(-y));
   }
-  linear_of(middle, AT(exit->gate_out), 0, out, n, units, outputs, NULL, 0, NULL, 1);
+  linear_of(middle, (Matrix){AT(exit->gate_out)}, FLOAT32, out, n, units, outputs, NULL, 0, 0, NULL,
+            1);
   for (long t = 0; t < n; t++) {
     float *y = out + t * outputs;
     for (long k = 0; k < outputs; k++) {
@@ -254,8 +257,8 @@ static int logits_of(const Route *r, const Exit *exit, const Running *run, long 
   if (!y) return 0;
   for (long i = 0; i < count; i++)
     memcpy(x + i * hidden, states + place[i] * hidden, 4 * hidden);
-  linear_of(x, AT(exit->head), exit->head_bfloat16, y, count, hidden, vocab, AT(exit->head_norm),
-            exit->head_eps, scratch, run->threads);
+  linear_of(x, matrix(exit->head), exit->head_format, y, count, hidden, vocab, AT(exit->head_norm),
+            exit->norm_bfloat16, exit->head_eps, scratch, run->threads);
   for (long i = 0; i < count; i++) {
     float *mine = y + i * vocab, probability;
     if (r->bfloat16) {
@@ -312,7 +315,7 @@ static int route(Route *r, Running *run, const int64_t *ids, char *logits, Left 
     }
     left->left[e] = count;
     run->count = staying;
-    if (count && exit->head && !logits_of(r, exit, run, count, out, logits, last, left)) return 0;
+    if (count && exit->head.values && !logits_of(r, exit, run, count, out, logits, last, left)) return 0;
   }
   return 1;
 }

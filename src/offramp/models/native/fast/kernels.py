@@ -14,78 +14,28 @@ from torch import Tensor
 from offramp.errors import ConfigError
 from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import about, check_tensor
-from offramp.models.native.fast.kernel_weights import CPU, DTYPES, KernelWeights
+from offramp.models.native.fast import products
+from offramp.models.native.fast.kernel_weights import KernelWeights
+from offramp.models.native.fast.products import CPU, DTYPES, Weight, linear
 
 try:
     from offramp.models.native.fast import _few_tokens as _compiled
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
+__all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear"]
+
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
-_AS_IT_IS, _NORMALISED, _GATED = range(3)
 
 
-def kernels_fit(weight: Tensor, head_dim: int) -> bool:
-    """Return whether there are kernels for these weights, on a CPU."""
+def kernels_fit(weight: Weight, head_dim: int) -> bool:
+    """Return whether there are kernels for these weights and heads of this size, on a CPU."""
     return (
         _compiled is not None
-        and weight.device.type == "cpu"
-        and weight.dtype in DTYPES
-        and weight.is_contiguous()
+        and products.kernels_fit(weight)
         and head_dim % _LANES == 0
         and head_dim <= _LARGEST_HEAD
     )
-
-
-def linear(
-    x: Float[Tensor, "N _"],
-    weight: Float[Tensor, "O I"],
-    *,
-    norm: Float[Tensor, " I"] | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    residual: Float[Tensor, "N O"] | None = None,
-) -> Float[Tensor, "N O"]:
-    """Return f(x) weight^T + residual in float32; a token's result is independent of the others.
-
-    f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
-    half times the second half.
-    """
-    if weight.dim() != 2 or weight.dtype not in DTYPES or not weight.is_contiguous():
-        raise ConfigError(f"weight: expected what a kernel can read, got {about(weight)}")
-    outputs, inputs = weight.shape
-    tokens = x.shape[0] if x.dim() else 0
-    wide = 2 * inputs if gated else inputs
-    if x.shape != (tokens, wide) or x.dtype != torch.float32 or not (x.is_cpu and weight.is_cpu):
-        check_tensor("weight", weight, (outputs, inputs), weight.dtype, CPU)
-        check_tensor("x", x, (tokens, wide), torch.float32, CPU)
-    x = x.contiguous()
-    if norm is not None:
-        norm = norm.to(weight.dtype).contiguous()
-        if norm.shape != (inputs,) or not norm.is_cpu:
-            check_tensor("norm", norm, (inputs,), weight.dtype, CPU)
-    if residual is not None:
-        check_tensor("residual", residual, (tokens, outputs), torch.float32, CPU)
-        residual = residual.contiguous()
-    before = _GATED if gated else _AS_IT_IS if norm is None else _NORMALISED
-    out = torch.empty(tokens, outputs, dtype=torch.float32)
-    scratch = None if before == _AS_IT_IS else torch.empty(tokens, inputs, dtype=torch.float32)
-    _compiled.linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        weight.dtype == torch.bfloat16,
-        out.data_ptr(),
-        tokens,
-        inputs,
-        outputs,
-        before,
-        0 if norm is None else norm.data_ptr(),
-        eps,
-        0 if residual is None else residual.data_ptr(),
-        0 if scratch is None else scratch.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
 
 
 class KernelCache:
@@ -217,6 +167,7 @@ class CachedTokens:
             x.data_ptr(),
             weights.at(start),
             stop - start,
+            weights.format,
             cache.bfloat16,
             weights.post,
             weights.eps,

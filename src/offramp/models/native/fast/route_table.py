@@ -12,7 +12,15 @@ from offramp.exits.gate import Gate
 from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import check_tensor
 from offramp.models.exit_heads import ExitHead
-from offramp.models.native.fast.kernel_weights import CPU, DTYPES
+from offramp.models.native.fast.products import (
+    CPU,
+    DTYPES,
+    Weight,
+    addresses,
+    format_of,
+    kernels_fit,
+)
+from offramp.models.native.quantised_weight import QuantisedWeight
 from offramp.models.router import GateRule, RouterSpec
 
 Struct = TypeVar("Struct", bound=ctypes.Structure)
@@ -33,9 +41,10 @@ class ExitStruct(ctypes.Structure):
     """An exit: its gate, bounds and head. Every field has 8 bytes, as in _route.h."""
 
     _fields_: ClassVar[Any] = _fields(
-        "gate_norm gate_up gate_up_bias gate_out gate_out_bias bounds extra head_norm head",
+        "gate_norm gate_up gate_up_bias gate_out gate_out_bias bounds extra head_norm head "
+        "head_scales head_minimums",
         "head_eps",
-        "layer units outputs bounded head_bfloat16",
+        "layer units outputs bounded head_format norm_bfloat16",
     )
 
 
@@ -46,7 +55,7 @@ class RouteStruct(ctypes.Structure):
         "weights embeddings cosines sines keys values lengths exits x slots rows room gate states "
         "pending_states pending_slots pending_rows pending_layers",
         "eps gate_eps",
-        "bfloat16 post hidden lower upper heads kv_heads size capacity cached layer_bytes "
+        "format bfloat16 post hidden lower upper heads kv_heads size capacity cached layer_bytes "
         "cache_layers complete_from recompute gain exit_count vocab positions pending "
         "pending_space",
     )
@@ -55,9 +64,10 @@ class RouteStruct(ctypes.Structure):
 class Head:
     """The norm and LM head of an exit in the form of the kernels."""
 
-    def __init__(self, norm: Tensor | None, weight: Tensor, *, eps: float) -> None:
+    def __init__(self, norm: Tensor | None, weight: Weight, *, eps: float) -> None:
         if norm is not None:
-            check_tensor("norm", norm, weight.shape[1:], weight.dtype, CPU, contiguous=True)
+            dtype = norm.dtype if isinstance(weight, QuantisedWeight) else weight.dtype
+            check_tensor("norm", norm, weight.shape[1:], dtype, CPU, contiguous=True)
         self.norm, self.weight, self.eps = norm, weight, eps
 
 
@@ -71,15 +81,17 @@ def head_of(module: nn.Module, weight: Any) -> Head | None:
         if module.adapter is not None:
             return None
         norm = module.norm
-    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+    if not kernels_fit(weight):
         return None
-    if not (weight.is_cpu and weight.is_contiguous()):
-        return None
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
     if isinstance(norm, nn.Identity):
-        return Head(None, weight.detach(), eps=0.0)
-    if not isinstance(norm, nn.RMSNorm) or norm.eps is None or norm.weight.dtype != weight.dtype:
+        return Head(None, weight, eps=0.0)
+    if not isinstance(norm, nn.RMSNorm) or norm.eps is None or norm.weight.dtype not in DTYPES:
         return None
-    return Head(norm.weight.detach(), weight.detach(), eps=norm.eps)
+    if isinstance(weight, Tensor) and norm.weight.dtype != weight.dtype:
+        return None
+    return Head(norm.weight.detach(), weight, eps=norm.eps)
 
 
 def can_route(spec: RouterSpec) -> bool:
@@ -105,9 +117,9 @@ def gate_eps(spec: RouterSpec) -> float:
 
 def exits_of(
     spec: RouterSpec, heads: Sequence[Head | None], hidden: int, layers: int
-) -> tuple[Any, list[Tensor]]:
-    """Return the exits as an array of structures, and the tensors that it points to."""
-    held: list[Tensor] = []
+) -> tuple[Any, list[Weight]]:
+    """Return the exits as an array of structures, and the weights that it points to."""
+    held: list[Weight] = []
 
     def address(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -148,11 +160,14 @@ def exits_of(
                 "bounded": len(bounds),
             }
         if head is not None:
+            names = ("head", "head_scales", "head_minimums")
+            held.append(head.weight)
             values |= {
                 "head_norm": address(head.norm),
-                "head": address(head.weight),
+                **dict(zip(names, addresses(head.weight), strict=True)),
                 "head_eps": head.eps,
-                "head_bfloat16": head.weight.dtype == torch.bfloat16,
+                "head_format": format_of(head.weight),
+                "norm_bfloat16": head.norm is not None and head.norm.dtype == torch.bfloat16,
             }
         values["layer"] = layers if rule is None else rule.layer
         structs.append(struct_of(ExitStruct, values))

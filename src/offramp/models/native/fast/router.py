@@ -16,8 +16,9 @@ from offramp.errors import ConfigError
 from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import check_tensor
 from offramp.models.kv_cache import KVCache
-from offramp.models.native.fast.kernel_weights import CPU, KernelWeights
+from offramp.models.native.fast.kernel_weights import KernelWeights
 from offramp.models.native.fast.kernels import KernelCache
+from offramp.models.native.fast.products import CPU, scratch_of
 from offramp.models.native.fast.route_table import (
     Head,
     RouteStruct,
@@ -71,7 +72,11 @@ class CompiledRouter:
         for head in heads:
             if head is not None:
                 shape = (vocab_size, weights.hidden)
-                check_tensor("head", head.weight, shape, head.weight.dtype, CPU)
+                if tuple(head.weight.shape) != shape or not head.weight.is_cpu:
+                    raise ConfigError(f"head: expected {shape}, got {tuple(head.weight.shape)}")
+        scratch = max(
+            [scratch_of(head.weight, weights.hidden) for head in heads if head], default=0
+        )
         self._exits, held = exits_of(spec, heads, weights.hidden, weights.count)
         units = max([each.gate.up_proj.out_features for each in spec.exits], default=0)
         outputs = max([each.gate.out_proj.out_features for each in spec.exits], default=0)
@@ -81,7 +86,7 @@ class CompiledRouter:
             "slots": torch.empty(FEW_TOKENS, dtype=torch.long),
             "rows": torch.empty(FEW_TOKENS, dtype=torch.long),
             "room": torch.empty(FEW_TOKENS * weights.room),
-            "gate": torch.empty(FEW_TOKENS * (hidden + units + outputs)),
+            "gate": torch.empty(FEW_TOKENS * (max([hidden, *spaces]) + units + outputs)),
             "states": torch.empty(FEW_TOKENS, hidden),
         }
         self._running = torch.empty(FEW_TOKENS, hidden)
@@ -101,6 +106,7 @@ class CompiledRouter:
                 "exits": ctypes.addressof(self._exits),
                 "eps": weights.eps,
                 "gate_eps": gate_eps(spec),
+                "format": weights.format,
                 "bfloat16": cache.bfloat16,
                 "post": weights.post,
                 "hidden": hidden,

@@ -18,11 +18,12 @@ from offramp.models.checks import require_cache
 from offramp.models.exit_heads import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast import kernels
-from offramp.models.native.fast.kernel_weights import DTYPES, KernelWeights
+from offramp.models.native.fast.kernel_weights import KernelWeights
 from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
+from offramp.models.native.fast.products import DTYPES, Weight
 from offramp.models.native.fast.tokens import Call, KernelCall, Tables, WideTables, kernel_cache
 from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
-from offramp.models.native.quantised import QuantisedLinear
+from offramp.models.native.quantised import QuantisedWeight, quantised_linear
 
 
 class FastSteps:
@@ -42,25 +43,20 @@ class FastSteps:
         self._weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
         self._wide = WideTables()
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
-        self._vocabs: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
+        self._vocabs: dict[int, tuple[Weight, Tensor, tuple[int, int], Weight]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop all values that were computed from the parameters; a copy computes its own."""
         return {**vars(self), "_vocabs": {}, "_wide": WideTables()}
 
-    def fit(self, h: Tensor) -> bool:
+    @staticmethod
+    def fit(h: Tensor) -> bool:
         """Return whether ``h`` (B, T, D) has few tokens, on a CPU and without gradients."""
         return (
             h.shape[0] * h.shape[1] <= FEW_TOKENS
             and h.device.type == "cpu"
             and not torch.is_grad_enabled()
-            and not self.quantised
         )
-
-    @property
-    def quantised(self) -> bool:
-        """Whether the blocks' weights are quantised."""
-        return isinstance(cast(Any, self.blocks[0]).self_attn.q_proj, QuantisedLinear)
 
     def run(
         self,
@@ -110,7 +106,7 @@ class FastSteps:
 
         ``tokens`` is the number of all tokens of the call.
         """
-        return tokens <= FEW_TOKENS and not self.quantised and self._weights.kernels_read
+        return tokens <= FEW_TOKENS and self._weights.kernels_read
 
     def _run_some(
         self,
@@ -174,7 +170,7 @@ class FastSteps:
         self,
         h: Float[Tensor, "B T D"],
         norm: nn.Module | ExitHead,
-        weight: Float[Tensor, "V D"],
+        weight: Weight,
         vocab: Int[Tensor, " W"] | None,
     ) -> Float[Tensor, "B T _"]:
         """Return the logits of a few tokens, by a norm or exit head and an LM head's weight.
@@ -192,7 +188,7 @@ class FastSteps:
             logits = kernels.linear(x.float(), weight, norm=last.weight, eps=eps)
             return logits.to(h.dtype).view(*h.shape[:2], -1)
         with native_bfloat16(x, x.shape[0]):
-            x = self._normed(x, last).to(self._dtype(weight))
+            x = self._normed(x, last).to(self._dtype(weight, x))
             if adapter is not None:
                 direct = adapter.direct_proj
                 read = x if direct is None else self._linear(x, direct.weight, residual=x)
@@ -217,7 +213,7 @@ class FastSteps:
     def _linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         *,
         norm: Tensor | None = None,
         gated: bool = False,
@@ -233,16 +229,21 @@ class FastSteps:
         elif gated:
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
-        pay = few_columns_pay(weight, self._size * weight.element_size())
-        out = fast_linear(x, weight, few_columns=pay)
+        if isinstance(weight, QuantisedWeight):
+            out = quantised_linear(x, weight)
+        else:
+            pay = few_columns_pay(weight, self._size * weight.element_size())
+            out = fast_linear(x, weight, few_columns=pay)
         return out if residual is None else residual + out
 
-    def _compiled(self, weight: Tensor) -> bool:
+    def _compiled(self, weight: Weight) -> bool:
         return kernels.kernels_fit(weight, self.head_dim)
 
-    def _dtype(self, weight: Tensor) -> torch.dtype:
+    def _dtype(self, weight: Weight, states: Tensor) -> torch.dtype:
         """Return the precision in which states are computed."""
-        return torch.float32 if self._compiled(weight) else weight.dtype
+        if self._compiled(weight):
+            return torch.float32
+        return states.dtype if isinstance(weight, QuantisedWeight) else weight.dtype
 
     def _call(
         self, shape: torch.Size, dtype: torch.dtype, step: Step, end: int, tables: Tables
@@ -258,13 +259,16 @@ class FastSteps:
                     step, shape, tables=self._wide.of(tables), dtype=torch.float32, **about
                 )
             else:
-                call = Call(step, shape, tables=tables, dtype=weight.dtype, **about)
+                quantised = isinstance(weight, QuantisedWeight)
+                own = cache.keys.dtype if quantised else weight.dtype
+                call = Call(step, shape, tables=tables, dtype=own, **about)
             step.memo[key] = call
         return call
 
-    def _rows(self, weight: Tensor, vocab: Tensor) -> Tensor:
+    def _rows(self, weight: Weight, vocab: Tensor) -> Weight:
         """Return ``weight[vocab]``, which is kept for the next token."""
-        current = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        numbers = weight.values if isinstance(weight, QuantisedWeight) else weight
+        current = numbers.data_ptr(), 0 if numbers.is_inference() else numbers._version
         kept = self._vocabs.get(id(weight))
         if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
             return kept[3]

@@ -19,22 +19,25 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast.kernel_weights import KernelWeights
 from offramp.models.native.fast.kernels import kernels_fit
 from offramp.models.native.fast.linear import fuse
+from offramp.models.native.fast.products import Weight
+from offramp.models.native.quantised import QuantisedLinear
+from offramp.models.native.quantised_weight import concatenated
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOfBlock:
     """The matrices and norms of one block."""
 
-    qkv: Tensor
-    kv: Tensor | None
+    qkv: Weight
+    kv: Weight | None
     "The part of ``qkv`` that gives keys and values; None if the block has none of its own."
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    out: Weight
+    gate_up: Weight
+    down: Weight
     norms: tuple[Tensor, Tensor]
 
     @property
-    def every(self) -> tuple[Tensor, ...]:
+    def every(self) -> tuple[Weight, ...]:
         """Return the weights in the order in which ``KernelWeights`` takes them."""
         return (self.qkv, self.out, self.gate_up, self.down, *self.norms)
 
@@ -57,7 +60,14 @@ class Weights:
 
     def current(self) -> bool:
         """Return whether no parameter was replaced or moved since."""
-        return [register["weight"].data_ptr() for register in self.registers] == self._places
+        held = [_held(register).data_ptr() for register in self.registers]
+        return held == self._places
+
+
+def _held(register: dict[str, Any]) -> Tensor:
+    """Return the tensor of a module's parameters or buffers that shows whether it was replaced."""
+    found: Tensor = register["weight" if "weight" in register else "values"]
+    return found
 
 
 class BlockWeights:
@@ -100,12 +110,15 @@ class BlockWeights:
             of, read = _read_block(block, post=self._post)
             blocks.append(of)
             modules += read
-        registers = tuple(module._parameters for module in modules)
+        registers = tuple(
+            module._buffers if isinstance(module, QuantisedLinear) else module._parameters
+            for module in modules
+        )
         return Weights(
             blocks=tuple(blocks),
             kernel=self._for_kernels(blocks),
             registers=registers,
-            parameters=tuple(module.get_parameter("weight").detach() for module in modules),
+            parameters=tuple(_held(register).detach() for register in registers),
         )
 
     def _for_kernels(self, blocks: Sequence[WeightsOfBlock]) -> KernelWeights | None:
@@ -136,13 +149,25 @@ def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Modu
         if post
         else (block.input_layernorm, block.post_attention_layernorm)
     )
-    qkv = fuse(queries)
+    qkv = _fused(queries)
     weights = WeightsOfBlock(
         qkv=qkv,
         kv=qkv[attention.q_proj.out_features :] if attention.projects_kv else None,
         out=attention.o_proj.weight,
-        gate_up=fuse(gates),
+        gate_up=_fused(gates),
         down=mlp.down_proj.weight,
         norms=(norms[0].weight, norms[1].weight),
     )
     return weights, [*queries, attention.o_proj, *gates, mlp.down_proj, *norms]
+
+
+def _fused(linears: list[Any]) -> Weight:
+    """Return the weights of linear maps of the same input as one; see ``fuse``."""
+    if not isinstance(linears[0], QuantisedLinear):
+        return fuse(linears)
+    whole = concatenated([linear.weight for linear in linears])
+    start = 0
+    for linear in linears:  # a part of whole blocks is a view, so nothing is stored twice
+        linear.weight = whole[start : start + linear.out_features]
+        start += linear.out_features
+    return whole
