@@ -74,9 +74,7 @@ class CompiledRouter:
                 shape = (vocab_size, weights.hidden)
                 if tuple(head.weight.shape) != shape or not head.weight.is_cpu:
                     raise ConfigError(f"head: expected {shape}, got {tuple(head.weight.shape)}")
-        scratch = max(
-            [scratch_of(head.weight, weights.hidden) for head in heads if head], default=0
-        )
+        spaces = [scratch_of(head.weight, weights.hidden) for head in heads if head is not None]
         self._exits, held = exits_of(spec, heads, weights.hidden, weights.count)
         units = max([each.gate.up_proj.out_features for each in spec.exits], default=0)
         outputs = max([each.gate.out_proj.out_features for each in spec.exits], default=0)
