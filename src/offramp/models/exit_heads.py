@@ -136,11 +136,11 @@ class ExitHeads(nn.ModuleDict):
             )
         return cast(ExitHead, self[str(layer)]) if str(layer) in self else None
 
-    def head_at(self, layer: int, norm: nn.Module, lm_head: nn.Linear) -> tuple[nn.Module, Any]:
+    def head_at(self, layer: int, norm: nn.Module, lm_head: nn.Module) -> tuple[nn.Module, Any]:
         """Return an exit's norm (or own head, with its adapter) and the weight of its LM head.
 
         ``norm`` and ``lm_head`` are the final ones, for exits without their own.
         """
         own = self.at(layer)
-        head = lm_head if own is None or own.lm_head is None else own.lm_head
+        head: Any = lm_head if own is None or own.lm_head is None else own.lm_head
         return norm if own is None else own, head.weight

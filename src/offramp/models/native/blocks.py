@@ -74,6 +74,13 @@ def linear_of(config: DecoderConfig, inputs: int, outputs: int) -> Any:
     return QuantisedLinear(inputs, outputs, config.weight_format)
 
 
+def lm_head_of(config: DecoderConfig) -> Any:
+    """Return an LM head; beside weights of 4 bits it has 8 bits, because PPL depends on it most."""
+    if config.weight_format is None:
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    return QuantisedLinear(config.hidden_size, config.vocab_size, "int8")
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
@@ -264,6 +271,6 @@ def exit_head_of(config: DecoderConfig) -> ExitHead:
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     head = None
     if has_lm_head(config.exit_head):
-        head = linear_of(config, config.hidden_size, config.vocab_size)
+        head = lm_head_of(config)
     adapter = adapter_of(config.exit_head, config.hidden_size)
     return ExitHead(norm=norm, adapter=adapter, lm_head=head)

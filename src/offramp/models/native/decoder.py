@@ -28,7 +28,7 @@ from offramp.models.native.blocks import (
     Decoder,
     DecoderBlock,
     exit_head_of,
-    linear_of,
+    lm_head_of,
     shared_keys_values,
 )
 from offramp.models.native.config import DecoderConfig
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.max_length, self.exit_head = config.max_position_embeddings, config.exit_head
         self.complete_from, self.cache_layers = config.complete_from, config.cache_layers
         self.model = Decoder(config)
-        self.lm_head = linear_of(config, config.hidden_size, config.vocab_size)
+        self.lm_head = lm_head_of(config)
         self.exits = ExitHeads(num_layers=config.num_hidden_layers)
         if config.exit_head != "shared":
             for layer in config.exit_layers[:-1]:

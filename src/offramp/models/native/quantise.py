@@ -64,7 +64,7 @@ def quantised(model: Transformer, weights: Scheme) -> Transformer:
     for path, module in new.named_modules():
         if isinstance(module, QuantisedLinear):
             try:
-                weight = quantise_weight(state.pop(f"{path}.weight"), weights)
+                weight = quantise_weight(state.pop(f"{path}.weight"), module.scheme)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
             state |= {f"{path}.{name}": tensor for name, tensor in weight.tensors().items()}

@@ -43,7 +43,7 @@ def quantise_weight(weight: Float[Tensor, "O I"], scheme: str) -> QuantisedWeigh
     """Quantise a matrix: ``int8`` rounds to the nearest, ``int4`` minimises the squared error.
 
     Weights that come from Q4_1 of llama.cpp, in the same groups, keep their values in ``int4``.
-    Raises a ConfigError for numbers that are not finite, or too large for a float16 minimum.
+    Raises a ConfigError for numbers that are not finite, or too large for float16 scales.
     """
     forms = tensor_forms(scheme, tuple(weight.shape))  # type: ignore[arg-type]
     made = {
@@ -153,12 +153,13 @@ def quantised_linear(x: Float[Tensor, "*N I"], weight: QuantisedWeight) -> Float
 
 
 def _int8(weight: Float[Tensor, "O I"]) -> dict[str, Tensor]:
-    scales = weight.abs().amax(dim=1) / 127
-    codes = (weight / scales.where(scales > 0, 1)[:, None]).round_() + 128
-    return {
-        "values": packed(codes.nan_to_num_().to(torch.uint8), 128).flatten(1),
-        "scales": blocked(scales),
-    }
+    outputs, inputs = weight.shape
+    groups = F.pad(weight, (0, -inputs % GROUP)).view(outputs, -1, GROUP)
+    scale = (groups.abs().amax(dim=-1) / 127).half()
+    wide = scale.float()[..., None]
+    codes = (groups / wide.where(wide > 0, 1)).round_().clamp_(-127, 127) + 128
+    chunks = packed(codes.nan_to_num_().to(torch.uint8).view(outputs, -1), 128)
+    return {"values": chunks.flatten(1), "scales": blocked(scale)}
 
 
 def _int4(weight: Float[Tensor, "O I"]) -> dict[str, Tensor]:

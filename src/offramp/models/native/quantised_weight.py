@@ -1,8 +1,9 @@
 """Weights of 8 and 4 bits, and the order in which they are stored.
 
-- ``int8``: symmetric, one float32 scale for each row: w = scale (code - 128), codes 1 to 255.
-- ``int4``: groups of 32 inputs of a row with a float16 scale and minimum each, as in Q4_1 of
-  llama.cpp: w = scale code + minimum, codes 0 to 15.
+Each group of 32 inputs of a row has a float16 scale:
+
+- ``int8``: symmetric, as Q8_0 of llama.cpp: w = scale (code - 128), codes 1 to 255.
+- ``int4``: with a float16 minimum, as Q4_1 of llama.cpp: w = scale code + minimum, codes 0 to 15.
 
 Codes are stored in the order in which the compiled kernels read them: blocks of 16 rows, in them
 groups of 32 inputs, in them eight chunks of 4 inputs, in them the 16 rows. So one register holds 4
@@ -34,9 +35,9 @@ class QuantisedWeight:
     """A matrix (O, I) in 8 or 4 bits; the module's docstring describes the order.
 
     With B blocks of 16 rows and G groups of 32 inputs, ``values`` are uint8, (B, 512 G) for
-    ``int8`` and (B, 256 G) for ``int4``. ``scales`` are float32 (B, 16) for ``int8`` and float16
-    (B, G, 16) for ``int4``, which has ``minimums`` of the same form; ``int8`` has none. Raises a
-    ConfigError for tensors of other shapes, types or places.
+    ``int8`` and (B, 256 G) for ``int4``. ``scales`` are float16, (B, G, 16), and so are the
+    ``minimums`` of ``int4``; ``int8`` has none. Raises a ConfigError for tensors of other shapes,
+    types or places.
     """
 
     scheme: str
@@ -108,7 +109,7 @@ class QuantisedWeight:
         codes = _in_chunks(self.values[blocks], self.scheme).float()  # (b, G, 8, 16, 4)
         scales = self.scales[blocks].float()
         if self.minimums is None:
-            numbers = (codes - 128) * scales[:, None, None, :, None]
+            numbers = (codes - 128) * scales[:, :, None, :, None]
         else:
             numbers = codes * scales[:, :, None, :, None]
             numbers += self.minimums[blocks].float()[:, :, None, :, None]
@@ -153,12 +154,10 @@ def tensor_forms(
     if len(shape) != 2 or min(shape) < 1:
         raise ConfigError(f"shape: expected (outputs, inputs) of at least 1, got {shape}")
     blocks, groups = -(-shape[0] // ROWS), -(-shape[1] // GROUP)
-    if scheme == "int8":
-        return {
-            "values": ((blocks, groups * ROWS * GROUP), torch.uint8),
-            "scales": ((blocks, ROWS), torch.float32),
-        }
     of_groups = ((blocks, groups, ROWS), torch.float16)
+    if scheme == "int8":
+        values = ((blocks, groups * ROWS * GROUP), torch.uint8)
+        return {"values": values, "scales": of_groups}
     return {
         "values": ((blocks, groups * ROWS * GROUP // 2), torch.uint8),
         "scales": of_groups,

@@ -241,7 +241,10 @@ def test_weights_that_are_not_finite_are_named(make_model, scheme, bad):
         quantised(model, scheme)
 
 
-@pytest.mark.parametrize(("weights", "size"), [(None, 4), ("int8", 1 + 4 / 64), ("int4", 5 / 8)])
+@pytest.mark.parametrize(
+    ("weights", "size"),
+    [(None, 4), ("int8", 17 / 16), ("int4", (21 * 5 / 8 + 2 * 17 / 16) / 23)],  # 21 parts, head 2
+)
 def test_the_clock_counts_the_bytes_of_the_format(make_model, weights, size):
     shape = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
     model = make_model(dtype=torch.float32, **shape, exit_layers=())

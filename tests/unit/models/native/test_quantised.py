@@ -38,12 +38,12 @@ def test_the_numbers_stay_close(shape, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_outlier_spoils_only_its_row_or_group(scheme):
+def test_an_outlier_spoils_only_its_group(scheme):
     w = numbers(32, 64)
     w[3, 5] = 1000.0
     error = (quantise_weight(w, scheme).dequantised() - w).abs()
     others = torch.ones_like(w, dtype=torch.bool)
-    others[3, : 64 if scheme == "int8" else 32] = False
+    others[3, :32] = False
     assert error[others].max() < 0.5
 
 
@@ -52,7 +52,7 @@ def test_rows_that_are_zero_or_constant_stay_so(scheme):
     w = torch.zeros(20, 40)
     w[1] = 0.5
     w[2] = -3.0
-    assert_close(quantise_weight(w, scheme).dequantised(), w, rtol=1e-6, atol=0)
+    assert_close(quantise_weight(w, scheme).dequantised(), w, rtol=1e-3, atol=0)
 
 
 def test_weights_from_q4_1_of_llama_cpp_keep_their_values():

@@ -138,6 +138,7 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
       ints16 sums[AT_ONCE], part;                                                                 \
       const int8_t *states = records + g * GROUP;                                                 \
       const float *scales = (const float *)(records + groups * GROUP) + g;                        \
+      const long at = (b * groups + g) * ROWS;                                                    \
       for (int t = 0; t < n; t++) sums[t] = (ints16){0};                                          \
       if (format == INT8) {                                                                       \
         for (int t = 0; t < n; t++) {                                                             \
@@ -154,9 +155,10 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
             sums[t] = DOT(sums[t], part, state);                                                  \
           }                                                                                       \
         }                                                                                         \
+        const floats16 scale = halves_to_floats((const uint16_t *)w.scales + at);                 \
         for (int t = 0; t < n; t++)                                                               \
           total[t] += __builtin_convertvector(sums[t], floats16) *                                \
-                      *(const float *)((const int8_t *)scales + t * record);                      \
+                      *(const float *)((const int8_t *)scales + t * record) * scale;              \
       } else {                                                                                    \
         for (int c = 0; c < 4; c++) {                                                             \
           __builtin_prefetch(values + 64 * c + QUANTISED_AHEAD);                                  \
@@ -171,7 +173,6 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
             sums[t] = DOT(sums[t], high, state);                                                  \
           }                                                                                       \
         }                                                                                         \
-        const long at = (b * groups + g) * ROWS;                                                  \
         const floats16 scale = halves_to_floats((const uint16_t *)w.scales + at);                \
         const floats16 least = halves_to_floats((const uint16_t *)w.minimums + at);              \
         for (int t = 0; t < n; t++) {                                                             \
@@ -182,14 +183,8 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
       }                                                                                           \
     }                                                                                             \
     const long rows = outputs - b * ROWS < ROWS ? outputs - b * ROWS : ROWS;                      \
-    for (int t = 0; t < n; t++) {                                                                 \
-      if (format == INT8) {                                                                       \
-        floats16 scale;                                                                           \
-        memcpy(&scale, (const float *)w.scales + b * ROWS, sizeof scale);                        \
-        total[t] *= scale;                                                                        \
-      }                                                                                           \
+    for (int t = 0; t < n; t++)                                                                   \
       memcpy(y + t * outputs + b * ROWS, &total[t], rows * sizeof *y);                            \
-    }                                                                                             \
   }                                                                                               \
   WITH static void NAME##_of_blocks(const int8_t *records, const Matrix w, int format, float *y, \
                                     long tokens, long inputs, long outputs, long first,           \
