@@ -73,7 +73,9 @@ class Server:
         options.ftype = getattr(self.lib, FILE_TYPES[kind])
         options.allow_requantize = True
         options.nthread = threads
-        code = self.lib.llama_model_quantize(gguf.encode(), out.encode(), ctypes.byref(options))
+        code = self.lib.llama_model_quantize(
+            os.fsencode(gguf), os.fsencode(out), ctypes.byref(options)
+        )
         if code != 0:
             raise RuntimeError(self._why(f"llama_model_quantize returned {code}"))
         return {}
