@@ -188,8 +188,10 @@ class EarlyExitLM:
         """Time every way to decode on prompts from a text, in one interleaved run.
 
         ``options`` are fields of ``BenchConfig``, such as ``prompts``, ``max_new_tokens``,
-        ``repeats`` or ``confidence``.
+        ``repeats``, ``weights`` or ``confidence``.
         """
+        if isinstance(gguf := options.get("gguf"), Path):
+            options["gguf"] = str(gguf)
         config = config_of(BenchConfig, options)
         with call_bar("bench", shown=progress) as on_run:
             content = run_bench(self._opened, str(text), config, on_run=on_run)

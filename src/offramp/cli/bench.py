@@ -57,7 +57,7 @@ def bench(
     if dtype is not None and first is not None and any(set(config.weights) - set(SCHEMES)):
         raise ConfigError(f"dtype: expected none with a precision in --weights, got {dtype}")
     if config.gguf is not None:
-        check_gguf(config.gguf)
+        check_gguf(Path(config.gguf))
 
     from offramp.commands.bench.run import run_bench
     from offramp.report.progress import bars

@@ -10,15 +10,16 @@ import re
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from offramp.commands.bench import llama_process
+from offramp.commands.bench import llama, llama_process
 from offramp.commands.bench.config import BenchConfig
-from offramp.commands.bench.llama import find_gguf, llama_methods
+from offramp.commands.bench.llama import find_gguf, llama_methods, missing_extra
 from offramp.commands.bench.llama_process import LlamaCrashError, LlamaError, LlamaProcess
 from offramp.commands.bench.plan import Plan
 from offramp.commands.bench.rounds import Rounds
@@ -26,7 +27,9 @@ from offramp.commands.bench.run import plan_with, run_bench
 from offramp.commands.bench.task import Task
 from offramp.errors import CheckpointError, ConfigError
 from offramp.exits.gate import NOTHING_FITTED
+from offramp.models.model_files import ModelFiles
 from offramp.models.open import OpenedModel
+from offramp.models.sources import Source
 
 VOCABULARY = 13
 FAKE = r"""
@@ -239,7 +242,13 @@ PROMPTS = [[[1, 2, 3, 4], [2, 3]], [[3, 4, 5, 6], [7]]]
 
 def config_of(path, **fields):
     return BenchConfig(
-        prompts=4, prompt_tokens=4, max_new_tokens=3, repeats=1, batch_size=2, gguf=path, **fields
+        prompts=4,
+        prompt_tokens=4,
+        max_new_tokens=3,
+        repeats=1,
+        batch_size=2,
+        gguf=str(path),
+        **fields,
     )
 
 
@@ -321,11 +330,30 @@ def test_a_file_that_is_no_gguf_is_refused(fake, opened, gguf, tmp_path):
             find_gguf(opened, config_of(other))
 
 
+def files_of(packaged):
+    source = Source(id="small", folder=packaged.parent, packaged=packaged)
+    return ModelFiles(name="small", kind="checkpoint", backbone=source, own=None, about={})
+
+
 def test_without_the_package_a_file_is_refused_and_nothing_else_is(opened, gguf, monkeypatch):
     monkeypatch.setattr(llama_process, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'offramp\[bench\]'"):
         find_gguf(opened, config_of(gguf()))
     assert find_gguf(opened, BenchConfig()) is None
+    assert missing_extra(opened, BenchConfig()) == {}
+    packaged = replace(opened, files=files_of(gguf()))
+    monkeypatch.setattr(llama, "installed", lambda: False)
+    assert "pip install" in missing_extra(packaged, BenchConfig())["llama_cpp"]
+    assert missing_extra(packaged, BenchConfig(peers=False)) == {}
+    assert find_gguf(packaged, BenchConfig()) is None
+
+
+def test_the_packaged_file_of_a_model_is_found(fake, opened, gguf):
+    packaged = replace(opened, files=files_of(gguf()))
+    assert find_gguf(packaged, BenchConfig()).path == gguf()
+    assert missing_extra(packaged, BenchConfig()) == {}
+    assert find_gguf(packaged, BenchConfig(peers=False)) is None
+    assert find_gguf(packaged, BenchConfig(llama_cpp=())) is None
 
 
 @pytest.mark.parametrize(

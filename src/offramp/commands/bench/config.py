@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from offramp.errors import ConfigError
 from offramp.exits.confidence_names import check_confidence
@@ -52,7 +51,7 @@ class BenchConfig:
     "Number of tokens, from the beginning of the text, on which PPL is measured; 0 for none."
     peers: bool = True
     "Also time transformers, and llama.cpp and economize if they are installed."
-    gguf: Path | None = None
+    gguf: str | None = None
     "The model as a GGUF file, for llama.cpp (default: the file of smollm2-135m)."
     llama_cpp: tuple[str, ...] = LLAMA_CPP
     "Weight formats in which llama.cpp is timed; it converts the GGUF file itself."

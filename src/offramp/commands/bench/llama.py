@@ -11,6 +11,7 @@ import torch
 
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.llama_process import (
+    PACKAGES,
     LlamaCrashError,
     LlamaError,
     LlamaProcess,
@@ -46,7 +47,7 @@ def find_gguf(opened: OpenedModel, config: BenchConfig) -> LlamaFile | None:
     without the package if a file was given, CheckpointError for a file that is no GGUF and for that
     of another model, and LlamaCrashError if llama.cpp does not run here.
     """
-    path = config.gguf
+    path = Path(config.gguf) if config.gguf is not None else None
     if path is not None:
         check_gguf(path)
     elif config.peers and opened.files is not None and installed():
@@ -71,6 +72,14 @@ def find_gguf(opened: OpenedModel, config: BenchConfig) -> LlamaFile | None:
         file_type=about["file_type"],
         input_weights=model.vocab_size * model.hidden_size if about["own_head"] else 0,
     )
+
+
+def missing_extra(opened: OpenedModel, config: BenchConfig) -> dict[str, str]:
+    """Say that llama.cpp could run the packaged model, if it were installed."""
+    packaged = opened.files is not None and opened.files.backbone.packaged is not None
+    if not (packaged and config.peers and config.llama_cpp) or config.gguf or installed():
+        return {}
+    return {"llama_cpp": f"expected the packages {PACKAGES}"}
 
 
 def _check_same_model(path: Path, about: dict[str, Any], opened: OpenedModel) -> None:

@@ -18,6 +18,7 @@ from offramp.reading import open_regular
 
 MODULES = ("llama_cpp", "gguf")
 """Modules of the packages of the extra ``bench``."""
+PACKAGES = "llama-cpp-python and gguf, which are not both installed; pip install 'offramp[bench]'"
 _MAGIC = b"GGUF"
 _STEPS = {
     "describe": "when it read the file",
@@ -40,10 +41,7 @@ def check_gguf(path: Path) -> None:
     Only the first bytes of the file are read.
     """
     if not installed():
-        raise ConfigError(
-            "gguf: expected the packages llama-cpp-python and gguf, which are not both installed; "
-            "pip install 'offramp[bench]'"
-        )
+        raise ConfigError(f"gguf: expected the packages {PACKAGES}")
     with open_regular(path) as file:
         begins = file.read(len(_MAGIC))
     if begins != _MAGIC:

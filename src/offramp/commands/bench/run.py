@@ -9,7 +9,7 @@ from typing import Any
 from offramp.commands.bench.clocks import Clocks, evaluated_at_full_depth, measure_clocks
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.formats import in_formats
-from offramp.commands.bench.llama import LlamaFile, find_gguf, llama_methods
+from offramp.commands.bench.llama import LlamaFile, find_gguf, llama_methods, missing_extra
 from offramp.commands.bench.llama_process import LlamaCrashError
 from offramp.commands.bench.plan import Plan, check_options, plan_of
 from offramp.commands.bench.rounds import OnRun, Rounds
@@ -35,7 +35,7 @@ def run_bench(
     on_round: OnRound = lambda content: None,
 ) -> dict[str, Any]:
     """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
-    failed: dict[str, str] = {}
+    failed = missing_extra(opened, config)
     try:
         gguf = find_gguf(opened, config)
     except LlamaCrashError as error:
@@ -45,7 +45,7 @@ def run_bench(
         "dtype": tasks[0].weights,
         "untrained": not opened.exits_trained,
         "bos": bool(opened.first_tokens),
-        "config": asdict(config) | {"gguf": str(config.gguf) if config.gguf else None},
+        "config": asdict(config),
         "environment": environment(str(opened.model.device)),
     }
     with ExitStack() as stack:
