@@ -44,8 +44,8 @@ from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.exits.gate import FittedExits, Gate, GateConfig
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.files import file_sha256, write_json
-from offramp.generation.confident_exit import ExitRule
 from offramp.generation.decoding_time import DecodingTime, ReplayedExits, decoding_time
+from offramp.generation.exit_rule import ExitRule
 from offramp.models.fitted import load_fitted, save_fitted
 from offramp.models.native.checkpoint import load_checkpoint, save_checkpoint
 from offramp.models.native.config import DecoderConfig

@@ -14,6 +14,7 @@ from offramp.errors import (
     GenerationError,
     OfframpError,
     OfframpWarning,
+    QueueFullError,
     TrainingError,
     UnsupportedArchitectureError,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "KVCache",
     "OfframpError",
     "OfframpWarning",
+    "QueueFullError",
     "Step",
     "SweepRow",
     "ThresholdPolicy",

@@ -33,6 +33,10 @@ class GenerationError(OfframpError):
     """A text cannot be generated: the model's logits are not finite."""
 
 
+class QueueFullError(OfframpError):
+    """A request is refused, because as many as may wait already do; it can be tried again."""
+
+
 class CertificateError(OfframpError):
     """A file is not a certificate, was edited, or belongs to another model."""
 

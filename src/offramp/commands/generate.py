@@ -9,8 +9,8 @@ from offramp.data.hub import one_line
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError, ConfigError
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.exit_rule import ExitRule
 from offramp.generation.generate import Generation
 from offramp.generation.generate import generate as generate_ids
 from offramp.models.base import EarlyExitModel

@@ -5,81 +5,34 @@ them: see deferred.py.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from offramp.errors import GenerationError
-from offramp.exits.confidence import Agreement, Confidence, ExitView, confidence_named
-from offramp.exits.gate import NOTHING_FITTED, FittedExits
-from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.exits.confidence import Agreement, ExitView
 from offramp.generation.deferred import DeferredKV, Segment
-from offramp.generation.routing import router_spec
-from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
+from offramp.generation.exit_rule import ExitRule, broken_score
+from offramp.generation.exits import Exits, Left, Running, at_last_layer, both, by_identity, joined
+from offramp.generation.prefill import Prefill
+from offramp.generation.routed_rows import RoutedRows
+from offramp.generation.waiting import Waiting
+from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
-from offramp.models.router import Routed, Router
 from offramp.models.work import Work
-
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float32: np.dtype("float32"),
-    torch.float64: np.dtype("float64"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitRule:
-    """A policy and the confidence measure that it reads."""
-
-    policy: ThresholdPolicy | GainPolicy
-    confidence: str = "max_prob"
-    fitted: FittedExits = NOTHING_FITTED
-
-    @property
-    def measure(self) -> Confidence:
-        """The confidence measure of this name."""
-        return confidence_named(self.confidence)
-
-    def evaluate(
-        self, index: int, view: ExitView, positions: list[int]
-    ) -> tuple[list[float], list[bool]]:
-        """Return the confidence of each token at the ``index``-th exit, and whether it leaves.
-
-        ``positions`` are used only if the threshold decays: see ``Decay``. Raises GenerationError
-        for a confidence that is not a number.
-        """
-        scores = self.measure.score(view)
-        confidence: list[float] = scores.tolist()
-        read = view.logits.amax(dim=-1).tolist() if self.confidence == "patience" else confidence
-        check_confidence_scores(read, self.confidence, view.exit_layer)  # patience counts anything
-        if isinstance(self.policy, GainPolicy):
-            return confidence, self.policy.leaves(index, view.expected_kl).tolist()
-        if self.policy.decay:
-            return confidence, self.policy.leaves(index, scores, torch.tensor(positions)).tolist()
-        bound = float(self.policy.bound(index, _NUMPY[scores.dtype]))  # in the scores' precision
-        return confidence, [score >= bound for score in confidence]
-
-
-def check_confidence_scores(scores: Iterable[float], measure: str, layer: int) -> None:
-    """Raise a GenerationError that names the exit if one of its confidence scores is NaN."""
-    if any(score != score for score in scores):
-        raise GenerationError(
-            f"exit layer {layer}: expected {measure} scores that are finite numbers, got nan: "
-            "check the weights of the model and its precision"
-        )
 
 
 class ExitDecoder:
     """Decodes one token of each row at a time; each row leaves at the first exit that allows it.
 
-    With ``rule`` None all layers run. ``work`` counts the work of new tokens, including deferred
-    keys and values.
+    Rows are those of the cache. ``seat`` gives a row a text with its own rule, and ``forget`` ends
+    it; ``rule`` and ``missing_kv`` are those of a row until then. With the rule None all layers
+    run. ``work`` counts the work of new tokens, including deferred keys and values. ``max_wait``
+    is the bound of waiting.py.
     """
 
     def __init__(
@@ -90,149 +43,201 @@ class ExitDecoder:
         batch_size: int,
         rule: ExitRule | None = None,
         missing_kv: MissingKV = "propagate",
+        max_wait: int = 0,
+        work: Work | None = None,
     ) -> None:
         self.model, self.cache, self.rule = model, cache, rule
         self.batch_size, self.lengths = batch_size, [0] * batch_size
-        self.work = Work()
-        self.drafted = self.accepted = 0  # this decoder drafts no tokens
-        self.exits = model.exit_layers if rule else (model.num_layers,)
-        self._prompts = [0] * batch_size
-        self._missing_kv: MissingKV = missing_kv
-        self._router: Router | None = None  # made for the first token, which follows a prompt
-        self._started = False
-        self._deferred = DeferredKV(
-            model,
-            cache,
-            batch_size=batch_size,
-            missing_kv=missing_kv,
-            work=self.work,
-            previous_state=rule is not None and rule.measure.needs_previous_state,
-        )
+        self.work = Work() if work is None else work
+        self._rules, self._prompts = [rule] * batch_size, [0] * batch_size
+        self._ways: list[MissingKV] = [missing_kv] * batch_size
+        self._seated: set[int] = set()
+        self._routed = RoutedRows(model, cache, batch_size=batch_size)
+        self._waiting = Waiting(max_wait)
+        self._agreed: dict[int, Agreement] = {}  # by row, for patience
+        self._deferred = DeferredKV(model, cache, missing_kv=self._ways, work=self.work)
 
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Routed:
-        """Run the prompts at full depth; rows are padded on the left.
+    def seat(
+        self, row: int, prompt_tokens: int, *, rule: ExitRule | None, missing_kv: MissingKV
+    ) -> None:
+        """Give a row a text whose prompt is in the cache."""
+        self.lengths[row] = self._prompts[row] = prompt_tokens
+        self._rules[row], self._ways[row] = rule, missing_kv
+        if not self._waiting.bound:
+            self._routed.take(row, rule, missing_kv, first=not self._seated)
+        self._seated.add(row)
 
-        Blocks above ``complete_from`` write no keys and values of their own, so they run only for
-        the last token of each row.
-        """
-        model, width = self.model, max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        real = torch.zeros(len(prompts), width, dtype=torch.bool)
+    @property
+    def waiting(self) -> Collection[int]:
+        """The rows whose tokens wait at an exit."""
+        return self._waiting.rows
+
+    def rows_of(self, row: int) -> Int[Tensor, " 1"] | None:
+        """Return the ``rows`` of a step with only this row; None in a cache of one row."""
+        return None if self.batch_size == 1 else torch.tensor([row], device=self.model.device)
+
+    def forget(self, row: int) -> None:
+        """End the text of a row: nothing of it is pending or waits any more."""
+        self._seated.discard(row)
+        self._routed.drop(row)
+        self._deferred.forget(row)
+        self._waiting.forget(row)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Exits:
+        """Run the prompt of each row at full depth, one after another."""
+        logits = []
         for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            real[row, width - len(prompt) :] = True
-        self.lengths = [len(prompt) for prompt in prompts]
-        self._prompts = list(self.lengths)
-        step = Step(
-            positions=(real.cumsum(dim=1) - 1).clamp(min=0).to(model.device),
-            real=None if bool(real.all()) else real.to(model.device),
-            cache=self.cache,
-        )
-        h = model.embed(ids.to(model.device), step=step)
-        complete, layers = model.complete_from, model.num_layers
-        h = model.run_layers(h, 0, complete, step=step)
-        if complete < layers:
-            model.project_kv(h, complete, model.cache_layers, step=step)
-            last = Step(positions=step.positions[:, -1:], cache=self.cache)
-            h = model.run_layers(h[:, -1:], complete, layers, step=last)
-        return _at_last_layer(model.unembed(h[:, -1:], layers)[:, 0], layers)
+            prefill = Prefill(self.model, self.cache, list(prompt), rows=self.rows_of(row))
+            prefill.run(math.inf)
+            assert prefill.logits is not None
+            logits.append(prefill.logits)
+            self.lengths[row] = self._prompts[row] = len(prompt)
+        return at_last_layer(torch.cat(logits), list(range(len(prompts))), self.model.num_layers)
 
-    def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Routed:
-        """Run the next token of each of ``rows`` (ascending) until it leaves."""
-        if not self._started:
-            self._started, self._router = True, self._new_router()
-        if self._router is not None:
-            return self._routed(self._router, ids, rows)
-        return self._step_by_step(ids, rows)
+    def decode_one_token(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
+        """Run the next token of each of ``rows`` (ascending) until it leaves.
 
-    @torch.inference_mode()
-    def _step_by_step(self, ids: Sequence[int], rows: Sequence[int]) -> Routed:
-        step = self._step(rows)
-        h = self.model.embed(torch.tensor(ids, device=self.model.device)[:, None], step=step)
-        if self.rule is None:
-            _, h = self._to_exit(h, 0, self.model.num_layers, list(rows), step)
-            exits = self._last(h)
+        Raises GenerationError for a confidence that is not a number.
+        """
+        exits = self.decode(ids, rows)
+        for error in exits.errors.values():
+            raise error
+        return exits
+
+    def decode(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
+        """Run the next token of each of ``rows`` (ascending), which have none that waits.
+
+        The result has the tokens that left: all of them and those that waited before, except those
+        that wait now. Without ``rows`` all that wait go on.
+        """
+        if not self._seated:  # the rows have the decoder's own rule
+            for row in range(self.batch_size):
+                self.seat(row, self.lengths[row], rule=self.rule, missing_kv=self._ways[row])
+        routed = [row for row in rows if row in self._routed.rows]
+        if len(routed) == len(rows) and routed:
+            exits = self._route_at_once(ids, routed)
+        elif not routed:
+            exits = self._step_by_step(ids, rows)
         else:
-            exits = self._route(h, list(rows), self.rule, step)
-        for row in rows:
+            of = dict(zip(rows, ids, strict=True))
+            others = [row for row in rows if row not in self._routed.rows]
+            exits = both(
+                self._route_at_once([of[row] for row in routed], routed),
+                self._step_by_step([of[row] for row in others], others),
+            )
+        for row in (*exits.rows, *exits.errors):
             self.lengths[row] += 1
         return exits
 
-    def _new_router(self) -> Router | None:
-        """Return a router for the rule, if the model has one: see models/router.py."""
-        if self.batch_size > FEW_TOKENS or type(self.rule) not in (ExitRule, type(None)):
-            return None
-        spec = router_spec(
-            self.rule, self.exits, missing_kv=self._missing_kv, tokens=self.cache.capacity
-        )
-        return None if spec is None else self.model.router(self.cache, spec)
+    def _route_at_once(self, ids: Sequence[int], rows: list[int]) -> Exits:
+        lengths = [self.lengths[row] for row in rows]
+        new = [self.lengths[row] - self._prompts[row] for row in rows]
+        return self._routed.step(ids, rows, lengths, new, self.work)
 
-    def _routed(self, router: Router, ids: Sequence[int], rows: Sequence[int]) -> Routed:
-        """Run the next token of each of ``rows`` in one call of the model."""
-        places = [self.lengths[row] for row in rows]
-        since = [self.lengths[row] - self._prompts[row] for row in rows]
-        routed = router.step(list(ids), list(rows), places, since, self.work)
-        for layer in routed.broken.values():
-            assert self.rule is not None
-            check_confidence_scores([math.nan], self.rule.confidence, layer)
-        for row in rows:
-            self.lengths[row] += 1
-        return routed
+    @torch.inference_mode()
+    def _step_by_step(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
+        self._waiting.begin(rows)
+        step = self._step(rows)
+        h = torch.tensor(ids, device=self.model.device)[:, None]
+        at = Running(h=self.model.embed(h, step=step) if rows else h, rows=list(rows), step=step)
+        left: dict[int, Left] = {}
+        errors: dict[int, GenerationError] = {}
+        self._route(at, left, errors)
+        last = None
+        if at.rows:
+            layer = self.model.num_layers
+            self._to_exit(at, layer)
+            self.work.heads[layer, len(at.rows)] += 1
+            last = at_last_layer(self._logits(at.h, layer), at.rows, layer)
+        return joined(left, last, errors)
 
     def _route(
-        self, h: Float[Tensor, "B 1 D"], rows: list[int], rule: ExitRule, step: Step
-    ) -> Routed:
+        self, at: Running, left: dict[int, Left], errors: dict[int, GenerationError]
+    ) -> None:
         """Run from exit to exit, each time with the rows that have not left yet."""
-        left: dict[int, tuple[Tensor, int, float]] = {}  # by row: logits, exit layer, confidence
-        running, done, agreement = list(rows), 0, None
-        for index, layer in enumerate(self.exits[:-1]):
-            previous, h = self._to_exit(h, done, layer, running, step)
-            done = layer
+        for index, layer in enumerate(self.model.exit_layers[:-1]):
+            decides = self._decides(at.rows)
+            if not decides and not self._waiting.at(layer):
+                continue  # to run past this exit
+            before = at.rows
+            if before:
+                previous = self._to_exit(at, layer)
+                on = self._leave(index, at, previous, left, errors) if decides else before
+                if len(on) < len(before):
+                    at.h, at.rows = at.h[on], [before[place] for place in on]
+            if self._waiting.bound:
+                at.h, at.rows = self._waiting.meet(layer, at.h, at.rows)
+                at.layer = layer
+            if not at.rows and not self._waiting:
+                return
+            if at.rows is not before and at.rows:
+                at.step = self._step(at.rows)
+
+    def _leave(
+        self,
+        index: int,
+        at: Running,
+        previous: Tensor,
+        left: dict[int, Left],
+        errors: dict[int, GenerationError],
+    ) -> list[int]:
+        """Evaluate the ``index``-th exit, where the rows are; return the places that go on."""
+        on: list[int] = []
+        for rule, places in by_identity(self._rules, at.rows):
+            if rule is None:
+                on += places
+                continue
+            rows, h, before = at.rows, at.h, previous
+            if len(places) < len(rows):
+                rows, h, before = [rows[place] for place in places], h[places], before[places]
             view = ExitView(
-                exit_layer=layer,
-                logits=partial(self._logits, h, layer),
+                exit_layer=at.layer,
+                logits=partial(self._logits, h, at.layer),
                 state=h[:, 0],
-                previous_state=previous[:, 0],
-                earlier=agreement,
+                previous_state=before[:, 0],
+                earlier=self._earlier(rows) if rule.confidence == "patience" and index else None,
                 fitted=rule.fitted,
             )
-            since_prompt = [self.lengths[row] - self._prompts[row] for row in running]
+            since_prompt = [self.lengths[row] - self._prompts[row] for row in rows]
             scores, leaving = rule.evaluate(index, view, since_prompt)
-            self.work.evaluations[layer, len(running)] += 1
-            out = [i for i, leaves in enumerate(leaving) if leaves]
-            on = [i for i, leaves in enumerate(leaving) if not leaves]
-            for i, logits in zip(out, self._logits_of(out, view, h, rule), strict=True):
-                left[running[i]] = (logits, layer, scores[i])
-                self._deferred.defer(layer, running[i], h[i, 0], self.lengths[running[i]])
-            if not on:
-                break
-            if out:
-                h, running = h[on], [running[i] for i in on]
-                step = self._step(running)
+            self.work.evaluations[at.layer, len(rows)] += 1
+            whole = [n for n, score in enumerate(scores) if score == score]
+            out = [n for n in whole if leaving[n]]
+            on += [places[n] for n in whole if not leaving[n]]
+            for n in set(range(len(rows))).difference(whole):
+                errors[rows[n]] = broken_score(rule.confidence, at.layer)
+            for n, logits in zip(out, self._logits_of(out, view, h, rule), strict=True):
+                left[rows[n]] = Left(logits, at.layer, scores[n])
+                self._deferred.defer(at.layer, rows[n], h[n, 0], self.lengths[rows[n]])
             if rule.confidence == "patience":
-                agreement = Agreement(*(part[on] for part in view.agreement))
-        else:
-            _, h = self._to_exit(h, done, self.exits[-1], running, step)
-            last = self._last(h)
-            for i, row in enumerate(running):
-                left[row] = (last.logits[i], last.exit_layers[i], last.confidence[i])
-        ordered = [left[row] for row in rows]
-        return Routed(
-            logits=torch.stack([logits for logits, _, _ in ordered])
-            if len(ordered) > 1
-            else ordered[0][0][None],
-            exit_layers=[layer for _, layer, _ in ordered],
-            confidence=[score for _, _, score in ordered],
-        )
+                for n, row in enumerate(rows):
+                    self._agreed[row] = Agreement(*(part[n] for part in view.agreement))
+        return sorted(on)
 
-    def _to_exit(
-        self, h: Float[Tensor, "B 1 D"], start: int, stop: int, rows: list[int], step: Step
-    ) -> tuple[Tensor, Tensor]:
-        """Run the rows' tokens to the next exit: see ``DeferredKV.run``."""
-        positions = [self.lengths[row] for row in rows]
-        segment = Segment(h=h, start=start, stop=stop, rows=rows, positions=positions, step=step)
-        return self._deferred.run(segment)
+    def _decides(self, rows: list[int]) -> bool:
+        return any(self._rules[row] is not None for row in rows)
+
+    def _earlier(self, rows: list[int]) -> Agreement:
+        agreed = zip(*(self._agreed[row] for row in rows), strict=True)
+        return Agreement(*map(torch.stack, agreed))
+
+    def _to_exit(self, at: Running, stop: int) -> Float[Tensor, "B 1 D"]:
+        """Run the rows' tokens to an exit; return the states before: see ``DeferredKV.run``."""
+        segment = Segment(
+            h=at.h,
+            start=at.layer,
+            stop=stop,
+            rows=at.rows,
+            positions=[self.lengths[row] for row in at.rows],
+            step=at.step,
+            previous_state=any(
+                rule is not None and rule.measure.needs_previous_state
+                for rule in map(self._rules.__getitem__, at.rows)
+            ),
+        )
+        previous, at.h = self._deferred.run(segment)
+        at.layer = stop
+        return previous
 
     def _logits_of(
         self, out: list[int], view: ExitView, h: Float[Tensor, "B 1 D"], rule: ExitRule
@@ -249,23 +254,12 @@ class ExitDecoder:
     def _logits(self, h: Float[Tensor, "B 1 D"], layer: int) -> Float[Tensor, "B V"]:
         return self.model.unembed(h, layer)[:, 0]
 
-    def _last(self, h: Float[Tensor, "B 1 D"]) -> Routed:
-        layer = self.model.num_layers
-        self.work.heads[layer, len(h)] += 1
-        return _at_last_layer(self._logits(h, layer), layer)
-
     def _step(self, rows: Sequence[int]) -> Step:
         """Return the step of the next token of each row."""
         device = self.model.device
         positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
         chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
         return Step(positions=positions, cache=self.cache, rows=chosen)
-
-
-def _at_last_layer(logits: Float[Tensor, "B V"], layer: int) -> Routed:
-    largest = logits.float().softmax(dim=-1).amax(dim=-1)
-    layers = [layer] * logits.shape[0]
-    return Routed(logits=logits, exit_layers=layers, confidence=largest.tolist())
 
 
 def forced_exits(

@@ -139,3 +139,33 @@ class GenerateConfig(SamplingConfig):
                 raise ConfigError(
                     f"decay: expected thresholds from 0 to 1 with it, got {threshold:g}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine for many requests.
+
+    Its memory is bounded by them: the cache holds ``slots`` x ``capacity`` positions, and at most
+    ``waiting`` more prompts of at most ``capacity`` tokens are kept.
+    """
+
+    slots: int = 8
+    "Number of requests that decode at the same time, each in its own row of the cache."
+    capacity: int = 1024
+    """Largest number of tokens of a request, its prompt and its new tokens together; at most the
+    model's longest sequence."""
+    waiting: int = 64
+    "Largest number of requests that wait for a slot; one more is refused."
+    prefill_tokens: int | None = 64
+    """Number of prompt tokens that a step runs beside rows that decode, so that those need not
+    wait long; None runs the prompts of all requests that join before another token is decoded."""
+    max_wait: int = 0
+    """Largest number of steps for which a token that goes deeper than an exit waits there for
+    other rows that do; 0: no token waits."""
+
+    def __post_init__(self) -> None:
+        least = {"slots": 1, "capacity": 1, "waiting": 0, "prefill_tokens": 1, "max_wait": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ConfigError(f"{name}: expected at least {smallest}, got {value}")

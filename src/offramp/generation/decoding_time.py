@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.exits.confidence import ExitView
-from offramp.generation.confident_exit import ExitDecoder, ExitRule
+from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.exit_rule import ExitRule
 from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import MissingKV
 

@@ -18,6 +18,7 @@ there both ways are the same, and ``recompute`` runs pending tokens no further.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,6 +48,14 @@ class Tokens:
             states=self.states[part], positions=self.positions[part], rows=self.rows[part]
         )
 
+    def where(self, chosen: Sequence[bool]) -> "Tokens":
+        """Return the tokens whose place in ``chosen`` is true."""
+        return Tokens(
+            states=list(compress(self.states, chosen)),
+            positions=list(compress(self.positions, chosen)),
+            rows=list(compress(self.rows, chosen)),
+        )
+
     def __add__(self, later: "Tokens") -> "Tokens":
         return Tokens(
             states=self.states + later.states,
@@ -67,6 +76,8 @@ class Segment:
     rows: list[int]
     positions: list[int]
     step: Step
+    previous_state: bool = False
+    "Whether the blocks run in two calls, so that the states one block before ``stop`` are known."
 
     @property
     def tokens(self) -> Tokens:
@@ -78,23 +89,14 @@ class DeferredKV:
     """The queue of pending tokens at each exit, and the two ways to compute their missing KV.
 
     ``run`` runs a segment; ``defer`` puts a token that leaves at an exit into the queue. ``work``
-    counts what ran. With ``previous_state`` the blocks to an exit run in two calls, so that the
-    state one block before the exit is available.
+    counts what ran. ``missing_kv`` holds the way of each row of the cache.
     """
 
     def __init__(
-        self,
-        model: EarlyExitModel,
-        cache: KVCache,
-        *,
-        batch_size: int,
-        missing_kv: MissingKV,
-        work: Work,
-        previous_state: bool = False,
+        self, model: EarlyExitModel, cache: KVCache, *, missing_kv: list[MissingKV], work: Work
     ) -> None:
         self.model, self.cache, self.work = model, cache, work
-        self.batch_size, self.previous_state = batch_size, previous_state
-        self.missing_kv = missing_kv
+        self.missing_kv, self.one_row = missing_kv, len(missing_kv) == 1
         self._queues: dict[int, dict[int, list[tuple[Tensor, int]]]] = defaultdict(dict)
 
     def defer(self, layer: int, row: int, state: Float[Tensor, " D"], position: int) -> None:
@@ -105,6 +107,11 @@ class DeferredKV:
         if layer < self.model.cache_layers:
             self._queues[layer].setdefault(row, []).append((state, position))
 
+    def forget(self, row: int) -> None:
+        """Remove the pending tokens of a row whose text is complete."""
+        for queue in self._queues.values():
+            queue.pop(row, None)
+
     def run(self, segment: Segment) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1 D"]]:
         """Run a segment, computing the keys and values of pending tokens of its rows, too.
 
@@ -113,10 +120,11 @@ class DeferredKV:
         """
         pending = self._take(segment.start, segment.rows)
         if not len(pending):
-            return self._blocks(segment.h, segment.start, segment.stop, step=segment.step)
-        if self.missing_kv == "propagate" or segment.start >= self.model.complete_from:
+            return self._blocks(segment)
+        ways = {self.missing_kv[row] for row in pending.rows}
+        if ways == {"propagate"} or segment.start >= self.model.complete_from:
             return self.propagate(pending, segment)
-        return self.recompute(pending, segment)
+        return self.recompute(pending, segment) if len(ways) == 1 else self.both(pending, segment)
 
     def propagate(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
         """Run a segment; pending tokens keep their states, from which their KV are projected."""
@@ -127,12 +135,12 @@ class DeferredKV:
             for states, step in self._calls(pending, few=self.model.rounds_alike()):
                 self.work.keys_values[states.shape[0] * states.shape[1]] += top - start
                 self.model.project_kv(states, start, top, step=step)
-            return self._blocks(segment.h, start, stop, step=segment.step)
+            return self._blocks(segment)
         self.work.keys_values[count] += top - start
         h, step = self._call(pending + segment.tokens)
         places = torch.arange(count + len(segment.rows), device=h.device)
         active = (places >= count).view(h.shape[:2])
-        previous, h = self._blocks(h, start, stop, step=step, active=active)
+        previous, h = self._blocks(replace(segment, h=h, step=step), active=active)
         return _each_a_row(previous)[count:], _each_a_row(h)[count:]
 
     def recompute(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -141,18 +149,42 @@ class DeferredKV:
         Pending tokens run at most to ``complete_from``; the segment's own tokens run on from there.
         """
         stop = min(segment.stop, self.model.complete_from)
-        few = self.batch_size > 1 or self.model.rounds_alike()
-        calls = self._calls(pending + segment.tokens, few=few)
-        parts = [self._blocks(h, segment.start, stop, step=step) for h, step in calls]
-        previous, h = (
-            torch.cat([_each_a_row(state) for state in states])
-            for states in zip(*parts, strict=True)
-        )
+        previous, h = self._through(pending + segment.tokens, replace(segment, stop=stop))
         count = len(pending)
         self._defer(stop, pending, list(h[:count, 0]))
         if stop < segment.stop:
             return self.run(replace(segment, h=h[count:], start=stop))
         return previous[count:], h[count:]
+
+    def both(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Run a segment for pending tokens of which only some rows recompute.
+
+        Those run first, by themselves; then the others are propagated beside the segment's tokens.
+        """
+        segments = replace(segment, stop=min(segment.stop, self.model.complete_from)), segment
+        rerun, kept = (
+            pending.where([(self.missing_kv[row] == way) for row in pending.rows])
+            for way in ("recompute", "propagate")
+        )
+        _, states = self._through(rerun, segments[0])
+        self._defer(segments[0].stop, rerun, list(states[:, 0]))
+        previous, h = self.propagate(kept, segments[0])
+        if segments[0].stop < segment.stop:
+            return self.run(replace(segment, h=h, start=segments[0].stop))
+        return previous, h
+
+    def _through(self, tokens: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Run tokens instead of the segment's own, in calls; return states as ``_blocks`` does."""
+        few = not self.one_row or self.model.rounds_alike()
+        parts = [
+            self._blocks(replace(segment, h=h, step=step))
+            for h, step in self._calls(tokens, few=few)
+        ]
+        previous, h = (
+            torch.cat([_each_a_row(state) for state in states])
+            for states in zip(*parts, strict=True)
+        )
+        return previous, h
 
     def _take(self, layer: int, rows: Sequence[int]) -> Tokens:
         """Remove the pending tokens of ``rows`` from the queue of ``layer`` and return them."""
@@ -177,7 +209,7 @@ class DeferredKV:
         device = self.model.device
         states = torch.stack(tokens.states)
         positions = torch.tensor(tokens.positions, device=device)
-        if self.batch_size == 1:
+        if self.one_row:
             return states[None], Step(positions=positions[None], cache=self.cache)
         rows = torch.tensor(tokens.rows, device=device)
         return states[:, None], Step(positions=positions[:, None], cache=self.cache, rows=rows)
@@ -194,19 +226,15 @@ class DeferredKV:
             yield self._call(tokens[first : first + size])
 
     def _blocks(
-        self,
-        h: Float[Tensor, "B T D"],
-        start: int,
-        stop: int,
-        *,
-        step: Step,
-        active: Bool[Tensor, "B T"] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run blocks; return the states one block before ``stop`` and those at ``stop``.
+        self, segment: Segment, *, active: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
+        """Run the blocks of a segment on its states, which may be those of any tokens (B, T, D).
 
-        Without ``previous_state`` the former are the states at ``start``.
+        Returns the states one block before ``stop`` and those at ``stop``. Without
+        ``previous_state`` the former are the states at ``start``.
         """
-        cut = stop - 1 if self.previous_state else start
+        h, start, stop, step = segment.h, segment.start, segment.stop, segment.step
+        cut = stop - 1 if segment.previous_state else start
         running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
         self.work.blocks[running] += stop - start
         previous = h

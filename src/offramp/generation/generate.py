@@ -1,6 +1,7 @@
 """Generate text: prefill, then decode one token after another, or several at once."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from jaxtyping import Int
 from tokenizers import Tokenizer
@@ -9,19 +10,12 @@ from torch import Tensor
 from offramp.errors import ConfigError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitDecoder, ExitRule
-from offramp.generation.config import GenerateConfig
-from offramp.generation.options import (
-    check_prompt,
-    check_tokens,
-    draft_exit,
-    exit_rule,
-    missing_kv_for,
-    token_ids,
-)
+from offramp.generation.config import EngineConfig, GenerateConfig
+from offramp.generation.engine import Engine
+from offramp.generation.options import token_ids
 from offramp.generation.promise import drafts_keep_the_text
-from offramp.generation.rows import Completion, Row, Token
-from offramp.generation.speculative import SpeculativeDecoder
+from offramp.generation.requests import Request
+from offramp.generation.rows import Completion, Token
 from offramp.models.base import EarlyExitModel
 from offramp.models.work import Work
 
@@ -34,17 +28,11 @@ class Generation(Iterator[Token]):
     if no token can leave early. ``rule`` decides where tokens leave; None for full depth.
     """
 
-    def __init__(
-        self,
-        tokens: Iterator[Token],
-        *,
-        completion: Completion,
-        decoder: ExitDecoder | SpeculativeDecoder,
-        missing_kv: str | None = None,
-        rule: ExitRule | None = None,
-    ) -> None:
-        self._tokens, self._decoder = tokens, decoder
-        self.completion, self.missing_kv, self.rule = completion, missing_kv, rule
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._tokens = _tokens(engine, request)
+        self.completion, self.missing_kv = request.completion, request.missing_kv
+        self.rule = request.rule
 
     def __next__(self) -> Token:
         return next(self._tokens)
@@ -63,7 +51,7 @@ class Generation(Iterator[Token]):
     @property
     def mean_layers(self) -> float:
         """Mean number of layers per new token so far; the first token counts with all layers."""
-        run = self.work.layers_run + self._decoder.model.num_layers
+        run = self.work.layers_run + self._engine.model.num_layers
         return run / max(1, len(self.completion.tokens))
 
     @property
@@ -73,15 +61,14 @@ class Generation(Iterator[Token]):
         It is not with a threshold, and not with drafts in a precision in which this model rounds
         several tokens differently from one: see docs/decoding.md.
         """
-        decoder = self._decoder
-        if isinstance(decoder, SpeculativeDecoder):
-            return drafts_keep_the_text(decoder.model)
-        return decoder.rule is None
+        if self._request.config.speculative:
+            return drafts_keep_the_text(self._engine.model)
+        return self.missing_kv is None
 
     @property
     def work(self) -> Work:
         """The work of the new tokens so far, without the prefill."""
-        return self._decoder.work
+        return self._engine.work
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -91,12 +78,12 @@ class Generation(Iterator[Token]):
     @property
     def drafted(self) -> int:
         """Number of drafted tokens."""
-        return self._decoder.drafted
+        return self._request.drafted
 
     @property
     def accepted(self) -> int:
         """Number of drafted tokens that the whole model accepted."""
-        return self._decoder.accepted
+        return self._request.accepted
 
 
 def generate(
@@ -121,28 +108,9 @@ def generate(
     support, and, while iterating, GenerationError for logits that are not finite.
     """
     config = config or GenerateConfig()
-    prompt = token_ids(prompt)
-    rule = exit_rule(model, config, policy=policy, fitted=fitted)
-    _check(model, config, [prompt], tokenizer)
-    row = Row(prompt, config, model=model, tokenizer=tokenizer, row=0)
-    cache = model.make_cache(1, len(prompt) + row.limit)
-    way, meaning = missing_kv_for(model, config, rule)
-    if not config.speculative:
-        decoder = ExitDecoder(model, cache, batch_size=1, rule=rule, missing_kv=way)
-        tokens = (token for _, token in _decode(decoder, [prompt], [row]))
-        return Generation(
-            tokens, completion=row.completion, decoder=decoder, missing_kv=meaning, rule=rule
-        )
-    drafting = SpeculativeDecoder(
-        model,
-        cache,
-        config=config,
-        draft_exit=draft_exit(model, config, fitted),
-        fitted=fitted,
-    )
-    return Generation(
-        _decode_speculatively(drafting, prompt, row), completion=row.completion, decoder=drafting
-    )
+    ids = token_ids(prompt)
+    engine = _engine(model, [ids], config, tokenizer=tokenizer, fitted=fitted)
+    return Generation(engine, engine.submit(ids, config, policy=policy))
 
 
 def generate_batch(
@@ -168,75 +136,45 @@ def generate_batch(
     if config.speculative:
         raise ConfigError("speculative: expected one prompt at a time, got a batch")
     texts = [token_ids(prompt) for prompt in prompts]
-    rule = exit_rule(model, config, policy=policy, fitted=fitted)
-    _check(model, config, texts, tokenizer)
-    rows = [
-        Row(prompt, config, model=model, tokenizer=tokenizer, row=i)
-        for i, prompt in enumerate(texts)
-    ]
-    capacity = max(len(prompt) + row.limit for prompt, row in zip(texts, rows, strict=True))
-    decoder = ExitDecoder(
-        model,
-        model.make_cache(len(texts), capacity),
-        batch_size=len(texts),
-        rule=rule,
-        missing_kv=missing_kv_for(model, config, rule)[0],
-    )
-    for place, token in _decode(decoder, texts, rows):
-        if on_token:
-            on_token(place, token)
-    return [row.completion for row in rows], decoder.work
-
-
-def _check(
-    model: EarlyExitModel,
-    config: GenerateConfig,
-    prompts: list[list[int]],
-    tokenizer: Tokenizer | None,
-) -> None:
-    if not prompts:
+    if not texts:
         raise ConfigError("prompts: expected at least 1, got none")
-    for prompt in prompts:
-        check_prompt(prompt, model)
-        check_tokens("prompt", prompt, model.vocab_size)
-    check_tokens("stop_tokens", config.stop_tokens, model.vocab_size)
-    if config.stop_strings and tokenizer is None:
-        raise ConfigError("stop_strings: expected a tokenizer too, got none")
+    engine = _engine(model, texts, config, tokenizer=tokenizer, fitted=fitted)
+    requests = [
+        engine.submit(text, replace(config, seed=config.seed + row), policy=policy)
+        for row, text in enumerate(texts)
+    ]
+    rows = {request.id: row for row, request in enumerate(requests)}
+    for event in engine.run():
+        if event.token is None:
+            assert event.request.error is not None
+            raise event.request.error
+        if on_token:
+            on_token(rows[event.request.id], event.token)
+    return [request.completion for request in requests], engine.work
 
 
-def _decode(
-    decoder: ExitDecoder, prompts: list[list[int]], rows: list[Row]
-) -> Iterator[tuple[int, Token]]:
-    exits, going = decoder.prefill(prompts), list(range(len(rows)))
-    while True:
-        chosen = [
-            rows[place].sampler.choose(
-                exits.logits[i],
-                rows[place].count,
-                exit_layer=exits.exit_layers[i],
-                likeliest=exits.likeliest[i] if exits.likeliest else None,
-            )
-            for i, place in enumerate(going)
-        ]
-        for i, place in enumerate(going):
-            yield place, rows[place].take(chosen[i], exits.exit_layers[i], exits.confidence[i])
-        on = [i for i, place in enumerate(going) if not rows[place].finished()]
-        if not on:
-            return
-        going = [going[i] for i in on]
-        exits = decoder.decode_one_token([chosen[i] for i in on], going)
+def _engine(
+    model: EarlyExitModel,
+    prompts: list[list[int]],
+    config: GenerateConfig,
+    *,
+    tokenizer: Tokenizer | None,
+    fitted: FittedExits,
+) -> Engine:
+    """Return an engine with a slot for each prompt, which runs all prompts first."""
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    slots = EngineConfig(
+        slots=len(prompts),
+        capacity=min(longest, model.max_length),
+        waiting=0,
+        prefill_tokens=None,
+    )
+    return Engine(model, slots, tokenizer=tokenizer, fitted=fitted)
 
 
-def _decode_speculatively(
-    decoder: SpeculativeDecoder, prompt: list[int], row: Row
-) -> Iterator[Token]:
-    [chosen] = decoder.prefill(prompt, row.sampler)
-    yield row.take(*chosen)
-    while not row.finished():
-        last = row.completion.tokens[-1].id
-        for chosen in decoder.speculative_decode(
-            last, row.sampler, row.count, at_most=row.limit - row.count
-        ):
-            yield row.take(*chosen)
-            if row.finished():
-                return
+def _tokens(engine: Engine, request: Request) -> Iterator[Token]:
+    for event in engine.run():
+        if event.token is not None:
+            yield event.token
+    if request.error is not None:
+        raise request.error

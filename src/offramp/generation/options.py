@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Sequence
 from operator import index
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from offramp.errors import ConfigError
@@ -11,8 +12,8 @@ from offramp.exits.confidence import confidence_named
 from offramp.exits.default_confidence import confidence_and_threshold
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.exit_rule import ExitRule
 from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import EXACT, MissingKV, complete
 
@@ -39,6 +40,29 @@ def check_prompt(prompt: Sequence[int], model: EarlyExitModel) -> None:
         raise ConfigError(
             f"prompt: expected at most {model.max_length} tokens, the model's longest sequence, "
             f"got {len(prompt)}"
+        )
+
+
+def check_request(
+    prompt: Sequence[int],
+    config: GenerateConfig,
+    *,
+    model: EarlyExitModel,
+    tokenizer: Tokenizer | None,
+    capacity: int,
+) -> None:
+    """Raise a ConfigError unless a text can begin and stop as the config says.
+
+    ``capacity`` is the number of positions that the cache has for it.
+    """
+    check_prompt(prompt, model)
+    check_tokens("prompt", prompt, model.vocab_size)
+    check_tokens("stop_tokens", config.stop_tokens, model.vocab_size)
+    if config.stop_strings and tokenizer is None:
+        raise ConfigError("stop_strings: expected a tokenizer too, got none")
+    if len(prompt) > capacity:
+        raise ConfigError(
+            f"prompt: expected at most {capacity} tokens, the capacity of a slot, got {len(prompt)}"
         )
 
 

@@ -13,7 +13,7 @@ from offramp.models.missing_kv import MissingKV
 from offramp.models.router import GateRule, RouterSpec
 
 if TYPE_CHECKING:
-    from offramp.generation.confident_exit import ExitRule
+    from offramp.generation.exit_rule import ExitRule
 
 
 def router_spec(

@@ -45,7 +45,7 @@ class Completion:
 
 
 class Row:
-    """One row while it is generated."""
+    """One row while it is generated, in a cache of ``capacity`` positions."""
 
     def __init__(
         self,
@@ -54,11 +54,12 @@ class Row:
         *,
         model: EarlyExitModel,
         tokenizer: Tokenizer | None,
-        row: int,
+        capacity: int,
     ) -> None:
         self.config, self.completion = config, Completion()
-        self.limit = min(config.max_new_tokens, model.max_length - len(prompt) + 1)
-        self.sampler = Sampler(config, prompt, vocab_size=model.vocab_size, row=row)
+        longest = min(model.max_length, capacity)  # the last new token needs no position
+        self.limit = min(config.max_new_tokens, longest - len(prompt) + 1)
+        self.sampler = Sampler(config, prompt, vocab_size=model.vocab_size)
         self.stream = TextStream(tokenizer, config.stop_strings)
 
     def take(self, id: int, exit_layer: int, confidence: float) -> Token:

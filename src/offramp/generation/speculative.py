@@ -22,8 +22,8 @@ from torch import Tensor
 
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
-from offramp.generation.confident_exit import ExitDecoder, check_confidence_scores
 from offramp.generation.config import GenerateConfig
+from offramp.generation.exit_rule import broken_score
 from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Kind, Payoff
 from offramp.generation.sampling import Sampler
@@ -36,7 +36,10 @@ Chosen = tuple[int, int, float]
 
 
 class SpeculativeDecoder:
-    """Decodes one row, several tokens at a time."""
+    """Decodes one row, several tokens at a time.
+
+    ``row`` is its row in a cache that has several. ``work`` counts what runs.
+    """
 
     def __init__(
         self,
@@ -46,23 +49,24 @@ class SpeculativeDecoder:
         config: GenerateConfig,
         draft_exit: int,
         fitted: FittedExits,
+        work: Work,
+        row: int | None = None,
     ) -> None:
         self.model, self.cache, self.config = model, cache, config
+        self.row = row
+        self._rows = None if row is None else torch.tensor([row], device=model.device)
         self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.draft_confidence)
         self.payoff = Payoff()
         self.lookup = Lookup(config.lookup)
-        self.work = Work()
+        self.work = work
         self.drafted = self.accepted = self.length = 0
 
-    def prefill(self, prompt: list[int], sampler: Sampler) -> list[Chosen]:
-        """Run the prompt at full depth and choose the first new token."""
-        exits = ExitDecoder(self.model, self.cache, batch_size=1).prefill([prompt])
+    def begin(self, prompt: list[int]) -> None:
+        """Continue a prompt that is in the cache."""
         self.length = len(prompt)
         for earlier in prompt:
             self.lookup.push(earlier)
-        token = sampler.choose(exits.logits[0], 0)
-        return [(token, self.model.num_layers, exits.confidence[0])]
 
     @torch.inference_mode()
     def speculative_decode(
@@ -91,7 +95,7 @@ class SpeculativeDecoder:
         logits = self.model.unembed(h, self.model.num_layers)[0]
         chosen = self._verify(logits, found, scores, sampler, index)
         self.length += len(chosen)
-        self.cache.crop(self.length)
+        self.cache.crop(self.length, row=self.row)
         for accepted, _, _ in chosen[:-1]:
             self.lookup.push(accepted)
         self.drafted += len(found)
@@ -119,7 +123,8 @@ class SpeculativeDecoder:
         while len(drafts) < min(self.config.max_drafts, at_most):
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             score = self._confidence(logits, states[-1][0, 0])
-            check_confidence_scores([score], self.config.draft_confidence, self.draft_exit)
+            if score != score:
+                raise broken_score(self.config.draft_confidence, self.draft_exit)
             self.work.drafts[self.draft_exit, 1] += 1
             if not score >= self.config.draft_threshold:
                 break
@@ -147,7 +152,7 @@ class SpeculativeDecoder:
     def _step(self, ahead: int, tokens: int) -> Step:
         first = self.length + ahead
         positions = torch.arange(first, first + tokens, device=self.model.device)[None]
-        return Step(positions=positions, cache=self.cache)
+        return Step(positions=positions, cache=self.cache, rows=self._rows)
 
     def _verify(
         self,

@@ -129,8 +129,31 @@ class KVCache:
         k, v = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
         return (k, v) if rows is None else (k[rows], v[rows])
 
-    def crop(self, length: int) -> None:
-        """Discard every position from ``length`` on, in every layer and row."""
+    def crop(self, length: int, *, row: int | None = None) -> None:
+        """Discard every position from ``length`` on, in every layer of one row, or of all rows."""
         if length < 0:
             raise ConfigError(f"length: expected at least 0, got {length}")
-        self.lengths.clamp_(max=length)
+        lengths = self.lengths if row is None else self.lengths[:, self._checked(row)]
+        lengths.clamp_(max=length)
+
+    def clear(self, row: int) -> None:
+        """Make a row as empty as in a new cache, so that another text can use it.
+
+        Its keys and values become 0. A model that masks positions reads them all and multiplies
+        the others by 0, which would keep a value that is not finite.
+        """
+        self._checked(row)
+        self.keys[:, row].zero_()
+        self.values[:, row].zero_()
+        self.lengths[:, row].zero_()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values; they stay the same while the cache is used."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def _checked(self, row: int) -> int:
+        rows = self.lengths.shape[1]
+        if not 0 <= row < rows:
+            raise ConfigError(f"rows: the cache holds {rows} rows, got row {row}")
+        return row

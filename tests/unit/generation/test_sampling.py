@@ -7,7 +7,6 @@ from scipy.stats import chisquare
 from torch.testing import assert_close
 
 from offramp.errors import ConfigError, GenerationError
-from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.config import GenerateConfig, SamplingConfig
 from offramp.generation.generate import generate
 from offramp.generation.sampling import Sampler, distribution, penalise
@@ -215,8 +214,3 @@ def test_prefill_and_steps_draw_what_the_same_seed_draws_again(make_model):
     assert [token.id for token in generate(model, [1], config)] == first
     other = GenerateConfig(max_new_tokens=20, temperature=1.0, seed=8)
     assert [token.id for token in generate(model, [1], other)] != first
-
-
-def test_an_exit_decoder_drafts_nothing(make_model):
-    decoder = ExitDecoder(make_model(), make_model().make_cache(1, 4), batch_size=1)
-    assert decoder.drafted == 0

@@ -57,6 +57,44 @@ def test_a_crop_shortens_what_is_longer(cache):
     assert cache.lengths.tolist() == [[2, 2, 0], [2, 2, 1]]
 
 
+def test_a_crop_of_one_row_leaves_the_others(cache):
+    cache.lengths[:] = torch.tensor([[5, 2, 4], [3, 3, 1]])
+    cache.crop(2, row=0)
+    assert cache.lengths.tolist() == [[2, 2, 4], [2, 3, 1]]
+
+
+def test_a_row_that_is_cleared_is_new_and_the_others_stay(cache):
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(1)
+    cache.lengths.fill_(5)
+    cache.clear(1)
+    assert not cache.keys[:, 1].any()
+    assert not cache.values[:, 1].any()
+    assert cache.lengths.tolist() == [[5, 0, 5]] * 2
+    assert cache.keys[:, [0, 2]].isnan().all()
+    assert cache.values[:, [0, 2]].all()
+
+
+def test_its_bytes_are_those_of_keys_and_values():
+    cache = KVCache(
+        num_layers=2,
+        batch_size=3,
+        num_heads=2,
+        head_dim=4,
+        value_dim=2,
+        capacity=5,
+        dtype=torch.bfloat16,
+    )
+    assert cache.bytes == 2 * 3 * 2 * (5 + 1) * (4 + 2) * 2
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_that_it_does_not_have_is_refused(cache, row):
+    for change in (cache.clear, lambda row: cache.crop(1, row=row)):
+        with pytest.raises(ValueError, match=f"^rows: the cache holds 3 rows, got row {row}$"):
+            change(row)
+
+
 def test_the_capacity_is_a_limit(cache):
     cache.require(5)
     with pytest.raises(ValueError, match="the cache holds 5 positions, got 6"):

@@ -25,13 +25,13 @@ from torch import Tensor
 from offramp.environment import environment
 from offramp.evaluation.cost import model_cost
 from offramp.evaluation.routed import collect_routed
-from offramp.generation.confident_exit import ExitRule
 from offramp.generation.decoding_time import (
     DecodingTime,
     ReplayedExits,
     decoding_time,
     representative_exits,
 )
+from offramp.generation.exit_rule import ExitRule
 from offramp.models.fitted import FITTED_FILE, load_fitted
 from offramp.models.native.checkpoint import load_checkpoint
 from offramp.models.native.decoder import Transformer
