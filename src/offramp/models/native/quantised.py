@@ -135,7 +135,7 @@ def quantised_linear(x: Float[Tensor, "*N I"], weight: QuantisedWeight) -> Float
     """Return x weight^T in the precision of x.
 
     On a CPU without gradients the compiled kernels compute it, if they were built: states are
-    rounded to int8 in groups of 32, and a token's result is independent of the others. Otherwise
+    rounded to 15 bits in groups of 32, and a token's result is independent of the others. Otherwise
     the weights become numbers of x's precision, some rows at a time, so that memory stays bounded.
     """
     outputs, inputs = weight.shape

@@ -136,7 +136,7 @@ INLINE void prepare(const float *x, void *to, int format, long inputs, long firs
   if (format == BFLOAT16)
     split_pairs(x, to, inputs, first, last);
   else if (format != FLOAT32)
-    to_int8(x, to, inputs, format, first, last);
+    to_codes(x, to, inputs, format, first, last);
 }
 
 /* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. */

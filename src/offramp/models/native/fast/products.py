@@ -23,7 +23,7 @@ Weight = Tensor | QuantisedWeight
 """A weight in a form that the kernels may read."""
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}  # as in products.h
 _AS_IT_IS, _NORMALISED, _GATED = range(3)
-_RECORD = GROUP + 8  # bytes of a group of states, as in quantised.h
+_RECORD = 2 * GROUP + 8  # bytes of a group of states, as in quantised.h
 
 
 def kernels_fit(weight: Weight) -> bool:
@@ -70,7 +70,7 @@ def linear(
     """Return f(x) weight^T + residual in float32; a token's result is independent of the others.
 
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
-    half times the second half. With a quantised weight f(x) is rounded to int8 in groups of 32.
+    half times the second half. With a quantised weight f(x) is rounded to 15 bits in groups of 32.
     """
     if not isinstance(weight, QuantisedWeight) and (
         weight.dim() != 2 or weight.dtype not in DTYPES or not weight.is_contiguous()

@@ -40,11 +40,11 @@ def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def in_int8(x):
-    """Round states to int8 in groups of 32, as the kernels do."""
+def in_codes(x):
+    """Round states to 15 bits in groups of 32, as the kernels do."""
     groups = F.pad(x, (0, -x.shape[1] % 32)).view(len(x), -1, 32)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    codes = (groups * (127 / (scale * 127)).nan_to_num(posinf=0)).round()
+    scale = groups.abs().amax(-1, keepdim=True) / 16256
+    codes = (groups * (16256 / (scale * 16256)).nan_to_num(posinf=0)).round()
     return (codes.double() * scale).view(len(x), -1)[:, : x.shape[1]]
 
 
@@ -62,8 +62,8 @@ def test_a_product_is_that_of_the_numbers(scheme, outputs, inputs, before):
         x = F.rms_norm(x, (inputs,), norm, 1e-5)
     elif before == "gate":
         x = F.silu(x[:, :inputs]) * x[:, inputs:]
-    wanted = in_int8(x) @ w.dequantised(torch.float64).T + residual
-    near = (x.abs().amax() / 127) * w.dequantised().abs().amax() * 1.01  # one code more or less
+    wanted = in_codes(x) @ w.dequantised(torch.float64).T + residual
+    near = (x.abs().amax() / 16256) * w.dequantised().abs().amax() * 1.01  # one code more or less
     assert (
         (got - wanted).abs() <= (1e-5 * wanted.abs().amax() + near * (before != "nothing"))
     ).all()
