@@ -229,9 +229,9 @@ def load(
     """Open a model with its exits.
 
     Args:
-        model: A folder that ``offramp train`` or ``offramp tune`` wrote, the folder of a Hugging
-            Face checkpoint, a name on the hub, ``smollm2-135m``, or a causal language model of
-            ``transformers`` in memory, whose parameters are shared.
+        model: A folder that ``offramp train``, ``tune`` or ``quantise`` wrote, the folder of a
+            Hugging Face checkpoint, a name on the hub, ``smollm2-135m``, or a causal language
+            model of ``transformers`` in memory, whose parameters are shared.
         tokenizer: The tokenizer of a model in memory.
         exits: Exit layers of a model that has none yet; by default each quarter of the depth.
         exit_head: What a new exit has of its own; by default nothing ("shared").

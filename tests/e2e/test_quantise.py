@@ -126,6 +126,16 @@ def test_from_python_save_keeps_what_load_quantised(made, tmp_path):
         load(made / "tuned", weights="int3")
     with pytest.raises(ConfigError, match="weights: expected none with a model in memory"):
         load(lm.model, tokenizer=lm.tokenizer, weights="int8")
+    assert "int8 weights" in repr(again)
+
+
+def test_models_in_memory_with_quantised_weights(made, tmp_path):
+    """They are opened and saved."""
+    lm = load(made / "native", weights="int4")
+    memory = load(lm.model, tokenizer=lm.tokenizer)
+    assert memory.sha256 == lm.sha256
+    memory.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").sha256 == lm.sha256
 
 
 READERS = {

@@ -35,7 +35,7 @@ console = safe_console(stderr=True, quiet=not is_first_process())
 Model = Annotated[
     Path,
     Parameter(
-        help="A folder that offramp train or offramp tune wrote, a Hugging Face checkpoint (a "
+        help="A folder that offramp train, tune or quantise wrote, a Hugging Face checkpoint (a "
         "folder, or a name on the hub), or smollm2-135m."
     ),
 ]

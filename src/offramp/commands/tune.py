@@ -22,7 +22,7 @@ from offramp.exits.gate import FittedExits
 from offramp.exits.weightings import parse_loss_weights
 from offramp.folders import check_free, new_folder
 from offramp.models.base import EarlyExitModel, TrainableModel
-from offramp.models.model_files import find_model, refuse_quantised
+from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
 from offramp.models.save import write_model
 from offramp.training.frozen import TuneProgress, check_exits, tune_exits
@@ -87,7 +87,6 @@ def tune(
     that nothing was trained on.
     """
     check_free(out)
-    refuse_quantised(opened.name, opened.weights, "since tune trains")
     corpus = load_corpus(corpus_name)
     text = corpus.whole if corpus.test is None else corpus.train
     model, tokenizer = opened.model, opened.tokenizer

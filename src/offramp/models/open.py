@@ -77,9 +77,10 @@ class OpenedModel:
     def __repr__(self) -> str:
         model = self.model
         exits = ", ".join(map(str, model.exit_layers[:-1])) or "none"
+        weights = "" if self.weights is None else f", {self.weights} weights"
         return (
             f"OpenedModel({self.name!r}: {model.num_layers} layers, exits {exits}, "
-            f"vocabulary {model.vocab_size:,}, run by {self.runner})"
+            f"vocabulary {model.vocab_size:,}{weights}, run by {self.runner})"
         )
 
     @property
