@@ -203,6 +203,15 @@ def test_a_certificate_is_of_one_format(offramp, made, tmp_path):
     ran(offramp("calibrate", made / "native-int4", *check))
 
 
+def test_what_is_printed_names_the_parts(offramp, made, tmp_path):
+    said = "int4 weights in attention and MLP, int8 in LM heads"
+    assert said in ran(offramp("generate", made / "native-int4", *SHORT)).stderr
+    out = tmp_path / "small"
+    result = ran(offramp("quantise", made / "native", "--weights", "int4", "--out", out))
+    assert f"holds the model with {said}: " in result.stderr
+    assert " MB of weights, " in result.stderr
+
+
 def test_dtype_is_the_precision_beside(offramp, made):
     result = ran(
         offramp("generate", made / "native-int4", *SHORT, "--dtype", "bfloat16", "--speculative")

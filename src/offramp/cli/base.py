@@ -21,7 +21,7 @@ from offramp.cli.app import is_first_process
 from offramp.cli.interrupts import work_begins
 from offramp.console import safe_console
 from offramp.errors import CheckpointError, ConfigError
-from offramp.models.native.schemes import Scheme
+from offramp.models.native.schemes import Scheme, in_words
 from offramp.options import check_processes
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ Dtype = Annotated[Precision, Parameter(help="Precision of the model.")]
 Weights = Annotated[
     Scheme | None,
     Parameter(
-        help="Quantise the weights of attention, MLP and LM heads to 8 or 4 bits when the model is "
-        "loaded; --dtype is then the precision of everything else. Only for models that the native "
-        "decoder runs. offramp quantise keeps the result."
+        help="Quantise the weights of attention, MLP and LM heads to 8 or 4 bits (LM heads always "
+        "to 8) when the model is loaded; --dtype is then the precision of everything else. Only "
+        "for models that the native decoder runs. offramp quantise keeps the result."
     ),
 ]
 
@@ -132,10 +132,7 @@ def open_for(
         stored.warn_of_dtype(opened.precision)
     opened.warn_of_bos()
     if opened.weights is not None:
-        say(
-            f"{name}: {opened.weights} weights in attention, MLP and LM heads; everything else in "
-            f"{opened.precision}."
-        )
+        say(f"{name}: {in_words(opened.weights)}; everything else in {opened.precision}.")
     opened.model.silence_untrained()  # the command itself says so
     if opened.unfinished:
         say(

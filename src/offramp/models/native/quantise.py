@@ -17,8 +17,6 @@ from offramp.models.native.quantised import QuantisedLinear, quantise_weight
 from offramp.models.native.quantised_weight import tensor_forms
 from offramp.models.native.schemes import SCHEMES, Scheme
 
-QUANTISED_PARTS = "attention, MLP and LM heads"
-"""The parts whose weights are quantised, in words."""
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
