@@ -134,6 +134,18 @@ def test_exits_are_specialised_into_a_new_model(offramp, model, text, tmp_path):
     assert measured.returncode == 0, measured.stderr
     generated = offramp("generate", out, "The quick", "--max-new-tokens", 5, "--threshold", 0.2)
     assert generated.returncode == 0, generated.stderr
+    more = tmp_path / "more"
+    added = ("--first-steps", 20, "--add-exits")
+    result = offramp("specialise", model, "--corpus", "pangram", "--out", more, *quick, *added, 2)
+    assert result.returncode == 0, result.stderr
+    assert "none" in result.stdout  # the new exit had no PPL before
+    assert json.loads((more / "config.json").read_text())["model"]["exit_layers"] == [1, 2, 3]
+    bad = ("specialise", model, "--corpus", "pangram", "--out", tmp_path / "bad", *quick, *added)
+    for layers, said in (("1", "got 1"), ("3", "got 3"), ("0", "got 0"), ("x", "x")):
+        result = offramp(*bad, layers)
+        assert result.returncode == 2, layers
+        assert said in result.stderr
+        assert not (tmp_path / "bad").exists()
     again = offramp("specialise", model, "--corpus", "pangram", "--out", out, *quick)
     assert again.returncode == 2
     other = offramp("specialise", tmp_path, "--corpus", "pangram", "--out", tmp_path / "other")

@@ -5,10 +5,13 @@ to the last layer anyway. Gates choose which tokens exit where at a compute budg
 layer teaches those tokens to the exit's own parameters (norm, residual block, LM head; Hinton et
 al. 2015). The gates were fitted to the exits as they were before; fit them again afterwards.
 Full-depth output is unchanged.
+
+Exits can also be added here: the backbone then learned nothing for them, and full depth loses
+nothing to them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,7 +25,7 @@ from offramp.calibration.fitting import fit_gates
 from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.errors import ConfigError, TrainingError
 from offramp.evaluation.cost import model_cost
-from offramp.evaluation.sample import ExitSample, collect_sample
+from offramp.evaluation.sample import ExitSample, collect_sample, first_tokens
 from offramp.exits.gate import FittedExits, Gate, GateConfig, expected_kl
 from offramp.exits.policy import GainPolicy
 from offramp.models.base import TrainableModel, require_blocks
@@ -34,19 +37,30 @@ _ROUNDS = 40
 _AT_ONCE = 8192  # tokens
 
 
-def with_own_heads(model: M, *, seed: int) -> M:
-    """Return the model with exit heads of kind ``specialist``, which give the current logits.
+def with_own_heads(model: M, *, seed: int, add: Collection[int] = ()) -> M:
+    """Return the model with exit heads of its own that give the current logits.
 
-    If its exits already have an adapter or their own LM head, the model itself is returned.
+    Exits with an adapter or their own LM head keep them, others get heads of kind ``specialist``.
+    Exits at the layers ``add`` are new, with heads of the same kind. If nothing is new, the model
+    itself is returned.
 
     ``seed`` is for the inputs of the new residual blocks, whose outputs begin at zero. Raises
-    ConfigError if the exits share a final norm that the model does not have.
+    ConfigError if a layer to add is not between 1 and L - 1 or has an exit already, or if the
+    exits share a final norm that the model does not have.
     """
-    if model.exit_head not in ("shared", "norm"):
+    for layer in add:
+        if not 1 <= layer < model.num_layers or layer in model.exit_layers:
+            exits = ", ".join(map(str, model.exit_layers[:-1])) or "none"
+            raise ConfigError(
+                f"add_exits: expected layers from 1 to {model.num_layers - 1} without an exit "
+                f"(there are exits at: {exits}), got {layer}"
+            )
+    kind = "specialist" if model.exit_head in ("shared", "norm") else model.exit_head
+    if kind == model.exit_head and not add:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(M, model.with_exit_heads("specialist"))
+        return cast(M, model.with_exits((*model.exit_layers, *add), kind))
 
 
 def specialise_exits(
@@ -56,23 +70,30 @@ def specialise_exits(
 ) -> dict[int, float]:
     """Train each exit's own parameters, in place, on the tokens that exit there.
 
-    ``batches`` are of training text, in a random order. Returns the share of the tokens that
-    exited at each exit at the budget. Raises ConfigError if an exit has no parameters of its own,
-    if the budget is less than the cost of the first exit, or if the blocks cannot be run one by
-    one (their cost is then unknown). Raises TrainingError if the loss is not finite.
+    ``batches`` are of training text, in a random order. The exits to add are there already
+    (``with_own_heads``); all exits then first learn from all tokens. Returns the share of the
+    tokens that exited at each exit at the budget. Raises ConfigError if an exit has no parameters
+    of its own, if the budget is less than the cost of the first exit, or if the blocks cannot be
+    run one by one (their cost is then unknown). Raises TrainingError if the loss is not finite.
     """
     check_heads(model)
     model.silence_untrained()  # the exits are about to be trained
-    sample = collect_sample(model, batches, max_tokens=config.tokens)
+    batches = list(first_tokens(batches, config.tokens))
+    sample = collect_sample(model, iter(batches), max_tokens=config.tokens)
     assert sample.trace.position is not None
     check_specialise(model, config, context=float(sample.trace.position.mean()) + 1)
     early = model.exit_layers[:-1]
+    if config.add_exits:
+        every = torch.ones(sample.trace.num_tokens)
+        for layer in early:
+            _teach(model, layer, sample, every, config, steps=config.first_steps)
+        sample = collect_sample(model, iter(batches), max_tokens=config.tokens)
     leaving = _leaving_tokens(model, sample, config)
     for index, layer in enumerate(early):
         if not leaving[index].any():
             continue  # no token exits here
         weights = torch.from_numpy(np.where(leaving[index], 1.0, config.others)).float()
-        _teach(model, cast(ExitHead, model.exits[str(layer)]), layer, sample, weights, config)
+        _teach(model, layer, sample, weights, config, steps=config.steps)
     model.exits.trained = True
     return {layer: float(leaving[index].mean()) for index, layer in enumerate(model.exit_layers)}
 
@@ -148,14 +169,16 @@ def _expected(gate: Gate, states: Float[Tensor, "N D"]) -> Float[NDArray[np.floa
 
 def _teach(
     model: TrainableModel,
-    head: ExitHead,
     layer: int,
     sample: ExitSample,
     weights: Float[Tensor, " N"],
     config: SpecialiseConfig,
+    *,
+    steps: int,
 ) -> None:
+    """Train the head of one exit with a weight for each token of the sample."""
     targets = torch.from_numpy(sample.trace.targets)
-    parameters = list(head.parameters())
+    parameters = list(cast(ExitHead, model.exits[str(layer)]).parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     norms = [parameter for parameter in parameters if parameter.ndim < 2]  # they do not decay
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
@@ -167,8 +190,8 @@ def _teach(
         h = sample.states[at][rows].to(model.device, sample.dtype)
         return F.log_softmax(model.unembed(h[None], at)[0].float(), dim=-1)
 
-    for step in range(config.steps):
-        rate = 0.5 * config.lr * (1 + math.cos(math.pi * step / config.steps))
+    for step in range(steps):
+        rate = 0.5 * config.lr * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = torch.randint(len(targets), (config.batch_size,), generator=order)

@@ -33,6 +33,11 @@ class SpecialiseConfig:
     teacher than the text.)"""
     seed: int = 0
     "Seed of the gates and of the order of the tokens."
+    add_exits: tuple[int, ...] = ()
+    """Layers of exits to add. If there are any, all early exits first learn from all tokens, since
+    nobody would leave at an exit that predicts nothing yet."""
+    first_steps: int = 2000
+    "Number of AdamW steps for each exit on all tokens; only with ``add_exits``."
     missing_kv: MissingKV = "recompute"
     """Whether a token that leaves also costs its keys and values above the exit (propagate), as in
     decoding. Exits that are complete cost the same under both."""
@@ -46,7 +51,11 @@ class SpecialiseConfig:
         for field in fields(self):
             if field.type is float:  # 60 is 60.0, in a run's hash too
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
-        for name in ("tokens", "steps", "batch_size"):
+        layers = tuple(sorted(set(self.add_exits)))
+        if layers and layers[0] < 1:
+            raise ConfigError(f"add_exits: expected layers of at least 1, got {layers[0]}")
+        object.__setattr__(self, "add_exits", layers)
+        for name in ("tokens", "steps", "batch_size", "first_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, least, most in (

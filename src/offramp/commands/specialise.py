@@ -49,7 +49,7 @@ def specialise(
         trace = collect_trace(of.model, windows(of, validation_ids))
         return {layer: trace.ppl(layer) for layer in of.model.exit_layers}
 
-    own_model = with_own_heads(model, seed=config.seed)
+    own_model = with_own_heads(model, seed=config.seed, add=config.add_exits)
     own_model.freeze_backbone()
     own = replace(opened, model=own_model)
     check_specialise(own_model, config, context=(opened.window + 1) / 2)

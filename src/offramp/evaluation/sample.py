@@ -47,12 +47,14 @@ def collect_sample(
             clipped = h.float().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
             parts[layer].append(clipped.half().cpu())
 
-    trace = collect_trace(model, _first(batches, max_tokens), measures=(), kl=True, on_states=keep)
+    trace = collect_trace(
+        model, first_tokens(batches, max_tokens), measures=(), kl=True, on_states=keep
+    )
     states = {layer: torch.cat(found) for layer, found in parts.items()}
     return ExitSample(states=states, dtype=dtypes.pop(), trace=trace)
 
 
-def _first(
+def first_tokens(
     batches: Iterable[tuple[Tensor, Tensor]], max_tokens: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Yield batches up to ``max_tokens`` tokens; the last batch is cut to complete windows."""

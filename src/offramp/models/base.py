@@ -201,11 +201,11 @@ class TrainableModel(EarlyExitModel, Protocol):
     def exit_head(self) -> ExitHeadKind:
         """The kind of the exits' heads."""
 
-    def with_exit_heads(self, kind: ExitHeadKind) -> "TrainableModel":
-        """Return a model of the same backbone whose exits have new heads of this kind.
+    def with_exits(self, layers: Iterable[int], kind: ExitHeadKind) -> "TrainableModel":
+        """Return a model of the same backbone with exits at ``layers`` and heads of this kind.
 
-        The new heads begin with the exit's current norm and with the final LM head. Raises
-        ConfigError if the exits share a final norm that the model does not have.
+        Exits that had such heads keep them. New heads begin with the exit's norm, or else the final
+        one, and the final LM head. Raises ConfigError if exits share a norm that is not there.
         """
 
     def normalised(self, h: Float[Tensor, "*B S"]) -> Float[Tensor, "*B D"]:

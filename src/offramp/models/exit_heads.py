@@ -114,14 +114,19 @@ class ExitHeads(nn.ModuleDict):
         "Whether the exits were trained; if not, the first use of one in eval mode warns."
 
     def start_from(self, old: "ExitHeads", norm: nn.Module | None, lm_head: nn.Module) -> None:
-        """Initialise each head with the exit's norm in ``old``, or else ``norm``, and ``lm_head``.
+        """Copy the heads in ``old`` that have the same parts, and initialise the others.
 
+        A new head begins with the exit's norm in ``old``, or else ``norm``, and with ``lm_head``.
         The exits count as trained if the old ones did.
         """
         for layer, head in self.items():
-            before = cast(ExitHead, old[layer]).norm if layer in old else norm
-            assert before is not None
-            cast(ExitHead, head).start_from(before, lm_head)
+            before = cast(ExitHead, old[layer]) if layer in old else None
+            if before is not None and before.state_dict().keys() == head.state_dict().keys():
+                head.load_state_dict(before.state_dict())
+                continue
+            first = norm if before is None else before.norm
+            assert first is not None
+            cast(ExitHead, head).start_from(first, lm_head)
         self.trained = old.trained
 
     def at(self, layer: int) -> ExitHead | None:

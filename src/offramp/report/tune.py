@@ -55,8 +55,8 @@ def specialise_table(found: Content, *, width: int) -> Table:
     for column in ("exit layer", "training tokens that left", "PPL before", "PPL"):
         table.add_column(column, justify="right")
     for layer, share in found["left"].items():
-        ppl = (f"{found[when][layer]:.3f}" for when in ("before", "after"))
-        table.add_row(str(layer), f"{100 * share:.1f}%", *ppl)
+        before = f"{found['before'][layer]:.3f}" if layer in found["before"] else "none"
+        table.add_row(str(layer), f"{100 * share:.1f}%", before, f"{found['after'][layer]:.3f}")
     return fit_table(table, width, least_important=("PPL before",))
 
 

@@ -152,6 +152,72 @@ def test_imitation_brings_the_exit_nearer_to_the_last_layer(make_model, text):
     assert found[1.0] < found[0.0]
 
 
+@pytest.mark.parametrize("kind", ["shared", "norm", "adapter", "full", "specialist"])
+def test_an_added_exit_begins_as_the_last_layers_head_and_the_others_stay(
+    make_model, make_ids, kind
+):
+    model, ids = make_model(exit_layers=(1,), exit_head=kind, dtype=torch.float32), make_ids(2, 9)
+    own = with_own_heads(model, seed=0, add=(2,))
+    assert own.exit_layers == (1, 2, 3)
+    assert own.exit_head == ("specialist" if kind in ("shared", "norm") else kind)
+    before, after = said(model, ids), said(own, ids)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[3], before[3])
+    h = dict(own.states_at(ids, (2,), step=whole_step(ids)))[2]
+    assert_close(after[2], own.unembed(h, 3))
+    own.exits["1"].norm.weight.data.mul_(2)
+    assert torch.equal(said(model, ids)[1], before[1])  # no parameter is shared
+
+
+def test_exits_are_added_to_a_hugging_face_model(make_ids, text):
+    torch.manual_seed(0)
+    backbone = transformers.AutoModelForCausalLM.from_config(LLAMA).eval()
+    first = HuggingFaceModel(backbone, exit_layers=(2,), exit_head="adapter")
+    model = with_own_heads(first, seed=0, add=(1,))
+    model.silence_untrained()
+    assert model.backbone is first.backbone
+    before = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    config = SpecialiseConfig(
+        compute_budget=90, add_exits=(1,), first_steps=100, imitate=0.0, **QUICK
+    )
+    left = specialise_exits(model, windows(text), config)
+    assert set(left) == {1, 2, 3}
+    after = collect_trace(model, batches(text, seq_len=16, batch_size=8))
+    assert after.ppl(1) < before.ppl(1)
+    assert after.ppl(3) == before.ppl(3)
+
+
+def test_all_exits_first_learn_from_all_tokens_if_some_are_added(make_model, text):
+    model = make_model(exit_layers=(2,), exit_head="full", dtype=torch.float32)
+    quick = {**QUICK, "steps": 1, "compute_budget": 95, "imitate": 0.0}
+    learned = {}
+    for add in ((), (1,)):
+        own = with_own_heads(model, seed=0, add=add)
+        before = collect_trace(own, batches(text, seq_len=16, batch_size=8))
+        specialise_exits(
+            own, windows(text), SpecialiseConfig(add_exits=add, first_steps=300, **quick)
+        )
+        after = collect_trace(own, batches(text, seq_len=16, batch_size=8))
+        learned[add] = {layer: before.ppl(layer) - after.ppl(layer) for layer in own.exit_layers}
+    assert learned[()][2] < 0.5
+    assert learned[1,][1] > 1
+    assert learned[1,][2] > 1
+    assert learned[1,][3] == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((2,), r"add_exits: expected layers from 1 to 2 without an exit \(.*at: 2\), got 2"),
+        ((3,), "add_exits: expected layers from 1 to 2 without"),
+        ((1, 7), "got 7"),
+    ],
+)
+def test_an_exit_is_added_only_where_there_is_none(make_model, layers, message):
+    with pytest.raises(ConfigError, match=message):
+        with_own_heads(make_model(exit_layers=(2,), exit_head="norm"), seed=0, add=layers)
+
+
 def test_the_same_seed_gives_the_same_exits(make_model, text):
     states = []
     for seed in (0, 0, 1):
@@ -172,6 +238,8 @@ def test_the_same_seed_gives_the_same_exits(make_model, text):
         ({"exit_layers": (3,)}, {}, "got none"),
         ({}, {"compute_budget": 5}, "compute_budget: expected at least 3"),
         ({}, {"steps": 0}, "steps: expected at least 1"),
+        ({}, {"first_steps": 0}, "first_steps: expected at least 1"),
+        ({}, {"add_exits": (0, 2)}, "add_exits: expected layers of at least 1, got 0"),
         ({}, {"compute_budget": 101.0}, "compute_budget: expected from 0 to 100"),
         ({}, {"others": -0.1}, "others: expected from 0 to 1"),
         ({}, {"lr": float("nan")}, "lr: expected a finite number"),

@@ -197,14 +197,14 @@ class HuggingFaceModel(nn.Module):
     block_modules: tuple[nn.Module, ...] = ()
     "Empty: the blocks run with arguments that were recorded in a pass of the whole backbone."
 
-    def with_exit_heads(self, kind: ExitHeadKind) -> "HuggingFaceModel":
-        """Return a model of the same backbone, which is not copied, with new exit heads."""
+    def with_exits(self, layers: Iterable[int], kind: ExitHeadKind) -> "HuggingFaceModel":
+        """Return a model of the same backbone, which is not copied, with these exits."""
         if self.exit_head == "shared" and self._layout.norm is None:
             raise ConfigError(
                 f"exit_head: expected norm, adapter, full or specialist in a model of "
                 f"{self.model_type}, which has no final norm that exits could share, got shared"
             )
-        model = HuggingFaceModel(self.backbone, exit_layers=self.exit_layers, exit_head=kind)
+        model = HuggingFaceModel(self.backbone, exit_layers=layers, exit_head=kind)
         model.exits.start_from(self.exits, self._layout.norm, self._layout.head)
         model.source = self.source
         return model.train(self.training)

@@ -219,14 +219,15 @@ class Transformer(nn.Module):
         """The blocks, which are called as modules in training."""
         return tuple(self.model.layers)
 
-    def with_exit_heads(self, kind: ExitHeadKind) -> "Transformer":
-        """Return a copy whose exits have new heads of this kind."""
+    def with_exits(self, layers: Iterable[int], kind: ExitHeadKind) -> "Transformer":
+        """Return a copy with exits at these layers and heads of this kind."""
         if self.exit_head == "shared" and self.config.norm == "post":
             raise ConfigError(
                 "exit_head: expected norm, adapter, full or specialist in a post-norm model, which "
                 "has no final norm that exits could share, got shared"
             )
-        own = Transformer(replace(self.config, exit_head=kind)).to(self.device, self.dtype)
+        config = replace(self.config, exit_layers=tuple(layers), exit_head=kind)
+        own = Transformer(config).to(self.device, self.dtype)
         own.load_state_dict(self.state_dict(), strict=False)
         own.exits.start_from(self.exits, self.model.norm, self.lm_head)
         return own.train(self.training)

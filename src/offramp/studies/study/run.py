@@ -82,6 +82,12 @@ class StudyRun:
     text. (The default keeps the names of the runs that were made before this was known.)"""
 
     @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The exits of the model that it leaves, the last layer included."""
+        added = () if self.specialise is None else self.specialise.add_exits
+        return tuple(sorted({*self.model.exit_layers, *added}))
+
+    @property
     def conventions(self) -> tuple[str, ...]:
         """The meanings of ``missing_kv`` that it has figures for, the one to look at first.
 
@@ -89,7 +95,7 @@ class StudyRun:
         """
         shape = self.model
         if are_complete(
-            shape.exit_layers,
+            self.exit_layers,
             complete_from=shape.complete_from,
             num_layers=shape.num_hidden_layers,
         ):
@@ -170,7 +176,8 @@ class StudyRun:
         model.eval()
         left = None
         if self.specialise:
-            model = with_own_heads(model, seed=self.specialise.seed)
+            add = self.specialise.add_exits
+            model = with_own_heads(model, seed=self.specialise.seed, add=add)
             left = specialise_exits(model, self._windows(train_ids), self.specialise)
         specialised = time.perf_counter()
         if should_stop():
