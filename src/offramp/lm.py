@@ -18,9 +18,10 @@ from offramp.commands import calibrate, confidence, generate, sweep
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.row import BenchRow
 from offramp.commands.bench.run import run_bench
+from offramp.commands.engine import TextEngine
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import SweepRow, Threshold
-from offramp.generation.config import GenerateConfig
+from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.generate import Generation
 from offramp.models.base import EarlyExitModel
 from offramp.models.bos import Bos
@@ -108,17 +109,25 @@ class EarlyExitLM:
             ConfigError: An option is unknown or out of range, or the prompt does not fit.
             CertificateError: The certificate is another model's.
         """
-        missing_kv = options.get("missing_kv")
-        config = config_of(GenerateConfig, {**options, "threshold": threshold})
-        if certificate is not None:
-            _refuse("with a certificate, which has its own", threshold=threshold)
-            _refuse("with a certificate, which names it", confidence=options.get("confidence"))
-            _refuse("with a certificate, whose thresholds hold", decay=options.get("decay"))
-            stored = self._stored(certificate)
-            config = generate.with_thresholds(
-                config, stored, missing_kv=missing_kv, model=self.model
-            )
+        config = self._generate_config(threshold, certificate, **options)
         return generate.generate(self._opened, prompt, config, chat=chat)
+
+    def engine(self, **options: Any) -> TextEngine:
+        """Make an engine for many requests at once; ``options`` are fields of ``EngineConfig``."""
+        config = config_of(EngineConfig, options)
+        return TextEngine(self._opened, config, configured=self._generate_config)
+
+    def _generate_config(
+        self, threshold: Any = None, certificate: Any = None, **options: Any
+    ) -> GenerateConfig:
+        config = config_of(GenerateConfig, {**options, "threshold": threshold})
+        if certificate is None:
+            return config
+        _refuse("with a certificate, which has its own", threshold=threshold)
+        _refuse("with a certificate, which names it", confidence=options.get("confidence"))
+        _refuse("with a certificate, whose thresholds hold", decay=options.get("decay"))
+        stored, kv = self._stored(certificate), options.get("missing_kv")
+        return generate.with_thresholds(config, stored, missing_kv=kv, model=self.model)
 
     def sweep(
         self,

@@ -108,11 +108,11 @@ def test_the_native_decoder_keeps_it_with_and_without_kernels(dtype, compiled, m
 
 
 @pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
-def test_in_bfloat16_the_compiled_kernels_keep_it_for_drafts():
+def test_in_bfloat16_the_compiled_kernels_keep_it():
     model = native(torch.bfloat16)
     assert model.rounds_alike()
     check_speculation(model)
-    assert not batches_keep_the_text(model)
+    check_batches(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

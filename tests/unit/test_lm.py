@@ -206,3 +206,23 @@ def test_what_holds_texts_or_tensors_is_shown_in_a_line(lm):
     for value in (text, fitted, trace, trace.trace(()), lm.generate("The "), lm):
         assert len(repr(value)) < 250
         assert "\n" not in repr(value)
+
+
+def test_an_engine_continues_each_text_as_generate_does(checkpoint):
+    lm = offramp.load(checkpoint)
+    lm.model.silence_untrained()
+    engine = lm.engine(slots=2, capacity=40, waiting=1)
+    options = [
+        {"max_new_tokens": 6},
+        {"max_new_tokens": 3, "threshold": 0.5},
+        {"speculative": True},
+    ]
+    options[2]["max_new_tokens"] = 9
+    requests = [engine.submit_text("quick brown", id=str(n), **o) for n, o in enumerate(options)]
+    with pytest.raises(offramp.QueueFullError, match=r"^queue: expected at most 1 waiting"):
+        engine.submit_text("quick")
+    with pytest.raises(offramp.ConfigError, match=r"^slots: expected at least 1, got 0$"):
+        lm.engine(slots=0)
+    assert {event.request for event in engine.run()} == set(requests)
+    for request, chosen in zip(requests, options, strict=True):
+        assert request.completion.text == lm.generate("quick brown", **chosen).text

@@ -27,15 +27,17 @@ def generate(
     The prompt begins with the model's first tokens, such as BOS. ``chat`` puts it into the
     model's chat template instead. The text also ends at the model's end tokens.
     """
+    ids, config = begin(opened, prompt, config, chat=chat)
+    return generate_ids(opened.model, ids, config, tokenizer=opened.tokenizer, fitted=opened.fitted)
+
+
+def begin(
+    opened: OpenedModel, prompt: str, config: GenerateConfig, *, chat: bool
+) -> tuple[list[int], GenerateConfig]:
+    """Return the token ids of a prompt, and the config with the model's end tokens."""
     ids = chat_ids(opened, prompt) if chat else prompt_ids(opened, prompt)
-    stops = (*config.stop_tokens, *opened.end_tokens)
-    return generate_ids(
-        opened.model,
-        ids,
-        replace(config, stop_tokens=tuple(dict.fromkeys(stops))),
-        tokenizer=opened.tokenizer,
-        fitted=opened.fitted,
-    )
+    stops = dict.fromkeys((*config.stop_tokens, *opened.end_tokens))
+    return ids, replace(config, stop_tokens=tuple(stops))
 
 
 def prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:

@@ -18,12 +18,11 @@ def drafts_keep_the_text(model: EarlyExitModel) -> bool:
 
 
 def batches_keep_the_text(model: EarlyExitModel) -> bool:
-    """Return whether a row of a batch gives the text of its prompt alone.
+    """Return whether a row of a batch of up to FEW_TOKENS rows gives the text of its prompt alone.
 
-    It is so in float32 and float64. In other precisions the prompts of a batch, which are run
-    together, are rounded differently.
+    Prompts run one by one, and a step computes a token of each row, so it is as with drafts.
     """
-    return model.dtype in _FINE
+    return drafts_keep_the_text(model)
 
 
 def drafts_note(model: EarlyExitModel) -> str:
