@@ -188,6 +188,7 @@ def test_a_peer_that_does_not_fit_is_named_and_left_out(
         (["--weights", "float32", "--dtype", "bfloat16"], ["dtype", "--weights", "bfloat16"]),
         (["--llama-cpp", "q3_k"], ["llama_cpp", "q8_0", "'q3_k'"]),
         (["--gguf", "nowhere.gguf", "--no-peers"], ["gguf", "without peers", "nowhere.gguf"]),
+        (["--gguf", "nowhere.gguf"], ["gguf"]),  # no package, or no file
         (["--prefill-tokens", 0], ["prefill_tokens", "at least 1"]),
         (["--prefill-tokens", 5000], ["prefill_tokens", "at most 4096", "5000"]),
         (["--ppl-tokens", -1], ["ppl_tokens", "at least 0"]),
