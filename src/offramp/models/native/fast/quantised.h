@@ -7,7 +7,7 @@
 
    The best instructions are chosen when a process starts: AVX512-VNNI, AVX-VNNI, AVX2, or none. */
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
 #define X86 1
 #endif
