@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ConfigError
 from offramp.models.base import EarlyExitModel, Step
-from offramp.models.exit_heads import ExitHead, adapter_of, has_lm_head
+from offramp.models.exit_heads import ExitHead, ExitHeads, adapter_of, has_lm_head
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.quantised import QuantisedLinear
 
@@ -264,6 +264,15 @@ def shared_keys_values(model: EarlyExitModel, start: int, step: Step) -> KeysVal
             f"values after layer {model.complete_from}, got one without them"
         )
     return shared
+
+
+def exit_heads_of(config: DecoderConfig) -> ExitHeads:
+    """Return the exits' own heads; none if they share the final one."""
+    heads = ExitHeads(num_layers=config.num_hidden_layers)
+    if config.exit_head != "shared":
+        for layer in config.exit_layers[:-1]:
+            heads[str(layer)] = exit_head_of(config)
+    return heads
 
 
 def exit_head_of(config: DecoderConfig) -> ExitHead:

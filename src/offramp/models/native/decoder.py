@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offramp.errors import ConfigError
 from offramp.models import checks
 from offramp.models.base import Step, walk, whole_step
-from offramp.models.exit_heads import ExitAdapter, ExitHead, ExitHeads
+from offramp.models.exit_heads import ExitAdapter, ExitHead
 from offramp.models.head_kinds import ExitHeadKind
 from offramp.models.kv_cache import KVCache
 from offramp.models.layer_names import layers_by_name
@@ -27,7 +27,7 @@ from offramp.models.native.blocks import (
     BlockContext,
     Decoder,
     DecoderBlock,
-    exit_head_of,
+    exit_heads_of,
     lm_head_of,
     shared_keys_values,
 )
@@ -55,10 +55,7 @@ class Transformer(nn.Module):
         self.complete_from, self.cache_layers = config.complete_from, config.cache_layers
         self.model = Decoder(config)
         self.lm_head = lm_head_of(config)
-        self.exits = ExitHeads(num_layers=config.num_hidden_layers)
-        if config.exit_head != "shared":
-            for layer in config.exit_layers[:-1]:
-                self.exits[str(layer)] = exit_head_of(config)
+        self.exits = exit_heads_of(config)
         assert config.head_dim is not None
         for name, table in zip(("cos", "sin"), rotation_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
