@@ -88,7 +88,7 @@ def test_a_routed_token_is_that_of_single_steps(make_model, make_ids, fields, mi
                 steps = [
                     decoder.decode_one_token(each, range(len(rows))) for each in rows.T.tolist()
                 ]
-                assert (decoder._router is not None) == compiled
+                assert (decoder._routed._router is not None) == compiled
                 outcomes.append((steps, decoder))
                 vars(model).pop("router", None)
             (routed, one), (single, other) = outcomes
@@ -132,7 +132,7 @@ def test_many_pending_tokens_and_rows_that_end(make_model, make_ids):
     decoder = ExitDecoder(model, model.make_cache(2, 150), batch_size=2, rule=rule)
     for each in ids.T.tolist()[:-1]:
         decoder.decode_one_token(each, range(2))
-    router = decoder._router
+    router = decoder._routed._router
     assert router._plan.pending == 2 * 149
     router.drop(1)
     assert router._plan.pending == 149
@@ -143,7 +143,9 @@ def test_many_pending_tokens_and_rows_that_end(make_model, make_ids):
     for each in ids[:1].T.tolist()[:-1]:
         alone.decode_one_token(each, [0])
     for each in (decoder, alone):
-        each._router._exits[0].bounds = each._router._exits[1].bounds  # now the last layer is run
+        each._routed._router._exits[0].bounds = each._routed._router._exits[
+            1
+        ].bounds  # now the last layer is run
     last = ids[:1, -1].tolist()
     ours, theirs = decoder.decode_one_token(last, [0]), alone.decode_one_token(last, [0])
     assert ours.exit_layers == theirs.exit_layers == [LAYERS]
@@ -169,7 +171,7 @@ def test_places_that_the_cache_does_not_have_are_refused(make_model, ids, rows, 
     decoder = ExitDecoder(model, model.make_cache(1, 8), batch_size=1)
     decoder.decode_one_token([1], [0])
     with pytest.raises(ValueError, match="ids, rows and positions"):
-        decoder._router.step(ids, rows, places, [0], decoder.work)
+        decoder._routed._router.step(ids, rows, places, [0], decoder.work)
 
 
 def test_a_model_without_kernels_for_it_has_no_router(make_model):
@@ -177,4 +179,4 @@ def test_a_model_without_kernels_for_it_has_no_router(make_model):
         model = make_model(**{**SHAPE, **fields})
         decoder = ExitDecoder(model, model.make_cache(1, 8), batch_size=1)
         decoder.decode_one_token([1], [0])
-        assert decoder._router is None
+        assert decoder._routed._router is None
