@@ -333,13 +333,13 @@ def test_a_prompt_runs_the_upper_blocks_for_its_last_token_only(
     make, monkeypatch, source, dtype, prompts
 ):
     model = make(source, (source,), dtype=dtype)
-    width = max(map(len, prompts))
     decoder = ExitDecoder(model, model.make_cache(len(prompts), 9), batch_size=len(prompts))
     watched = Watched(model, monkeypatch)
     exits = decoder.prefill(prompts)
     assert watched.ran == [
-        (0, source, len(prompts) * width, 0),
-        (source, LAYERS, len(prompts), 0),
+        part
+        for prompt in prompts  # one by one
+        for part in ((0, source, len(prompt), 0), (source, LAYERS, 1, 0))
     ]
     assert decoder.cache.keys.shape[0] == decoder.cache.values.shape[0] == source + 1
     near = NEAR[dtype]
