@@ -55,7 +55,9 @@ static void to_codes(const float *x, int8_t *record, long inputs, int format, lo
     int8_t *high = record + g * 2 * GROUP, *low = high + GROUP;
     ints total = {0};
     for (int i = 0; i < GROUP; i += LANES) {
-      const ints code = (ints)(load(from, i, 0) * turns + 12582912.0f) - 0x4b400000;
+      const vec part = load(from, i, 0); /* a state that is no number, or infinite, is code 0 */
+      const vec whole = chosen(((ints)part & 0x7f800000) != 0x7f800000, part, (vec){0});
+      const ints code = (ints)(whole * turns + 12582912.0f) - 0x4b400000;
       total += code;
       const ints upper = (code + 64) >> 7, lower = code - (upper << 7);
       for (int k = 0; k < LANES; k++) high[i + k] = (int8_t)upper[k], low[i + k] = (int8_t)lower[k];
