@@ -14,8 +14,10 @@ BESIDE = """
 import torch
 from offramp.models.native.fast import kernels
 x, weight, out = torch.zeros(1, 64), torch.zeros({rows}, 64), torch.zeros(1, 16)
-addresses = [each.data_ptr() for each in (x, weight, out)]
-kernels._compiled.linear(*addresses[:2], False, addresses[2], 1, 64, 16, 0, 0, 0.0, 0, 0, 1)
+read, written = (weight.data_ptr(), 0, 0), out.data_ptr()
+kernels._compiled.linear(
+    x.data_ptr(), read, 0, written, 1, 64, 16, 0, 0, False, 0.0, 0, 0, 1
+)
 print(kernels._compiled.__file__)
 """
 
