@@ -35,7 +35,7 @@ class SpecialiseConfig:
     "Seed of the gates and of the order of the tokens."
     add_exits: tuple[int, ...] = ()
     """Layers of exits to add. If there are any, all early exits first learn from all tokens, since
-    nobody would leave at an exit that predicts nothing yet."""
+    no token would leave at an exit that predicts nothing yet."""
     first_steps: int = 2000
     "Number of AdamW steps for each exit on all tokens; only with ``add_exits``."
     missing_kv: MissingKV = "recompute"
