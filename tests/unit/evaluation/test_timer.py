@@ -33,7 +33,13 @@ def test_every_part_of_a_model_is_measured(make_model, rows, confidence):
 
 def test_keys_and_values_are_those_of_a_block_that_writes_them(make_model, monkeypatch):
     """Blocks that share keys and values write none, and ``Work`` does not count them."""
-    monkeypatch.setattr("offramp.evaluation.timer.seconds_of", lambda *_, **__: 12.0)
+
+    def seconds_of(part, *_, **__):
+        """A call that runs no block takes 3 seconds, any other 12."""
+        ends = [each for each in getattr(part, "args", ())[2:] if isinstance(each, int)]
+        return 3.0 if ends == [0] else 12.0
+
+    monkeypatch.setattr("offramp.evaluation.timer.seconds_of", seconds_of)
     shape = {"num_hidden_layers": 6, "exit_layers": (2,)}
     clocks = [
         measure_clock(make_model(**shape, kv_source_layer=source), context=9, bandwidth=1e9)
@@ -41,6 +47,7 @@ def test_keys_and_values_are_those_of_a_block_that_writes_them(make_model, monke
     ]
     for clock, writers in zip(clocks, (6, 3), strict=True):
         assert clock.keys_values.seconds[max(TOKENS)] == 12.0 / writers
+        assert clock.block.seconds[1] == (12.0 - 3.0) / 6
     own, shared = (clock.keys_values for clock in clocks)
     assert own.flops == shared.flops > 0
 
