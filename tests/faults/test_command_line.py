@@ -62,6 +62,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
         "generate": (native, "7 quick", "--max-new-tokens", 2),
         "plot": (world / "sweep.json", "--out", out / "out.png"),
         "probe": (tuned, "--corpus", text, "--out", out / "out.json"),
+        "quantise": (native, "--weights", "int8", *new),
         "recipe": ("--corpus", text, *new),
         "reproduce": ("--corpus", text, *new),
         "specialise": (native, "--corpus", world / "text.txt", "--tokens", 64, *small, *new),

@@ -58,9 +58,11 @@ def recipe(
     output().print(toml, highlight=False, markup=False, soft_wrap=True)
     retrain = f"offramp train --config {quote(str(out / FILE))} --out MODEL"
     if run.specialise is not None:
+        added = ",".join(map(str, run.specialise.add_exits))
         retrain += (
             f", then offramp specialise MODEL --corpus {quote(config.corpus)} --compute-budget "
-            f"{run.specialise.compute_budget:g} --out SPECIALISED"
+            f"{run.specialise.compute_budget:g}{added and f' --add-exits {added}'} "
+            "--out SPECIALISED"
         )
     say(
         f"A model of this recipe is in {workers.folder / run.name}. Train another one with: "

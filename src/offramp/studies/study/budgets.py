@@ -44,11 +44,13 @@ class Budgets:
         return candidate.changed(specialise=replace(candidate.specialise, compute_budget=share))
 
     def possible(self, candidate: Candidate) -> bool:
-        """Whether the candidate's exits can be specialised at its budget, if they are to be."""
-        mine = self.own(candidate).specialise
+        """Whether the candidate's exits, which are distinct, can be specialised at its budget."""
+        if {*candidate.add} & {*candidate.exits}:
+            return False
+        mine = self.own(candidate).recipe.specialise
         if mine is None:
             return True
-        model = with_own_heads(self._model(**candidate.model), seed=0)
+        model = with_own_heads(self._model(**candidate.model), seed=0, add=mine.add_exits)
         return mine.compute_budget >= least_budget(model, mine, context=self._context)
 
     def check(self, budget: float, rounds: Rounds) -> None:

@@ -22,6 +22,9 @@ of them together, is constant or falls."""
 UPPER = "hidden units above the source"
 """Name of the round that is left out if all of the best candidate's blocks project keys."""
 
+ADDED = "exits added after training"
+"""Name of the round that is left out if the best candidate's exits are not specialised."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -40,10 +43,17 @@ class Candidate:
     specialise: SpecialiseConfig | None = None
     """How to specialise the exits after training; None: they stay as trained. In a round the
     budget is in percent of the standard model's FLOPs; ``budgets`` converts it for a run."""
+    add: tuple[int, ...] = ()
+    "Layers of exits that are added when the others are specialised."
 
     def changed(self, **changes: Any) -> "Candidate":
         """The candidate with other values."""
         return replace(self, **changes)
+
+    @property
+    def all_exits(self) -> tuple[int, ...]:
+        """Layers of its early exits in the end."""
+        return tuple(sorted({*self.exits, *self.add}))
 
     @property
     def model(self) -> dict[str, Any]:
@@ -61,18 +71,20 @@ class Candidate:
     @property
     def recipe(self) -> Recipe:
         """The candidate as a recipe of a study."""
-        exits = ",".join(map(str, self.exits))
+        exits, added = (",".join(map(str, layers)) for layers in (self.exits, self.add))
+        specialise = self.specialise and replace(self.specialise, add_exits=self.add)
         return Recipe(
             label=", ".join(
                 ([] if self.source is None else [f"source {self.source}"])
                 + ([f"upper {self.upper}"] if self.source and self.upper else [])
                 + [f"exit {exits}", f"head {self.head}"]
                 + [f"{name} {value}" for name, value in self.training.items()]
-                + (["specialised"] if self.specialise else [])
+                + (["specialised"] if specialise else [])
+                + ([f"exit {added} added"] if specialise and added else [])
             ),
             training=self.training,
             model=self.model,
-            specialise=self.specialise,
+            specialise=specialise,
         )
 
 
@@ -114,6 +126,7 @@ def rounds(layers: int, budget: float, *, upper: int) -> Iterator[tuple[str, lis
     yield "head", [{"head": head} for head in ("adapter", "norm")]
     specialised = SpecialiseConfig(compute_budget=budget, missing_kv="propagate")
     yield "specialise", [{"specialise": each} for each in (None, specialised)]
+    yield ADDED, [{"add": ()}, *({"add": (layer,)} for layer in _distinct(*placed[-1]))]
 
 
 def _part(layers: int, parts: int) -> int:

@@ -20,6 +20,7 @@ from offramp.models.missing_kv import EXACT, are_complete
 from offramp.report.study_result import Searched, StudyResult
 from offramp.studies.study.budgets import Budgets
 from offramp.studies.study.candidates import (
+    ADDED,
     UPPER,
     Candidate,
     first_candidate,
@@ -94,7 +95,7 @@ def _rounds(study: Study, config: RecipeConfig) -> list[tuple[str, list[dict[str
 def _final(study: Study, best: Candidate) -> Study:
     """The study of the recipe that was found, with static models that share keys and values too."""
     source, layers = best.source, study.model.num_hidden_layers
-    complete = are_complete(best.exits, complete_from=source or layers, num_layers=layers)
+    complete = are_complete(best.all_exits, complete_from=source or layers, num_layers=layers)
     recipe = replace(best.recipe, label=f"{RECIPE}-{EXACT}" if complete else RECIPE)
     shared = () if source is None else tuple((at, source) for at in range(source + 2, layers + 1))
     upper = best.shared.get("upper_intermediate_size")
@@ -148,6 +149,8 @@ def _search(
     counted: set[str] = set()
     for question, changes in _rounds(budgets.study, config):
         if question == UPPER and best.source in (None, config.layers - 1):
+            continue
+        if question == ADDED and best.specialise is None:
             continue
         changed = [best.changed(**change) for change in changes]
         candidates = [each for each in changed if budgets.possible(each)]

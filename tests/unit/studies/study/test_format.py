@@ -56,11 +56,13 @@ def runs_of_the_recipe(text):
     config = RecipeConfig(corpus="valid.txt", compute_budget=60.0)
     study = recipe_study(config)
     budgets, best, searched = Budgets(study=study, vocab_size=123), first_candidate(6), set()
-    chosen = ({"source": 1}, {"upper": 421}, {"exits": (1,)}, {}, {})
-    for place, (_, changes) in enumerate(_rounds(study, config)):
-        candidates = [budgets.own(best.changed(**change)) for change in changes]
+    specialised = {"specialise": SpecialiseConfig(compute_budget=60.0, missing_kv="propagate")}
+    chosen = ({"source": 1}, {"upper": 421}, {"exits": (1,)}, {}, {}, specialised, {"add": (2,)})
+    for (_, changes), choice in zip(_rounds(study, config), chosen, strict=True):
+        changed = [best.changed(**change) for change in changes]
+        candidates = [budgets.own(each) for each in changed if budgets.possible(each)]
         searched |= {run.name for run in plan_runs(_short(study, candidates), text)}
-        best = best.changed(**(chosen[place] if place < len(chosen) else changes[-1]))
+        best = best.changed(**choice)
     final = plan_runs(_final(study, budgets.own(best)), text)
     return searched, {run.name for run in final}
 

@@ -17,6 +17,7 @@ from offramp.reading import read_json
 from offramp.studies.study import recipe
 from offramp.studies.study.budgets import Budgets
 from offramp.studies.study.candidates import (
+    ADDED,
     UPPER,
     Candidate,
     first_candidate,
@@ -72,11 +73,15 @@ def test_every_candidate_is_a_recipe_of_its_depth(layers):
     for question, changes in found:
         if question == UPPER and layers == 2:
             continue  # the search leaves it out: every block projects keys
+        if question == ADDED:  # the search leaves it out without specialised exits
+            first = first.changed(specialise=SpecialiseConfig())
         candidates = [first.changed(**change) for change in changes]
+        if question == ADDED:
+            candidates = [each for each in candidates if not {*each.add} & {*each.exits}]
         assert first in candidates  # so that no round makes things worse
         assert len({candidate.recipe.label for candidate in candidates}) == len(candidates)
         for candidate in candidates:
-            assert all(1 <= layer < layers for layer in candidate.exits)
+            assert all(1 <= layer < layers for layer in candidate.all_exits)
             exits = (*candidate.exits, layers)
             DecoderConfig(num_hidden_layers=layers, **candidate.model)
             config = TrainConfig(**candidate.recipe.training, steps=30)
@@ -107,8 +112,19 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
         watcher=(watcher := Watcher()),
         workers=Workers(folder=tmp_path / "runs", jobs=2),
     )
-    for question in ("source of keys and values", "exits", "schedule", "head", "specialise", UPPER):
+    for question in (
+        "source of keys and values",
+        "exits",
+        "schedule",
+        "head",
+        "specialise",
+        UPPER,
+        ADDED,
+    ):
         asked = [tried for tried in result.search if tried.question == question]
+        if question == ADDED and not asked:
+            assert run.specialise is None  # there is nothing to add an exit to
+            continue
         if question == UPPER and not asked:
             assert run.model.kv_source_layer in (None, 2)  # every block projects keys
             continue
@@ -126,8 +142,10 @@ def test_the_search_chooses_on_held_out_text_and_the_recipe_stands_beside_static
     assert len(said) == len(result.rows)
     assert "The search" in (out / "report.html").read_text()
     run_names = [path.name for path in (tmp_path / "runs").glob("[0-9a-f]*")]
-    left_out = run.model.kv_source_layer in (None, 2)
-    assert len(run_names) == watcher.planned["search"] - left_out + watcher.planned["recipe"]
+    questions = {tried.question for tried in result.search}
+    searched = len(result.search) - len(questions) + 1  # the best candidate's run is kept
+    assert searched <= watcher.planned["search"]
+    assert len(run_names) == searched + watcher.planned["recipe"]
     assert sorted(watcher.done) == sorted(run_names)
     code = main(
         f"recipe --corpus {corpus} --layers 3 --compute-budget 70 --tokens {3 * 4096} --seeds 2 "
@@ -243,8 +261,10 @@ def test_what_decoding_does_at_the_budget_is_what_counts(budgets, tmp_path, exit
 
 
 def test_the_recipe_stands_beside_static_models_of_its_kind(budgets):
-    def final(source, exits):
-        found = _final(budgets.study, Candidate(exits=exits, source=source))
+    def final(source, exits, add=()):
+        special = SpecialiseConfig() if add else None
+        candidate = Candidate(exits=exits, source=source, specialise=special, add=add)
+        found = _final(budgets.study, candidate)
         text = StudyText(train="", held_out="", test="", about={})
         (label,) = {each.label for each in found.recipes}
         runs = plan_runs(replace(found, seeds=1), text)
@@ -256,6 +276,8 @@ def test_the_recipe_stands_beside_static_models_of_its_kind(budgets):
     shared = [f"static {layers}, source 2" for layers in (6, 5, 4)]
     assert final(2, (1, 2)) == ("recipe", [*plain, *shared, "recipe"])
     assert final(2, (2,)) == ("recipe-exact", [*plain, *shared, "recipe-exact"])
+    assert final(2, (2,), (1,)) == ("recipe", [*plain, *shared, "recipe"])
+    assert final(2, (2,), (3,)) == ("recipe-exact", [*plain, *shared, "recipe-exact"])
 
 
 def test_what_is_no_budget_is_refused(corpus, budgets):
