@@ -5,7 +5,7 @@ Each does what the command of the same name does, by the same functions.
 
 import shutil
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from offramp.report.study_json import to_json
 from offramp.report.study_result import Row
 from offramp.studies.runs import default_jobs
 from offramp.studies.study.config import StudyConfig
-from offramp.studies.study.study import run_study, study_named
+from offramp.studies.study.study import chosen_study, run_study
 from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
 
@@ -158,7 +158,7 @@ def tune(
 
 
 def study(
-    name: str,
+    name: str | Path | Mapping[str, Any],
     corpus: Corpus,
     *,
     out: str | Path,
@@ -174,7 +174,8 @@ def study(
     calls it below ``if __name__ == "__main__":``.
 
     Args:
-        name: Which study: ``objectives``, ``alpha``, ``middle``, ``exits`` or ``heads``.
+        name: Which study: ``objectives``, ``alpha``, ``middle``, ``exits``, ``heads`` or ``kv``;
+            or a grid of your own: the path of a TOML file, or its content as a dictionary.
         corpus: The text to train on.
         out: Folder for ``study.json``, the tables, the plots and the runs.
         test: The text to report on; by default the corpus's test split, or its last 10%.
@@ -194,7 +195,7 @@ def study(
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     with bars(console) as drawn:
         result = run_study(
-            study_named(name), config, out, watcher=StudyBars(drawn, say), workers=workers
+            chosen_study(name), config, out, watcher=StudyBars(drawn, say), workers=workers
         )
     return ResultTable(rows=list(result.rows), content=to_json(result))
 

@@ -27,6 +27,7 @@ from offramp.files import file_sha256
 from offramp.report.study_json import read_study, read_times
 from offramp.studies.study.frontier import Frontier, full_depth, load_frontiers, save_frontiers
 from offramp.studies.study.record import RunRecord, RunTiming
+from offramp.studies.study.study import chosen_study
 
 EXAMPLES = int(os.environ.get("FUZZ", "2000"))
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
@@ -334,7 +335,22 @@ STUDY_FILES: dict[str, Callable[[Path], object]] = {
     "timing.json": lambda path: RunTiming.load(path.parent),
     "frontiers.npz": load_frontiers,
     "trace.npz": ExitTrace.load,
+    "grid.toml": chosen_study,
 }
+GRID = """seeds = 2
+static_layers = [1, 3]
+baseline = {loss_weights = "free", exit_layers = [1]}
+[model]
+num_hidden_layers = 3
+exit_layers = [[1], [2, 1]]
+kv_source_layer = ["none", 1]
+[training]
+loss_weights = ["asymmetric:0.3", "free"]
+lr = 0.1
+[specialise]
+compute_budget = 60
+add_exits = [1]
+"""
 
 
 @pytest.fixture(scope="session")
@@ -342,6 +358,7 @@ def study_files(tmp_path_factory):
     """The files of a study and of its runs."""
     folder = tmp_path_factory.mktemp("study")
     study = json.loads((STUDIES / "heads" / "study.json").read_text())
+    (folder / "grid.toml").write_text(GRID)
     study |= {key: part[:1] for key, part in study.items() if isinstance(part, list)}
     (folder / "study.json").write_text(json.dumps(study))
     shutil.copy(STUDIES / "heads" / "timing.json", folder / "times.json")

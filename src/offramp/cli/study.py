@@ -52,10 +52,11 @@ class Where:
 
 
 def study(
-    name: str,
-    config: Annotated[StudyConfig, Parameter(name="*")],
+    name: str | None = None,
     *,
+    config: Annotated[StudyConfig, Parameter(name="*")],
     out: Path,
+    grid: Path | None = None,
     where: Annotated[Where | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a grid of recipes on the same tokens with several seeds, and compare them.
@@ -63,20 +64,24 @@ def study(
     Parameters
     ----------
     name
-        Which study: objectives, alpha, middle, exits, heads or kv.
+        Which study: objectives, alpha, middle, exits, heads or kv; none with --grid.
+    grid
+        A TOML file with a grid of your own: any fields of the model and of the training.
     out
         Folder for study.json, the tables, the plots and the runs; the same command continues a
         study that was stopped.
     """
     from offramp.report.progress import StudyBars, bars
-    from offramp.studies.study.study import run_study, study_named
+    from offramp.studies.study.study import chosen_study, run_study
 
+    if (name is None) == (grid is None):
+        got = "neither" if name is None else "both"
+        raise ConfigError(f"study: expected the name of a study or --grid, got {got}")
     workers = (where or Where()).workers(out)
     work_begins()
+    chosen = chosen_study(grid or str(name))
     with bars(console) as drawn, say_how_to_continue(out):
-        result = run_study(
-            study_named(name), config, out, watcher=StudyBars(drawn, say), workers=workers
-        )
+        result = run_study(chosen, config, out, watcher=StudyBars(drawn, say), workers=workers)
     say_answers(result)
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
 

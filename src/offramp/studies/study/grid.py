@@ -9,15 +9,13 @@ from offramp.errors import ConfigError
 from offramp.exits.schedules import loss_schedule
 from offramp.studies.study.plan import STANDARD, Recipe, Study
 from offramp.studies.study.run import StudyRun, StudyText
+from offramp.training.config import TrainConfig
 
 
 def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
     """The runs of a study, seed by seed."""
-    tokens_a_step = study.training.batch_size * study.training.seq_len
-    steps = math.ceil(study.tokens / tokens_a_step)
-    warmup = min(study.training.warmup_steps, steps // 4)
     recipes = (*static_recipes(study), *study.recipes)
-    return [
+    runs = [
         StudyRun(
             label=recipe.label,
             text=text,
@@ -28,14 +26,27 @@ def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
             decoding=study.decoding,
             model=replace(study.model, **recipe.model),
             specialise=None if recipe.specialise is None else replace(recipe.specialise, seed=seed),
-            training=replace(
-                study.training,
-                **{"warmup_steps": warmup, **recipe.training, "steps": steps, "seed": seed},
-            ),
+            training=_training(study, recipe, seed),
         )
         for seed in range(study.seeds)
         for recipe in recipes
     ]
+    if len(counts := sorted({run.tokens for run in runs})) > 1:
+        raise ConfigError(
+            f"tokens: expected a number that is a multiple of every recipe's batch_size x seq_len, "
+            f"got {study.tokens:,}, which they round up to {counts[0]:,} or {counts[-1]:,}"
+        )
+    return runs
+
+
+def _training(study: Study, recipe: Recipe, seed: int) -> TrainConfig:
+    """The options of a run: the recipe's, for the study's tokens."""
+    config = replace(study.training, **recipe.training)
+    steps = math.ceil(study.tokens / (config.batch_size * config.seq_len))
+    warmup = config.warmup_steps
+    if "warmup_steps" not in recipe.training:
+        warmup = min(warmup, steps // 4)
+    return replace(config, warmup_steps=warmup, steps=steps, seed=seed)
 
 
 def static_recipes(study: Study) -> list[Recipe]:
@@ -79,7 +90,6 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
             )
         except ConfigError as error:  # of a field that the user may never have set
             raise ConfigError(
-                f"tokens: expected enough for the recipe {run.label!r}, got {run.tokens:,} a run: "
-                f"{error}"
+                f"recipe {run.label!r}, {run.tokens:,} training tokens a run: {error}"
             ) from None
     return vocabulary_size(tokenizer)

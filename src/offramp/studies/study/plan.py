@@ -78,6 +78,8 @@ class Study:
     shared_upper: int | None = None
     "Hidden units of those in the blocks that project no keys and values; None: as of all blocks."
     seeds: int = 3
+    grid: Mapping[str, Any] | None = None
+    "The content of the file that it comes from, with defaults; None: one of the built-in studies."
 
     @property
     def shown_only(self) -> set[str]:

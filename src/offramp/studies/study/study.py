@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from offramp.environment import environment
-from offramp.errors import CheckpointError, ConfigError
+from offramp.errors import CheckpointError, ConfigError, OfframpError
 from offramp.files import write_json
 from offramp.folders import working_in
 from offramp.reading import read_json
 from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult
+from offramp.schema import fitting
 from offramp.studies.study.config import StudyConfig
 from offramp.studies.study.decoding import decoding_times
 from offramp.studies.study.format import FORMAT
 from offramp.studies.study.grid import check_runs, plan_runs
+from offramp.studies.study.grid_file import GridFile, read_grid
+from offramp.studies.study.own import study_of_grid
 from offramp.studies.study.plan import Study
 from offramp.studies.study.run import StudyRun
 from offramp.studies.study.studies import STUDIES
@@ -48,6 +51,8 @@ def run_study(
         "tokens": study.tokens,
         "text": text.about,
     }
+    if study.grid is not None:
+        settings["grid"] = study.grid
     workers.check(runs)
     with go_on_or_claim(out, settings):
         return finish_study(study, runs, out, watcher=watcher, workers=workers)
@@ -89,11 +94,23 @@ def finish_study(
     return result
 
 
-def study_named(name: str) -> Study:
-    """The study of that name; raises ConfigError where there is none."""
-    if name not in STUDIES:
-        raise ConfigError(f"study: expected one of {', '.join(STUDIES)}, got {name!r}")
-    return STUDIES[name]
+def chosen_study(chosen: str | Path | Mapping[str, Any]) -> Study:
+    """The built-in study of a name, or that of a grid: a TOML file, or its content.
+
+    A string that ends with .toml is the path of a file. Raises ConfigError for a name that no study
+    has, and CheckpointError or ConfigError for a grid that is not valid.
+    """
+    if isinstance(chosen, Mapping):
+        return study_of_grid(fitting(GridFile, chosen))
+    if isinstance(chosen, Path) or chosen.endswith(".toml"):
+        content = read_grid(Path(chosen))
+        try:
+            return study_of_grid(content)
+        except OfframpError as error:
+            raise ConfigError(f"{chosen}: {error}") from None
+    if chosen not in STUDIES:
+        raise ConfigError(f"study: expected one of {', '.join(STUDIES)}, got {chosen!r}")
+    return STUDIES[chosen]
 
 
 @contextmanager

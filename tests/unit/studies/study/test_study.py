@@ -17,7 +17,7 @@ from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import Recipe
 from offramp.studies.study.record import RunTiming
 from offramp.studies.study.studies import STUDIES
-from offramp.studies.study.study import go_on_or_claim, run_study, study_named
+from offramp.studies.study.study import chosen_study, go_on_or_claim, run_study
 from offramp.studies.study.summary import check_equal_tokens
 from offramp.studies.study.texts import study_text
 from offramp.studies.study.workers import Workers
@@ -323,7 +323,7 @@ def test_what_is_no_study_is_refused():
     with pytest.raises(
         ConfigError, match="expected one of objectives, alpha, middle, exits, heads, kv, got 'x'"
     ):
-        study_named("x")
+        chosen_study("x")
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
         StudyConfig(corpus="pangram", tokens=0)
 
@@ -424,7 +424,7 @@ def test_what_runs_would_refuse_is_refused_before_anything_is_written(tiny, tmp_
     late = replace(tiny, recipes=(Recipe(label="late", training=training),))
     config, workers = StudyConfig(corpus=str(path)), Workers(folder=out / "runs")
     with pytest.raises(
-        ConfigError, match=r"tokens: expected enough for .* 'late', got 640 a run: backbone_"
+        ConfigError, match=r"recipe 'late', 640 training tokens a run: backbone_steps"
     ):
         run_study(late, config, out, watcher=Watcher(), workers=workers)
     path.write_text("too few")
