@@ -1,20 +1,21 @@
 """Measure the time of each part of a model on this machine, for the cost model (clock.py)."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from offramp.evaluation.clock import Clock, Part
 from offramp.evaluation.cost import ModelCost, model_cost
+from offramp.evaluation.stopwatch import added_seconds, seconds_of
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
-from offramp.exits.gate import NOTHING_FITTED, FittedExits
+from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, Step
+from offramp.models.router import GateRule, RouterSpec
 from offramp.models.weight_bytes import bytes_per_weight
+from offramp.models.work import Work
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Numbers of tokens per call for which a part is timed."""
@@ -44,20 +45,33 @@ def measure_clock(
     With ``rows`` each token is in its own row, as in a batch. ``bandwidth`` is the result of
     ``measure_bandwidth``. Each time is the median of ``rounds``.
     """
-    context = max(1, min(context, model.max_length - max(TOKENS)))
-    cost = model_cost(model, context=float(context), fitted=fitted)
-    timer = Timer(model=model, cost=cost, context=context, fitted=fitted, rows=rows, rounds=rounds)
+    timer = Timer.of(model, context=context, fitted=fitted, rows=rows, rounds=rounds)
     block, early = timer.block(), model.exit_layers[:-1]
     one_call = timer.whole(1)
     return Clock(
         block=block,
         keys_values=timer.keys_values(one_call),
         heads={layer: timer.head(layer) for layer in model.exit_layers},
-        evaluations={layer: timer.evaluation(layer, confidence) for layer in early},
+        evaluations=timer.evaluations(confidence),
         drafts={layer: timer.draft(layer) for layer in early},
         bandwidth=bandwidth,
         weights=model_cost(model, context=1.0).full / 2 * timer.item_bytes,
     )
+
+
+@torch.inference_mode()
+def measure_evaluations(
+    model: EarlyExitModel,
+    *,
+    context: int,
+    confidence: str,
+    fitted: FittedExits = NOTHING_FITTED,
+    rows: bool = False,
+    rounds: int = 5,
+) -> dict[int, Part]:
+    """Time only the confidence at each exit, as ``measure_clock`` does, by exit layer."""
+    timer = Timer.of(model, context=context, fitted=fitted, rows=rows, rounds=rounds)
+    return timer.evaluations(confidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,15 @@ class Timer:
     rows: bool
     "Whether each token is in its own row."
     rounds: int
+
+    @classmethod
+    def of(
+        cls, model: EarlyExitModel, *, context: int, fitted: FittedExits, rows: bool, rounds: int
+    ) -> "Timer":
+        """Return a timer of tokens that follow ``context`` others, if the model allows so many."""
+        context = max(1, min(context, model.max_length - max(TOKENS)))
+        cost = model_cost(model, context=float(context), fitted=fitted)
+        return cls(model=model, cost=cost, context=context, fitted=fitted, rows=rows, rounds=rounds)
 
     @property
     def item_bytes(self) -> float:
@@ -134,13 +157,53 @@ class Timer:
 
         return self._part(self.cost.heads[layer], self._at_exit(layer, logits))
 
-    def evaluation(self, layer: int, confidence: str) -> Part:
-        """Time the confidence at an exit, with the head or gate that it reads."""
-        measure = confidence_named(confidence)
-        flops = self.cost.heads[layer] if measure.needs_head else 0.0
-        if measure.needs_gate:
-            flops = self.cost.gate(confidence, layer)
-        return self._part(flops, self._at_exit(layer, partial(self._score, measure, layer)))
+    def evaluations(self, confidence: str) -> dict[int, Part]:
+        """Time the confidence at each exit, with the head or gate that it reads, by exit layer.
+
+        If the model routes tokens itself (models/router.py), gates are timed in the call that
+        does so: the seconds that they add to a token, divided among the exits.
+        """
+        measure, early = confidence_named(confidence), self.model.exit_layers[:-1]
+        gates = self._gates_in_router(confidence) if confidence in GATE_KINDS and early else None
+        if gates is not None:
+            return {layer: self._part(self.cost.gate(confidence, layer), gates) for layer in early}
+        found = {}
+        for layer in early:
+            flops = self.cost.heads[layer] if measure.needs_head else 0.0
+            if measure.needs_gate:
+                flops = self.cost.gate(confidence, layer)
+            seconds = self._at_exit(layer, partial(self._score, measure, layer))
+            found[layer] = self._part(flops, seconds)
+        return found
+
+    def _gates_in_router(self, confidence: str) -> dict[int, float] | None:
+        """Return the seconds that a gate adds to a routed token; None without a router."""
+        never = torch.full((1,), torch.inf)
+        gates = RouterSpec(
+            exits=tuple(
+                GateRule(layer=layer, gate=self.fitted.gate(confidence, layer), bounds=never)
+                for layer in self.model.exit_layers[:-1]
+            ),
+            score="gate" if confidence == "gate" else "gain",
+        )
+        seconds = {}
+        for count in TOKENS if self.rows else (1,):
+            cache = self.model.make_cache(count, self.context + 2)
+            routers = [self.model.router(cache, spec) for spec in (RouterSpec(), gates)]
+            steps = [
+                partial(
+                    router.step,
+                    *([0] * count, list(range(count)), [self.context] * count, [0] * count),
+                    Work(),
+                )
+                for router in routers
+                if router is not None
+            ]
+            if len(steps) < len(routers):
+                return None
+            added = added_seconds(*steps, rounds=3 * self.rounds)
+            seconds[count] = max(added / len(gates.exits), 1e-9)
+        return seconds
 
     def draft(self, layer: int) -> Part:
         """Time the max_prob at an exit that drafts, with the head for the draft vocabulary."""
@@ -201,25 +264,3 @@ def _states(model: EarlyExitModel, context: int, shape: tuple[int, int]) -> tupl
     )
     ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     return model.embed(ids, step=step), step
-
-
-def seconds_of(
-    part: Callable[[], object], rounds: int, *, before: Callable[[], object] | None = None
-) -> float:
-    """Return the median seconds of ``rounds`` rounds, after one round that does not count."""
-    found = []
-    for _ in range(rounds + 1):
-        if before:
-            before()
-        _wait()
-        start = time.perf_counter()
-        part()
-        _wait()
-        found.append(time.perf_counter() - start)
-    return median(found[1:])
-
-
-def _wait() -> None:
-    """Wait until the GPU has finished; it runs in the background."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -1,11 +1,23 @@
+import math
+
 import pytest
 import torch
 
+from offramp.commands.bench.clocks import measure_clocks
+from offramp.commands.bench.config import BenchConfig
+from offramp.commands.bench.task import Task
 from offramp.errors import ConfigError
+from offramp.evaluation import stopwatch
 from offramp.evaluation.timer import TOKENS, measure_bandwidth, measure_clock
-from offramp.exits.gate import FittedExits
+from offramp.exits.gate import FittedExits, Gate
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate
+from offramp.models.native.fast import kernels
+from offramp.models.native.fast.router import CompiledRouter
+from offramp.models.native.quantise import quantised
+from offramp.models.native.quantised_weight import QuantisedWeight
+
+needs_kernels = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -60,3 +72,84 @@ def test_a_gate_is_a_part_that_must_be_there(make_model):
 def test_the_bandwidth_is_that_of_a_machine(monkeypatch):
     monkeypatch.setattr("offramp.evaluation.timer.BANDWIDTH_BYTES", 1 << 24)
     assert 1e8 < measure_bandwidth(rounds=1) < 1e13
+
+
+def gates_of(model):
+    """Gates of gain at every exit before the last."""
+    early = model.exit_layers[:-1]
+    gates = {
+        layer: Gate(model.hidden_size, outputs=len(early) - index).requires_grad_(False)
+        for index, layer in enumerate(early)
+    }
+    return FittedExits(gates={"gain": gates})
+
+
+@pytest.fixture
+def quantised_task(make_model):
+    """Tokens that leave by gain or max_prob, in a model of 8 bits."""
+    model = make_model(dtype=torch.float32, hidden_size=64, exit_layers=(1, 2), exit_head="norm")
+    model = quantised(model, "int8")
+    config = BenchConfig(prompts=1, prompt_tokens=4, max_new_tokens=4)
+    return Task(model=model, fitted=gates_of(model), config=config, prompts=[[[1, 2, 3, 4]]])
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """The calls that are timed at the moment: FLOPs are counted beside them, with gradients."""
+    now, once = [], stopwatch._once
+
+    def noted(part):
+        now.append(part)
+        seconds = once(part)
+        now.pop()
+        return seconds
+
+    monkeypatch.setattr(stopwatch, "_once", noted)
+    return now
+
+
+def watched(monkeypatch, where, name, timing):
+    """The timed calls in which a method is called."""
+    found, method = [], getattr(where, name)
+
+    def noted(*args, **about):
+        found.extend(timing)
+        return method(*args, **about)
+
+    monkeypatch.setattr(where, name, noted)
+    return found
+
+
+@needs_kernels
+def test_parts_of_quantised_weights_are_timed_by_the_products_of_decoding(
+    quantised_task, timing, monkeypatch
+):
+    """Products with gradients, or without kernels, would make numbers of the whole matrix first."""
+    wide = watched(monkeypatch, QuantisedWeight, "dequantised", timing)
+    assert torch.is_grad_enabled()
+    clocks = measure_clocks(quantised_task, 1e9)
+    assert list(clocks.exits) == ["gain", "max_prob"]
+    assert not wide
+
+
+@needs_kernels
+def test_gates_are_timed_in_the_call_that_decoding_uses(quantised_task, timing, monkeypatch):
+    modules = watched(monkeypatch, Gate, "forward", timing)
+    calls = watched(monkeypatch, CompiledRouter, "step", timing)
+    clocks = measure_clocks(quantised_task, 1e9)
+    assert calls
+    assert not modules
+    evaluations = clocks.exits["gain"].evaluations
+    assert evaluations[1].seconds == evaluations[2].seconds
+    full = quantised_task.method("", threshold=math.inf, confidence="gain").run([[1, 2, 3, 4]])
+    assert full.work.evaluations.keys() == {(layer, 1) for layer in evaluations}
+
+
+def test_without_kernels_gates_are_timed_as_modules(make_model, timing, monkeypatch):
+    model = make_model(exit_layers=(1, 2))  # float64
+    evaluated = watched(monkeypatch, Gate, "forward", timing)
+    clock = measure_clock(
+        model, context=3, bandwidth=1e9, confidence="gain", fitted=gates_of(model), rounds=1
+    )
+    assert evaluated
+    assert len(clock.evaluations[1].seconds) > 1

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from offramp.commands.bench.methods import Method, Sample
 from offramp.commands.bench.reads import WeightBytes
 from offramp.commands.bench.task import Task
 from offramp.evaluation.clock import Clock
-from offramp.evaluation.cost import model_cost
-from offramp.evaluation.timer import TOKENS, Timer, measure_clock
+from offramp.evaluation.timer import measure_clock, measure_evaluations
 
 _ROUNDS = 5
 
@@ -50,27 +50,17 @@ class Clocks:
 
 def measure_clocks(task: Task, bandwidth: float) -> Clocks:
     """Time the parts of a task's model, with the evaluation of each confidence measure."""
-    config, model = task.config, task.model
-    context = config.prompt_tokens + config.max_new_tokens // 2
-    rows = config.batch_size > 1
-    name, *others = task.confidences
-    first = measure_clock(
-        model,
-        context=context,
-        bandwidth=bandwidth,
-        confidence=name,
-        fitted=task.fitted,
-        rows=rows,
-        rounds=_ROUNDS,
-    )
-    context = max(1, min(context, model.max_length - max(TOKENS)))
-    cost = model_cost(model, context=float(context), fitted=task.fitted)
-    timer = Timer(
-        model=model, cost=cost, context=context, fitted=task.fitted, rows=rows, rounds=_ROUNDS
-    )
+    config, (name, *others) = task.config, task.confidences
+    about: dict[str, Any] = {
+        "context": config.prompt_tokens + config.max_new_tokens // 2,
+        "fitted": task.fitted,
+        "rows": config.batch_size > 1,
+        "rounds": _ROUNDS,
+    }
+    first = measure_clock(task.model, bandwidth=bandwidth, confidence=name, **about)
     exits = {name: first} | {
         other: replace(
-            first, evaluations={layer: timer.evaluation(layer, other) for layer in task.early_exits}
+            first, evaluations=measure_evaluations(task.model, confidence=other, **about)
         )
         for other in others
     }
