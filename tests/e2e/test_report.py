@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from offramp.report import write_report
+from offramp.report.study import write
+from offramp.report.study_json import read_study, read_times
 
+STUDY = Path(__file__).parents[2] / "docs" / "studies" / "alpha"
 FIXTURE = Path(__file__).parents[1] / "unit" / "report" / "conftest.py"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -43,19 +46,24 @@ class Opened:
             self.complaints.append(message.text)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="module", params=["wide light", "narrow dark"])
-def opened(request, tmp_path_factory) -> Iterator[Opened]:
+def opened(request, browser, tmp_path_factory) -> Opened:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(runpy.run_path(str(FIXTURE))["make_results"](), path)
     narrow = request.param == "narrow dark"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-        page = browser.new_page(
-            viewport={"width": 400 if narrow else 1200, "height": 800},
-            color_scheme="dark" if narrow else "light",
-        )
-        yield Opened(page, path)
-        browser.close()
+    page = browser.new_page(
+        viewport={"width": 400 if narrow else 1200, "height": 800},
+        color_scheme="dark" if narrow else "light",
+    )
+    return Opened(page, path)
 
 
 def test_every_chart_is_drawn(opened):
@@ -116,3 +124,28 @@ def test_legend_picks_one_method_out(opened):
     chart.locator("svg .role-legend-symbol path").first.click()
     opened.page.wait_for_timeout(300)
     assert sorted(lines.evaluate_all(opacities)) == [0.12, 0.9]
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_studys_page_draws_one_plot_and_the_others_when_they_are_unfolded(
+    width, browser, tmp_path
+):
+    times = read_times(STUDY / "timing.json")
+    write(read_study(STUDY / "study.json"), times, tmp_path)
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    opened = Opened(page, tmp_path / "report.html")
+    drawn = page.locator(".chart svg")
+    assert drawn.count() == 1
+    assert drawn.first.bounding_box()["width"] <= width
+    page.get_by_text("More plots (6)").click()
+    page.wait_for_function("document.querySelectorAll('.chart svg').length == 7")
+    for index in range(7):
+        assert drawn.nth(index).bounding_box()["height"] > 150
+    page.get_by_text("Tables (6)").click()
+    assert page.get_by_role("region", name="Static models").is_visible()
+    wide, shown = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert wide <= shown
+    assert opened.complaints == []
+    assert opened.requests == [opened.url]

@@ -7,6 +7,8 @@ from offramp.models.missing_kv import EXACT
 from offramp.report import study_plots
 from offramp.report.html import make_figure, page_environment
 from offramp.report.plots import save_png
+from offramp.report.study_conclusions import conclusions
+from offramp.report.study_csv import frontiers_csv, summary_csv
 from offramp.report.study_decoding import (
     NOT_TIMED,
     decoding_chart,
@@ -19,7 +21,7 @@ from offramp.report.tables import markdown_table
 
 
 def write(result: StudyResult, times: StudyTimes, out: Path) -> None:
-    """Write table.md, two pictures and report.html, each whole or not at all.
+    """Write table.md, CSV files, two pictures and report.html, each whole or not at all.
 
     If decoding was timed, decoding.csv is written, too.
     """
@@ -28,19 +30,22 @@ def write(result: StudyResult, times: StudyTimes, out: Path) -> None:
         aside.write_text(markdown(result), encoding="utf-8")
     save_png(study_plots.recipes(result), out / "figure.png")
     save_png(study_plots.frontiers(result, confidence, missing_kv), out / "frontier.png")
+    files = {"summary.csv": summary_csv(result), "frontiers.csv": frontiers_csv(result)}
     if times.decoding is not None:
-        with replacing(out / "decoding.csv") as aside:
-            aside.write_text(decoding_csv(times.decoding), encoding="utf-8")
+        files["decoding.csv"] = decoding_csv(times.decoding)
+    for name, content in files.items():
+        with replacing(out / name) as aside:
+            aside.write_text(content, encoding="utf-8")
     with replacing(out / "report.html") as aside:
         aside.write_text(page(result, times), encoding="utf-8", newline="\n")
 
 
 def page(result: StudyResult, times: StudyTimes) -> str:
-    """One self-contained page: the answers, the tables, and interactive frontiers."""
+    """One self-contained page: conclusions and a frontier; folded, all answers, plots, tables."""
     environment, javascript = page_environment()
     confidence, missing_kv = result.families[0]
-    figures = [study_plots.recipes(result)]
-    figures += [study_plots.frontiers(result, *family) for family in result.families]
+    figures = [study_plots.frontiers(result, *family) for family in result.families]
+    figures.insert(1, study_plots.recipes(result))
     figures.append(study_plots.frontiers(result, confidence, missing_kv, "compute_pct"))
     figures.append(study_plots.measured(result, times, confidence))
     tables = study_tables(result)
@@ -49,9 +54,11 @@ def page(result: StudyResult, times: StudyTimes) -> str:
         tables.append(decoding_table(times.decoding))
     return environment.get_template("study.html.jinja").render(
         content=result,
+        conclusions=conclusions(result),
         how=how(result) if times.decoding else f"{how(result)} {NOT_TIMED}",
         tables=tables,
         figures=[make_figure(chart) for chart in figures],
+        decoding=times.decoding is not None,
         vega=javascript,
         version=result.offramp_version,
     )

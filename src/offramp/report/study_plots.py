@@ -6,6 +6,7 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 
+from offramp.report.order import colours_of, labels_at_ends, values_of
 from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
 from offramp.report.study_result import Curve, StudyResult, StudyTimes
 from offramp.report.study_tables import early_exits
@@ -84,13 +85,15 @@ def frontiers(
         ),
     ]
     name, counted = COSTS[cost]
+    has_legend = values_of(list(dict.fromkeys(record["recipe"] for record in records))) is None
+    alone = "; click a recipe in the legend to see it alone" if has_legend else ""
     axis = alt.X(f"{cost}:Q", title=f"{name} ({counted})")
     return curves(records, static, axis, tooltip).properties(
         title=f'PPL against {name}, confidence {confidence}, missing_kv = "{missing_kv}"',
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
-            "confidence. Dashed: static models. Point at a curve to see its threshold and loss "
-            "weights; click a recipe in the legend to see it alone."
+            "confidence. Dashed and grey: static models. Point at a curve to see its threshold "
+            f"and loss weights{alone}."
         ),
     )
 
@@ -140,13 +143,18 @@ def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCha
     names = list(dict.fromkeys(record["recipe"] for record in records))
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
     dashes = [[1, 0] if i < len(PALETTE) else [6, 3] for i in range(len(names))]
-    legend = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
+    legend: alt.Legend | None = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
+    values = values_of(names)
+    if values is not None:  # one hue after the other, and labels instead of a legend
+        colours, legend = colours_of(names, values), None
+        dashes = [[1, 0] if name in values else [6, 3] for name in names]
     colour: Any = {"title": None, "legend": legend}
     dash = colour | {"scale": alt.Scale(domain=names, range=dashes)}
     colour |= {"scale": alt.Scale(domain=names, range=colours)}
     selected = alt.selection_point(fields=["recipe"], bind="legend")
     x = axis.scale(zero=False)
-    y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
+    domain = _domain([*records, *static])
+    y = alt.Y("ppl:Q", title="PPL").scale(zero=False, domain=domain, nice=False)
     lines = (
         data_chart(records)
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
@@ -158,14 +166,29 @@ def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerCha
     dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
     dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
     dashed = dashed.encode(detail="kind:N")
-    words = data_chart(static).mark_text(dy=-9, color=GREY).encode(x=x, y=y, text="text:N")
-    chart = layer(dashed, words, lines).add_params(selected)
-    return chart.properties(width=WIDTH, height=420)
+    words = data_chart(static).mark_text(dx=-5, dy=10, align="right", color=GREY)
+    charts = [dashed, words.encode(x=x, y=y, text="text:N"), lines]
+    if values is not None:
+        ends, left = labels_at_ends(records, str(axis.shorthand).split(":")[0], values, domain)
+        beside: Any = {"align": "right", "dx": -6} if left else {"align": "left", "dx": 6}
+        labels = data_chart(ends).mark_text(fontSize=11, **beside)
+        text_colour = alt.Color("recipe:N", **colour)
+        charts.append(labels.encode(x=x, y=y, text="text:N", color=text_colour))
+    return layer(*charts).add_params(selected).properties(width=WIDTH, height=420)
+
+
+def _domain(records: Any) -> tuple[float, float]:
+    """The PPL that a plot shows, with some room above and below."""
+    ppls = [record["ppl"] for record in records] or [1.0]
+    low, high = min(ppls), max(ppls)
+    room = 0.05 * (high - low) or 0.05 * low
+    return low - room, high + room
 
 
 def _recipe_records(result: StudyResult) -> Iterator[dict[str, Any]]:
     rows = result.family(*result.families[0])
-    for row in sorted(rows, key=lambda row: row.final_ppl.mean or 0.0):
+    values = values_of([row.label for row in rows]) or {}
+    for row in sorted(rows, key=lambda row: (values.get(row.label, 0), row.final_ppl.mean or 0)):
         shown = [(KINDS[0], spread) for _, spread in early_exits(row)]
         shown += [(KINDS[1], row.ppl_at[result.compared_at]), (KINDS[2], row.final_ppl)]
         for kind, spread in shown:
