@@ -19,6 +19,7 @@ from offramp.generation.exit_rule import ExitRule, broken_score
 from offramp.generation.exits import Exits, Left, Running, at_last_layer, both, by_identity, joined
 from offramp.generation.prefill import Prefill
 from offramp.generation.routed_rows import RoutedRows
+from offramp.generation.transfer import on_device
 from offramp.generation.waiting import Waiting
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
@@ -74,7 +75,7 @@ class ExitDecoder:
 
     def rows_of(self, row: int) -> Int[Tensor, " 1"] | None:
         """Return the ``rows`` of a step with only this row; None in a cache of one row."""
-        return None if self.batch_size == 1 else torch.tensor([row], device=self.model.device)
+        return None if self.batch_size == 1 else on_device([row], self.model.device)
 
     def forget(self, row: int) -> None:
         """End the text of a row: nothing of it is pending or waits any more."""
@@ -138,7 +139,7 @@ class ExitDecoder:
     def _step_by_step(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
         self._waiting.begin(rows)
         step = self._step(rows)
-        h = torch.tensor(ids, device=self.model.device)[:, None]
+        h = on_device(ids, self.model.device)[:, None]
         at = Running(h=self.model.embed(h, step=step) if rows else h, rows=list(rows), step=step)
         left: dict[int, Left] = {}
         errors: dict[int, GenerationError] = {}
@@ -164,7 +165,7 @@ class ExitDecoder:
                 previous = self._to_exit(at, layer)
                 on = self._leave(index, at, previous, left, errors) if decides else before
                 if len(on) < len(before):
-                    at.h, at.rows = at.h[on], [before[place] for place in on]
+                    at.h, at.rows = _some(at.h, on), [before[place] for place in on]
             if self._waiting.bound:
                 at.h, at.rows = self._waiting.meet(layer, at.h, at.rows)
                 at.layer = layer
@@ -189,7 +190,8 @@ class ExitDecoder:
                 continue
             rows, h, before = at.rows, at.h, previous
             if len(places) < len(rows):
-                rows, h, before = [rows[place] for place in places], h[places], before[places]
+                rows = [rows[place] for place in places]
+                h, before = _some(h, places), _some(before, places)
             view = ExitView(
                 exit_layer=at.layer,
                 logits=partial(self._logits, h, at.layer),
@@ -247,9 +249,9 @@ class ExitDecoder:
             return ()
         every = len(out) == len(h)
         if rule.measure.needs_head:
-            return view.logits if every else view.logits[out]
+            return view.logits if every else _some(view.logits, out)
         self.work.heads[view.exit_layer, len(out)] += 1
-        return self._logits(h if every else h[out], view.exit_layer)
+        return self._logits(h if every else _some(h, out), view.exit_layer)
 
     def _logits(self, h: Float[Tensor, "B 1 D"], layer: int) -> Float[Tensor, "B V"]:
         return self.model.unembed(h, layer)[:, 0]
@@ -257,9 +259,18 @@ class ExitDecoder:
     def _step(self, rows: Sequence[int]) -> Step:
         """Return the step of the next token of each row."""
         device = self.model.device
-        positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
-        chosen = None if len(rows) == self.batch_size else torch.tensor(rows, device=device)
-        return Step(positions=positions, cache=self.cache, rows=chosen)
+        places = [self.lengths[row] for row in rows]
+        chosen = None if len(rows) == self.batch_size else on_device(rows, device)
+        return Step(
+            positions=on_device(places, device)[:, None],
+            cache=self.cache,
+            rows=chosen,
+            end=max(places, default=0) + 1,
+        )
+
+
+def _some(h: Float[Tensor, "B *N"], places: list[int]) -> Float[Tensor, "n *N"]:
+    return h[on_device(places, h.device)]
 
 
 def forced_exits(

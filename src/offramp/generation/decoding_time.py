@@ -17,6 +17,7 @@ from torch import Tensor
 from offramp.exits.confidence import ExitView
 from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.exit_rule import ExitRule
+from offramp.generation.exits import Exits
 from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import MissingKV
 
@@ -98,10 +99,10 @@ def decoding_time(
         missing_kv=missing_kv,
     )
     start = time.perf_counter()
-    _likeliest(decoder.prefill(prompts).logits)
+    decoder.prefill(prompts)
     first = time.perf_counter()
     for ids in later:
-        _likeliest(decoder.decode_one_token(ids, rows).logits)
+        _likeliest(decoder.decode_one_token(ids, rows))
     end = time.perf_counter()
     return DecodingTime(
         first_seconds=first - start,
@@ -130,7 +131,9 @@ def representative_exits(
     return np.stack([exits[window, starts[window] :][:tokens] for window in chosen])
 
 
-def _likeliest(logits: Tensor) -> list[int]:
+def _likeliest(exits: Exits) -> list[int]:
     """Choose the likeliest token of each row, as greedy decoding does."""
-    found: list[int] = logits.argmax(dim=-1).tolist()
+    if exits.likeliest is not None:
+        return [token for _, token in exits.likeliest]
+    found: list[int] = exits.logits.argmax(dim=-1).tolist()
     return found

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from offramp.generation.transfer import on_device
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
@@ -140,7 +141,8 @@ class DeferredKV:
         h, step = self._call(pending + segment.tokens)
         places = torch.arange(count + len(segment.rows), device=h.device)
         active = (places >= count).view(h.shape[:2])
-        previous, h = self._blocks(replace(segment, h=h, step=step), active=active)
+        running = len(segment.rows)
+        previous, h = self._blocks(replace(segment, h=h, step=step), active=active, running=running)
         return _each_a_row(previous)[count:], _each_a_row(h)[count:]
 
     def recompute(self, pending: Tokens, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -208,11 +210,12 @@ class DeferredKV:
         """
         device = self.model.device
         states = torch.stack(tokens.states)
-        positions = torch.tensor(tokens.positions, device=device)
+        positions, end = on_device(tokens.positions, device), max(tokens.positions) + 1
         if self.one_row:
-            return states[None], Step(positions=positions[None], cache=self.cache)
-        rows = torch.tensor(tokens.rows, device=device)
-        return states[:, None], Step(positions=positions[:, None], cache=self.cache, rows=rows)
+            return states[None], Step(positions=positions[None], cache=self.cache, end=end)
+        rows = on_device(tokens.rows, device)
+        step = Step(positions=positions[:, None], cache=self.cache, rows=rows, end=end)
+        return states[:, None], step
 
     def _calls(self, tokens: Tokens, *, few: bool) -> Iterator[tuple[Tensor, Step]]:
         """Yield the states and steps of calls for these tokens, in order.
@@ -226,17 +229,21 @@ class DeferredKV:
             yield self._call(tokens[first : first + size])
 
     def _blocks(
-        self, segment: Segment, *, active: Bool[Tensor, "B T"] | None = None
+        self,
+        segment: Segment,
+        *,
+        active: Bool[Tensor, "B T"] | None = None,
+        running: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
         """Run the blocks of a segment on its states, which may be those of any tokens (B, T, D).
 
         Returns the states one block before ``stop`` and those at ``stop``. Without
-        ``previous_state`` the former are the states at ``start``.
+        ``previous_state`` the former are the states at ``start``. ``running`` is the number of
+        ``active`` tokens.
         """
         h, start, stop, step = segment.h, segment.start, segment.stop, segment.step
         cut = stop - 1 if segment.previous_state else start
-        running = h.shape[0] * h.shape[1] if active is None else int(active.sum())
-        self.work.blocks[running] += stop - start
+        self.work.blocks[h.shape[0] * h.shape[1] if running is None else running] += stop - start
         previous = h
         if cut > start:
             previous = self.model.run_layers(h, start, cut, step=step, active=active)

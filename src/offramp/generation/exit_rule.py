@@ -10,6 +10,7 @@ from offramp.errors import GenerationError
 from offramp.exits.confidence import Confidence, ExitView, confidence_named
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation.transfer import read
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("float32"),
@@ -41,13 +42,14 @@ class ExitRule:
         scores = self.measure.score(view)
         if self.confidence == "patience":  # which counts anything
             scores = scores + 0 * view.logits.amax(dim=-1)
-        confidence: list[float] = scores.tolist()
         if isinstance(self.policy, GainPolicy):
-            return confidence, self.policy.leaves(index, view.expected_kl).tolist()
-        if self.policy.decay:
-            return confidence, self.policy.leaves(index, scores, torch.tensor(positions)).tolist()
-        bound = float(self.policy.bound(index, _NUMPY[scores.dtype]))  # in the scores' precision
-        return confidence, [score >= bound for score in confidence]
+            confidence, leaving = read(scores, self.policy.leaves(index, view.expected_kl))
+            return confidence, [bool(leaves) for leaves in leaving]
+        [confidence] = read(scores)
+        places = np.asarray(positions) if self.policy.decay else None
+        bounds = self.policy.bound(index, _NUMPY[scores.dtype], places)  # in their precision
+        bounds = np.broadcast_to(bounds, len(confidence)).tolist()
+        return confidence, [score >= bound for score, bound in zip(confidence, bounds, strict=True)]
 
 
 def broken_score(measure: str, layer: int) -> GenerationError:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offramp.errors import GenerationError
+from offramp.generation.sampling import Likeliest, likeliest_with
 from offramp.models.base import Step
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class Exits:
     exit_layers: list[int]
     confidence: list[float]
     "The confidence at the exit where the token left; at the last layer, its largest probability."
-    likeliest: list[tuple[float, int]] | None = None
+    likeliest: list[Likeliest] | None = None
     "The largest of each row's logits and its token id; None if they were not looked for."
     errors: dict[int, GenerationError] = field(default_factory=dict)
     "By row: why a token has no confidence. Such a row is not one of ``rows``."
@@ -68,11 +69,13 @@ def joined(left: dict[int, Left], last: Exits | None, errors: dict[int, Generati
         logits = found[0].logits[None]  # without a copy
     else:
         logits = torch.stack([each.logits for each in found]) if found else torch.empty(0, 0)
+    likeliest = likeliest_with(logits)[0] if found else None
     return Exits(
         rows=rows,
         logits=logits,
         exit_layers=[each.exit_layer for each in found],
         confidence=[each.confidence for each in found],
+        likeliest=likeliest,
         errors=errors,
     )
 
@@ -92,6 +95,11 @@ def both(one: Exits, other: Exits) -> Exits:
 def at_last_layer(logits: Float[Tensor, "B V"], rows: list[int], layer: int) -> Exits:
     """Return tokens that left at the last layer."""
     largest = logits.float().softmax(dim=-1).amax(dim=-1)
+    likeliest, [confidence] = likeliest_with(logits, largest)
     return Exits(
-        rows=rows, logits=logits, exit_layers=[layer] * len(rows), confidence=largest.tolist()
+        rows=rows,
+        logits=logits,
+        exit_layers=[layer] * len(rows),
+        confidence=confidence,
+        likeliest=likeliest,
     )

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from offramp.generation.transfer import on_device
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 
@@ -77,8 +78,9 @@ class Prefill:
         self.logits = model.unembed(h, layers)[:, 0]
 
     def _step_of(self, first: int, tokens: int) -> Step:
-        positions = torch.arange(first, first + tokens, device=self.model.device)
-        return Step(positions=positions[None], cache=self.cache, rows=self.rows)
+        end = first + tokens
+        positions = torch.arange(first, end, device=self.model.device)
+        return Step(positions=positions[None], cache=self.cache, rows=self.rows, end=end)
 
     def _tensor(self, ids: list[int]) -> Int[Tensor, "1 T"]:
-        return torch.tensor([ids], device=self.model.device)
+        return on_device([ids], self.model.device)

@@ -10,17 +10,36 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from offramp.errors import GenerationError
 from offramp.generation.config import SamplingConfig
+from offramp.generation.transfer import moved, on_device, read
+
+Likeliest = tuple[float, int]
+"""The largest of some logits, and its token id."""
 
 
-def penalise(logits: Float[Tensor, " V"], seen: Tensor, penalty: float) -> Float[Tensor, " V"]:
+def likeliest_with(
+    logits: Float[Tensor, "B W"],
+    *others: Float[Tensor, " B"],
+    vocab: Int[Tensor, " W"] | None = None,
+) -> tuple[list[Likeliest], list[list[float]]]:
+    """Return the likeliest token of each row, and ``others``, read together with it.
+
+    ``vocab`` names the tokens of the logits if they are not all.
+    """
+    best, place = logits.max(dim=-1)
+    tops, tokens, *numbers = read(best, place if vocab is None else vocab[place], *others)
+    return [(top, int(token)) for top, token in zip(tops, tokens, strict=True)], numbers
+
+
+def penalise(
+    logits: Float[Tensor, " V"], seen: Bool[Tensor, " V"], penalty: float
+) -> Float[Tensor, " V"]:
     """Divide the positive and multiply the negative logits of ``seen`` tokens (Keskar 2019)."""
-    there = logits[seen]
-    return logits.index_put((seen,), torch.where(there > 0, there / penalty, there * penalty))
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[Tensor, " V"]:
@@ -35,7 +54,8 @@ def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[T
         before = (
             ordered.cumsum(dim=-1) - ordered
         )  # the sum of more likely tokens, so the first token is always kept
-        probs = probs.index_fill(0, order[before >= config.top_p], 0.0)
+        left_out = torch.zeros_like(probs, dtype=torch.bool)
+        probs = probs.masked_fill(left_out.scatter(0, order, before >= config.top_p), 0.0)
         probs = probs / probs.sum()
     return probs
 
@@ -60,7 +80,7 @@ class Sampler:
         after: Sequence[int] = (),
         vocab: Int[Tensor, " W"] | None = None,
         exit_layer: int | None = None,
-        likeliest: tuple[float, int] | None = None,
+        likeliest: Likeliest | None = None,
     ) -> int:
         """Choose the ``index``-th new token (from 0).
 
@@ -72,23 +92,28 @@ class Sampler:
         config = self.config
         if config.repetition_penalty != 1.0:
             seen = torch.zeros(self.vocab_size, dtype=torch.bool)
-            seen[[*self._seen, *after]] = True
-            seen = seen.to(logits.device)
+            seen[on_device([*self._seen, *after], seen.device)] = True
+            seen = moved(seen, logits.device)
             here = seen if vocab is None else seen[vocab]
-            logits = penalise(logits, here.nonzero()[:, 0], config.repetition_penalty)
+            logits = penalise(logits, here, config.repetition_penalty)
             likeliest = None
-        best, place = logits.max(dim=-1) if likeliest is None else likeliest
+        if likeliest is None or not config.greedy:
+            top, place = logits.max(dim=-1)
+            if not config.greedy:
+                race = moved(self._race(index), logits.device)
+                race = race if vocab is None else race[vocab]
+                place = (distribution(logits.float(), config) / race).argmax()
+            tokens = place if vocab is None else vocab[place]
+            [best], [chosen] = read(top[None], tokens[None])
+            likeliest = best, int(chosen)
+        best, token = likeliest
         if not math.isfinite(best):
             of = "" if exit_layer is None else f" of exit layer {exit_layer}"
             raise GenerationError(
                 f"logits{of}: expected finite numbers for new token {index + 1}, got "
-                f"{float(best)}: check the weights of the model and its precision"
+                f"{best}: check the weights of the model and its precision"
             )
-        if not config.greedy:
-            race = self._race(index).to(logits.device)
-            race = race if vocab is None else race[vocab]
-            place = (distribution(logits.float(), config) / race).argmax()
-        return int(place if vocab is None else vocab[place])
+        return token
 
     def keep(self, token: int) -> None:
         """Keep a chosen token; the next draw is for the token after it."""

@@ -26,7 +26,8 @@ from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import broken_score
 from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Kind, Payoff
-from offramp.generation.sampling import Sampler
+from offramp.generation.sampling import Sampler, likeliest_with
+from offramp.generation.transfer import on_device
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
@@ -54,7 +55,7 @@ class SpeculativeDecoder:
     ) -> None:
         self.model, self.cache, self.config = model, cache, config
         self.row = row
-        self._rows = None if row is None else torch.tensor([row], device=model.device)
+        self._rows = None if row is None else on_device([row], model.device)
         self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.draft_confidence)
         self.payoff = Payoff()
@@ -122,25 +123,29 @@ class SpeculativeDecoder:
         vocab = self.fitted.draft_vocab
         while len(drafts) < min(self.config.max_drafts, at_most):
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
-            score = self._confidence(logits, states[-1][0, 0])
+            confidence = self._confidence(logits, states[-1][0, 0])
+            [likeliest], [[score]] = likeliest_with(logits[None], confidence[None], vocab=vocab)
             if score != score:
                 raise broken_score(self.config.draft_confidence, self.draft_exit)
             self.work.drafts[self.draft_exit, 1] += 1
             if not score >= self.config.draft_threshold:
                 break
-            drafts.append(sampler.choose(logits, index + len(drafts), after=drafts, vocab=vocab))
+            place = index + len(drafts)
+            drafts.append(
+                sampler.choose(logits, place, after=drafts, vocab=vocab, likeliest=likeliest)
+            )
             scores.append(score)
             ahead = self._embed(drafts[-1:], ahead=len(drafts))
             states.append(self._run(ahead, 0, self.draft_exit, ahead=len(drafts)))
         return states, drafts, scores
 
-    def _confidence(self, logits: Float[Tensor, " W"], state: Float[Tensor, " D"]) -> float:
+    def _confidence(self, logits: Float[Tensor, " W"], state: Float[Tensor, " D"]) -> Tensor:
         view = ExitView(exit_layer=self.draft_exit, logits=logits, state=state, fitted=self.fitted)
-        return float(self.measure.score(view))
+        return self.measure.score(view)
 
     def _embed(self, ids: list[int], *, ahead: int = 0) -> Float[Tensor, "1 T D"]:
         step = self._step(ahead, len(ids))
-        return self.model.embed(torch.tensor([ids], device=self.model.device), step=step)
+        return self.model.embed(on_device([ids], self.model.device), step=step)
 
     def _run(
         self, h: Float[Tensor, "1 T D"], start: int, stop: int, *, ahead: int = 0
@@ -152,7 +157,8 @@ class SpeculativeDecoder:
     def _step(self, ahead: int, tokens: int) -> Step:
         first = self.length + ahead
         positions = torch.arange(first, first + tokens, device=self.model.device)[None]
-        return Step(positions=positions, cache=self.cache, rows=self._rows)
+        end = first + tokens
+        return Step(positions=positions, cache=self.cache, rows=self._rows, end=end)
 
     def _verify(
         self,
@@ -163,15 +169,16 @@ class SpeculativeDecoder:
         index: int,
     ) -> list[Chosen]:
         """Accept drafts up to the first that the whole model does not choose; add its choice."""
-        largest = logits.float().softmax(dim=-1).amax(dim=-1).tolist()
+        probability = logits.float().softmax(dim=-1).amax(dim=-1)
+        likeliest, [largest] = likeliest_with(logits, probability)
         chosen: list[Chosen] = []
         for n, draft in enumerate(drafts):
-            token = sampler.choose(logits[n], index + n, after=drafts[:n])
+            token = sampler.choose(logits[n], index + n, after=drafts[:n], likeliest=likeliest[n])
             if token != draft:
                 return [*chosen, (token, self.model.num_layers, largest[n])]
             from_exit = bool(scores)
             layer = self.draft_exit if from_exit else self.model.num_layers
             chosen.append((token, layer, scores[n] if from_exit else largest[n]))
         n = len(drafts)
-        token = sampler.choose(logits[n], index + n, after=drafts)
+        token = sampler.choose(logits[n], index + n, after=drafts, likeliest=likeliest[n])
         return [*chosen, (token, self.model.num_layers, largest[n])]

@@ -31,13 +31,15 @@ class Step:
     padding. ``real`` (B, T) is False on padding; None if there is none. ``cache`` holds the keys
     and values of earlier tokens; None in training. ``rows`` (B,) are the rows of the cache that
     the tokens belong to, so that a batch can continue without the rows that left; None for all
-    rows in order. A row may occur several times, with tokens at different positions.
+    rows in order. A row may occur several times, with tokens at different positions. ``end`` is the
+    largest position plus 1, if the caller knows it, so that nothing has to be read from a GPU.
     """
 
     positions: Int[Tensor, "#B T"]
     real: Bool[Tensor, "B T"] | None = None
     cache: KVCache | None = None
     rows: Int[Tensor, " B"] | None = None
+    end: int | None = None
     memo: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
     "Values that a model derived from this step, for its next call with the step, by model."
 

@@ -72,8 +72,10 @@ def checked_end(
     """Return the largest position of a key, plus 1, for a call on ``x`` (B, T, ...).
 
     Raises a ConfigError for positions, padding or rows of a wrong shape or type, for positions
-    that are negative, beyond ``longest`` or beyond the cache, and for rows that the cache does not
-    have. ``why`` is where ``longest`` comes from.
+    that are negative, beyond ``longest`` or beyond the cache, for rows that the cache does not
+    have, and for an ``end`` of the step that is not the largest position plus 1. Positions and rows
+    that are on a GPU are not read if the step has an ``end``, because that would wait for the GPU.
+    ``why`` is where ``longest`` comes from.
     """
     positions, real, cache = step.positions, step.real, step.cache
     batch, tokens = x.shape[0], x.shape[1]
@@ -83,13 +85,20 @@ def checked_end(
         check_tensor("positions", positions, (1, tokens), torch.long, x.device)
     if real is not None:
         check_tensor("real", real, (batch, tokens), torch.bool, x.device)
-    if cache is not None:
+    known = step.end is not None and not x.is_cpu
+    if cache is not None and not known:
         places = positions.flatten().tolist()
         first, last = min(places), max(places)
+        if step.end is not None and step.end != last + 1:
+            raise ConfigError(
+                f"end: expected the largest position plus 1, {last + 1}, got {step.end}"
+            )
     elif x.device.type == "cpu":
         first, last = int(positions.min()), max(tokens - 1, int(positions.max()))
     else:  # to read positions would wait for the device
-        first, last = 0, tokens - 1
+        first, last = 0, tokens - 1 if step.end is None else step.end - 1
+        if last < 0:
+            raise ConfigError(f"end: expected at least 1, got {step.end}")
     if first < 0:
         raise ConfigError(f"positions: expected at least 0, got {first}")
     if last >= longest:
@@ -100,17 +109,13 @@ def checked_end(
     if last + 1 >= slots:  # the last slot is a spare one
         cache.require(int(last + 1))
     if step.rows is not None:
-        _check_rows(step.rows, batch, x.device, held)
+        check_tensor("rows", step.rows, (batch,), torch.long, x.device)
+        for row in () if known else step.rows.tolist():
+            if not 0 <= row < held:
+                raise ConfigError(f"rows: the cache holds {held} rows, got row {row}")
     elif batch != held:
         raise ConfigError(f"rows: the cache holds {held} rows, got {batch} without their names")
     return int(last + 1)
-
-
-def _check_rows(rows: Tensor, batch: int, device: torch.device, held: int) -> None:
-    check_tensor("rows", rows, (batch,), torch.long, device)
-    for row in rows.tolist():
-        if not 0 <= row < held:
-            raise ConfigError(f"rows: the cache holds {held} rows, got row {row}")
 
 
 def check_tensor(

@@ -45,7 +45,7 @@ def test_top_p_counts_after_temperature_and_top_k():
 
 
 def test_the_penalty_lowers_logits_of_both_signs():
-    got = penalise(LOGITS, torch.tensor([1, 3]), 2.0)
+    got = penalise(LOGITS, torch.tensor([0, 1, 0, 1, 0]) == 1, 2.0)
     assert got.tolist() == [1.0, 1.5, 2.0, -2.0, 0.5]
 
 

@@ -33,7 +33,7 @@ from offramp.models.native.blocks import (
 )
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.router import router_of
-from offramp.models.native.fast.steps import FastSteps
+from offramp.models.native.few_tokens import FewTokens
 from offramp.models.native.quantised import linear
 from offramp.models.native.rope import rotation_tables
 from offramp.models.router import Router, RouterSpec
@@ -56,16 +56,9 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = lm_head_of(config)
         self.exits = exit_heads_of(config)
-        assert config.head_dim is not None
         for name, table in zip(("cos", "sin"), rotation_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
-        self._fast = FastSteps(
-            self.model.layers,
-            eps=config.rms_norm_eps,
-            head_dim=config.head_dim,
-            kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            post=config.norm == "post",
-        )
+        self.few_tokens = FewTokens(self.model.layers, config)
         self.reset_parameters()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -132,8 +125,8 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
         checks.check_call(self, h, start, stop, active)
-        if self._is_fast(h, step):
-            return self._fast.run(h, start, stop, step=step, active=active, **self._places(h, step))
+        if (few := self.few_tokens.of(h, step)) is not None:
+            return few.run(h, start, stop, step=step, active=active, **self._places(h, step))
         context = self._context(h, step)
         shared = shared_keys_values(self, start, step)
         cached = None if step.cache is None else step  # FSDP2 copies an argument with gradients
@@ -148,23 +141,25 @@ class Transformer(nn.Module):
 
         This is true for calls with a cache and without gradients.
         """
-        return self.device.type == "cpu" and self._fast.fills_beside(tokens)
+        return self.few_tokens.fills_beside(tokens, self.device)
 
     def rounds_alike(self) -> bool:
         """Return whether the compiled kernels run the blocks: they sum each token in one order."""
-        return self.fills_beside(1)
+        return self.few_tokens.compiled(self.device)
 
     def router(self, cache: KVCache, spec: RouterSpec) -> Router | None:
         """Return a router of the compiled kernels for new tokens of a cache, if they fit it."""
         cache.require_form(self._buffers["cos"], **self._form)
-        return router_of(self, self._fast, cache, spec)
+        if not self.few_tokens.compiled(self.device):
+            return None
+        return router_of(self, self.few_tokens.fast, cache, spec)
 
     def project_kv(self, h: Float[Tensor, "B T D"], start: int, stop: int, *, step: Step) -> None:
         """Write only the keys and values of blocks start+1 .. stop into the step's cache."""
         cache = checks.require_cache(step)
         checks.check_call(self, h, start, stop)
-        if self._is_fast(h, step):
-            self._fast.project_kv(h, start, stop, step=step, **self._places(h, step))
+        if (few := self.few_tokens.of(h, step)) is not None:
+            few.project_kv(h, start, stop, step=step, **self._places(h, step))
             return
         context = self._context(h, step)
         for layer in range(start, min(stop, self.config.cache_layers)):
@@ -183,12 +178,9 @@ class Transformer(nn.Module):
         checks.check_states(h, self.hidden_size)
         checks.check_exit_layer(exit_layer, self.num_layers)
         norm, head = self.exits.head_at(exit_layer, self.model.norm, self.lm_head)
-        if self._fast.fit(h):
-            return self._fast.logits(h, norm, head, vocab)
+        if (few := self.few_tokens.of(h)) is not None:
+            return few.logits(h, norm, head, vocab)
         return linear(norm(h), head if vocab is None else head[vocab])
-
-    def _is_fast(self, h: Tensor, step: Step) -> bool:
-        return step.cache is not None and step.real is None and self._fast.fit(h)
 
     def _block(self, layer: int) -> DecoderBlock:
         return cast(DecoderBlock, self.model.layers[layer])
@@ -296,5 +288,5 @@ class Transformer(nn.Module):
         return end
 
     def _places(self, h: Tensor, step: Step) -> dict[str, Any]:
-        """Return the arguments of the fast steps that depend on the positions."""
+        """Return the arguments of calls of a few tokens that depend on the positions."""
         return {"end": self._end(h, step), "tables": (self._buffers["cos"], self._buffers["sin"])}

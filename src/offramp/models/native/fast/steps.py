@@ -40,7 +40,7 @@ class FastSteps:
     ) -> None:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
-        self._weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
+        self.weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
         self._wide = WideTables()
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
         self._vocabs: dict[int, tuple[Weight, Tensor, tuple[int, int], Weight]] = {}
@@ -80,7 +80,7 @@ class FastSteps:
         call = self._call(h.shape[:2], h.dtype, step, end, tables)
         if (whole := self._run_whole(call, x, start, stop)) is not None:
             return whole.view(h.shape)
-        blocks = self._weights.of(call.cache).blocks
+        blocks = self.weights.of(call.cache).blocks
         with native_bfloat16(x, x.shape[0]):
             for layer in range(start, stop):  # rounded after each, because a call may stop at any
                 x = self._block(x.to(call.dtype), layer, blocks[layer], call).to(h.dtype)
@@ -94,7 +94,7 @@ class FastSteps:
 
         See ``CachedTokens.blocks``.
         """
-        weights = self._weights.of(call.cache).kernel
+        weights = self.weights.of(call.cache).kernel
         if not isinstance(call, KernelCall) or weights is None:
             return None
         if weights.dtype != call.cache.keys.dtype:
@@ -106,7 +106,7 @@ class FastSteps:
 
         ``tokens`` is the number of all tokens of the call.
         """
-        return tokens <= FEW_TOKENS and self._weights.kernels_read
+        return tokens <= FEW_TOKENS and self.weights.kernels_read
 
     def _run_some(
         self,
@@ -159,7 +159,7 @@ class FastSteps:
         x = h.reshape(-1, h.shape[-1])
         with native_bfloat16(x, x.shape[0]):
             x = x.to(call.dtype)
-            for layer, of in enumerate(self._weights.of(call.cache).blocks[start:stop], start):
+            for layer, of in enumerate(self.weights.of(call.cache).blocks[start:stop], start):
                 if of.kv is None:
                     break
                 norm = None if self.post else of.norms[0]
@@ -179,7 +179,7 @@ class FastSteps:
         """
         x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
-            weight = self._rows(weight, vocab)
+            weight = self.rows_of(weight, vocab)
         own = norm if isinstance(norm, ExitHead) else None
         adapter = None if own is None else own.adapter
         last = norm if own is None else own.norm
@@ -205,7 +205,7 @@ class FastSteps:
         self, cache: KVCache, tables: Tables
     ) -> tuple[KernelWeights, kernels.KernelCache] | None:
         """Return the weights and the cache as the kernels read them; None if they cannot."""
-        weights = self._weights.of(cache).kernel
+        weights = self.weights.of(cache).kernel
         if weights is None or weights.dtype != cache.keys.dtype or not cache.keys.is_cpu:
             return None
         return weights, kernel_cache(cache, self._wide.of(tables))
@@ -265,7 +265,7 @@ class FastSteps:
             step.memo[key] = call
         return call
 
-    def _rows(self, weight: Weight, vocab: Tensor) -> Weight:
+    def rows_of(self, weight: Weight, vocab: Tensor) -> Weight:
         """Return ``weight[vocab]``, which is kept for the next token."""
         numbers = weight.values if isinstance(weight, QuantisedWeight) else weight
         current = numbers.data_ptr(), 0 if numbers.is_inference() else numbers._version

@@ -241,6 +241,6 @@ def test_blocks_of_several_precisions_do_without_the_call_for_all(make, make_ids
     changed.weight.data = changed.weight.data.bfloat16()
     cache = model.make_cache(2, capacity=5)
     got = call(model, cache, ids, 0)
-    assert model._fast._weights.of(cache).kernel is None
+    assert model.few_tokens.fast.weights.of(cache).kernel is None
     assert_close(got, expected, rtol=0, atol=0.1)
     assert cache.lengths.tolist() == [[5, 5]] * (source + 1)
