@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from offramp.data import make_tokenizer
 from offramp.studies.study.plan import Recipe
@@ -143,3 +145,28 @@ def test_an_example_is_short_and_uses_public_names(example):
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) < 10
     assert not re.search(r"from offramp|import offramp\.", code)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (folder := tmp_path / "examples").mkdir()
+    notebook = nbformat.read(ROOT / "examples" / "afternoon.ipynb", as_version=4)
+    small = "TOKENS, SEEDS = 4_096, 2"
+    assert "TOKENS, SEEDS = 65_536, 2" in notebook.cells[1].source
+    notebook.cells[1].source = notebook.cells[1].source.replace("TOKENS, SEEDS = 65_536, 2", small)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    out = folder / "afternoon"
+    assert "<svg" in (out / "frontier.svg").read_text()
+    assert (out / "thresholds.csv").read_text().count("\n") == 5
+    assert r"\end{tabular}" in (out / "thresholds.tex").read_text()
+    assert "alpha" in (out / "study" / "report.html").read_text()
+
+
+def test_the_notebook_is_kept_without_outputs_and_uses_public_names():
+    notebook = nbformat.read(ROOT / "examples" / "afternoon.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert not re.search(r"from offramp|import offramp\.", "\n".join(cell.source for cell in code))

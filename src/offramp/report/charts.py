@@ -12,7 +12,7 @@ from offramp.files import replacing
 from offramp.reading import read_json
 from offramp.report.confidence import confidence_plot
 from offramp.report.plots import PALETTE, data_chart, frontier, layer, spec_of, vegalite_version
-from offramp.report.study_plots import recipes
+from offramp.report.study_plots import frontiers
 from offramp.report.study_result import StudyResult
 from offramp.report.text import missing_kv_text
 from offramp.schema import fitting
@@ -220,8 +220,9 @@ def _reproduction(content: Content) -> Any:
 
 
 def _study(content: Content) -> Any:
-    """PPL of each recipe's exits, routed, and of its last layer."""
-    return recipes(fitting(StudyResult, content))
+    """PPL against FLOPs%, by the study's first measure: a curve a recipe, and static models."""
+    result = fitting(StudyResult, content)
+    return frontiers(result, *result.families[0])
 
 
 def _threshold(value: Any) -> str:

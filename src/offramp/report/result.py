@@ -38,26 +38,39 @@ class ResultTable(Generic[Row]):
         return chart_of(self.content)
 
     def save(self, path: str | Path) -> None:
-        """Write the result: ``.json`` holds all of it, ``.csv`` the rows."""
+        """Write the result: ``.json`` holds all of it, ``.csv`` and ``.tex`` (LaTeX) the rows."""
         path = Path(path)
-        if path.suffix == ".csv":
-            write_csv(path, [asdict(row) for row in self.rows])  # type: ignore[call-overload]
-        elif path.suffix == ".json":
+        if path.suffix == ".json":
             write_json(path, self.content)
+            return
+        if path.suffix not in (".csv", ".tex"):
+            raise ConfigError(f"path: expected a name that ends in .json, .csv or .tex, got {path}")
+        rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]  # type: ignore[call-overload]
+        if path.suffix == ".csv":
+            write_csv(path, rows)
         else:
-            raise ConfigError(f"path: expected a name that ends in .json or .csv, got {path}")
+            write_latex(path, rows)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write flat columns: a mapping in a row becomes a column for each of its keys."""
-    flat = [_flat(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
+    flat, names = _columns(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     with replacing(path) as aside:
         aside.write_text(text.getvalue(), encoding="utf-8")
+
+
+def write_latex(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the same columns as a ``tabular`` of LaTeX, with numbers of four digits."""
+    flat, names = _columns(rows)
+    lines = [names, *([_short(row.get(name)) for name in names] for row in flat)]
+    body = [" & ".join(map(_escaped, line)) + r" \\" for line in lines]
+    text = [rf"\begin{{tabular}}{{{'r' * len(names)}}}", r"\hline", body[0], r"\hline", *body[1:]]
+    with replacing(path) as aside:
+        aside.write_text("\n".join([*text, r"\hline", r"\end{tabular}", ""]), encoding="utf-8")
 
 
 def table_text(rows: Sequence[Any]) -> str:
@@ -73,11 +86,29 @@ def table_text(rows: Sequence[Any]) -> str:
     )
 
 
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return rows without mappings in them, and the names of all their columns."""
+    flat = [_flat(row) for row in rows]
+    return flat, list(dict.fromkeys(name for row in flat for name in row))
+
+
+def _escaped(text: str) -> str:
+    """Return text in which LaTeX reads no character as a command."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+_LATEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}_{key}": part for key, part in value.items()}
+            found |= {f"{name}_{key}": part for key, part in _flat(value).items()}
         elif isinstance(value, list | tuple):
             found[name] = ":".join(map(str, value))
         else:

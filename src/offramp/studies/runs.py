@@ -182,7 +182,12 @@ def _report(name: str, progress: Progress) -> RunProgress:
 
 
 def _work(run: Run, folder: Path) -> None:
-    """Do a run and put its complete folder in place; nothing is left of one that fails."""
+    """Do a run and put its complete folder in place; nothing is left of one that fails.
+
+    Another command that shares the folder may have done it since this one began.
+    """
+    if (folder / run.name).exists():
+        return
 
     def on_step(progress: Progress) -> None:
         if progress.step % 8 == 0:

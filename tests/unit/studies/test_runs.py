@@ -107,6 +107,40 @@ def test_a_killed_worker_is_said_in_a_sentence_and_what_is_done_stays(tmp_path):
     assert all_of(["first", "second"], tmp_path) == ["first", "second"]
 
 
+@dataclass(frozen=True)
+class Busybody:
+    """A run that also makes the folder of another, as a second command might."""
+
+    name: str
+    other: str
+
+    def work(self, folder, *, on_step, should_stop):
+        (folder / "by me").write_text("")
+        there = folder.parent / self.other
+        there.mkdir(exist_ok=True)
+        (there / "by another").write_text("")
+        return True
+
+
+def test_a_run_that_another_command_has_done_meanwhile_is_not_done_again(tmp_path):
+    done = []
+    run_all(
+        [Busybody("first", "second"), Busybody("second", "third")],
+        tmp_path,
+        jobs=1,
+        threads=1,
+        on_progress=print,
+        on_done=done.append,
+    )
+    assert sorted(done) == ["first", "second"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "first",
+        "first/by me",
+        "second",
+        "second/by another",
+    ]
+
+
 def test_a_run_that_stopped_half_way_is_dropped(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         all_of(["first", "stopped"], tmp_path)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from offramp.calibration.specialise import check_specialise, with_own_heads
 from offramp.data import vocabulary_size
 from offramp.errors import ConfigError
 from offramp.exits.schedules import loss_schedule
 from offramp.studies.study.plan import STANDARD, Recipe, Study
 from offramp.studies.study.run import StudyRun, StudyText
 from offramp.training.config import TrainConfig
+from offramp.training.loop import new_model
 
 
 def plan_runs(study: Study, text: StudyText) -> list[StudyRun]:
@@ -80,7 +82,8 @@ def static_recipes(study: Study) -> list[Recipe]:
 def check_runs(runs: Sequence[StudyRun]) -> int:
     """Raise before any work what a run would raise; returns the size of the vocabulary."""
     tokenizer, *_ = runs[0].tokenised()
-    for run in runs:
+    vocab_size = vocabulary_size(tokenizer)
+    for run in {run.label: run for run in runs}.values():  # seeds differ in nothing else
         try:
             loss_schedule(
                 run.training,
@@ -88,8 +91,18 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
                 num_layers=run.model.num_hidden_layers,
                 exit_layers=run.model.exit_layers,
             )
+            _check_specialised(run, vocab_size)
         except ConfigError as error:  # of a field that the user may never have set
             raise ConfigError(
                 f"recipe {run.label!r}, {run.tokens:,} training tokens a run: {error}"
             ) from None
-    return vocabulary_size(tokenizer)
+    return vocab_size
+
+
+def _check_specialised(run: StudyRun, vocab_size: int) -> None:
+    """Raise what specialising the exits of a run would raise after its training."""
+    if run.specialise is None:
+        return
+    model = new_model(replace(run.model, vocab_size=vocab_size), seed=0)
+    model = with_own_heads(model, seed=0, add=run.specialise.add_exits)
+    check_specialise(model, run.specialise, context=(run.training.seq_len + 1) / 2)

@@ -142,11 +142,16 @@ def _recipe(
     given = {"loss_weights": TrainConfig.loss_weights, **values["training"]}
     try:
         training = _fitted("training", {**_content(base.training), **given})
-        shape = _small(training.seq_len) | values["model"]
+        model = _fitted("model", _small(training.seq_len) | values["model"])
         if "exit_layers" not in values["model"]:
-            shape["exit_layers"] = [max(1, round(shape["num_hidden_layers"] / 3))]
-        model = _fitted("model", shape)
+            third = max(1, round(model.num_hidden_layers / 3))
+            model = replace(model, exit_layers=(third,))
         specialise = _fitted("specialise", values["specialise"]) if specialised else None
+        if len(model.exit_layers) == 1:
+            raise ConfigError(
+                "[model] exit_layers: expected a layer before the last, got "
+                f"{shown(values['model'].get('exit_layers', list(model.exit_layers)))}"
+            )
     except OfframpError as error:
         raise ConfigError(f"{f'recipe {label}: ' if label else ''}{error}") from None
     own = [name for name in given if name in _OBJECTIVE or ("training", name) in chosen]
@@ -178,7 +183,8 @@ def _written(value: Any) -> str:
         return NONE
     if isinstance(value, list):
         return " and ".join(map(str, value)) or NONE
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _levels(

@@ -130,6 +130,33 @@ def test_none_specialised_exits_and_sources():
     check_runs(plan_runs(replace(found, tokens=4096), replace(TEXT, train="ab c" * 9000)))
 
 
+def test_numbers_that_are_close_have_labels_of_their_own():
+    found = of(training={"lr": [0.00123456789, 0.0012345679, 0.5]})
+    assert [recipe.label for recipe in found.recipes] == [
+        "lr 0.00123456789",
+        "lr 0.0012345679",
+        "lr 0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("specialise", "message"),
+    [
+        ({"compute_budget": 10}, r"recipe 'recipe', .* compute_budget: expected at least 36.7"),
+        (
+            {"add_exits": [9]},
+            r"recipe .recipe., .* add_exits: expected layers from 1 to 5 without an",
+        ),
+    ],
+)
+def test_exits_that_cannot_be_specialised_are_refused_before_anything_is_trained(
+    specialise, message
+):
+    text = replace(TEXT, train="ab c" * 9000)
+    with pytest.raises(ConfigError, match=message):
+        check_runs(plan_runs(of(specialise=specialise, tokens=4096), text))
+
+
 def test_static_models_have_the_first_value_and_each_run_the_same_tokens():
     found = of(training={"lr": [3e-3, 1e-3], "batch_size": [4, 8]}, tokens=4096)
     runs = plan_runs(found, TEXT)
@@ -167,6 +194,11 @@ def test_static_models_have_the_first_value_and_each_run_the_same_tokens():
         ("[model]\nexit_layers = [[1], [9]]", "recipe exit_layers 9: .*layers from 1 to 6, got 9"),
         ("[model]\nkv_source_layer = 6", r"\[model\] kv_source_layer: expected from 1 to 5"),
         ("[model]\nhidden_size = 30", r"\[model\] hidden_size: expected a multiple of 2 x 4"),
+        ("[model]\nexit_layers = []", r"exit_layers: expected a layer before the last, got \[\]"),
+        ("[model]\nexit_layers = [[1], [6]]", r"recipe exit_layers 6: .*the last, got \[6\]"),
+        ("[model]\nnum_hidden_layers = 1", "expected a layer before the last, got"),
+        ("[model]\nnum_hidden_layers = [4, 'x']", "recipe num_hidden_layers x: .*number, got 'x'"),
+        ("[training]\nlr = {a = 1}", r"\[training\] lr: expected a number, got {'a': 1}"),
         ("[specialise]\ncompute_budget = 0.5\nadd_exits=[0]", "add_exits: expected layers of at"),
         ("[baseline]\nlr = 1", "baseline: expected varied fields .none, since nothing is varied"),
         ("baseline.lr = 3\n[training]\nlr = [1, 2]", "baseline: expected values of one recipe, go"),
