@@ -64,16 +64,20 @@ class StackedLoss(nn.Module):
         return torch.stack(losses).sum()
 
 
-def stacked(models: list[Transformer], ids: Tensor) -> tuple[Callable[[], Tensor], dict]:
+def stacked(
+    models: list[Transformer], ids: Tensor
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """A step of all models at once, and their stacked parameters by name."""
     inputs, targets = ids[:2048].view(32, 64), ids[1:2049]
     module = StackedLoss(models[0], inputs, targets)
     parameters, buffers = stack_module_state(models)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, fused=True)
 
-    def of_one(parameters: dict, buffers: dict) -> Tensor:
+    def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         held = {**parameters, **buffers}
-        return functional_call(module, {f"model.{name}": held[name] for name in held})
+        named = {f"model.{name}": value for name, value in held.items()}
+        loss: Tensor = functional_call(module, named)
+        return loss
 
     losses = torch.vmap(of_one)
 

@@ -45,6 +45,25 @@ def test_the_same_seeds_twice_give_the_same_figures(offramp, short, tmp_path):
 
 
 @pytest.mark.slow
+def test_chosen_alphas_take_the_runs_that_another_command_trained(offramp, short, tmp_path):
+    runs = tmp_path / "runs"
+    plain = ("reproduce", "--corpus", "pangram", "--seeds", 1, "--jobs", 1, "--runs", runs)
+    result = offramp(*plain, "--out", tmp_path / "a")
+    assert result.returncode == 0, result.stderr
+    assert "6 training runs to do: about" in result.stderr
+    times = {run: run.stat().st_mtime_ns for run in runs.glob("pangram/*/run.json")}
+    more = (*plain, "--out", tmp_path / "b", "--alphas", "0.1,0.7", "--thresholds", "0.2,0.9")
+    result = offramp(*more)
+    assert result.returncode == 0, result.stderr
+    assert "1 training runs to do: about" in result.stderr
+    assert "asymmetric, α = 0.1" in result.stdout
+    assert {run: run.stat().st_mtime_ns for run in times} == times
+    corpora = [read_json(tmp_path / name / "results.json")["corpora"]["pangram"] for name in "ab"]
+    assert corpora[0]["findings"] == corpora[1]["findings"]
+    assert len(corpora[1]["grid"]) == 5 * 2
+
+
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     out = tmp_path / "out"
     script = (

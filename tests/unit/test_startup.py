@@ -64,7 +64,10 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     "probe": [("--tokens", "x"), ("--weights", "int3")],
     "quantise": [("--weights", "int3"), ("--threads", "x")],
     "recipe": [("--layers", "x"), ("--layers", "1"), ("--jobs", "0")],
-    "reproduce": [("--seeds", "x"), ("--seeds", "0"), ("--jobs", "0")],
+    "reproduce": [
+        *(("--seeds", "x"), ("--seeds", "0"), ("--jobs", "0"), ("--alphas", "0.1,2")),
+        *(("--alphas", "0.1,x"), ("--thresholds", "nan")),
+    ],
     "specialise": [("--steps", "x"), ("--steps", "0")],
     "study": [("--seeds", "x"), ("--seeds", "0"), ("--threads", "0")],
     "sweep": [("--dtype", "int3"), ("--thresholds", "high"), ("--weights", "int3")],

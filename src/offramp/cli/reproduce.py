@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from offramp.cli.base import Device, console, new_folder, output, say, use
 from offramp.options import check_processes
-from offramp.studies.reproduce.config import ReproduceConfig
+from offramp.studies.reproduce.config import ReproduceConfig, minutes_text
 
 if TYPE_CHECKING:
     from offramp.report.progress import Bars
@@ -20,6 +20,7 @@ def reproduce(
     config: Annotated[ReproduceConfig | None, Parameter(name="*")] = None,
     *,
     out: Path | None = None,
+    runs: Path | None = None,
     device: Device = "cpu",
     threads: Annotated[int, Parameter(help="Threads of each process.")] = 1,
     jobs: int | None = None,
@@ -30,6 +31,8 @@ def reproduce(
     ----------
     out
         Folder for results.json, tables.md and report.html (default: a new one in runs/).
+    runs
+        Folder of the training runs (default: OUT/runs); what is there is not trained again.
     jobs
         Processes that train at a time (default: one a core).
     """
@@ -54,11 +57,12 @@ def reproduce(
                 jobs=jobs or default_jobs(threads),
                 threads=threads,
                 device=device,
+                kept=runs,
             )
         except KeyboardInterrupt:
             say(
                 f"Stopped. The finished runs ({watcher.done} of {watcher.total} on "
-                f"{watcher.corpus}) are kept in {out}. The same command with "
+                f"{watcher.corpus}) are kept in {runs or out}. The same command with "
                 f"--out {shlex.quote(str(out))} does the rest."
             )
             raise
@@ -76,6 +80,10 @@ class ReproductionBars:
     def __init__(self, drawn: "Bars", out: Path) -> None:
         self.drawn, self.out = drawn, out
         self.corpus, self.total, self.done = "", 0, 0
+
+    def on_plan(self, missing: int, jobs: int) -> None:
+        """Say how long the work takes."""
+        say(f"{missing} training runs to do: {minutes_text(missing, jobs)}.")
 
     def on_corpus(self, name: str, total: int) -> None:
         """A corpus begins."""

@@ -19,6 +19,8 @@ from offramp.report.reproduction_tables import (
     exit_table,
     explanations_table,
     findings_table,
+    grid_table,
+    power_table,
     protocol_table,
     seed_tables,
 )
@@ -67,6 +69,8 @@ class Section:
     headline: str
     verdicts: Mapping[str, int]
     findings: Table
+    grid: Table
+    power: Table
     frontiers: tuple[Figure, ...]
     tables: tuple[Table, ...]
     thresholds: tuple[Figure, ...]
@@ -148,6 +152,8 @@ def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
         headline=headline(name, corpus),
         verdicts=count_verdicts(corpus),
         findings=findings_table(corpus),
+        grid=grid_table(corpus),
+        power=power_table(corpus),
         frontiers=tuple(make_figure(plots.frontier(corpus, epoch=epoch)) for epoch in epochs),
         tables=tuple(seed_tables(corpus)),
         thresholds=tuple(

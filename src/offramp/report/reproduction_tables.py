@@ -13,13 +13,18 @@ from offramp.report.tables import (
     terminal_table,
 )
 from offramp.report.text import (
+    NONE,
     SEED_CITATION,
+    SIZE_MEANING,
     Corpus,
     Results,
     headline,
+    interval_text,
     number_text,
     outside_notes,
     p_text,
+    power_text,
+    sizes_text,
     stat_text,
     value_text,
     verdicts_text,
@@ -96,7 +101,9 @@ def findings_table(corpus: Corpus) -> Table:
     header = (
         Column(title="#", short="#", kind="number"),
         Column(title="Claim", short="Claim"),
-        Column(title="Verdict", short="Verdict", kind="verdict"),
+        Column(title="Direction", short="Direction", kind="verdict"),
+        Column(title="Size", short="Size", dropped=4),
+        Column(title="95% interval, %", short="95%\ninterval, %", kind="number", dropped=3),
         Column(title="Published", short="Published", dropped=1),
         Column(title="Measured", short="Measured", dropped=2),
         Column(title="Effect, %", kind="number"),
@@ -110,6 +117,8 @@ def findings_table(corpus: Corpus) -> Table:
             str(finding["id"]),
             finding["claim"],
             finding["verdict"],
+            finding.get("size") or NONE,
+            interval_text(finding.get("ci_pct")),
             finding["published"],
             finding["measured"],
             stat_text(finding["effect_pct"], 1),
@@ -120,8 +129,55 @@ def findings_table(corpus: Corpus) -> Table:
         )
         for finding in corpus["findings"]
     )
-    verdicts = f"{verdicts_text(corpus)}."
-    return Table(title="The document's findings", header=header, rows=rows, notes=(verdicts,))
+    notes = [f"{verdicts_text(corpus)}."]
+    if any(finding.get("size") for finding in corpus["findings"]):
+        notes += [sizes_text(corpus), SIZE_MEANING]
+    if corpus.get("power"):
+        notes.append(power_text(corpus["power"]))
+    return Table(title="The document's findings", header=header, rows=rows, notes=tuple(notes))
+
+
+def power_table(corpus: Corpus) -> Table:
+    """How likely each finding is to be decided, as it was known before the run."""
+    power = corpus.get("power") or {"by_finding": {}, "spreads": {}}
+    header = (
+        Column(title="Finding", kind="number"),
+        Column(title="Power", kind="number"),
+        Column(title="Spread over seeds (log PPL ratio)", kind="number"),
+    )
+    rows = tuple(
+        (finding, number_text(value, 2), number_text(power["spreads"][finding], 3))
+        for finding, value in power["by_finding"].items()
+    )
+    notes = (power_text(power), f"Spreads: {power['spreads_from']}.") if rows else ()
+    return Table(title="Power, known before the run", header=header, rows=rows, notes=notes)
+
+
+def grid_table(corpus: Corpus) -> Table:
+    """The alphas and thresholds that the command asked for; no rows if it asked for none."""
+    header = (
+        Column(title="Method", short="Method"),
+        Column(title="Threshold", short="Thr.", kind="number"),
+        Column(title="PPL", short="PPL", kind="number"),
+        Column(title="Against standard, %", short="vs std. %", kind="number", dropped=3),
+        Column(title="95% interval, %", short="95% interval, %", kind="number", dropped=2),
+        Column(title="Shallow%", short="Sh%", kind="number", dropped=1),
+        Column(title="Compute%", short="C%", kind="number"),
+    )
+    rows = tuple(
+        (
+            row["label"],
+            number_text(row["threshold"], 2),
+            stat_text(row["measured"]["ppl"], 2),
+            stat_text(row["effect_pct"], 1),
+            interval_text(row["ci_pct"]),
+            stat_text(row["measured"]["shallow_pct"], 1),
+            stat_text(row["measured"]["compute_pct"], 1),
+        )
+        for row in corpus.get("grid", ())
+    )
+    notes = ("Against standard: the PPL against that of the standard 3-layer model.",)
+    return Table(title="Chosen alphas and thresholds", header=header, rows=rows, notes=notes)
 
 
 def exit_table(corpus: Corpus) -> Table:
@@ -190,7 +246,7 @@ def environment_table(results: Results) -> Table:
 
 def corpus_tables(corpus: Corpus) -> list[Table]:
     """The tables of results on one corpus; those without rows are left out."""
-    tables = [findings_table(corpus), *seed_tables(corpus), exit_table(corpus)]
+    tables = [findings_table(corpus), grid_table(corpus), *seed_tables(corpus), exit_table(corpus)]
     return [table for table in (*tables, explanations_table(corpus)) if table.rows]
 
 
@@ -202,7 +258,8 @@ def markdown(results: Results) -> str:
     lines += [""]
     for name, corpus in results["corpora"].items():
         lines += [f"## {escape_markdown(name)}", ""]
-        for table in (*corpus_tables(corpus), protocol_table(corpus)):
+        power = [table for table in (power_table(corpus),) if table.rows]
+        for table in (*corpus_tables(corpus), *power, protocol_table(corpus)):
             lines += markdown_table(table, level=3)
         if corpus["notes"]:
             notes = [f"- {escape_markdown(note)}" for note in corpus["notes"]]

@@ -10,6 +10,12 @@ Number = float | int  # JSON may hold 1 for 1.0
 NONE = "-"
 OUTSIDE = 2.0  # published figures further than this many standard deviations are named
 VERDICTS = ("holds", "does not hold", "undecided")
+SIZES = ("as published", "smaller", "larger", "opposite", "undecided")
+SIZE_MEANING = (
+    "Direction: is the effect there, by a test. Size: the published effect against the 95% "
+    "interval of the measured one. It is undecided if the interval contains both zero and the "
+    "published effect; a finding without a published figure has none."
+)
 SEED_TITLE = '"Experiment 5 & 6: Asymmetric Auxiliary Loss Training", in Japanese'
 SEED_CITATION = (
     f"The seed document is {SEED_TITLE}; it builds on Elbayad et al. (2020), "
@@ -103,6 +109,31 @@ def verdicts_text(corpus: Corpus) -> str:
         f"{'holds' if counts['holds'] == 1 else 'hold'}, {counts['does not hold']} "
         f"{'does' if counts['does not hold'] == 1 else 'do'} not hold and {counts['undecided']} "
         f"{'is' if counts['undecided'] == 1 else 'are'} undecided"
+    )
+
+
+def sizes_text(corpus: Corpus) -> str:
+    """Return how many findings have each size, such as `Size: 3 smaller, 2 undecided.`"""
+    found = [finding.get("size") for finding in corpus["findings"]]
+    counts = [f"{found.count(size)} {size}" for size in SIZES if size in found]
+    return f"Size against the published one: {', '.join(counts)}."
+
+
+def interval_text(interval: Sequence[Number] | None) -> str:
+    """Return an interval in percent, such as `-16.2 to -6.1`; a dash where there is none."""
+    return NONE if interval is None else f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+
+
+def power_text(power: Mapping[str, Any]) -> str:
+    """Return what the number of seeds can find, as a sentence."""
+    seeds, lowest = power["seeds"], power["lowest"]
+    most = max(power["by_finding"].values())
+    found = f"{lowest:.2f}" if lowest == most else f"{lowest:.2f} to {most:.2f}"
+    return (
+        f"Power: with {seeds} {'seed' if seeds == 1 else 'seeds'}, an effect of "
+        f"{power['effect_pct']:g}% is found with a probability of {found}, depending on the "
+        f"finding, after Holm's correction; {power['required_seeds']} seeds give each finding at "
+        f"least {power['wanted']:g}."
     )
 
 

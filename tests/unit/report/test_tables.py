@@ -95,9 +95,9 @@ def printed(tables, width):
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 def test_terminal_tables_fit_and_read_no_markup(results, width):
-    results["corpora"]["pangram"]["findings"][0]["claim"] = "[red]kept[/red]"
+    results["corpora"]["pangram"]["findings"][0]["claim"] = "[b]k[/b]"
     text = printed(rich_tables(results, width), width)
-    assert "[red]kept[/red]" in text
+    assert "[b]k[/b]" in text
     assert "27.00 ± 2.00" in text
     assert "undecided" in text
     assert "…" not in text  # nothing is cut off
@@ -119,3 +119,34 @@ def test_columns_are_dropped_in_their_order_only_where_there_is_no_room():
     assert "2.0" in narrow
     assert "width: first out, last out." in " ".join(least.split())
     assert "3.0" in least
+
+
+def test_direction_size_power_and_grid_are_in_the_tables(results):
+    corpus = results["corpora"]["pangram"]
+    for finding in corpus["findings"]:
+        finding |= {"size": "smaller", "ci_pct": [-16.24, -6.1]}
+    corpus["findings"][5]["size"] = None
+    corpus["power"] = {
+        **{"effect_pct": 10.0, "wanted": 0.9, "required_seeds": 51, "seeds": 3, "lowest": 0.1},
+        **{"by_finding": {"1": 0.1, "2": 0.25}, "spreads": {"1": 0.166, "2": 0.1}},
+        "spreads_from": "40 seeds",
+    }
+    row = corpus["tables"]["exp5_results"][0]
+    corpus["grid"] = [{**row, "effect_pct": row["measured"]["ppl"], "ci_pct": None}]
+    text = markdown(results)
+    findings = lines_of(text, "| 1 | claim 1") + lines_of(text, "| 6 | claim 6")
+    assert "| holds | smaller | -16.2 to -6.1 |" in findings[0]
+    assert "| undecided | - | -16.2 to -6.1 |" in findings[2]
+    assert "- Size against the published one: 5 smaller." in text
+    assert "an effect of 10% is found with a probability of 0.10 to 0.25" in text
+    assert "51 seeds give each finding at least 0.9" in text
+    assert "| 2 | 0.25 | 0.100 |" in text
+    assert "### Chosen alphas and thresholds" in text
+    assert len(lines_of(text, "### Chosen")) == 1  # the other corpus has none
+
+
+def test_results_of_an_earlier_version_are_shown_without_sizes(results):
+    text = markdown(results)
+    assert "| holds | - | - |" in text
+    assert "Size against" not in text
+    assert "Power" not in text

@@ -7,8 +7,12 @@ from offramp.studies.statistics import (
     compare_below,
     compare_best,
     distance_in_std,
+    effect_size,
     holm,
+    interval_pct,
     paired_test,
+    power_of_test,
+    seeds_for_power,
     stat,
     verdict,
 )
@@ -80,7 +84,7 @@ def test_a_rival_that_is_surely_ahead_counts_against_the_claim():
     ],
 )
 def test_verdicts(claimed, p_value, expected):
-    comparison = Comparison(claimed_direction=claimed, p_value=p_value)
+    comparison = Comparison(claimed_direction=claimed, p_value=p_value, seeds=3)
     assert verdict(comparison, p_value) == expected
 
 
@@ -88,3 +92,58 @@ def test_distance_in_standard_deviations():
     assert distance_in_std(5.0, [1.0, 2.0, 3.0]) == pytest.approx(3.0)
     assert distance_in_std(5.0, [1.0]) is None
     assert distance_in_std(5.0, [1.0, 1.0]) is None
+
+
+def test_two_seeds_never_give_a_verdict():
+    far = compare_below(np.array([1.0, 1.0]), np.array([2.0, 2.0 + 1e-9]))
+    assert far.p_value < 1e-6
+    assert verdict(far, far.p_value) == "undecided"
+    best = compare_best(np.array([1.0, 1.0]), [np.array([2.0, 2.0 + 1e-9])])
+    assert verdict(best, best.p_value) == "undecided"
+    assert interval_pct(np.array([0.1, 0.1001])) is None
+
+
+def test_the_interval_is_that_of_the_t_distribution():
+    ratios = np.log([0.8, 0.9, np.nan, 1.0, 0.85])
+    low, high = stats.t.interval(
+        0.95, 3, loc=np.nanmean(ratios), scale=stats.sem(ratios[np.isfinite(ratios)])
+    )
+    assert interval_pct(ratios) == pytest.approx((100 * np.expm1(low), 100 * np.expm1(high)))
+    assert all(np.isfinite(interval_pct(np.array([-900.0, 0.0, 900.0]))))
+
+
+@pytest.mark.parametrize(
+    ("interval", "published", "size"),
+    [
+        ((-16.0, -6.0), -34.2, "smaller"),
+        ((-50.0, -40.0), -34.2, "larger"),
+        ((-40.0, -10.0), -34.2, "as published"),
+        ((-40.0, 10.0), -34.2, "undecided"),  # both zero and the published effect
+        ((-2.0, 10.0), -34.2, "smaller"),  # zero, but not the published effect
+        ((2.0, 10.0), -34.2, "opposite"),
+        ((7.0, 16.0), 39.8, "smaller"),
+        ((45.0, 60.0), 39.8, "larger"),
+        ((30.0, 60.0), 39.8, "as published"),
+        ((-30.0, -1.0), 39.8, "opposite"),
+        ((-1.0, 40.0), 39.8, "undecided"),
+        (None, 39.8, "undecided"),
+    ],
+)
+def test_the_size_of_an_effect(interval, published, size):
+    assert effect_size(interval, published) == size
+
+
+def test_the_power_is_what_a_simulation_finds():
+    drawn = np.random.default_rng(0).normal(0.5, 1.0, (4_000, 20))
+    found = (stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05).mean()
+    assert power_of_test(seeds=20, effect=-0.5, spread=1.0, significance=0.05) == pytest.approx(
+        found, abs=0.03
+    )
+    assert power_of_test(seeds=2, effect=9.0, spread=0.1, significance=0.05) == 0.0
+
+
+def test_the_number_of_seeds_is_the_smallest_with_that_power():
+    wanted = {"effect": 0.095, "spread": 0.15, "significance": 0.05 / 6}
+    seeds = seeds_for_power(0.9, **wanted)
+    assert power_of_test(seeds=seeds, **wanted) >= 0.9
+    assert power_of_test(seeds=seeds - 1, **wanted) < 0.9

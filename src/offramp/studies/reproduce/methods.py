@@ -12,7 +12,7 @@ from offramp.data import Corpus
 from offramp.evaluation.sweep import SweepRow, sweep
 from offramp.evaluation.trace import ExitTrace
 from offramp.exits.weightings import parse_loss_weights
-from offramp.studies.reproduce.published import THRESHOLD
+from offramp.studies.reproduce.published import CORPUS, TEXT_THRESHOLD, THRESHOLD
 from offramp.studies.reproduce.run import RunResult, load_run
 from offramp.studies.statistics import Seeds
 
@@ -44,7 +44,8 @@ class Method:
         return {str(layer): weights.get(layer, 0.0) for layer in range(1, self.num_layers + 1)}
 
 
-def _asymmetric(alpha: float) -> Method:
+def asymmetric(alpha: float) -> Method:
+    """The asymmetric loss with this weight of the shallow exit."""
     return Method(
         key=f"alpha-{alpha}", label=f"asymmetric, α = {alpha}", loss_weights=f"asymmetric:{alpha}"
     )
@@ -60,7 +61,7 @@ STANDARD_1 = Method(
     num_layers=1,
     routed=False,
 )
-ALPHA_03, ALPHA_05, ALPHA_07 = (_asymmetric(alpha) for alpha in (0.3, 0.5, 0.7))
+ALPHA_03, ALPHA_05, ALPHA_07 = (asymmetric(alpha) for alpha in (0.3, 0.5, 0.7))
 ALL_LAYERS = Method(
     key="all-layers-0.7",
     label="all layers, α = 0.7",
@@ -74,25 +75,40 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The runs of every method with the same seeds on one corpus."""
+    """The runs of every method with the same seeds on one corpus.
+
+    A threshold of None is the threshold at which the findings are tested.
+    """
 
     corpus: Corpus
     seeds: tuple[int, ...]
     runs: dict[str, tuple[RunResult, ...]]
     "By the method's key, one run per seed."
+    more: tuple[Method, ...] = ()
+    "Methods beside the document's."
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The document's methods, then the others."""
+        return (*METHODS.values(), *self.more)
+
+    @property
+    def threshold(self) -> float:
+        """The threshold at which the findings are tested on this corpus."""
+        return THRESHOLD if self.corpus.name == CORPUS else TEXT_THRESHOLD
 
     def traces(self, method: Method, epoch: Epoch = "best") -> list[ExitTrace]:
         """The traces over all layers, one per seed."""
         return [getattr(run, epoch) for run in self.runs[method.key]]
 
     def rows(
-        self, method: Method, threshold: float | None = THRESHOLD, epoch: Epoch = "best"
+        self, method: Method, threshold: float | None = None, epoch: Epoch = "best"
     ) -> list[SweepRow]:
         """The routed figures, one row per seed."""
-        at = np.inf if threshold is None else threshold
+        at = self.threshold if threshold is None else threshold
         return [sweep(trace.at(method.exits), [at])[0] for trace in self.traces(method, epoch)]
 
-    def log_ppl(self, method: Method, threshold: float = THRESHOLD) -> Seeds:
+    def log_ppl(self, method: Method, threshold: float | None = None) -> Seeds:
         """Log of the routed PPL at the best epoch, one per seed."""
         return np.log([row.ppl for row in self.rows(method, threshold)])
 
@@ -106,12 +122,14 @@ class Study:
         return self.runs[ALPHA_07.key][0].about
 
 
-def load_study(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> Study:
+def load_study(
+    corpus: Corpus, folder: Path, seeds: Sequence[int], more: tuple[Method, ...] = ()
+) -> Study:
     """Read every method's runs with these seeds."""
+    keys = [*METHODS, *(method.key for method in more)]
     return Study(
         corpus=corpus,
         seeds=tuple(seeds),
-        runs={
-            key: tuple(load_run(folder / f"{key}-seed{seed}") for seed in seeds) for key in METHODS
-        },
+        runs={key: tuple(load_run(folder / f"{key}-seed{seed}") for seed in seeds) for key in keys},
+        more=more,
     )

@@ -1,6 +1,6 @@
 """One training run of the reproduction, and the files that it leaves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from offramp.data import (
     encode,
     vocabulary_size,
 )
-from offramp.errors import CorpusError
+from offramp.errors import CheckpointError, CorpusError
 from offramp.evaluation.trace import ExitTrace, collect_trace
 from offramp.files import write_json
 from offramp.models.native.config import DecoderConfig
@@ -130,6 +130,26 @@ class _About:
     validation_tokens: int
     unknown_tokens: int
     validations: tuple[Validation, ...]
+
+
+def check_kept(runs: Sequence[SeedRun], folder: Path) -> int:
+    """Return how many of the runs are in ``folder`` already.
+
+    Raises CheckpointError if what is there is not the run: another text, model or training.
+    """
+    there = [run for run in runs if (folder / run.name).exists()]
+    for run in there:
+        path = folder / run.name / "run.json"
+        with reading_run(path.parent):
+            about: _About = value_of(_About, read_json(path), path)
+        mine = replace(run.model, vocab_size=about.model.vocab_size)
+        found = (about.corpus.get("sha256"), about.model, about.training)
+        if found != (run.corpus.sha256, mine, run.training):
+            raise CheckpointError(
+                f"{path}: expected the run {run.name} on {run.corpus.name} with the same text, "
+                "model and training, got another; choose another folder"
+            )
+    return len(there)
 
 
 def _about(path: Path) -> dict[str, Any]:

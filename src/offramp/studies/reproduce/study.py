@@ -24,9 +24,12 @@ from offramp.reading import read_json
 from offramp.report import html, plots, reproduction_tables
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig
+from offramp.studies.reproduce.explanations import explanations
+from offramp.studies.reproduce.grid import grid, more_methods
 from offramp.studies.reproduce.methods import METHODS, Method, Study, load_study
+from offramp.studies.reproduce.power import power
 from offramp.studies.reproduce.published import THRESHOLD
-from offramp.studies.reproduce.run import SeedRun
+from offramp.studies.reproduce.run import SeedRun, check_kept
 from offramp.studies.runs import RunProgress, run_all
 from offramp.training.config import TrainConfig
 from offramp.version import __version__
@@ -82,7 +85,9 @@ def seed_training(method: Method, *, seed: int, epochs: int) -> TrainConfig:
     )
 
 
-def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
+def plan_runs(
+    corpus: Corpus, seeds: int, *, device: str, more: Sequence[Method] = ()
+) -> list[SeedRun]:
     """Every method with every seed, seed by seed, so that a stopped study has complete seeds."""
     epochs = PANGRAM_EPOCHS if corpus.name == "pangram" else TEXT_EPOCHS
     return [
@@ -94,13 +99,16 @@ def plan_runs(corpus: Corpus, seeds: int, *, device: str) -> list[SeedRun]:
             device=device,
         )
         for seed in range(seeds)
-        for method in METHODS.values()
+        for method in (*METHODS.values(), *more)
     ]
 
 
 @runtime_checkable
 class Watcher(Protocol):
     """Functions that a reproduction calls, so that the caller can show its progress."""
+
+    def on_plan(self, missing: int, jobs: int) -> None:
+        """The work begins: that many runs are to be trained, in that many processes."""
 
     def on_corpus(self, name: str, total: int) -> None:
         """A corpus begins, with that many runs."""
@@ -121,18 +129,30 @@ def reproduce(
     jobs: int,
     threads: int = 1,
     device: str = "cpu",
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Train, measure and report; returns the content of ``results.json``.
 
-    ``out`` gets the runs, results.json, tables.md and report.html. The last three are written
-    after each corpus; if the study is interrupted, they cover the seeds that are complete.
+    ``out`` gets results.json, tables.md and report.html, which are written after each corpus; if
+    the study is interrupted, they cover the seeds that are complete. The runs go into ``kept``
+    (default: ``out``/runs); those that are there already are not trained again. Raises
+    CheckpointError if one of them is another run.
     """
     start = time.monotonic()
+    more = more_methods(config.alphas)
     corpora = [(cut(load_corpus(name)), seeds) for name, seeds in config.plan()]
-    planned = [(corpus, plan_runs(corpus, seeds, device=device)) for corpus, seeds in corpora]
+    planned = [
+        (corpus, plan_runs(corpus, seeds, device=device, more=more)) for corpus, seeds in corpora
+    ]
     for corpus, runs in planned:
         check_lengths(corpus, runs[0].training)
     with go_on_or_claim(out, config, corpora):
+        places = [(kept or out / "runs") / Path(corpus.name).name for corpus, _ in planned]
+        missing = [
+            len(runs) - check_kept(runs, place)
+            for (_, runs), place in zip(planned, places, strict=True)
+        ]
+        watcher.on_plan(sum(missing), jobs)
         results: dict[str, Any] = {
             "offramp_version": __version__,
             "command": command,
@@ -141,12 +161,12 @@ def reproduce(
         }
 
         def report(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> None:
-            results["corpora"][corpus.name] = summarise(load_study(corpus, folder, seeds))
+            study = load_study(corpus, folder, seeds, more)
+            results["corpora"][corpus.name] = summarise(study, config.thresholds)
             results["seconds"] = round(time.monotonic() - start, 1)
             write_results(results, out)
 
-        for corpus, runs in planned:
-            folder = out / "runs" / Path(corpus.name).name
+        for (corpus, runs), folder in zip(planned, places, strict=True):
             watcher.on_corpus(corpus.name, len(runs))
             try:
                 run_all(
@@ -161,7 +181,7 @@ def reproduce(
                 if whole := whole_seeds(runs, folder):
                     report(corpus, folder, whole)
                 raise
-            report(corpus, folder, range(len(runs) // len(METHODS)))
+            report(corpus, folder, sorted({run.training.seed for run in runs}))
         (out / MARKER).unlink()
     return results
 
@@ -183,8 +203,12 @@ def go_on_or_claim(
 ) -> Iterator[None]:
     """Make ``out``, or check that it holds an interrupted run with the same settings; lock it."""
     marker = out / MARKER
+    options = stored_fields(config, ("corpus", "seeds", "quick"))
     mine = {
-        "unfinished": stored_fields(config, ("corpus", "seeds", "quick")),
+        "unfinished": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in options.items()
+        },
         "corpora": {corpus.name: [corpus.sha256, seeds] for corpus, seeds in corpora},
         "offramp_version": __version__,
     }
@@ -203,15 +227,16 @@ def whole_seeds(runs: Sequence[SeedRun], folder: Path) -> list[int]:
     return sorted({run.training.seed for run in runs} - missing)
 
 
-def summarise(study: Study) -> dict[str, Any]:
+def summarise(study: Study, thresholds: Sequence[float] = ()) -> dict[str, Any]:
     """The content of results.json for one corpus."""
-    found = claims.findings(study)
     return {
         "sha256": study.corpus.sha256,
         "protocol": tables.protocol(study),
+        "power": power(study.corpus.name, len(study.seeds)),
         "tables": tables.all_tables(study),
-        "findings": found,
-        "explanations": claims.explanations(study),
+        "grid": grid(study, thresholds),
+        "findings": claims.findings(study),
+        "explanations": explanations(study),
         "curves": tables.curves(study),
         "exit_ppl": tables.exit_ppl(study),
         "passages": tables.passages(study),

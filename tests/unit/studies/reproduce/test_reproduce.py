@@ -1,6 +1,7 @@
 """Tables and claims of the reproduction, on traces made by hand (no training)."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.evaluation.trace import ExitTrace
 from offramp.files import write_json
 from offramp.studies.reproduce import study as reproduction
-from offramp.studies.reproduce.config import ReproduceConfig
+from offramp.studies.reproduce.config import ReproduceConfig, minutes_text
+from offramp.studies.reproduce.grid import more_methods
 from offramp.studies.reproduce.methods import (
     ALL_LAYERS,
     ALPHA_07,
@@ -18,6 +20,8 @@ from offramp.studies.reproduce.methods import (
     Study,
     load_study,
 )
+from offramp.studies.reproduce.power import WANTED_POWER, power, required_seeds
+from offramp.studies.reproduce.published import TEXT_THRESHOLD
 from offramp.studies.reproduce.run import RunResult
 
 TOKENS = 700
@@ -37,11 +41,11 @@ def make_trace(num_layers, rng, nll, confidence):
     )
 
 
-def make_study(seeds, nll=None, confidence=None, corpus="pangram"):
+def make_study(seeds, nll=None, confidence=None, corpus="pangram", more=()):
     """Methods differ by what is added to every token's NLL and by how sure they are."""
     nll, confidence = nll or {}, confidence or {}
     runs = {}
-    for key, method in METHODS.items():
+    for key, method in {**METHODS, **{method.key: method for method in more}}.items():
         results = []
         for seed in range(seeds):
             rng = np.random.default_rng([seed, method.num_layers])
@@ -65,7 +69,7 @@ def make_study(seeds, nll=None, confidence=None, corpus="pangram"):
             trace = make_trace(*arguments)
             results.append(RunResult(about=about, best=trace, last=trace))
         runs[key] = tuple(results)
-    return Study(corpus=load_corpus(corpus), seeds=tuple(range(seeds)), runs=runs)
+    return Study(corpus=load_corpus(corpus), seeds=tuple(range(seeds)), runs=runs, more=more)
 
 
 def all_rows(summary):
@@ -165,12 +169,93 @@ def test_the_passage_is_the_text_with_the_exit_of_each_character():
 
 
 def test_the_plan_follows_the_flags():
-    assert ReproduceConfig().plan() == [("pangram", 5), ("python-docs", 3)]
+    assert ReproduceConfig().plan() == [("pangram", 12), ("python-docs", 5)]
     assert ReproduceConfig(quick=True).plan() == [("pangram", 2)]
-    assert ReproduceConfig(corpus="python-docs").plan() == [("python-docs", 3)]
+    assert ReproduceConfig(corpus="python-docs").plan() == [("python-docs", 5)]
     assert ReproduceConfig(corpus="pangram", seeds=1).plan() == [("pangram", 1)]
+    full = dict(ReproduceConfig(full=True).plan())
+    assert full == {"pangram": required_seeds("pangram"), "python-docs": required_seeds("x")}
+    assert full["pangram"] > 12
     with pytest.raises(ConfigError, match="seeds: expected at least 1, got 0"):
         ReproduceConfig(seeds=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"full": True, "quick": True},
+            "full: expected neither quick nor seeds with it, got quick",
+        ),
+        ({"full": True, "seeds": 3}, "got seeds 3"),
+        ({"alphas": (0.1, 1.5)}, "alphas: expected numbers from 0 to 1, got 1.5"),
+        ({"alphas": (float("nan"),)}, "alphas: expected numbers from 0 to 1, got nan"),
+        ({"alphas": (0.1, 0.1)}, "alphas: expected each number once, got 0.1 twice"),
+        ({"thresholds": (-0.1,)}, "thresholds: expected numbers from 0 to 1, got -0.1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        ReproduceConfig(**options)
+
+
+def test_the_seeds_of_full_give_every_finding_its_power():
+    for name in ("pangram", "python-docs"):
+        needed = required_seeds(name)
+        assert power(name, needed)["lowest"] >= WANTED_POWER > power(name, needed - 1)["lowest"]
+        assert power(name, 2)["lowest"] == 0.0
+
+
+def test_the_time_is_said_in_words():
+    assert minutes_text(72, 2) == "about 4 minutes on 2 free cores"
+    assert minutes_text(0, 1) == "about 1 minute on 1 free core"
+
+
+def test_the_size_stands_beside_the_direction():
+    better = {key: 1.0 + 0.1 * (key != ALPHA_07.key) for key in METHODS}
+    findings = reproduction.summarise(make_study(5, nll=better))["findings"]
+    assert findings[4]["published_pct"] == pytest.approx(39.7, abs=0.1)
+    low, high = findings[4]["ci_pct"]
+    assert low < 100 * np.expm1(0.1) < high < findings[4]["published_pct"]
+    assert [finding["size"] for finding in findings][1::3] == ["smaller", "smaller"]
+    assert findings[0]["size"] == findings[2]["size"] == "larger"
+    assert findings[5]["size"] is None
+    assert findings[5]["ci_pct"] is not None
+
+
+def test_two_seeds_decide_nothing():
+    better = {key: 1.0 + 0.5 * (key != ALPHA_07.key) for key in METHODS}
+    summary = reproduction.summarise(make_study(2, nll=better))
+    for finding in summary["findings"]:
+        assert finding["verdict"] == "undecided"
+        assert finding["size"] in (None, "undecided")
+        assert finding["ci_pct"] is None
+    assert {question["answer"] for question in summary["explanations"]} == {"undecided"}
+
+
+def test_text_is_tested_where_tokens_leave():
+    summary = reproduction.summarise(make_study(3, corpus="python-docs"))
+    assert summary["protocol"]["threshold"] == TEXT_THRESHOLD
+    assert {row["threshold"] for row in summary["tables"]["exp5_results"]} == {0.25, 0.7}
+    assert "routed at 0.25" in summary["findings"][1]["test"]
+    assert summary["passages"][0]["threshold"] == TEXT_THRESHOLD
+    assert {row["threshold"] for row in summary["tables"]["baselines"]} == {None}
+
+
+def test_chosen_alphas_and_thresholds_are_rows_beside_the_documents():
+    more = more_methods((0.1, 0.7, 0.9))
+    assert [method.key for method in more] == ["alpha-0.1", "alpha-0.9"]  # 0.7 is there already
+    study = make_study(3, more=more)
+    summary = reproduction.summarise(study, (0.0, 0.9))
+    weights = [row["loss_weights"]["1"] for row in summary["grid"][::2]]
+    assert weights == [0.1, 0.3, 0.5, 0.7, 0.9, 0.7]  # the last one has the middle loss
+    assert [row["threshold"] for row in summary["grid"][:2]] == [0.0, 0.9]
+    assert summary["grid"][0]["measured"]["shallow_pct"]["mean"] == 100.0
+    assert {curve["label"] for curve in summary["curves"]} >= {"asymmetric, α = 0.1"}
+    assert reproduction.summarise(make_study(3))["grid"] == []
+    documented = reproduction.summarise(make_study(3))
+    assert summary["findings"] == documented["findings"]  # about the document's methods only
+    json.dumps(summary, allow_nan=False)
 
 
 def test_the_protocol_of_the_document():
@@ -205,6 +290,11 @@ def test_a_folder_is_gone_on_with_only_under_the_same_settings(tmp_path):
     out = tmp_path / "out"
     go_on(out, ReproduceConfig(quick=True), corpora)
     go_on(out, ReproduceConfig(quick=True), corpora)
+    grid = tmp_path / "grid"
+    for _ in range(2):
+        go_on(grid, ReproduceConfig(alphas=(0.1, 0.9), thresholds=(0.5,)), corpora)
+    with pytest.raises(CheckpointError, match="unfinished run with other settings"):
+        go_on(grid, ReproduceConfig(alphas=(0.1, 0.8), thresholds=(0.5,)), corpora)
     with pytest.raises(CheckpointError, match="unfinished run with other settings"):
         go_on(out, ReproduceConfig(seeds=2), [(load_corpus("pangram"), 3)])
     finished = tmp_path / "finished"
