@@ -65,7 +65,7 @@ def power(corpus: str, seeds: int) -> dict[str, Any]:
     spreads = spreads_of(corpus)
     count = len(spreads.by_finding)
     by_finding = {
-        str(finding): round(power_of_test(seeds=seeds, **_test(finding, spread, count)), 3)
+        str(finding): power_of_test(seeds=seeds, **_test(finding, spread, count))
         for finding, spread in spreads.by_finding.items()
     }
     return {
