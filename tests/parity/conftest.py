@@ -47,7 +47,7 @@ class Graphs:
         self.made = self.replayed = 0
         self.names = set()
 
-    def captured(self, part, pool):
+    def captured(self, part, *, pool, device):
         part()
         with Recording() as recording:
             out = part()

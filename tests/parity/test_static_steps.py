@@ -2,12 +2,15 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from offramp.models.base import Step, whole_step
+from offramp.models.kv_cache import KVCache
+from offramp.models.native.static import caches
 
 MODELS = {
     "pre-norm": {"num_key_value_heads": 2},
@@ -54,6 +57,11 @@ def step_of(start, stop, cache, **fields):
     return Step(positions=torch.arange(start, stop)[None], cache=cache, end=stop, **fields)
 
 
+def cache_of(model, rows, capacity):
+    """A cache of exactly this capacity."""
+    return KVCache(batch_size=rows, capacity=capacity, **model._form)
+
+
 def decoded(model, ids, parts, cache, *, cuts=()):
     """The states after the last layer, of calls that end at ``parts`` and between ``cuts``."""
     found, start = [], 0
@@ -92,7 +100,7 @@ def test_buckets_of_slots_have_no_seam(make_model, make_ids, static, capacity):
     if capacity > parts[-1]:
         parts += [capacity - 2, capacity]
     ids = make_ids(1, parts[-1])
-    got = decoded(model, ids, parts, model.make_cache(1, capacity))
+    got = decoded(model, ids, parts, cache_of(model, 1, capacity))
     close(got, states(model, ids)[model.num_layers])
 
 
@@ -286,7 +294,7 @@ def test_quantised_weights_run_in_the_blocks(make_model, make_ids, monkeypatch):
 def test_a_wrong_end_or_position_leads_to_no_other_row(make_model, static):
     """On a GPU nobody reads the positions, so they may be anything."""
     model = static(make_model())
-    cache = model.make_cache(3, 8)
+    cache = cache_of(model, 3, 8)
     few, tables = model.few_tokens.static, (model.get_buffer("cos"), model.get_buffer("sin"))
     h = torch.randn(2, 1, 16, dtype=torch.float64)
     for positions, rows, end in (
@@ -302,18 +310,70 @@ def test_a_wrong_end_or_position_leads_to_no_other_row(make_model, static):
     assert cache.keys[:, 1, :, 2].abs().sum() > 0
 
 
-def test_graphs_are_few_and_go_with_their_cache(make_model, make_ids, graphs):
-    import weakref
-
+@pytest.fixture
+def model(make_model):
     model = make_model()
     model.few_tokens.use_static = model.few_tokens.static.capture = True
+    return model
+
+
+def test_graphs_are_few(model, make_ids, graphs):
     ids = make_ids(1, 12)
-    cache = model.make_cache(1, 12)
-    decoded(model, ids, range(1, 13), cache)
+    decoded(model, ids, range(1, 13), model.make_cache(1, 12))
     assert graphs.made == 1
     assert graphs.replayed == 12
     decoded(model, ids, (3, 7, 12), model.make_cache(1, 12))
     assert graphs.made == 3  # 4 tokens (also for 3), 8 for 5
-    gone = weakref.ref(cache)
+
+
+def test_the_next_cache_of_the_shape_takes_the_memory_and_the_graphs(model, make_ids, graphs):
+    ids, parts = make_ids(1, 12), (1, 2, 6, 12)
+    wanted = states(model, ids)[3]
+    cache = model.make_cache(1, 12)
+    decoded(model, ids, parts, cache)
+    gone, place, made = weakref.ref(cache), cache.keys.data_ptr(), graphs.made
+    cache.keys.fill_(math.nan)
     del cache
     assert gone() is None  # at once, and not when garbage is collected
+    with torch.inference_mode():
+        cache = model.make_cache(1, 200)
+        assert (cache.keys.data_ptr(), cache.capacity) == (place, 256)
+        assert cache.keys.abs().sum() == cache.lengths.sum() == 0
+        close(decoded(model, ids, parts, cache), wanted)
+        assert graphs.made == made
+    other = model.make_cache(1, 12)  # the memory is in use
+    assert other.keys.data_ptr() != place
+    close(decoded(model, ids, parts, other), wanted)
+    assert graphs.made > made
+
+
+def test_the_memory_of_a_cache_is_freed_for_one_of_another_shape(model, make_ids, graphs):
+    ids = make_ids(1, 12)
+    cache = model.make_cache(1, 12)
+    decoded(model, ids, (1, 12), cache)
+    keys = weakref.ref(cache.keys)
+    del cache
+    assert keys() is not None
+    model.make_cache(2, 12)
+    assert keys() is None
+
+
+def test_the_memory_of_a_large_cache_is_freed_at_once(model, make_ids, graphs, monkeypatch):
+    monkeypatch.setattr(caches, "KEPT_BYTES", 1000)
+    ids = make_ids(1, 12)
+    cache = model.make_cache(1, 12)
+    decoded(model, ids, (1, 12), cache)
+    keys = weakref.ref(cache.keys)
+    del cache
+    assert keys() is None
+
+
+def test_weights_that_are_replaced_get_new_graphs(model, make_ids, graphs):
+    ids = make_ids(1, 12)
+    decoded(model, ids, (1, 12), model.make_cache(1, 12))
+    made = graphs.made
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.1
+    wanted = states(model, ids)[3]
+    close(decoded(model, ids, (1, 12), model.make_cache(1, 12)), wanted)
+    assert graphs.made == 2 * made

@@ -17,7 +17,7 @@ def on_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.de
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on a device. To a GPU it goes through memory that is pinned."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -27,7 +27,7 @@ def read(*tensors: Tensor) -> list[list[float]]:
 
     They pass through float64, which holds every number of the other types that decoding uses.
     """
-    if tensors[0].device.type == "cpu":
+    if tensors[0].device.type != "cuda":
         return [tensor.tolist() for tensor in tensors]
     found: list[list[float]] = torch.stack([tensor.double() for tensor in tensors]).tolist()
     return found

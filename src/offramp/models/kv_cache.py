@@ -43,6 +43,14 @@ class KVCache:
         self.lengths = torch.zeros(num_layers, batch_size, dtype=torch.long, device=device)
         self.memo: dict[Any, Any] = {}  # values that a model derived from the cache, by kind
 
+    @classmethod
+    def over(cls, keys: Tensor, values: Tensor, lengths: Tensor) -> "KVCache":
+        """Return an empty cache in the memory of one that is no longer used."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.lengths = keys.zero_(), values.zero_(), lengths.zero_()
+        cache.memo = {}
+        return cache
+
     @property
     def capacity(self) -> int:
         """Number of positions that the cache can hold."""

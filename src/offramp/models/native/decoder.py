@@ -187,7 +187,7 @@ class Transformer(nn.Module):
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for this model, in its precision and on its device."""
-        return KVCache(batch_size=batch_size, capacity=capacity, **self._form)
+        return self.few_tokens.new_cache(batch_size, capacity, self._form)
 
     def states_at(
         self, input_ids: Int[Tensor, "B T"], layers: Iterable[int], *, step: Step

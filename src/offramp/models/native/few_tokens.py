@@ -1,9 +1,12 @@
 """Which code runs the native decoder's calls of a few tokens: on a CPU, on a GPU, or the blocks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from offramp.models.base import FEW_TOKENS, Step
+from offramp.models.kv_cache import KVCache
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.fast.steps import FastSteps
 from offramp.models.native.static.steps import StaticSteps
@@ -27,6 +30,12 @@ class FewTokens:
         )
         self.static = StaticSteps(self.fast)
         self.use_static: bool | None = None
+
+    def new_cache(self, batch_size: int, capacity: int, form: dict[str, Any]) -> KVCache:
+        """Return an empty cache of this form; for the static steps it may have more positions."""
+        if self._static_on(form["device"]):
+            return self.static.caches.new(batch_size, capacity, form)
+        return KVCache(batch_size=batch_size, capacity=capacity, **form)
 
     def of(self, h: Tensor, step: Step | None = None) -> FastSteps | StaticSteps | None:
         """Return what runs a call on states ``h``, which needs no step for logits; or None."""

@@ -17,19 +17,17 @@ Part = Callable[[], Tensor | None]
 call."""
 
 
-def runner(part: Part, *, capture: bool, pool: Any = None) -> Part:
-    """Return what runs a part: the part itself, or its graph if ``capture``.
+def captured(part: Part, *, pool: Any, device: torch.device) -> Part:
+    """Return what runs a part as a CUDA graph. The part runs once before: this chooses its kernels.
 
-    ``pool`` is the memory that graphs share which never run at the same time.
+    ``pool`` is the memory of graphs that never run at the same time. If PyTorch cannot capture the
+    part, it is returned itself, and a warning says why.
     """
-    return captured(part, pool) if capture else part
+    with torch.cuda.device(device):
+        return _captured(part, pool)
 
 
-def captured(part: Part, pool: Any) -> Part:
-    """Return a part as a CUDA graph. The part runs once before, which chooses its kernels.
-
-    If PyTorch cannot capture it, the part itself is returned, and a warning says why.
-    """
+def _captured(part: Part, pool: Any) -> Part:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -42,7 +40,7 @@ def captured(part: Part, pool: Any) -> Part:
     except RuntimeError as error:
         warnings.warn(
             f"CUDA graph: this part of the model runs without one, more slowly: {error}",
-            stacklevel=2,
+            stacklevel=3,
         )
         return part
 

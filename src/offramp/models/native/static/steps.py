@@ -8,7 +8,6 @@ of two, so that there are few graphs. On a CPU the same functions run as they ar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,33 +24,9 @@ from offramp.models.native.fast.tokens import Tables
 from offramp.models.native.fast.weights import Weights
 from offramp.models.native.quantised import linear
 from offramp.models.native.static import capture
+from offramp.models.native.static.caches import FEWEST_SLOTS, Caches, OfCache
 from offramp.models.native.static.inputs import Inputs, padded
 from offramp.models.native.static.segment import Form, Memory, Segment
-
-FEWEST_SLOTS = 256
-"""Slots that a token reads at least, if the cache has so many."""
-
-
-@dataclass(kw_only=True)
-class _OfCache:
-    """The inputs and graphs of one cache, and the tensors to which they belong."""
-
-    weights: Weights
-    memory: Memory
-    inputs: dict[Any, Inputs] = field(default_factory=dict)
-    parts: dict[Any, capture.Part] = field(default_factory=dict)
-
-    def current(self, weights: Weights, cache: KVCache, tables: Tables) -> bool:
-        """Return whether neither the weights nor the cache's tensors were replaced or moved."""
-        held = self.memory
-        return (
-            self.weights is weights
-            and held.keys is cache.keys
-            and held.values is cache.values
-            and held.lengths is cache.lengths
-            and held.cos is tables[0]
-            and held.sin is tables[1]
-        )
 
 
 class StaticSteps:
@@ -66,15 +41,13 @@ class StaticSteps:
         self._fast = fast
         self.capture: bool | None = None
         "Whether parts run as CUDA graphs; None: on a GPU."
-        self._forget()
-
-    def _forget(self) -> None:
+        self.caches = Caches()
         self._heads: dict[Any, tuple[Any, Tensor, capture.Part]] = {}
         self._pool: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop the graphs; a copy makes its own."""
-        return {**vars(self), "_heads": {}, "_pool": None}
+        return {**vars(self), "_heads": {}, "_pool": None, "caches": Caches()}
 
     def fit(self, h: Tensor) -> bool:
         """Return whether these steps run calls on ``h`` (B, T, D).
@@ -207,9 +180,9 @@ class StaticSteps:
             run = of.parts[key] = self._runner(with_segment, h)
         return run()
 
-    def _of(self, cache: KVCache, tables: Tables) -> _OfCache:
+    def _of(self, cache: KVCache, tables: Tables) -> OfCache:
         weights = self._fast.weights.of(cache)
-        kept: _OfCache | None = cache.memo.get(_OfCache)
+        kept: OfCache | None = cache.memo.get(OfCache)
         if kept is None or not kept.current(weights, cache, tables):
             memory = Memory(
                 keys=cache.keys,
@@ -218,14 +191,16 @@ class StaticSteps:
                 cos=tables[0],
                 sin=tables[1],
             )
-            kept = cache.memo[_OfCache] = _OfCache(weights=weights, memory=memory)
+            kept = OfCache(weights=weights, memory=memory)
+            self.caches.keep(cache, kept)
         return kept
 
     def _runner(self, part: capture.Part, h: Tensor) -> capture.Part:
-        graphs = h.is_cuda if self.capture is None else self.capture
-        if graphs and self._pool is None:
+        if not (h.is_cuda if self.capture is None else self.capture):
+            return part
+        if self._pool is None:
             self._pool = capture.new_pool()
-        return capture.runner(part, capture=graphs, pool=self._pool)
+        return capture.captured(part, pool=self._pool, device=h.device)
 
     @property
     def _form(self) -> Form:

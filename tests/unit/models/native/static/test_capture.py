@@ -8,6 +8,8 @@ import torch
 
 from offramp.models.native.static import capture
 
+GPU = torch.device("cuda", 1)
+
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -29,6 +31,11 @@ def gpu(monkeypatch):
         yield
 
     @contextmanager
+    def device(place):
+        events.append(str(place))
+        yield
+
+    @contextmanager
     def graph(held, *, pool, capture_error_mode):
         events.append(f"capture into {pool}")
         yield
@@ -41,6 +48,7 @@ def gpu(monkeypatch):
         "CUDAGraph": Graph,
         "stream": stream,
         "graph": graph,
+        "device": device,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return made
@@ -53,8 +61,9 @@ def test_a_graph_is_made_after_a_run_aside_and_then_only_replayed(gpu):
         gpu.events.append("run")
         return x.add_(1)
 
-    run = capture.runner(part, capture=True, pool="pool")
-    assert gpu.events == ["wait", "aside", "run", "wait", "capture into pool", "run"]
+    run = capture.captured(part, pool="pool", device=GPU)
+    aside, captured = ["wait", "aside", "run", "wait"], ["capture into pool", "run"]
+    assert gpu.events == ["cuda:1", *aside, *captured]
     del gpu.events[:]
     assert run() is x
     assert run() is x
@@ -68,14 +77,9 @@ def test_a_part_that_cannot_be_captured_runs_without_a_graph(gpu):
         return torch.ones(1)
 
     with pytest.warns(UserWarning, match="runs without one, more slowly: operation not permitted"):
-        run = capture.runner(part, capture=True, pool=None)
+        run = capture.captured(part, pool=None, device=GPU)
     assert run is part
 
 
-def test_a_part_runs_as_it_is_on_a_cpu(gpu):
-    def part():
-        return None
-
-    assert capture.runner(part, capture=False) is part
-    assert gpu.events == []
+def test_a_pool_needs_a_gpu():
     assert torch.cuda.is_available() or capture.new_pool() is None
