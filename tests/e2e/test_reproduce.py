@@ -55,7 +55,7 @@ def test_chosen_alphas_take_the_runs_that_another_command_trained(offramp, short
     more = (*plain, "--out", tmp_path / "b", "--alphas", "0.1,0.7", "--thresholds", "0.2,0.9")
     result = offramp(*more)
     assert result.returncode == 0, result.stderr
-    assert "1 training runs to do: about" in result.stderr
+    assert "1 training run to do: about" in result.stderr
     assert "asymmetric, α = 0.1" in result.stdout
     assert {run: run.stat().st_mtime_ns for run in times} == times
     corpora = [read_json(tmp_path / name / "results.json")["corpora"]["pangram"] for name in "ab"]

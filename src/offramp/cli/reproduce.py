@@ -83,7 +83,10 @@ class ReproductionBars:
 
     def on_plan(self, missing: int, jobs: int) -> None:
         """Say how long the work takes."""
-        say(f"{missing} training runs to do: {minutes_text(missing, jobs)}.")
+        from offramp.studies.runs import default_jobs
+
+        runs = f"{missing} training {'run' if missing == 1 else 'runs'}"
+        say(f"{runs} to do: {minutes_text(missing, min(jobs, default_jobs()))}.")
 
     def on_corpus(self, name: str, total: int) -> None:
         """A corpus begins."""
