@@ -19,7 +19,7 @@ from offramp.models.work import Work
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Numbers of tokens per call for which a part is timed."""
-_FEW = 6  # of them, for the parts of an exit if the tokens are not rows of a batch
+_FEW = 6  # of them, for the last head if the tokens are not rows of a batch: it verifies drafts
 BANDWIDTH_BYTES = 1 << 30
 
 
@@ -155,7 +155,9 @@ class Timer:
         def logits(h: Tensor) -> None:
             self.model.unembed(h, layer)
 
-        return self._part(self.cost.heads[layer], self._at_exit(layer, logits))
+        several = layer == self.model.num_layers and not self.rows
+        seconds = self._at_exit(layer, logits, TOKENS[:_FEW] if several else None)
+        return self._part(self.cost.heads[layer], seconds)
 
     def evaluations(self, confidence: str) -> dict[int, Part]:
         """Time the confidence at each exit, with the head or gate that it reads, by exit layer.
@@ -218,8 +220,11 @@ class Timer:
     def _at_exit(
         self, layer: int, part: Callable[[Tensor], object], counts: Sequence[int] | None = None
     ) -> dict[int, float]:
-        """Return the seconds of a part, by tokens, each time after the blocks below the exit."""
-        counts = counts or (TOKENS if self.rows else TOKENS[:_FEW])
+        """Return the seconds of a part, by tokens, each time after the blocks below the exit.
+
+        By default they are those of the tokens that can be at an exit together: one of each row.
+        """
+        counts = counts or (TOKENS if self.rows else (1,))
         one, step = _states(self.model, self.context, (1, 1))
         below = partial(self.model.run_layers, one, 0, layer, step=step)
         states = {count: _states(self.model, self.context, (count, 1))[0] for count in counts}

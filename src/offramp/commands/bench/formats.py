@@ -1,6 +1,6 @@
 """The weight formats in which one model is timed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,19 @@ def format_of(opened: OpenedModel) -> str:
     return opened.weights or opened.precision
 
 
-def in_formats(opened: OpenedModel, wanted: Iterable[str]) -> dict[str, OpenedModel]:
+def in_formats(
+    opened: OpenedModel, wanted: Iterable[str], note: Callable[[str], None] = lambda text: None
+) -> dict[str, OpenedModel]:
     """Return the model in each of these formats, by their names; in its own if none is named.
 
     What is not quantised is in float32, or in the precision of a model that is quantised already.
     Raises ConfigError for another format of a model in memory or of files with quantised weights.
     """
-    own = format_of(opened)
-    return {name: opened if name == own else _in_format(opened, name) for name in wanted or (own,)}
+    own, found = format_of(opened), {}
+    for name in wanted or (own,):
+        note(f"{name}: weights")
+        found[name] = opened if name == own else _in_format(opened, name)
+    return found
 
 
 def _in_format(opened: OpenedModel, name: str) -> OpenedModel:

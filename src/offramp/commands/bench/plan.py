@@ -1,6 +1,6 @@
 """The methods that one run of ``offramp bench`` compares."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -39,12 +39,16 @@ class Plan:
     "The peers that could not be prepared, with the reason."
 
 
-def plan_of(tasks: Sequence[Task]) -> Plan:
+OnNote = Callable[[str], None]
+"""Called with what is prepared at the moment."""
+
+
+def plan_of(tasks: Sequence[Task], note: OnNote = lambda text: None) -> Plan:
     """Choose every method: full depth, exits, drafts, and those of other packages.
 
     ``tasks`` are the weight formats; packages that run the PyTorch model run the first one.
     """
-    ours = [method for task in tasks for method in _own_methods(task)]
+    ours = [method for task in tasks for method in _own_methods(task, note)]
     exits = [method.threshold for method in ours if method.threshold is not None]
     first = tasks[0]
     peers = _Peers(first, _drafting(first), (exits or [0.9])[-1])
@@ -56,7 +60,7 @@ def _drafting(task: Task) -> int:
     return chosen if chosen is not None else (task.early_exits or (0,))[0]
 
 
-def _own_methods(task: Task) -> Iterator[Method]:
+def _own_methods(task: Task, note: OnNote) -> Iterator[Method]:
     """Full depth, exits by each confidence measure, and drafts, in one weight format.
 
     Under ``recompute`` only the first measure is timed, and options for thresholds are for it.
@@ -67,6 +71,7 @@ def _own_methods(task: Task) -> Iterator[Method]:
         main = confidence == task.confidences[0]
         thresholds = [float(each) for each in map(task.threshold, config.thresholds) if main]
         if early and config.compute_pct is not None:
+            note(f"{task.weights}: threshold of {confidence} for {config.compute_pct:g}%")
             thresholds.append(threshold_for(config.compute_pct, task, confidence))
         ways = (EXACT,) if complete(task.model) else MISSING_KV if main else MISSING_KV[:1]
         for threshold in dict.fromkeys(thresholds):

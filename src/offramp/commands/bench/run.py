@@ -11,7 +11,7 @@ from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.formats import in_formats
 from offramp.commands.bench.llama import LlamaFile, find_gguf, llama_methods, missing_extra
 from offramp.commands.bench.llama_process import LlamaCrashError
-from offramp.commands.bench.plan import Plan, check_options, plan_of
+from offramp.commands.bench.plan import OnNote, Plan, check_options, plan_of
 from offramp.commands.bench.rounds import OnRun, Rounds
 from offramp.commands.bench.rows import Compared, rows_of
 from offramp.commands.bench.summary import summary_of
@@ -34,13 +34,21 @@ def run_bench(
     on_run: OnRun = lambda done, total, name: None,
     on_round: OnRound = lambda content: None,
 ) -> dict[str, Any]:
-    """What ``offramp bench`` writes: a row for each method, and what the machine allows."""
+    """What ``offramp bench`` writes: a row for each method, and what the machine allows.
+
+    ``on_run`` is called before each run, as in ``Rounds``, and before them with what is prepared,
+    as 0 of 1.
+    """
+
+    def note(text: str) -> None:
+        on_run(0, 1, text)
+
     failed = missing_extra(opened, config)
     try:
         gguf = find_gguf(opened, config)
     except LlamaCrashError as error:
         gguf, failed["llama_cpp"] = None, str(error)
-    tasks = tasks_of(opened, corpus_name, config)
+    tasks = tasks_of(opened, corpus_name, config, note)
     about = {
         "dtype": tasks[0].weights,
         "untrained": not opened.exits_trained,
@@ -49,7 +57,7 @@ def run_bench(
         "environment": environment(str(opened.model.device)),
     }
     with ExitStack() as stack:
-        plan = plan_with(tasks, gguf, stack)
+        plan = plan_with(tasks, gguf, stack, note)
         plan.failed.update(failed)
         content = time_tasks(
             tasks, plan, on_run=on_run, on_round=lambda so_far: on_round(so_far | about)
@@ -57,7 +65,12 @@ def run_bench(
     return content | about
 
 
-def tasks_of(opened: OpenedModel, corpus_name: str, config: BenchConfig) -> list[Task]:
+def tasks_of(
+    opened: OpenedModel,
+    corpus_name: str,
+    config: BenchConfig,
+    note: OnNote = lambda text: None,
+) -> list[Task]:
     """Return the task of each weight format, all of which decode the same prompts."""
     ids = read_text(opened, corpus_name).ids
     place: dict[str, Any] = {
@@ -77,18 +90,24 @@ def tasks_of(opened: OpenedModel, corpus_name: str, config: BenchConfig) -> list
             long_prompts=long_prompts,
             windows=measured,
         )
-        for weights, each in in_formats(opened, config.weights).items()
+        for weights, each in in_formats(opened, config.weights, note).items()
     ]
     check_options(tasks[0])
     return tasks
 
 
-def plan_with(tasks: Sequence[Task], gguf: LlamaFile | None, stack: ExitStack) -> Plan:
+def plan_with(
+    tasks: Sequence[Task],
+    gguf: LlamaFile | None,
+    stack: ExitStack,
+    note: OnNote = lambda text: None,
+) -> Plan:
     """Return every method, those of llama.cpp last; ``stack`` ends what they need."""
-    plan = plan_of(tasks)
+    plan = plan_of(tasks, note)
     if gguf is None:
         return plan
     first = tasks[0]
+    note("llama.cpp: " + ", ".join(first.config.llama_cpp))
     methods, failed = llama_methods(gguf, first.config, windows=first.windows, stack=stack)
     return Plan(methods=[*plan.methods, *methods], failed=plan.failed | failed)
 
@@ -102,7 +121,10 @@ def time_tasks(
     """
     bandwidth = measure_bandwidth(tasks[0].model.device)
     rounds = Rounds(tasks[0], plan, on_run=on_run)
-    clocks = {task.weights: measure_clocks(task, bandwidth) for task in tasks}
+    clocks = {}
+    for task in tasks:
+        on_run(0, 1, f"{task.weights}: times of the parts")
+        clocks[task.weights] = measure_clocks(task, bandwidth)
 
     def tell() -> None:
         if all(each.samples for each in rounds.full):

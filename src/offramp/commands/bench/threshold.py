@@ -1,53 +1,73 @@
 """Finds the threshold at which decoding runs a given share of the layers."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 
 from offramp.commands.bench.task import Task
-from offramp.data import batches
 from offramp.errors import ConfigError
 from offramp.evaluation.trace import collect_trace
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate_batch
 
-_SEARCH = 7
-"""Number of times that the range of thresholds is halved; each decodes a few prompts."""
-_QUANTILES = np.linspace(0.0, 1.0, 2**_SEARCH + 1)
-_TRACED_TOKENS = 2048
-_PROMPTS = 4
+_PROMPTS, _TEXTS = 4, 3
+"""Prompts that are decoded together, and how often at most."""
+_CLOSE = 1.5
+"""A share is right if it is at most so many percentage points off."""
+_QUANTILES = np.linspace(0.0, 1.0, 1025)
 
 
 def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
-    """The threshold of a measure at which decoding runs about ``compute_pct`` of the layers.
+    """Return the threshold of a measure at which decoding runs about this percentage of the layers.
 
-    A binary search over quantiles of the confidence at the exits on the prompts. Each candidate
-    decodes the first prompts, because the share depends on the text that the model generates.
+    The share depends on the text that the model generates, and that text on the threshold. So the
+    first threshold is that of the prompts' own tokens; with it the first prompts are decoded,
+    together, and the next threshold is that of the new tokens. The one that came closest is
+    returned, after a few texts at most.
     """
-    ladder = np.quantile(_scores(task, confidence), _QUANTILES)
-    low, high = 0, len(ladder) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        share = _share(task, float(ladder[middle]), confidence)
-        low, high = (low, middle) if share > compute_pct else (middle, high)
-    return float(f"{ladder[low]:.4g}")
-
-
-def _scores(task: Task, confidence: str) -> np.ndarray:
-    """The confidence (exits - 1, tokens) at every exit but the last, on the prompts."""
-    ids = torch.tensor([token for batch in task.prompts for prompt in batch for token in prompt])
-    if len(ids) < 2:
+    prompts = [prompt for batch in task.prompts for prompt in batch][:_PROMPTS]
+    if len(prompts) * len(prompts[0]) < 2:
         raise ConfigError("prompt_tokens: expected at least 2 with one prompt, got 1")
-    length = min(task.config.prompt_tokens, len(ids) - 1)
-    trace = collect_trace(
-        task.model,
-        batches(ids[: _TRACED_TOKENS + 1], seq_len=length, batch_size=4),
-        measures=(confidence,),
-        fitted=task.fitted,
-    )
+    if len(prompts[0]) < 2:  # then the prompts are one text
+        prompts = [[token for prompt in prompts for token in prompt]]
+    new = task.config.max_new_tokens - 1  # the first one comes from the prompt, at full depth
+    scores = _scores(task, confidence, prompts, new=None)
+    tried = []
+    for _ in range(_TEXTS):
+        threshold = float(f"{_threshold(compute_pct, task, scores):.4g}")
+        config = GenerateConfig(max_new_tokens=new + 1, threshold=threshold, confidence=confidence)
+        completions, work = generate_batch(task.model, prompts, config, fitted=task.fitted)
+        share = 100.0 * work.layers_run / task.model.num_layers / (new * len(prompts))
+        tried.append((abs(share - compute_pct), threshold))
+        if tried[-1][0] < _CLOSE:
+            break
+        texts = [[*of, *end.ids] for of, end in zip(prompts, completions, strict=True)]
+        scores = _scores(task, confidence, texts, new=new)
+    return min(tried)[1]
+
+
+def _scores(
+    task: Task, confidence: str, texts: Sequence[Sequence[int]], *, new: int | None
+) -> Float[NDArray[np.float32], "E N"]:
+    """Return the confidence at each early exit, for the last ``new`` tokens of each text."""
+    windows = []
+    for text in texts:
+        ids = torch.tensor([list(text)], device=task.model.device)
+        windows.append((ids[:, :-1], ids[:, 1:] if new is None else ids[:, -new:]))
+    trace = collect_trace(task.model, windows, measures=(confidence,), fitted=task.fitted)
     return trace.scores(confidence)[:-1]
 
 
-def _share(task: Task, threshold: float, confidence: str) -> float:
-    """The share of the layers that run at a threshold, in percent."""
-    method = task.method("", threshold=threshold, confidence=confidence)
-    samples = [method.run(batch) for batch in task.prompts[:_PROMPTS]]
-    run = sum(sample.work.layers_run for sample in samples if sample.work)
-    return 100.0 * run / task.model.num_layers / sum(sample.count for sample in samples)
+def _threshold(compute_pct: float, task: Task, scores: Float[NDArray[np.float32], "E N"]) -> float:
+    """Return the threshold at which these tokens run about this percentage of the layers."""
+    best = np.maximum.accumulate(
+        scores, axis=0
+    )  # a token has left where this reaches the threshold
+    ladder = np.quantile(scores, _QUANTILES)
+    later = np.diff(task.model.exit_layers) / task.model.num_layers
+    stayed = (best[:, :, None] < ladder.astype(scores.dtype)).mean(axis=1)  # (E, thresholds)
+    shares = 100.0 * (task.model.exit_layers[0] / task.model.num_layers + later @ stayed)
+    return float(ladder[np.abs(shares - compute_pct).argmin()])
