@@ -5,7 +5,8 @@
    of a token are one word that all its lanes share: the sum of a group needs no shuffle. Sums of a
    group are exact; those of the groups are added in float32 in one order for every number of tokens.
 
-   The best instructions are chosen when a process starts: AVX512-VNNI, AVX-VNNI, AVX2, or none. */
+   The best instructions are chosen when a process starts: AMX (tiles.h), AVX512-VNNI, AVX-VNNI, AVX2,
+   or none. */
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
@@ -13,7 +14,7 @@
 #endif
 
 #define ROWS 16
-#define MOST_KIND 3
+#define MOST_KIND 4
 #define MOST_CODE 16256.0f /* 128 x 127 */
 #define AT_ONCE 8 /* tokens whose sums fit into the registers */
 #define QUANTISED_AHEAD 2048
@@ -229,6 +230,8 @@ PRODUCTS(avx_vnni_products, dot_avx_vnni, WITH_AVX_VNNI)
 PRODUCTS(avx512_vnni_products, dot_avx512_vnni, WITH_AVX512_VNNI)
 #endif
 
+#include "tiles.h"
+
 typedef void (*Products)(const int8_t *, Matrix, int, float *, long, long, long, long, long);
 
 static Products quantised_products;
@@ -252,6 +255,12 @@ static int choose_products(int most) {
     quantised_products = avx512_vnni_products_of_blocks;
     kind = 3;
   }
+#ifdef TILES
+  if (most >= 4 && kind == 3 && has_tiles()) {
+    quantised_products = tile_products_of_blocks;
+    kind = 4;
+  }
+#endif
 #endif
   return kind;
 }

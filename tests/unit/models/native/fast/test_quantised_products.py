@@ -15,8 +15,8 @@ from offramp.models.native.quantised import SCHEMES, quantise_weight
 pytestmark = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
 
 SIZES = [(24, 16), (5, 3), (1, 1), (64, 40), (300, 333)]
-KINDS = range(4)
-"""No instructions of their own, AVX2, AVX-VNNI, AVX512-VNNI: see quantised.h."""
+KINDS = range(5)
+"""No instructions of their own, AVX2, AVX-VNNI, AVX512-VNNI, AMX: see quantised.h."""
 
 
 @pytest.fixture(params=[1, 4], ids="{} threads".format)
@@ -73,15 +73,29 @@ def test_a_product_is_that_of_the_numbers(scheme, outputs, inputs, before):
         assert torch.equal(kernels.linear(few, w, norm=norm, eps=1e-6), alone)
 
 
+@pytest.mark.usefixtures("_kind", "_threads")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 3), (64, 40), (300, 333), (1100, 1056)])
+def test_a_token_of_a_prompt_is_that_of_a_step(scheme, outputs, inputs):
+    """Prompts and steps are the same numbers, so thresholds and PPL of either hold for both."""
+    w, x = quantise_weight(numbers(outputs, inputs), scheme), numbers(100, inputs, seed=2)
+    whole = kernels.linear(x, w)
+    few = torch.cat([kernels.linear(part, w) for part in x.split(7)])
+    assert torch.equal(whole, few)
+    for tokens in (15, 16, 17, 33):
+        assert torch.equal(kernels.linear(x[:tokens], w), few[:tokens])
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.usefixtures("_kind")
-def test_what_is_no_number_stays_none(scheme, wrong):
-    w, x = quantise_weight(numbers(20, 70), scheme), numbers(2, 70)
+def test_what_is_no_number_stays_none(scheme, wrong, tokens):
+    w, x = quantise_weight(numbers(20, 70), scheme), numbers(tokens, 70)
     x[0, 65] = wrong
     got = kernels.linear(x, w)
     assert got[0].isnan().all()
-    assert got[1].isfinite().all()
+    assert got[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
