@@ -34,7 +34,7 @@ from offramp.models.sources import Source
 
 VOCABULARY = 13
 FAKE = r"""
-import ctypes, json, os, signal, types
+import ctypes, json, os, signal, time, types
 os.write(1, b"hello from the library\n")
 LLAMA_FTYPE_ALL_F32, LLAMA_FTYPE_MOSTLY_BF16 = 0, 32
 LLAMA_FTYPE_MOSTLY_Q8_0, LLAMA_FTYPE_MOSTLY_Q4_1 = 7, 3
@@ -60,6 +60,8 @@ def step(about, name):
         os.kill(os.getpid(), getattr(signal, about["signal"]))
     if about.get("exit") == name:
         os._exit(3)
+    if about.get("hang") == name:
+        time.sleep(600)
 
 
 def llama_model_default_params():
@@ -394,6 +396,34 @@ def test_a_crash_when_it_decodes_leaves_the_other_rows(fake, opened, gguf):
     assert [(each.method.name, len(each.every)) for each in rounds.timed] == [("full", 2)]
 
 
+def test_a_format_that_hangs_is_named_and_leaves_the_other_rows(fake, opened, gguf, monkeypatch):
+    config = config_of(gguf(hang="decode"), llama_cpp=("f32", "q4_1"))
+    task = Task(model=opened.model, fitted=NOTHING_FITTED, config=config, prompts=PROMPTS)
+    with ExitStack() as stack:
+        file = find_gguf(opened, config)
+        methods, failed = llama_methods(file, config, windows=[], stack=stack)
+        assert not failed
+        monkeypatch.setattr(llama_process, "LIMIT_SECONDS", 0.6)
+        rounds = Rounds(task, Plan(methods=[task.full(), *methods], failed={}), on_run=print)
+        rounds.run(lambda: None)
+    sentence = "llama.cpp gave no answer within 0.01 minutes when it decoded"
+    assert rounds.failed == {"llama_cpp_f32": sentence, "llama_cpp_q4_1": sentence}
+    assert [(each.method.name, len(each.every)) for each in rounds.timed] == [("full", 2)]
+
+
+@pytest.mark.parametrize("step", ["quantise", "load"])
+def test_a_format_that_hangs_when_it_is_prepared_is_named(fake, opened, gguf, monkeypatch, step):
+    config = config_of(gguf(hang=step), llama_cpp=("f32",))
+    file = find_gguf(opened, config)
+    monkeypatch.setattr(llama_process, "LIMIT_SECONDS", 6.0)
+    with ExitStack() as stack:
+        methods, failed = llama_methods(file, config, windows=[], stack=stack)
+    assert not methods
+    assert re.search(
+        "no answer within 0.1 minutes when it (converted|loaded) the model", str(failed)
+    )
+
+
 def test_a_library_that_crashes_or_is_broken_is_named_by_the_run(
     fake, opened, gguf, monkeypatch, tmp_path
 ):
@@ -419,7 +449,7 @@ def test_the_library_prints_nothing_and_ends_with_its_folder(
         [method] = [each for each in plan.methods if each.name == "llama_cpp_f32"]
         assert method.run(PROMPTS[0]).tokens
         assert len(psutil.Process().children()) == len(before) + 1
-        assert [path.name for path in tmp_path.glob("offramp-gguf-*/*")] == ["f32.gguf"]
+        assert list(tmp_path.glob("offramp-gguf-*")) == []  # what was loaded is not kept
     printed = capfd.readouterr()
     assert "library" not in printed.out + printed.err
     assert psutil.Process().children() == before

@@ -109,10 +109,8 @@ def llama_methods(
 ) -> tuple[list[Method], dict[str, str]]:
     """Return llama.cpp's methods, and those that do not run here, with the reason.
 
-    Files in other formats are in a temporary folder, and each format in a process of its own;
-    ``stack`` ends both.
+    Each format runs in a process of its own, which ``stack`` ends.
     """
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="offramp-gguf-")))
     methods, failed = [], {}
     longest = max([config.prompt_tokens + config.max_new_tokens, config.prefill_tokens or 1])
     length = max([longest, *(inputs.shape[1] for inputs, _ in windows)])
@@ -120,7 +118,7 @@ def llama_methods(
         process = LlamaProcess()
         stack.callback(process.close)
         try:
-            size = _loaded(process, file, kind, folder, length=length, rows=config.batch_size)
+            size = _loaded(process, file, kind, length=length, rows=config.batch_size)
         except LlamaError as error:
             failed[f"llama_cpp_{kind}"] = str(error)
             continue
@@ -129,15 +127,19 @@ def llama_methods(
     return methods, failed
 
 
-def _loaded(
-    process: LlamaProcess, file: LlamaFile, kind: str, folder: Path, *, length: int, rows: int
-) -> float:
-    """Load the model in a format, converted first if the file has another one; its bytes."""
+def _loaded(process: LlamaProcess, file: LlamaFile, kind: str, *, length: int, rows: int) -> float:
+    """Load the model in a format, converted first if the file has another one; its bytes.
+
+    A converted file is removed as soon as it is loaded: llama.cpp has it in memory, or keeps it
+    open. So it does not outlive a run that is killed later.
+    """
     path, threads = file.path, torch.get_num_threads()
-    if file.file_type != _FILE_TYPES[kind]:
-        path = folder / f"{kind}.gguf"
-        process.request("quantise", gguf=str(file.path), out=str(path), kind=kind, threads=threads)
-    loaded = process.request("load", gguf=str(path), threads=threads, length=length, rows=rows)
+    with TemporaryDirectory(prefix="offramp-gguf-", ignore_cleanup_errors=True) as folder:
+        if file.file_type != _FILE_TYPES[kind]:
+            path = Path(folder) / f"{kind}.gguf"
+            source = {"gguf": str(file.path), "kind": kind, "threads": threads}
+            process.request("quantise", out=str(path), **source)
+        loaded = process.request("load", gguf=str(path), threads=threads, length=length, rows=rows)
     return float(loaded["bytes"])
 
 

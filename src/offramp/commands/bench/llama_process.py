@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from offramp.errors import CheckpointError, ConfigError
@@ -19,6 +20,8 @@ from offramp.reading import open_regular
 MODULES = ("llama_cpp", "gguf")
 """Modules of the packages of the extra ``bench``."""
 PACKAGES = "llama-cpp-python and gguf, which are not both installed; pip install 'offramp[bench]'"
+LIMIT_SECONDS = 900.0
+"""A process that has not answered a request after so many seconds hangs, and is ended."""
 _MAGIC = b"GGUF"
 _STEPS = {
     "describe": "when it read the file",
@@ -53,7 +56,7 @@ class LlamaError(Exception):
 
 
 class LlamaCrashError(LlamaError):
-    """The process of llama.cpp ended, or llama.cpp cannot be imported."""
+    """The process of llama.cpp ended or hung, or llama.cpp cannot be imported."""
 
 
 class LlamaProcess:
@@ -74,22 +77,44 @@ class LlamaProcess:
         )
 
     def request(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Return the answer to a request. Raises LlamaError if it fails or the process ends."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        """Return the answer to a request.
+
+        Raises LlamaError if it fails, the process ends, or ``LIMIT_SECONDS`` pass; then it ends.
+        """
+        late: list[bool] = []
+
+        def end() -> None:
+            late.append(True)
+            self._process.kill()
+
+        timer = Timer(LIMIT_SECONDS, end)
+        timer.daemon = True
+        timer.start()
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
+            answer = self._answer(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        finally:
+            timer.cancel()
         if not answer.endswith(b"\n"):
+            if late:
+                limit = f"{LIMIT_SECONDS / 60:g} minutes"
+                raise LlamaCrashError(f"llama.cpp gave no answer within {limit} {_STEPS[do]}")
             raise LlamaCrashError(f"llama.cpp {_ended(self._process.wait())} {_STEPS[do]}")
         content: dict[str, Any] = json.loads(answer)
         if "error" in content:
             kind = LlamaError if content["imported"] else LlamaCrashError
             raise kind(content["error"])
         return content
+
+    def _answer(self, request: bytes) -> bytes:
+        """Return the line that answers a request; less than a line if the process ends."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except BrokenPipeError:
+            return b""
 
     def close(self) -> None:
         """End the process."""

@@ -1,13 +1,15 @@
 """Finds the threshold at which decoding runs a given share of the layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from offramp.commands.bench.task import Task
+from offramp.data import batches
 from offramp.errors import ConfigError
 from offramp.evaluation.trace import collect_trace
 from offramp.generation.config import GenerateConfig
@@ -28,13 +30,11 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
     together, and the next threshold is that of the new tokens. The one that came closest is
     returned, after a few texts at most.
     """
-    prompts = [prompt for batch in task.prompts for prompt in batch][:_PROMPTS]
-    if len(prompts) * len(prompts[0]) < 2:
-        raise ConfigError("prompt_tokens: expected at least 2 with one prompt, got 1")
-    if len(prompts[0]) < 2:  # then the prompts are one text
-        prompts = [[token for prompt in prompts for token in prompt]]
+    prompts = [list(prompt) for batch in task.prompts for prompt in batch][:_PROMPTS]
+    shortest = min(map(len, prompts))
+    prompts = [prompt[-shortest:] for prompt in prompts]
     new = task.config.max_new_tokens - 1  # the first one comes from the prompt, at full depth
-    scores = _scores(task, confidence, prompts, new=None)
+    scores = _scores(task, confidence, _windows(task, prompts))
     tried = []
     for _ in range(_TEXTS):
         threshold = float(f"{_threshold(compute_pct, task, scores):.4g}")
@@ -44,19 +44,24 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
         tried.append((abs(share - compute_pct), threshold))
         if tried[-1][0] < _CLOSE:
             break
-        texts = [[*of, *end.ids] for of, end in zip(prompts, completions, strict=True)]
-        scores = _scores(task, confidence, texts, new=new)
+        pairs = zip(prompts, completions, strict=True)
+        texts = torch.tensor([[*prompt, *completion.ids] for prompt, completion in pairs])
+        scores = _scores(task, confidence, [(texts[:, :-1], texts[:, -new:])])
     return min(tried)[1]
 
 
+def _windows(task: Task, prompts: Sequence[Sequence[int]]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return the tokens of the prompts, one after the other, in windows of a prompt's length."""
+    ids = torch.tensor([token for prompt in prompts for token in prompt])
+    if len(ids) < 2:
+        raise ConfigError("prompt_tokens: expected at least 2 with one prompt, got 1")
+    return batches(ids, seq_len=min(task.config.prompt_tokens, len(ids) - 1), batch_size=_PROMPTS)
+
+
 def _scores(
-    task: Task, confidence: str, texts: Sequence[Sequence[int]], *, new: int | None
+    task: Task, confidence: str, windows: Iterable[tuple[Tensor, Tensor]]
 ) -> Float[NDArray[np.float32], "E N"]:
-    """Return the confidence at each early exit, for the last ``new`` tokens of each text."""
-    windows = []
-    for text in texts:
-        ids = torch.tensor([list(text)], device=task.model.device)
-        windows.append((ids[:, :-1], ids[:, 1:] if new is None else ids[:, -new:]))
+    """Return the confidence at each early exit, for the tokens that are predicted."""
     trace = collect_trace(task.model, windows, measures=(confidence,), fitted=task.fitted)
     return trace.scores(confidence)[:-1]
 

@@ -21,6 +21,7 @@
 
 typedef int32_t ints16 __attribute__((vector_size(64)));
 typedef uint16_t halves16 __attribute__((vector_size(32)));
+typedef int8_t bytes8 __attribute__((vector_size(LANES)));
 
 /* A weight: numbers, or codes with scales (and minimums); see quantised_weight.py. */
 typedef struct {
@@ -61,7 +62,10 @@ static void to_codes(const float *x, int8_t *record, long inputs, int format, lo
       const ints code = (ints)(whole * turns + 12582912.0f) - 0x4b400000;
       total += code;
       const ints upper = (code + 64) >> 7, lower = code - (upper << 7);
-      for (int k = 0; k < LANES; k++) high[i + k] = (int8_t)upper[k], low[i + k] = (int8_t)lower[k];
+      const bytes8 upper_byte = __builtin_convertvector(upper, bytes8);
+      const bytes8 lower_byte = __builtin_convertvector(lower, bytes8);
+      memcpy(high + i, &upper_byte, sizeof upper_byte);
+      memcpy(low + i, &lower_byte, sizeof lower_byte);
     }
     int32_t codes = 0;
     for (int k = 0; k < LANES; k++) codes += total[k];

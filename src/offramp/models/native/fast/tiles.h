@@ -127,7 +127,7 @@ WITH_TILES static void tile_products_of_blocks(const int8_t *records, const Matr
   const long groups = groups_of(inputs), record = record_of(inputs);
   const long fit = TILE_CACHED / (groups * 4 * ROWS * 8 + 1) + 1;
   GroupScales *scales = NULL;
-  long whole = first < last ? tokens / TILE_TOKENS * TILE_TOKENS : 0;
+  long whole = groups && first < last ? tokens / TILE_TOKENS * TILE_TOKENS : 0;
   if (whole && !(scales = malloc(groups * sizeof *scales))) whole = 0;
   if (whole) {
     const TileConfig config = {.palette = 1,
