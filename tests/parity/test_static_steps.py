@@ -80,7 +80,7 @@ def decoded(model, ids, parts, cache, *, cuts=()):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_calls_of_any_size_equal_whole_sequences(make_model, make_ids, static, name, dtype, batch):
     model = static(make_model(dtype=dtype, **MODELS[name]))
-    parts = (1, 4, 5, 9, 10, 12)
+    parts = (1, 5, 8, 9, 12)  # 3 tokens, which are padded, after 4
     ids = make_ids(batch, parts[-1])
     got = decoded(model, ids, parts, model.make_cache(batch, 12), cuts=(1,))
     close(got, states(model, ids)[model.num_layers])
@@ -377,3 +377,17 @@ def test_weights_that_are_replaced_get_new_graphs(model, make_ids, graphs):
     wanted = states(model, ids)[3]
     close(decoded(model, ids, (1, 12), model.make_cache(1, 12)), wanted)
     assert graphs.made == 2 * made
+
+
+def test_sharded_weights_run_in_the_blocks(model):
+    """Their addresses change, so no graph may hold them."""
+
+    class Shard(torch.nn.Parameter):
+        pass
+
+    h = torch.zeros(1, 2, 16, dtype=torch.float64)
+    assert model.few_tokens.of(h) is model.few_tokens.static
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = Shard(projection.weight.data)
+    assert model.few_tokens.of(h) is None
+    assert not model.fills_beside(2)

@@ -67,10 +67,10 @@ class StaticSteps:
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        """The precision of the weights; None if they are quantised."""
+        """The precision of the weights; None if they are quantised, or shards of a parallel run."""
         block: Any = self._fast.blocks[0]
         weight = block.self_attn.q_proj.weight
-        return weight.dtype if isinstance(weight, Tensor) else None
+        return weight.dtype if type(weight) in (Tensor, nn.Parameter) else None
 
     def run(
         self,
