@@ -95,6 +95,25 @@ def test_speculation_gives_the_text_without_drafts(model, graphs, temperature):
     assert eager == static
 
 
+def test_rows_with_drafts_share_a_cache_with_rows_that_leave(model, graphs):
+    options = {"max_new_tokens": 10}
+    configs = (
+        GenerateConfig(**options, speculative=True, draft_threshold=0.1, adaptive=False),
+        GenerateConfig(**options, threshold=0.28),
+        GenerateConfig(**options, threshold=0.28, missing_kv="recompute"),
+    )
+
+    def decode():
+        engine = Engine(model, EngineConfig(slots=3, capacity=24))
+        requests = [engine.submit(*each) for each in zip(PROMPTS, configs, strict=True)]
+        for _ in engine.run():
+            pass
+        return texts([request.completion for request in requests])
+
+    eager, static = both(model, graphs, decode)
+    assert eager == static
+
+
 def test_a_batch_by_gain_leaves_alike(model, graphs):
     random = torch.Generator().manual_seed(5)
     gates = {}

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from offramp.errors import ConfigError, GenerationError
 from offramp.generation.config import GenerateConfig, SamplingConfig
 from offramp.generation.generate import generate
-from offramp.generation.sampling import Sampler, distribution, penalise
+from offramp.generation.sampling import Sampler, distribution, likeliest_with, penalise
 from offramp.generation.speculative import SpeculativeDecoder
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
@@ -85,6 +85,27 @@ def test_draws_have_the_distribution():
     assert counts[3] == 0
     there = expected > 0
     assert chisquare(counts[there], 4000 * expected[there] / expected.sum()).pvalue > 0.01
+
+
+def test_the_likeliest_tokens_come_with_other_numbers_of_their_rows():
+    logits = torch.stack((LOGITS, -LOGITS)).bfloat16()
+    found, [others] = likeliest_with(logits, torch.tensor([0.1, math.nan]))
+    assert found == [(3.0, 1), (1.0, 3)]
+    assert others[0] == torch.tensor(0.1).item()
+    assert math.isnan(others[1])
+    vocab = torch.tensor([40, 41, 42, 43, 44])
+    assert likeliest_with(logits, vocab=vocab) == ([(3.0, 41), (1.0, 43)], [])
+
+
+def test_a_known_likeliest_token_is_taken_unless_it_is_penalised_or_drawn():
+    known = (3.0, 4)
+    assert sampler().choose(LOGITS, 0, likeliest=known) == 4
+    assert sampler(repetition_penalty=2.0).choose(LOGITS, 0, likeliest=known) == 1
+    alone, given = sampler(temperature=1.0), sampler(temperature=1.0)
+    drawn = [given.choose(LOGITS, index, likeliest=known) for index in range(20)]
+    assert drawn == [alone.choose(LOGITS, index) for index in range(20)]
+    with pytest.raises(GenerationError, match="got nan"):
+        sampler().choose(LOGITS, 0, likeliest=(math.nan, 4))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
