@@ -22,6 +22,8 @@ from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.fast import kernels
 from offramp.models.native.fast.kernel_weights import KernelWeights
+from offramp.models.native.quantise import quantised
+from offramp.models.native.quantised import SCHEMES, QuantisedWeight, quantise_weight
 
 SHAPE = {
     "vocab_size": 13,
@@ -180,6 +182,7 @@ def named_cases() -> Iterator[Call]:
     models = (
         ("native", native()),
         ("shared keys and values", native(kv_source_layer=1)),
+        *((scheme, quantised(native(), scheme)) for scheme in SCHEMES),
         ("transformers", hugging_face()),
     )
     for kind, model in models:
@@ -200,8 +203,20 @@ def ids_by_steps(model: Any, ids: torch.Tensor) -> Any:
 # Random calls of the kernels' entry points.
 
 
-def changed(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """A tensor of another shape, type, order in memory, place or content."""
+def changed(tensor: Any, rng: random.Random) -> Any:
+    """A tensor of another shape, type, order in memory, place or content.
+
+    A quantised weight becomes one of other rows or of another scheme, or a tensor.
+    """
+    if isinstance(tensor, QuantisedWeight):
+        rows, inputs = tensor.shape
+        return rng.choice(
+            (
+                tensor[: rows // 2],
+                tensor.dequantised(),
+                *(quantise_weight(torch.randn(rows, inputs + more), "int8") for more in (0, 1)),
+            )
+        )
     kind = rng.choice(("dtype", "cut", "grown", "transposed", "strided", "meta", "flat", "values"))
     if kind == "dtype":
         types = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32)
@@ -242,6 +257,9 @@ def random_call(rng: random.Random) -> Call:
         ]
         for _ in range(layers)
     ]
+    scheme = rng.choice((None, None, *SCHEMES))
+    if scheme is not None:
+        weights = [[*(quantise_weight(w, scheme) for w in of[:4]), *of[4:]] for of in weights]
     above = rng.choice((0, 0, 1, 2))  # blocks that share the keys and values of the last layer
     weights += [[weights[0][0][: heads * size], *weights[0][1:]] for _ in range(above)]
     cache_layers = layers if rng.random() < 0.8 else rng.choice((None, 0, 1, 3, -1, 2**40))

@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from offramp.data.tokenizer import character_tokenizer
-from offramp.errors import ConfigError, GenerationError, QueueFullError
+from offramp.errors import (
+    ConfigError,
+    GenerationError,
+    QueueFullError,
+    UnsupportedArchitectureError,
+)
 from offramp.generation import prefill as prefills
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.engine import Engine
-from offramp.generation.generate import generate
+from offramp.generation.generate import generate, generate_batch
 from offramp.generation.prefill import Prefill
+from offramp.models.huggingface.model import HuggingFaceModel
 
 MODES = [
     {},
@@ -402,3 +408,25 @@ def test_memory_stays_flat_over_many_requests(model):
     tracemalloc.stop()
     assert sizes[2] - sizes[1] < 12_000  # a request would keep more than 1 KB
     assert many.cache_bytes == held == many.cache.keys.nbytes * 2
+
+
+def test_a_model_that_runs_only_whole_is_refused_in_a_sentence(monkeypatch):
+    """Its blocks are unknown, so no cache can be made: no request is taken, and nothing runs."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 13, "hidden_size": 16, "n_layer": 3, "n_head": 2}
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.BloomConfig(**shape))
+    model = HuggingFaceModel(lm.eval(), exit_layers=(1,))
+    assert model.why_no_blocks
+    ran = []
+    monkeypatch.setattr(type(lm), "forward", lambda *args, **about: ran.append(args))
+    for start in (
+        lambda: Engine(model),
+        lambda: next(generate(model, [1, 2], GenerateConfig(max_new_tokens=2))),
+        lambda: generate_batch(model, [[1, 2], [3]], GenerateConfig(max_new_tokens=2)),
+    ):
+        with pytest.raises(
+            UnsupportedArchitectureError, match="cannot be run one by one"
+        ) as caught:
+            start()
+        assert "\n" not in str(caught.value)
+    assert not ran

@@ -98,6 +98,27 @@ class DecoderConfig:
         self._check_source()
         self._check_rope()
         self._check_format()
+        self._check_shape()
+        last = self.num_hidden_layers
+        for layer in self.exit_layers:
+            if not 1 <= layer <= last:
+                raise ConfigError(f"exit_layers: expected layers from 1 to {last}, got {layer}")
+        object.__setattr__(self, "exit_layers", tuple(sorted({*self.exit_layers, last})))
+        if self.intermediate_size is None:
+            units = max(16, round(self.hidden_size * 8 / 3 / 16) * 16)
+            object.__setattr__(self, "intermediate_size", units)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if (self.head_dim or 0) * self.max_position_embeddings > MOST_ANGLES:
+            raise ConfigError(
+                f"max_position_embeddings: expected at most {MOST_ANGLES // (self.head_dim or 1)} "
+                f"with heads of width {self.head_dim}, got {self.max_position_embeddings}"
+            )
+
+    def _check_shape(self) -> None:
+        """Raise a ConfigError for heads and units that do not fit, and for unknown names."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 0
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ConfigError(f"head_dim: expected an even number above 0, got {self.head_dim}")
@@ -121,23 +142,6 @@ class DecoderConfig:
             )
         if self.norm not in get_args(NormOrder):
             raise ConfigError(f"norm: expected pre or post, got {self.norm!r}")
-        last = self.num_hidden_layers
-        for layer in self.exit_layers:
-            if not 1 <= layer <= last:
-                raise ConfigError(f"exit_layers: expected layers from 1 to {last}, got {layer}")
-        object.__setattr__(self, "exit_layers", tuple(sorted({*self.exit_layers, last})))
-        if self.intermediate_size is None:
-            units = max(16, round(self.hidden_size * 8 / 3 / 16) * 16)
-            object.__setattr__(self, "intermediate_size", units)
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if (self.head_dim or 0) * self.max_position_embeddings > MOST_ANGLES:
-            raise ConfigError(
-                f"max_position_embeddings: expected at most {MOST_ANGLES // (self.head_dim or 1)} "
-                f"with heads of width {self.head_dim}, got {self.max_position_embeddings}"
-            )
 
     def _check_source(self) -> None:
         """Raise a ConfigError for a source of keys and values that has no block above it."""

@@ -58,71 +58,31 @@ class CompiledRouter:
         vocab_size: int,
     ) -> None:
         cache.require(weights)
-        check_tensor(
-            "embeddings",
-            embeddings,
-            (embeddings.shape[0], weights.hidden),
-            weights.dtype,
-            CPU,
-            contiguous=True,
-        )
+        form = (embeddings.shape[0], weights.hidden)
+        check_tensor("embeddings", embeddings, form, weights.dtype, CPU, contiguous=True)
         self.spec, self.layers = spec, (*(each.layer for each in spec.exits), weights.count)
         self._heads, self._unembed = list(heads), unembed
         self._cache, self._weights, self._vocab = cache, weights, vocab_size
-        for head in heads:
-            if head is not None:
-                shape = (vocab_size, weights.hidden)
-                if tuple(head.weight.shape) != shape or not head.weight.is_cpu:
-                    raise ConfigError(f"head: expected {shape}, got {tuple(head.weight.shape)}")
-        spaces = [scratch_of(head.weight, weights.hidden) for head in heads if head is not None]
+        _check_heads(heads, (vocab_size, weights.hidden))
         self._exits, held = exits_of(spec, heads, weights.hidden, weights.count)
-        units = max([each.gate.up_proj.out_features for each in spec.exits], default=0)
-        outputs = max([each.gate.out_proj.out_features for each in spec.exits], default=0)
-        hidden = weights.hidden
-        self._space = {
-            "x": torch.empty(FEW_TOKENS, hidden),
-            "slots": torch.empty(FEW_TOKENS, dtype=torch.long),
-            "rows": torch.empty(FEW_TOKENS, dtype=torch.long),
-            "room": torch.empty(FEW_TOKENS * weights.room),
-            "gate": torch.empty(FEW_TOKENS * (max([hidden, *spaces]) + units + outputs)),
-            "states": torch.empty(FEW_TOKENS, hidden),
-        }
-        self._running = torch.empty(FEW_TOKENS, hidden)
+        self._space = _space_for(spec, weights, heads)
+        self._running = torch.empty(FEW_TOKENS, weights.hidden)
         self._held = (held, embeddings)
         self._plan = struct_of(
             RouteStruct,
             {
                 **{name: space.data_ptr() for name, space in self._space.items()},
                 **dict.fromkeys((f"pending_{name}" for name in _PENDING), 0),
-                "weights": weights.at(0),
+                **_of_weights(weights),
+                **_of_cache(cache),
                 "embeddings": embeddings.data_ptr(),
-                "cosines": cache.cos_at,
-                "sines": cache.sin_at,
-                "keys": cache.keys_at,
-                "values": cache.values_at,
-                "lengths": cache.lengths_at,
                 "exits": ctypes.addressof(self._exits),
-                "eps": weights.eps,
                 "gate_eps": gate_eps(spec),
-                "format": weights.format,
-                "bfloat16": cache.bfloat16,
-                "post": weights.post,
-                "hidden": hidden,
-                "lower": weights.units,
-                "upper": weights.upper_units,
-                "heads": weights.heads,
-                "kv_heads": cache.kv_heads,
-                "size": cache.size,
-                "capacity": cache.capacity,
-                "cached": cache.rows,
-                "layer_bytes": cache.layer_bytes,
-                "cache_layers": cache.layers,
                 "complete_from": complete_from,
                 "recompute": spec.recompute,
                 "gain": spec.score == "gain",
                 "exit_count": len(self.layers),
                 "vocab": vocab_size,
-                "positions": min(cache.capacity - 1, cache.positions),  # the last slot is spare
                 "pending": 0,
                 "pending_space": 0,
             },
@@ -215,6 +175,64 @@ class CompiledRouter:
             self._pending[name] = larger
             setattr(plan, f"pending_{name}", larger.data_ptr())
         plan.pending_space = space
+
+
+def _check_heads(heads: Sequence[Head | None], shape: tuple[int, int]) -> None:
+    """Raise a ConfigError for an LM head of another shape, or on another device."""
+    for head in heads:
+        if head is not None and (tuple(head.weight.shape) != shape or not head.weight.is_cpu):
+            raise ConfigError(f"head: expected {shape}, got {tuple(head.weight.shape)}")
+
+
+def _space_for(
+    spec: RouterSpec, weights: KernelWeights, heads: Sequence[Head | None]
+) -> dict[str, Tensor]:
+    """Return the space of a call, by the names of ``RouteStruct``."""
+    hidden, gates = weights.hidden, [each.gate for each in spec.exits]
+    prepared = [scratch_of(head.weight, hidden) for head in heads if head is not None]
+    units = max([gate.up_proj.out_features for gate in gates], default=0)
+    outputs = max([gate.out_proj.out_features for gate in gates], default=0)
+    return {
+        "x": torch.empty(FEW_TOKENS, hidden),
+        "slots": torch.empty(FEW_TOKENS, dtype=torch.long),
+        "rows": torch.empty(FEW_TOKENS, dtype=torch.long),
+        "room": torch.empty(FEW_TOKENS * weights.room),
+        "gate": torch.empty(FEW_TOKENS * (max([hidden, *prepared]) + units + outputs)),
+        "states": torch.empty(FEW_TOKENS, hidden),
+    }
+
+
+def _of_weights(weights: KernelWeights) -> dict[str, Any]:
+    """Return the fields of ``RouteStruct`` that the blocks' weights give."""
+    return {
+        "weights": weights.at(0),
+        "eps": weights.eps,
+        "format": weights.format,
+        "post": weights.post,
+        "hidden": weights.hidden,
+        "lower": weights.units,
+        "upper": weights.upper_units,
+        "heads": weights.heads,
+    }
+
+
+def _of_cache(cache: KernelCache) -> dict[str, Any]:
+    """Return the fields of ``RouteStruct`` that the cache gives."""
+    return {
+        "cosines": cache.cos_at,
+        "sines": cache.sin_at,
+        "keys": cache.keys_at,
+        "values": cache.values_at,
+        "lengths": cache.lengths_at,
+        "bfloat16": cache.bfloat16,
+        "kv_heads": cache.kv_heads,
+        "size": cache.size,
+        "capacity": cache.capacity,
+        "cached": cache.rows,
+        "layer_bytes": cache.layer_bytes,
+        "cache_layers": cache.layers,
+        "positions": min(cache.capacity - 1, cache.positions),  # the last slot is spare
+    }
 
 
 _PENDING = ("states", "slots", "rows", "layers")

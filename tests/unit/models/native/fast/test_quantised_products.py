@@ -1,5 +1,7 @@
 """The compiled products of quantised weights: exact to rounding, and each token for itself."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,19 @@ def test_a_token_of_a_prompt_is_that_of_a_step(scheme, outputs, inputs):
     assert torch.equal(whole, few)
     for tokens in (15, 16, 17, 33):
         assert torch.equal(kernels.linear(x[:tokens], w), few[:tokens])
+
+
+@pytest.mark.usefixtures("_kind", "_threads")
+def test_threads_of_python_compute_at_once():
+    """Four at a time, every format, steps and prompts: each gets the numbers that it gets alone."""
+    dense = numbers(80, 300)
+    weights = [dense, dense.bfloat16(), *(quantise_weight(dense, each) for each in SCHEMES)]
+    calls = [(numbers(tokens, 300, seed=tokens), w) for tokens in (1, 5, 17, 40) for w in weights]
+    alone = [kernels.linear(x, w) for x, w in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: kernels.linear(*call), calls * 4))
+    for number, got in enumerate(together):
+        assert torch.equal(got, alone[number % len(calls)])
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
