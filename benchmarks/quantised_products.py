@@ -4,6 +4,7 @@
 1, 2, 4, 8 and 16 tokens, how many tokens a second the products of all blocks allow, and whether the
 result of a token depends on the other tokens, which exact speculation forbids. The first line is
 the limit: the time to read the weights once. Each figure is the best of some interleaved rounds.
+torchao is not in the table; its weights of 4 bits for CPUs call ``_weight_int4pack_mm_for_cpu``.
 """
 
 import argparse
