@@ -63,7 +63,12 @@ def opened(request, browser, tmp_path_factory) -> Opened:
         viewport={"width": 400 if narrow else 1200, "height": 800},
         color_scheme="dark" if narrow else "light",
     )
-    return Opened(page, path)
+    opened = Opened(page, path)
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart')].every(c => c.querySelector('svg'))"
+    )
+    return opened
 
 
 def test_every_chart_is_drawn(opened):

@@ -39,18 +39,18 @@ def test_exits_have_colours_of_their_own(page):
 
 
 def test_order_of_contents(page):
-    titles = re.findall(r"<h3>(.*?)</h3>", page[: page.index('id="corpus-2"')])
-    assert [title.replace("&#39;", "'") for title in titles] == [
-        "The document's findings",
-        "Quality against cost",
+    titles = re.findall(
+        r"<(?:h3|h4|summary)>(.*?)</", page[page.index("<main>") : page.index('id="corpus-2"')]
+    )
+    shown = [title.replace("&#39;", "'") for title in titles]
+    assert shown[0] == "PPL against Compute%, best epoch"
+    assert [title for title in shown if f"<summary>{title}</" in page.replace("&#39;", "'")] == [
+        "Each finding, with its interval and p-value",
         "The document's tables",
-        "Thresholds",
-        "Seeds",
-        "Exits",
+        "Thresholds, epochs, seeds and exits",
         "The document's explanations",
         "Which exit each token took",
-        "Notes",
-        "Protocol",
+        "Protocol, power and notes",
     ]
     assert page.index("1 of the document&#39;s 6 findings holds") < page.index("<main>")
     assert '<span class="badge red">does not hold</span>' in page
