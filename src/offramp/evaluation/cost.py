@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,10 +114,10 @@ def model_cost(
     """
     if context < 1:
         raise ConfigError(f"context: expected at least 1 key, got {context}")
-    few, many = (_flops_a_token(model, tokens) for tokens in (_PROBE, 2 * _PROBE))
+    counted = _counted(model)
     layers = tuple(
         first + (context - _PROBE) * (second - first) / _PROBE
-        for first, second in zip(few, many, strict=True)
+        for first, second in zip(counted.few, counted.many, strict=True)
     )
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     h = model.embed(ids, step=whole_step(ids))
@@ -125,13 +126,53 @@ def model_cost(
         exit_layers=tuple(model.exit_layers),
         context=context,
         layers=layers,
-        heads={layer: _flops(partial(model.unembed, h, layer))[0] for layer in model.exit_layers},
+        heads=dict(counted.heads),
         gates={
             kind: {layer: _flops(partial(gate, h))[0] for layer, gate in by_layer.items()}
             for kind, by_layer in gates.items()
         },
-        keys_values=_keys_values(model),
+        keys_values=counted.keys_values,
         complete_from=model.complete_from,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    """What was counted of a model: it is the same for every context, and takes seconds to count."""
+
+    few: list[float]
+    many: list[float]
+    heads: dict[int, float]
+    keys_values: tuple[float, ...]
+
+
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[int, ...], _Counted]] = WeakKeyDictionary()
+
+
+def _counted(model: EarlyExitModel) -> _Counted:
+    """Count the FLOPs of a model's blocks and heads, once for a module of the same size and exits.
+
+    A quantised weight becomes numbers when it is counted, which takes seconds.
+    """
+    exits = tuple(model.exit_layers)
+    if not isinstance(model, nn.Module):
+        return _count(model, exits)
+    size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    known, key = _KNOWN.setdefault(model, {}), (size, *exits)
+    if key not in known:
+        known[key] = _count(model, exits)
+    return known[key]
+
+
+def _count(model: EarlyExitModel, exits: Sequence[int]) -> _Counted:
+    few, many = (_flops_a_token(model, tokens) for tokens in (_PROBE, 2 * _PROBE))
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    h = model.embed(ids, step=whole_step(ids))
+    return _Counted(
+        few=few,
+        many=many,
+        heads={layer: _flops(partial(model.unembed, h, layer))[0] for layer in exits},
+        keys_values=_keys_values(model),
     )
 
 

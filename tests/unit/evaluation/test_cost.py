@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from offramp.errors import ConfigError
+from offramp.evaluation import cost as cost_module
 from offramp.evaluation.cost import ModelCost, compute_pct, model_cost
 from offramp.exits.gate import FittedExits, Gate
 
@@ -102,3 +103,17 @@ def test_compiled_kernels_are_counted_like_what_they_stand_for(make_model):
     assert counted[0] == counted[1]
     assert all(counted[0].heads.values())
     assert all(counted[0].keys_values)
+
+
+def test_a_model_is_counted_once_for_its_exits(make_model, monkeypatch):
+    counts, count = [], cost_module._count
+    monkeypatch.setattr(cost_module, "_count", lambda *args: counts.append(args) or count(*args))
+    model = make_model(exit_layers=(1, 2))
+    near, far = (model_cost(model, context=context) for context in (2.0, 5.0))
+    assert len(counts) == 1
+    assert near.layers < far.layers
+    assert near.heads == far.heads
+    other = model.with_exits((1, 2), "norm")
+    assert model_cost(other, context=2.0).heads == near.heads
+    model_cost(make_model(exit_layers=(1,)), context=2.0)
+    assert len(counts) == 3

@@ -17,6 +17,8 @@ from offramp.generation.generate import generate_batch
 
 _PROMPTS, _TEXTS = 4, 3
 """Prompts that are decoded together, and how often at most."""
+_NEW = 40
+"""New tokens of each prompt, at most."""
 _CLOSE = 1.5
 """A share is right if it is at most so many percentage points off."""
 _QUANTILES = np.linspace(0.0, 1.0, 1025)
@@ -33,7 +35,8 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
     prompts = [list(prompt) for batch in task.prompts for prompt in batch][:_PROMPTS]
     shortest = min(map(len, prompts))
     prompts = [prompt[-shortest:] for prompt in prompts]
-    new = task.config.max_new_tokens - 1  # the first one comes from the prompt, at full depth
+    # the first new token comes from the prompt, at full depth
+    new = min(task.config.max_new_tokens - 1, _NEW)
     scores = _scores(task, confidence, _windows(task, prompts))
     tried = []
     for _ in range(_TEXTS):
