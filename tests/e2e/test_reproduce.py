@@ -1,5 +1,6 @@
 """The whole reproduction on short texts: trained, interrupted, gone on with, reported."""
 
+import csv
 import json
 import os
 import signal
@@ -42,6 +43,10 @@ def test_the_same_seeds_twice_give_the_same_figures(offramp, short, tmp_path):
     assert first != second  # the seeds do something
     assert (tmp_path / "a" / "report.html").stat().st_size > 100_000
     assert "22.95" in (tmp_path / "a" / "tables.md").read_text()
+    for part in ("tables", "curves", "findings"):
+        with (tmp_path / "a" / f"{part}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["corpus"] for row in rows} == {"pangram"}
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from offramp.folders import working_in
 from offramp.models.native.config import DecoderConfig
 from offramp.reading import read_json
 from offramp.report import html, plots, reproduction_tables
+from offramp.report.result import write_csv
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig
 from offramp.studies.reproduce.explanations import explanations
@@ -244,9 +245,20 @@ def summarise(study: Study, thresholds: Sequence[float] = ()) -> dict[str, Any]:
     }
 
 
+def _lines(results: dict[str, Any], part: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a part of the results of every corpus, for a table of one."""
+    for name, corpus in results["corpora"].items():
+        rows = corpus[part]
+        by_table = rows if isinstance(rows, dict) else {part: rows}
+        for table, mine in by_table.items():
+            yield from ({"corpus": name, "table": table, **row} for row in mine)
+
+
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """results.json, tables.md, the main plots and report.html, each whole or not at all."""
+    """results.json, CSV files, tables.md, plots and report.html, each whole or not at all."""
     write_json(out / "results.json", results)
+    for part in ("tables", "curves", "findings"):
+        write_csv(out / f"{part}.csv", list(_lines(results, part)))
     with replacing(out / "tables.md") as aside:
         aside.write_text(reproduction_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
