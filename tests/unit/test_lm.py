@@ -93,7 +93,7 @@ def test_a_sweep_has_rows_a_plot_and_files(lm, tmp_path):
     assert float(first["ppl"]) == table.rows[0].ppl
     assert second["threshold"] == "0.9"
     assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 2
-    with pytest.raises(offramp.ConfigError, match=r"\.json or \.csv"):
+    with pytest.raises(offramp.ConfigError, match=r"\.json, \.csv or \.tex"):
         table.save(tmp_path / "t.xlsx")
 
 
