@@ -169,13 +169,13 @@ def test_the_passage_is_the_text_with_the_exit_of_each_character():
 
 
 def test_the_plan_follows_the_flags():
-    assert ReproduceConfig().plan() == [("pangram", 12), ("python-docs", 5)]
+    assert ReproduceConfig().plan() == [("pangram", 8), ("python-docs", 4)]
     assert ReproduceConfig(quick=True).plan() == [("pangram", 2)]
     assert ReproduceConfig(corpus="python-docs").plan() == [("python-docs", 5)]
     assert ReproduceConfig(corpus="pangram", seeds=1).plan() == [("pangram", 1)]
     full = dict(ReproduceConfig(full=True).plan())
     assert full == {"pangram": required_seeds("pangram"), "python-docs": required_seeds("x")}
-    assert full["pangram"] > 12
+    assert full["pangram"] > 8
     with pytest.raises(ConfigError, match="seeds: expected at least 1, got 0"):
         ReproduceConfig(seeds=0)
 
@@ -207,7 +207,7 @@ def test_the_seeds_of_full_give_every_finding_its_power():
 
 
 def test_the_time_is_said_in_words():
-    assert minutes_text(72, 2) == "about 4 minutes on 2 free cores"
+    assert minutes_text(72, 2) == "about 6 minutes on 2 free cores"
     assert minutes_text(0, 1) == "about 1 minute on 1 free core"
 
 
