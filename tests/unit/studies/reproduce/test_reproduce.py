@@ -171,7 +171,7 @@ def test_the_passage_is_the_text_with_the_exit_of_each_character():
 def test_the_plan_follows_the_flags():
     assert ReproduceConfig().plan() == [("pangram", 8), ("python-docs", 4)]
     assert ReproduceConfig(quick=True).plan() == [("pangram", 2)]
-    assert ReproduceConfig(corpus="python-docs").plan() == [("python-docs", 5)]
+    assert ReproduceConfig(corpus="python-docs").plan() == [("python-docs", 4)]
     assert ReproduceConfig(corpus="pangram", seeds=1).plan() == [("pangram", 1)]
     full = dict(ReproduceConfig(full=True).plan())
     assert full == {"pangram": required_seeds("pangram"), "python-docs": required_seeds("x")}
