@@ -13,6 +13,7 @@ from offramp.evaluation.stopwatch import added_seconds, seconds_of
 from offramp.exits.confidence import CONFIDENCE, Confidence, ExitView, confidence_named
 from offramp.exits.gate import GATE_KINDS, NOTHING_FITTED, FittedExits
 from offramp.models.base import EarlyExitModel, Step
+from offramp.models.huge_pages import use_huge_pages
 from offramp.models.router import GateRule, RouterSpec
 from offramp.models.weight_bytes import bytes_per_weight
 from offramp.models.work import Work
@@ -24,8 +25,12 @@ BANDWIDTH_BYTES = 1 << 30
 
 
 def measure_bandwidth(device: torch.device | str = "cpu", *, rounds: int = 5) -> float:
-    """Return the bytes per second at which the machine reads 1 GB of memory (median)."""
+    """Return the bytes per second at which the machine reads 1 GB of memory (median).
+
+    On a CPU the memory is in huge pages, as weights are, where the system has them.
+    """
     x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    use_huge_pages([x])
     return BANDWIDTH_BYTES / seconds_of(lambda: x.sum().item(), rounds)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from offramp.errors import (
     UnsupportedArchitectureError,
 )
 from offramp.models.head_kinds import ExitHeadKind
+from offramp.models.huge_pages import use_huge_pages
 from offramp.models.huggingface.exits_file import from_pretrained, load_exits, tuned_dtype
 from offramp.models.huggingface.library import installed
 from offramp.models.huggingface.model import HuggingFaceModel, resolve_exit_layers
@@ -59,6 +61,29 @@ def load_weights(
     weights: str | None = None,
 ) -> Transformer | HuggingFaceModel:
     """Load a model in eval mode, without its tokenizer; see ``open_model``."""
+    model = _loaded(
+        files,
+        runner=runner,
+        exit_layers=exit_layers,
+        exit_head=exit_head,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+    )
+    use_huge_pages(chain(model.parameters(), model.buffers()))
+    return model
+
+
+def _loaded(
+    files: ModelFiles,
+    *,
+    runner: Runner | None,
+    exit_layers: Iterable[int] | None,
+    exit_head: ExitHeadKind | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    weights: str | None,
+) -> Transformer | HuggingFaceModel:
     if weights is not None:
         scheme = check_scheme(weights)
         files.require_numbers(f"since {scheme} weights are made of numbers")
@@ -83,13 +108,14 @@ def _quantised(
     """
     beside = precision_beside(weights, dtype, own_dtype(files))
     try:
-        model = load_weights(
+        model = _loaded(
             files,
             runner="native",
             exit_layers=exit_layers,
             exit_head=exit_head,
             device=device,
             dtype=exact_dtype(files),
+            weights=None,
         )
     except UnsupportedArchitectureError as error:
         why = str(error).partition(";")[0]

@@ -71,11 +71,14 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 
 def load_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, in one precision, without computed buffers."""
+    """Return the tensors of a checkpoint by name, in one precision, without computed buffers.
+
+    They are copies in memory: none is mapped to its file.
+    """
     check_types(source)
     kept = {name for name, info in stored_tensors(source).items() if not is_buffer(name, info)}
     return {
-        name: tensor.to(dtype)
+        name: tensor.to(dtype, copy=True)
         for path in source.weights
         for name, tensor in read_tensors(path).items()
         if name in kept

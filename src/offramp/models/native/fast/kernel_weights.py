@@ -7,6 +7,7 @@ import torch
 
 from offramp.errors import ConfigError
 from offramp.models.checks import about, check_tensor
+from offramp.models.huge_pages import use_huge_pages
 from offramp.models.native.fast.products import (
     CPU,
     DTYPES,
@@ -81,6 +82,7 @@ class KernelWeights:
         self.room = 2 * attended + kept + self.hidden + 2 * most + scratch
         "How many numbers a call of some blocks keeps for each token while it runs."
         self._held = [list(of) for of in blocks]  # so that they stay
+        use_huge_pages(tensor for of in blocks for weight in of for tensor in _tensors(weight))
         self._table = torch.tensor([_row(*of) for of in blocks])
 
     def at(self, layer: int) -> int:
@@ -99,6 +101,10 @@ class KernelWeights:
                 f"weight: expected {scheme} of shape {shape} on cpu, got {got} of shape "
                 f"{tuple(weight.shape)} on {weight.device}"
             )
+
+
+def _tensors(weight: Weight) -> list[torch.Tensor]:
+    return list(weight.tensors().values()) if isinstance(weight, QuantisedWeight) else [weight]
 
 
 def _row(*of: Any) -> list[int]:
