@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIBRARY := $(VENV)/.library
 INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
 .PHONY: reproduce demo test check format lint types imports tests oldest newest sanitize fuzz benchmark clean
 
-reproduce: $(INSTALLED)  ## every figure of the seed document beside this machine's
+reproduce: $(LIBRARY)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
 
 demo: $(INSTALLED)  ## give SmolLM2-135M exits: probe, tune, probe; on the language reference bundled with Python
@@ -102,9 +103,14 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/sweep_thresholds.py
 
 # Torch first and pinned: a range alone could pull gigabytes of CUDA.
-$(INSTALLED): pyproject.toml constraints.txt
+$(LIBRARY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# What the checks and tests need beside the library.
+$(INSTALLED): $(LIBRARY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
