@@ -181,8 +181,9 @@ class EarlyExitLM:
                 fitted, else max_prob.
             progress: Show a progress bar.
             **promise: Fields of the promise: ``epsilon`` (risk at most, default 0.02), ``delta``
-                (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap") and
-                ``method`` ("ltt" or "crc").
+                (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap"),
+                ``method`` ("ltt" or "crc") and ``test`` ("auto", "betting",
+                "empirical-bernstein" or "hoeffding-bentkus").
         """
         kept = config_of(Promise, promise)
         with call_bar("certify", shown=progress) as on_tokens:

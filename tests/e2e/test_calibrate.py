@@ -98,6 +98,8 @@ def test_a_text_of_the_training_is_warned_of(offramp, model):
         (["--epsilon", "1.5"], "epsilon: expected"),
         (["--delta", "1"], "delta: expected"),
         (["--risk", "x"], "risk: expected one of"),
+        (["--test", "x"], "auto"),
+        (["--test", "betting", "--method", "crc"], "test: expected none with crc"),
         (["--confidence", "x"], "confidence: expected one of"),
         (["--confidence", ""], "confidence: expected one of"),
         (["--compute-budget", "65", "--risk", "disagreement"], "expected a promise, a budget or"),

@@ -1,9 +1,11 @@
 """The statistical tests behind certified thresholds, as array operations.
 
-Learn-then-Test (Angelopoulos et al. 2021) with fixed sequence testing and Hoeffding-Bentkus
-p-values, and conformal risk control (Angelopoulos et al. 2022). Losses are in [0, 1]. The unit is
-a *sequence*, whose loss is the mean over its tokens, because tokens of one sequence are not
-independent. The path of thresholds must be fixed before the losses are seen.
+Learn-then-Test (Angelopoulos et al. 2021) with fixed sequence testing, and conformal risk control
+(Angelopoulos et al. 2022). P-values are by betting (Waudby-Smith & Ramdas 2024), by an
+empirical-Bernstein supermartingale (Howard et al. 2021) or by Hoeffding-Bentkus (Bates et al.
+2021). Losses are in [0, 1]. The unit is a *sequence*, whose loss is the mean over its tokens,
+because tokens of one sequence are not independent. The path of thresholds and the test must be
+fixed before the losses are seen.
 """
 
 import math
@@ -11,9 +13,76 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from scipy.stats import binom
 
+from offramp.calibration.bets import fixed_bets
+from offramp.calibration.promise import TESTS
+from offramp.errors import ConfigError
+
 Losses = NDArray[np.float64]
+
+
+def p_values(losses: Any, epsilon: float, *, delta: float, test: str) -> NDArray[np.float64]:
+    """Return the p-values of H: risk > epsilon at each step, from losses of (..., n, steps).
+
+    ``test`` is betting, empirical-bernstein or hoeffding-bentkus. It and ``delta``, which only
+    chooses the bets, must not depend on the losses. Raises ConfigError for losses outside [0, 1].
+    """
+    losses = check_losses(losses)
+    if test == "betting":
+        return betting(losses, epsilon, delta=delta)
+    if test == "empirical-bernstein":
+        return empirical_bernstein(losses, epsilon, delta=delta)
+    if test != "hoeffding-bentkus":
+        raise ConfigError(f"test: expected one of {', '.join(TESTS[1:])}, got {test!r}")
+    return hoeffding_bentkus(losses.mean(axis=-2), losses.shape[-2], epsilon)
+
+
+def betting(losses: Losses, epsilon: float, *, delta: float) -> NDArray[np.float64]:
+    """Return p-values of H: risk > epsilon by betting, from losses of (..., n, steps).
+
+    p = 1 / sum_j w_j prod_i (1 + l_j (eps - X_i)), at most 1, with the bets of ``fixed_bets``
+    (Waudby-Smith & Ramdas 2024, section 4). It is valid if the expected loss of each sequence,
+    given those before it, is above epsilon under H, and it does not depend on their order.
+    """
+    bets = fixed_bets(epsilon, losses.shape[-2], delta)
+    wealth = [
+        np.log1p(fraction / (1 - epsilon) * (epsilon - losses)).sum(axis=-2) for fraction, _ in bets
+    ]
+    return _mixed(wealth, [weight for _, weight in bets])
+
+
+def empirical_bernstein(losses: Losses, epsilon: float, *, delta: float) -> NDArray[np.float64]:
+    """Return p-values of H: risk > epsilon by empirical Bernstein, from (..., n, steps).
+
+    p = 1 / sum_j w_j exp(l_j S - psi(l_j) V), S = sum_i (eps - X_i), V = sum_i (X_i - m_i)^2,
+    psi(l) = -ln(1 - l) - l, where m_i is the mean of a 0 and the losses before i (Howard et al.
+    2021, theorem 4; Waudby-Smith & Ramdas 2024, section 3.2).
+    """
+    bets = fixed_bets(epsilon, losses.shape[-2], delta)
+    n = losses.shape[-2]
+    centre = (np.cumsum(losses, axis=-2) - losses) / np.arange(1, n + 1)[:, None]
+    total = (epsilon - losses).sum(axis=-2)
+    variation = ((losses - centre) ** 2).sum(axis=-2)
+    wealth = [bet * total - (-math.log1p(-bet) - bet) * variation for bet, _ in bets]
+    return _mixed(wealth, [weight for _, weight in bets])
+
+
+def _mixed(log_wealth: list[NDArray[np.float64]], weights: list[float]) -> NDArray[np.float64]:
+    """Return 1 / the weighted mean of wealths, at most 1."""
+    mean = logsumexp(np.stack(log_wealth, axis=-1), b=np.array(weights), axis=-1)
+    values: NDArray[np.float64] = np.exp(-np.maximum(mean, 0.0))
+    return values
+
+
+def check_losses(losses: Any) -> Losses:
+    """Return losses as an array. Raises ConfigError unless all are numbers from 0 to 1."""
+    checked: Losses = np.asarray(losses, dtype=np.float64)
+    wrong = checked[~((checked >= 0) & (checked <= 1))]
+    if wrong.size:
+        raise ConfigError(f"losses: expected numbers from 0 to 1, got {wrong[0]}")
+    return checked
 
 
 def hoeffding_bentkus(mean_loss: Any, n: int, epsilon: float) -> NDArray[np.float64]:
@@ -30,14 +99,6 @@ def hoeffding_bentkus(mean_loss: Any, n: int, epsilon: float) -> NDArray[np.floa
     bentkus = math.e * binom.cdf(losses, n, epsilon)
     p_values: NDArray[np.float64] = np.clip(np.minimum(hoeffding, bentkus), 0.0, 1.0)
     return p_values
-
-
-def drift_p_value(mean_loss: float, n: int, epsilon: float) -> float:
-    """Return the p-value of H: risk <= epsilon; a small value means that the promise is broken.
-
-    It is ``hoeffding_bentkus`` for 1 - loss, whose mean is at least 1 - epsilon under H.
-    """
-    return float(hoeffding_bentkus(1.0 - mean_loss, n, 1.0 - epsilon))
 
 
 def fixed_sequence(p_values: Any, delta: float) -> NDArray[np.intp]:

@@ -1,18 +1,12 @@
-"""Certify thresholds: find the boldest ones that keep a promise, and check them on new text."""
+"""Certify thresholds: find the boldest ones that keep a promise."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from offramp.calibration.bounds import (
-    conformal_steps,
-    drift_p_value,
-    fixed_sequence,
-    hoeffding_bentkus,
-)
+from offramp.calibration.bounds import conformal_steps, fixed_sequence, p_values
 from offramp.calibration.certificate import Certificate, finite_or_word
-from offramp.calibration.promise import DEFAULT_DELTA, Promise, check_levels
+from offramp.calibration.promise import Promise
 from offramp.calibration.risk import (
     ThresholdPath,
     check_path,
@@ -58,11 +52,12 @@ def certify(
         trace, steps, confidence=confidence, risk=promise.risk, bound=promise.bound
     )
     n = len(losses)
-    p_values: tuple[float, ...] | None = None
+    tested: tuple[float, ...] | None = None
+    test = promise.test_for(n)  # it depends on n only, never on the losses
     if promise.method == "ltt":
-        found = hoeffding_bentkus(losses.mean(axis=0), n, promise.scaled_epsilon)
+        found = p_values(losses, promise.scaled_epsilon, delta=promise.delta, test=test)
         certified = int(fixed_sequence(found, promise.delta))
-        p_values = tuple(found[: certified + 1].tolist())
+        tested = tuple(found[: certified + 1].tolist())
     else:
         certified = int(conformal_steps(losses, promise.scaled_epsilon))
     thresholds = steps[certified - 1] if certified else (math.inf,) * (num_exits - 1)
@@ -79,11 +74,12 @@ def certify(
         missing_kv=_missing_kv(trace, thresholds, complete_from),
         n=n,
         thresholds=thresholds,
-        p_values=p_values,
+        p_values=tested,
         expected_compute_pct=row.compute_pct,
         expected_flops_pct=row.flops_pct,
         assumptions={
             **_assumptions(promise, steps, sequence_tokens=trace.num_tokens // n),
+            **({"test": test} if promise.method == "ltt" else {}),
             "bos": bos,
             **({} if weights is None else {"weights": weights}),
         },
@@ -128,66 +124,3 @@ def _assumptions(promise: Promise, path: ThresholdPath, *, sequence_tokens: int)
         "bound": promise.scale,
         "path": [finite_or_word(step) for step in path],
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftCheck:
-    """The result of testing a certificate on new text."""
-
-    n: int
-    risk: float
-    "Risk on the new text, in the unit of the certificate."
-    epsilon: float
-    p_broken: float
-    "p-value of 'risk <= epsilon'; a small value means that the promise is broken."
-    p_holds: float
-    "p-value of 'risk > epsilon'; a small value means that the promise holds on the new text."
-    level: float
-    verdict: Literal["broken", "holds", "undecided"]
-    compute_pct: float
-    flops_pct: float | None
-
-
-def check_drift(
-    certificate: Certificate,
-    trace: ExitTrace,
-    *,
-    level: float = DEFAULT_DELTA,
-    cost: ModelCost | None = None,
-) -> DriftCheck:
-    """Test on new text whether the risk is still at most epsilon; the unit is the sequence.
-
-    ``level`` is the probability of each wrong verdict: "broken" for a promise that holds, and
-    "holds" for one that is broken.
-    """
-    check_levels(level=level)
-    trace = whole_sequences(trace)
-    scale = certificate.bound
-    losses = sequence_losses(
-        trace,
-        (certificate.thresholds,),
-        confidence=certificate.confidence,
-        risk=certificate.risk,
-        bound=scale,
-    )
-    n, risk = len(losses), float(losses.mean())
-    epsilon = certificate.epsilon / scale
-    p_broken = drift_p_value(risk, n, epsilon)
-    p_holds = float(hoeffding_bentkus(risk, n, epsilon))
-    verdict: Literal["broken", "holds", "undecided"] = "undecided"
-    if p_broken <= level:
-        verdict = "broken"
-    elif p_holds <= level:
-        verdict = "holds"
-    [row] = sweep(trace, [certificate.thresholds], confidence=certificate.confidence, cost=cost)
-    return DriftCheck(
-        n=n,
-        risk=risk * scale,
-        epsilon=certificate.epsilon,
-        p_broken=p_broken,
-        p_holds=p_holds,
-        level=level,
-        verdict=verdict,
-        compute_pct=row.compute_pct,
-        flops_pct=row.flops_pct,
-    )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from offramp.calibration.bets import needed_without_loss
 from offramp.errors import ConfigError
 
 Risk = Literal["disagreement", "nll-gap"]
@@ -14,6 +15,9 @@ DEFAULT_BOUND = 1.0
 
 Method = Literal["ltt", "crc"]
 METHODS: tuple[str, ...] = get_args(Method)
+
+Test = Literal["auto", "betting", "empirical-bernstein", "hoeffding-bentkus"]
+TESTS: tuple[str, ...] = get_args(Test)
 
 DEFAULT_DELTA = 0.05
 
@@ -32,6 +36,9 @@ class Promise:
     "ltt (Learn-then-Test) or crc (conformal risk control)."
     bound: float = DEFAULT_BOUND
     "Value at which the nll-gap of each token is clipped, in nats."
+    test: Test = "auto"
+    """Test of ltt: betting, empirical-bernstein, hoeffding-bentkus, or auto, which is betting
+    wherever there are enough sequences for it."""
 
     def __post_init__(self) -> None:
         check_levels(epsilon=self.epsilon, delta=self.delta)
@@ -39,6 +46,10 @@ class Promise:
             raise ConfigError(f"risk: expected one of {', '.join(RISKS)}, got {self.risk!r}")
         if self.method not in METHODS:
             raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.test not in TESTS:
+            raise ConfigError(f"test: expected one of {', '.join(TESTS)}, got {self.test!r}")
+        if self.method == "crc" and self.test != "auto":
+            raise ConfigError(f"test: expected none with crc, which needs none, got {self.test}")
         if not (math.isfinite(self.bound) and self.bound > 0):
             raise ConfigError(f"bound: expected a number of nats above 0, got {self.bound}")
         if not self.scaled_epsilon < 1:
@@ -59,19 +70,41 @@ class Promise:
     @property
     def sequences_needed(self) -> int:
         """Smallest number of sequences with which a threshold can be certified."""
-        return sequences_needed(self.scaled_epsilon, self.delta if self.method == "ltt" else None)
+        delta = self.delta if self.method == "ltt" else None
+        return sequences_needed(self.scaled_epsilon, delta, test=self.test)
+
+    def test_for(self, n: int) -> str:
+        """Return the test for this number of sequences: ``test``, or what auto chooses."""
+        if self.test != "auto":
+            return self.test
+        return choose_test(n, self.scaled_epsilon, self.delta)
 
 
-def sequences_needed(epsilon: float, delta: float | None) -> int:
+def sequences_needed(epsilon: float, delta: float | None, *, test: str = "auto") -> int:
     """Return the smallest number of sequences, all without loss, that certify a threshold.
 
-    For Learn-then-Test it is the least n with (1 - eps)^n <= delta; for conformal risk control,
-    where delta is None, the least n with 1 / (n + 1) <= eps.
+    For Learn-then-Test with Hoeffding-Bentkus, which auto uses for few sequences, it is the least
+    n with (1 - eps)^n <= delta; the other tests need a few more. For conformal risk control,
+    where delta is None, it is the least n with 1 / (n + 1) <= eps.
     """
     if delta is None:
         return max(1, math.ceil(1 / epsilon - 1 - 1e-9))
+    if test in ("betting", "empirical-bernstein"):
+        return needed_without_loss(epsilon, delta, bernstein=test == "empirical-bernstein")
     n = max(1, math.ceil(math.log(delta) / math.log1p(-epsilon) - 1e-9))
     return n
+
+
+def choose_test(n: int, epsilon: float, delta: float, *, binary: bool = False) -> str:
+    """Return the test that is best by what is known before any loss is seen.
+
+    ``binary`` losses are 0 or 1, and Hoeffding-Bentkus is nearly the best test for them. For
+    shares, such as the part of a sequence's tokens that is lost, it is betting, unless there are
+    too few sequences for betting to certify anything.
+    """
+    if binary or n < sequences_needed(epsilon, delta, test="betting"):
+        return "hoeffding-bentkus"
+    return "betting"
 
 
 def check_levels(**levels: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from offramp.calibration.budget import keep_budget
 from offramp.calibration.certificate import Certificate, finite_or_word
 from offramp.calibration.certify import certify as certify_trace
-from offramp.calibration.certify import check_drift
+from offramp.calibration.check import check_drift
 from offramp.calibration.promise import DEFAULT_DELTA, Promise
 from offramp.calibration.risk import check_path
 from offramp.commands.text import MeasuredText, OnTokens, read_text

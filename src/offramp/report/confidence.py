@@ -206,6 +206,7 @@ def certificate_table(certificate: Content) -> Table:
         "not covered": certificate["assumptions"]["not_covered"],
         "sequences": f"{certificate['n']:,} of {certificate['assumptions']['sequence_tokens']} "
         "tokens",
+        "test": _test_text(certificate),
         "confidence": certificate["confidence"],
         "thresholds": ", ".join(map(threshold_text, certificate["thresholds"])),
         "cost": f"Compute% {certificate['expected_compute_pct']:.1f}"
@@ -215,6 +216,13 @@ def certificate_table(certificate: Content) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return literal_table(table)
+
+
+def _test_text(certificate: Content) -> str:
+    """The method, and the test of its p-values; older certificates name none."""
+    if certificate["method"] != "ltt":
+        return str(certificate["method"])
+    return f"ltt, {certificate['assumptions'].get('test', 'hoeffding-bentkus')}"
 
 
 def certificate_verdict(certificate: Content) -> str:
@@ -232,19 +240,26 @@ def certificate_verdict(certificate: Content) -> str:
 
 
 def drift_sentence(check: Content) -> str:
-    """The verdict of ``calibrate --check``, in one sentence."""
+    """The verdict of ``calibrate --check``, in two sentences."""
     measured = (
-        f"risk {check['risk']:.4f} on {check['n']:,} new sequences, promised at most "
-        f"{check['epsilon']:g}"
+        f"risk {check['risk']:.4f} on {check['n']:,} new sequences ({check['risk_low']:.4f} to "
+        f"{check['risk_high']:.4f}), promised at most {check['epsilon']:g}"
+    )
+    level = f"{check['level']:g}"
+    if check["verdict"] == "undecided":
+        return (
+            f"Not decided: {measured}; neither that it is broken (p = {check['p_broken']:.2g}) nor "
+            f"that it holds (p = {check['p_holds']:.2g}) is sure at level {level}. To decide it, "
+            "add text at the end of this text and check again: looking again costs nothing."
+        )
+    sure = (
+        f"This was sure after {check['decided_after']:,} sequences at level {level}, which covers "
+        "all looks at this text while it grows at its end: looking again or stopping early costs "
+        "nothing."
     )
     if check["verdict"] == "broken":
-        return f"The promise is broken: {measured} (p = {check['p_broken']:.2g} if it held)."
-    if check["verdict"] == "holds":
-        return f"The promise holds: {measured} (p = {check['p_holds']:.2g} if it were broken)."
-    return (
-        f"Not decided: {measured}; neither that it is broken (p = {check['p_broken']:.2g}) nor "
-        f"that it holds (p = {check['p_holds']:.2g}) is sure at level {check['level']:g}."
-    )
+        return f"The promise is broken: {measured} (p = {check['p_broken']:.2g} if it held). {sure}"
+    return f"The promise holds: {measured} (p = {check['p_holds']:.2g} if it were broken). {sure}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -6,7 +6,6 @@ from scipy.stats import binom
 
 from offramp.calibration.bounds import (
     conformal_steps,
-    drift_p_value,
     fixed_sequence,
     hoeffding_bentkus,
 )
@@ -89,16 +88,6 @@ def test_conformal_risk_control_by_hand():
     losses[2, 1] = 0.0
     # step 2 by itself has a mean of 1 / 9; with what was lost before it, 3 / 9
     assert conformal_steps(losses, 0.3) == 2
-
-
-def test_drift_is_the_upper_tail():
-    """The chance of 20 or more of 100 losses at 10% is e x P(Bin >= 20) at most."""
-    tail = math.e * binom.sf(19, 100, 0.1)
-    hoeffding = math.exp(-100 * h1(0.2, 0.1))
-    assert drift_p_value(0.2, 100, 0.1) == pytest.approx(min(tail, hoeffding))
-    assert drift_p_value(0.1, 100, 0.1) == 1.0
-    assert drift_p_value(0.0, 100, 0.1) == 1.0
-    assert drift_p_value(1.0, 10, 0.1) == pytest.approx(0.1**10)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf])

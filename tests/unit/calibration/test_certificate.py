@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -9,6 +9,7 @@ from offramp.calibration.certify import certify
 from offramp.calibration.promise import Promise
 from offramp.errors import CertificateError, CheckpointError
 from offramp.evaluation.cost import ModelCost
+from offramp.report.confidence import certificate_table
 
 KEYS = [  # of the issue, in its order
     "model_sha256",
@@ -53,6 +54,17 @@ def test_a_certificate_of_the_full_model_comes_back(make_trace, tmp_path):
     found.save(tmp_path / "certificate.json")
     assert Certificate.load(tmp_path / "certificate.json") == found
     assert json.loads((tmp_path / "certificate.json").read_text())["thresholds"] == ["inf"]
+
+
+def test_a_certificate_from_before_the_test_was_recorded_comes_back(certificate, tmp_path):
+    assumptions = {k: v for k, v in certificate.assumptions.items() if k != "test"}
+    old = replace(certificate, assumptions=assumptions).signed()
+    old.save(tmp_path / "certificate.json")
+    assert Certificate.load(tmp_path / "certificate.json") == old
+    assert (
+        certificate_table(old.content()).row_count
+        == certificate_table(certificate.content()).row_count
+    )
 
 
 EDITS = {name: "other" for name in KEYS if name != "sha256"} | {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from offramp.calibration.bounds import hoeffding_bentkus
-from offramp.calibration.certify import certify, check_drift
+from offramp.calibration.certify import certify
 from offramp.calibration.promise import Promise
 from offramp.calibration.risk import check_path, sequence_losses, threshold_path, token_losses
 from offramp.errors import ConfigError, CorpusError
@@ -64,7 +64,8 @@ def test_an_exit_that_diverged_loses_the_whole_bound(by_hand):
 def test_the_boldest_step_that_passes_is_certified(make_trace):
     trace = make_trace(400)
     path = [(0.95,), (0.9,), (0.8,), (0.5,), (0.0,)]
-    found = sealed(trace, Promise(epsilon=0.05), path=path, cost=COST)
+    promise = Promise(epsilon=0.05, test="hoeffding-bentkus")
+    found = sealed(trace, promise, path=path, cost=COST)
     scores = trace.scores("max_prob")[0]
     wrong = trace.argmax[0] == 1
     means = [float((wrong & (scores >= step[0])).mean()) for step in path]
@@ -96,6 +97,28 @@ def test_all_steps_may_pass(make_trace):
     assert sealed(trace, Promise(), path=[(0.9,), (0.1,)]).thresholds == (0.1,)
 
 
+def test_the_test_is_chosen_by_the_number_of_sequences_and_recorded(make_trace):
+    promise = Promise(epsilon=0.05)
+    for n, test in ((60, "hoeffding-bentkus"), (70, "betting")):
+        found = sealed(make_trace(n), promise)
+        named = sealed(make_trace(n), replace(promise, test=test))
+        assert found.assumptions["test"] == test
+        assert found.p_values == named.p_values
+    assert "test" not in sealed(make_trace(70), Promise(method="crc")).assumptions
+
+
+def test_betting_lets_more_tokens_leave(make_trace):
+    """On the same losses, whose variance is far below that of 0/1 losses."""
+    trace = make_trace(400, length=64)
+    classic = sealed(trace, Promise(epsilon=0.05, test="hoeffding-bentkus"))
+    sharper = sealed(trace, Promise(epsilon=0.05))
+    assert sharper.thresholds < classic.thresholds
+    losses = sequence_losses(
+        trace, (sharper.thresholds,), confidence="max_prob", risk="disagreement"
+    )
+    assert losses.mean() < 0.05
+
+
 def test_conformal_risk_control_is_bolder_and_has_no_delta(make_trace):
     trace = make_trace(400)
     sure = sealed(trace, Promise(epsilon=0.05))
@@ -116,7 +139,7 @@ def test_several_exits_move_along_one_path(make_trace):
 def test_the_nll_gap_is_promised_in_nats(make_trace):
     """At a bound of 2 nats, 0.04 nats are a loss of 0.02."""
     trace = make_trace(400)
-    promise = Promise(risk="nll-gap", epsilon=0.04, bound=2.0)
+    promise = Promise(risk="nll-gap", epsilon=0.04, bound=2.0, test="hoeffding-bentkus")
     assert promise.sequences_needed == 149
     found = sealed(trace, promise)
     losses = sequence_losses(
@@ -199,55 +222,6 @@ def test_the_usual_path_goes_from_conservative_to_bold(name, exits):
 def test_a_path_that_is_none_is_a_config_error(path, message):
     with pytest.raises(ConfigError, match=message):
         check_path(path, 3)
-
-
-# Drift.
-
-
-@pytest.fixture
-def certificate(make_trace):
-    return sealed(make_trace(400), Promise(epsilon=0.05), cost=COST)
-
-
-def test_new_text_of_the_same_kind_does_not_break_the_promise(certificate, make_trace):
-    check = check_drift(certificate, make_trace(400, seed=1), cost=COST)
-    assert check.verdict in ("holds", "undecided")
-    assert check.p_broken == 1.0
-    assert check.risk < 0.05
-    assert check.compute_pct == pytest.approx(certificate.expected_compute_pct, abs=3)
-    assert check.flops_pct is not None
-
-
-def test_text_on_which_the_exits_err_more_breaks_it(certificate, make_trace):
-    trace = make_trace(400, seed=1)
-    left = trace.scores("max_prob")[0] >= np.float32(certificate.thresholds[0])
-    trace.argmax[0, np.flatnonzero(left)[::3]] = 1
-    check = check_drift(certificate, trace)
-    assert check.verdict == "broken"
-    assert check.p_broken < 0.01
-    assert check.p_holds == 1.0
-    assert check.risk > 0.05
-
-
-def test_little_text_decides_nothing(certificate, make_trace):
-    check = check_drift(certificate, make_trace(5, seed=1))
-    assert (check.verdict, check.n) == ("undecided", 5)
-
-
-def test_the_risk_of_a_drift_check_is_in_nats(make_trace):
-    found = sealed(make_trace(400), Promise(risk="nll-gap", epsilon=0.05, bound=2.0))
-    trace = make_trace(400, seed=1)
-    losses = sequence_losses(
-        trace, (found.thresholds,), confidence="max_prob", risk="nll-gap", bound=2.0
-    )
-    check = check_drift(found, trace)
-    assert check.risk == pytest.approx(2.0 * losses.mean())
-    assert check.p_holds == pytest.approx(float(hoeffding_bentkus(losses.mean(), 400, 0.025)))
-
-
-def test_a_level_outside_0_and_1_is_a_config_error(certificate, make_trace):
-    with pytest.raises(ConfigError, match="level: expected"):
-        check_drift(certificate, make_trace(), level=1.0)
 
 
 @pytest.mark.parametrize(

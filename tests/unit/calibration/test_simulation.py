@@ -11,9 +11,9 @@ import pytest
 
 from offramp.calibration.bounds import (
     conformal_steps,
-    drift_p_value,
     fixed_sequence,
     hoeffding_bentkus,
+    p_values,
 )
 from offramp.calibration.certify import certify
 from offramp.calibration.promise import Promise
@@ -93,6 +93,66 @@ def test_the_same_check_catches_the_classic_mistakes(mistake):
         check_promise(mistake)
 
 
+# The other tests, on the losses themselves.
+
+SHARPER = ("betting", "empirical-bernstein")
+FEW = [(100, 0.05), (100, 0.2), (300, 0.02)]
+
+
+def draw_losses(risks, n, *, seed, spread):
+    """(draws, n, steps): losses of n sequences whose expected loss is ``risks``.
+
+    "whole" and "part" are as in ``draw_means``. Under "skewed" most sequences lose next to nothing
+    and few lose nearly all, and the tokens of a sequence are lost independently given its share.
+    """
+    random = np.random.default_rng(seed)
+    hardness = random.random((DRAWS, n, 1))
+    if spread == "whole":
+        return (hardness < risks).astype(np.float64)
+    if spread == "part":
+        return np.round(np.clip(2 * risks * hardness, 0, 1) * TOKENS) / TOKENS
+    shares = hardness ** (1 / np.asarray(risks) - 1)  # the mean of U^k is 1 / (k + 1)
+    return random.binomial(TOKENS, shares) / TOKENS
+
+
+def check_losses_promise(procedure, curves, spreads, sizes):
+    """What every procedure on losses is held to."""
+    for curve in curves:
+        for n, epsilon in sizes:
+            risks = CURVES[curve] * epsilon
+            for spread in spreads:
+                steps = procedure(draw_losses(risks, n, seed=1, spread=spread), epsilon)
+                broken = float(((steps > 0) & (risks[steps - 1] > epsilon)).mean())
+                what = f"{curve}, n {n}, epsilon {epsilon}, {spread}"
+                assert broken <= ALLOWED, f"{what}: broken in {broken:.1%}"
+
+
+@pytest.mark.parametrize("test", SHARPER)
+def test_the_step_that_a_sharper_test_certifies_keeps_its_promise(test):
+    check_losses_promise(
+        lambda losses, epsilon: fixed_sequence(
+            p_values(losses, epsilon, delta=DELTA, test=test), DELTA
+        ),
+        ("just above from the start", "coarse"),
+        ("whole", "part", "skewed"),
+        FEW,
+    )
+
+
+@pytest.mark.parametrize("test", SHARPER)
+def test_the_same_check_catches_tokens_taken_as_independent(test):
+    """Sixteen pieces of every sequence, each with the sequence's loss."""
+    with pytest.raises(AssertionError, match="broken in"):
+        check_losses_promise(
+            lambda losses, epsilon: fixed_sequence(
+                p_values(np.repeat(losses, 16, axis=1), epsilon, delta=DELTA, test=test), DELTA
+            ),
+            ("just above from the start",),
+            ("whole",),
+            FEW[:1],
+        )
+
+
 def test_it_certifies_what_can_be():
     """A promise that is kept by never leaving would be no use."""
     means = draw_means(CURVES["fine"] * 0.1, 1000, seed=0, spread="whole")
@@ -115,15 +175,6 @@ def test_conformal_risk_control_keeps_its_promise_on_average():
         steps = conformal_steps(losses, epsilon)
         mean = np.where(steps > 0, risks[steps - 1], 0.0).mean()
         assert 0.8 * epsilon <= mean <= epsilon
-
-
-def test_the_drift_test_rarely_cries_wolf_and_finds_a_real_drift():
-    random = np.random.default_rng(0)
-    for n, epsilon in [(100, 0.1), (1000, 0.02)]:
-        for risk, least, most in [(epsilon, 0.0, ALLOWED), (3 * epsilon, 0.95, 1.0)]:
-            means = random.binomial(n, risk, DRAWS) / n
-            found = np.mean([drift_p_value(float(mean), n, epsilon) <= DELTA for mean in means])
-            assert least <= found <= most
 
 
 # The same through ``certify``, from a trace.

@@ -138,7 +138,7 @@ def test_a_certificate_is_used_by_sweep_and_check(model, corpus, tmp_path):
     assert not reading.seen_in_training
     file = tmp_path / "certificate.json"
     certificate.save(file)
-    assert certificate_table(json.loads(file.read_text())).row_count == 8
+    assert certificate_table(json.loads(file.read_text())).row_count == 9
     swept = sweep(open_model(model), str(corpus), stored=load_thresholds(file))
     assert tuple(swept["rows"][0]["threshold"]) == certificate.thresholds
     assert swept["rows"][0]["compute_pct"] == pytest.approx(
