@@ -58,6 +58,19 @@ def model(offramp, text, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """A task of lm-evaluation-harness with one document."""
+    path = tmp_path_factory.mktemp("task") / "task.yaml"
+    path.with_suffix(".jsonl").write_text('{"text": "7 quick brown", "words": [" foxes"]}\n')
+    path.write_text(
+        "{task: own, dataset_path: json, dataset_kwargs: {data_files: {test: task.jsonl}}, "
+        "test_split: test, output_type: multiple_choice, doc_to_text: text, "
+        "doc_to_choice: words, doc_to_target: 0}"
+    )
+    return path
+
+
 WRITERS = {
     "train": ["train", "--corpus", "TEXT", *TRAIN, "--out", "DISK/new"],
     "tune": ["tune", "CHECKPOINT", "--corpus", "TEXT", "--tokens", 200, "--out", "DISK/new"],
@@ -74,6 +87,7 @@ WRITERS = {
     "calibrate": ["calibrate", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "sweep": ["sweep", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "probe": ["probe", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
+    "evaluate": ["evaluate", "MODEL", "--tasks", "TASK", "--out", "DISK/before"],
     "quantise": ["quantise", "MODEL", "--weights", "int8", "--out", "DISK/new"],
     "export": ["export", "CHECKPOINT", "--exit", 2, "--out", "DISK/new"],
     "plot": ["plot", "SWEPT", "--out", "DISK/before.svg"],
@@ -85,7 +99,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_command_says_in_a_sentence_that_the_disk_is_full(
-    offramp, small_disk, model, checkpoint, text, tmp_path, name
+    offramp, small_disk, model, checkpoint, text, task, tmp_path, name
 ):
     swept = tmp_path / "swept.json"
     if name == "plot":
@@ -95,6 +109,7 @@ def test_every_command_says_in_a_sentence_that_the_disk_is_full(
     if "DISK/model" in WRITERS[name]:
         shutil.copytree(model, small_disk / "model", ignore=lambda *_: ["checkpoints", "last"])
     places = {"MODEL": model, "CHECKPOINT": checkpoint, "TEXT": text, "SWEPT": swept}
+    places["TASK"] = task
     arguments = [
         places.get(str(part), str(part).replace("DISK", str(small_disk))) for part in WRITERS[name]
     ]

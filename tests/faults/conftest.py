@@ -102,6 +102,13 @@ def world(
     flags = {"exit_layers": [1], "loss-weights": "asymmetric:0.5", "grad-clip": 1.0, "patience": 2}
     (folder / "flags.json").write_text(json.dumps(flags | {"exit_head": "norm", "seed": 1}))
     (folder / "lines.jsonl").write_text('{"text": "7 quick brown"}\n{"text": "foxes jump."}\n' * 4)
+    (folder / "task.jsonl").write_text('{"text": "7 quick", "words": [" foxes", " dogs"]}\n' * 2)
+    (folder / "task.yaml").write_text(
+        "{task: own, dataset_path: json, dataset_kwargs: {data_files: {test: task.jsonl}}, "
+        "test_split: test, output_type: multiple_choice, doc_to_text: text, "
+        "doc_to_choice: words, doc_to_target: 0}"
+    )
+    made("evaluate", native, "--tasks", folder / "task.yaml", "--out", folder / "evaluation.json")
     _split(folder / "checkpoint", folder / "split")
     (folder / "checkpoint" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     return folder

@@ -58,6 +58,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
         "bench": (native, "--corpus", text, *["--prompts", "1", "--prompt-tokens", "4"], *SHORT),
         "calibrate": (native, "--corpus", text, "--out", out / "out.json"),
         "confidence": (native, "--corpus", text, "--out", out / "out.json"),
+        "evaluate": (native, "--tasks", world / "task.yaml", "--out", out / "out.json"),
         "export": (native, "--exit", 1, *new),
         "generate": (native, "7 quick", "--max-new-tokens", 2),
         "plot": (world / "sweep.json", "--out", out / "out.png"),

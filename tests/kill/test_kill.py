@@ -35,7 +35,7 @@ TUNE += ["--tokens", "400", "--out", "tuned"]
 FIT = ["confidence", "tuned", *CORPUS, "--fit", "text.txt", "--out", "measures.json"]
 RECIPE = ["recipe", *CORPUS, "--layers", "2", "--dim", "32", "--tokens", "384", "--seeds", "1"]
 RECIPE += ["--compute-budget", "95", "--out", "study"]
-VOLATILE = {"environment", "seconds", "command", "out"}
+VOLATILE = {"environment", "seconds", "tokens_per_s", "command", "out"}
 
 
 def command(arguments: list[str]) -> Callable[[], None]:
@@ -72,6 +72,16 @@ def make_base() -> None:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("base")
     tokenizer.save("base/tokenizer.json")
+
+
+def make_task() -> None:
+    """A task of lm-evaluation-harness with two documents."""
+    Path("task.jsonl").write_text(2 * '{"text": "7 quick brown", "words": [" foxes", " dogs"]}\n')
+    Path("task.yaml").write_text(
+        "{task: own, dataset_path: json, dataset_kwargs: {data_files: {test: task.jsonl}}, "
+        "test_split: test, output_type: multiple_choice, doc_to_text: text, "
+        "doc_to_choice: words, doc_to_target: 0}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +210,22 @@ CASES = {
         arguments=["calibrate", "tuned", *CORPUS, "--epsilon", "0.5", "--out", "c.json"],
         outcome=figures("c.json"),
         out="c.json",
+        opens="tuned",
+    ),
+    "evaluate": Case(
+        before=[*TUNED, make_task],
+        arguments=[
+            "evaluate",
+            "tuned",
+            "--tasks",
+            "task.yaml",
+            "--threshold",
+            "1",
+            "--out",
+            "e.json",
+        ],
+        outcome=figures("e.json"),
+        out="e.json",
         opens="tuned",
     ),
     "study": Case(

@@ -35,6 +35,7 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "bench": ["MODEL"],
     "calibrate": ["MODEL", "--corpus", "TEXT"],
     "confidence": ["MODEL", "--corpus", "TEXT"],
+    "evaluate": ["MODEL", "--tasks", "TASK"],
     "export": ["MODEL", "--out", "OUT"],
     "generate": ["MODEL", "PROMPT"],
     "plot": ["FILE"],
@@ -55,6 +56,9 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     ],
     "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0"), ("--weights", "int3")],
     "confidence": [("--dtype", "int3"), ("--weights", "int3")],
+    "evaluate": [
+        *(("--limit", "x"), ("--limit", "0"), ("--threshold", "high"), ("--weights", "int3")),
+    ],
     "export": [("--exit", "x")],
     "generate": [
         *(("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")),

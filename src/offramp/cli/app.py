@@ -29,6 +29,7 @@ COMMANDS = (
     "bench",
     "calibrate",
     "confidence",
+    "evaluate",
     "export",
     "generate",
     "plot",

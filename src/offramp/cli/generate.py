@@ -126,7 +126,7 @@ def generate(
         _check_alone({"threshold": thresholds, "decay": falling, "confidence": measure})
     config = replace(
         config,
-        threshold=None if thresholds is None else _threshold(thresholds),
+        threshold=None if thresholds is None else parse_threshold(thresholds),
         decay=falling,
         confidence=config.confidence if measure is None else measure,
         missing_kv=keys_values or config.missing_kv,
@@ -229,7 +229,8 @@ def _timed(generation: "Generation", *, show: Any) -> tuple[float, float | None]
     return (first or ended) - began, rate
 
 
-def _threshold(written: str) -> float | tuple[float, ...]:
+def parse_threshold(written: str) -> float | tuple[float, ...]:
+    """A threshold from its written form; 0.9:0.8 is one for each exit but the last."""
     try:
         numbers = tuple(float(part) for part in written.split(":"))
     except ValueError:

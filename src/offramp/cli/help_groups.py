@@ -21,7 +21,10 @@ GROUPS: dict[str, str] = {
         grad-clip shuffle seed""",
     "Validation and checkpoints": """eval-every patience select-at checkpoint-every
         keep-checkpoints tracker""",
-    "Exits": "threshold certificate confidence decay missing-kv bos",
+    "Tasks": """tasks limit num-fewshot batch-size max-length prefix-token tasks-path
+        trust-task-code bootstrap-iters""",
+    "Exits": """threshold thresholds certificate confidence decay missing-kv bos compare
+        static""",
     "Speculative decoding": "speculative draft-exit draft-threshold max-drafts lookup adaptive",
     "Sampling": "temperature top-k top-p repetition-penalty seed",
     "Speed and memory": """device dtype threads precision accumulate recompute-activations compile

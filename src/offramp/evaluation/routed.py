@@ -37,6 +37,57 @@ class RoutedTrace:
     "(N,) The number of the token's window, from 0."
 
 
+class Leaving:
+    """Says which tokens leave at an exit; it is called at each early exit, in their order.
+
+    The tokens of all calls are the same. ``confidence`` names what the policy reads.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        policy: ThresholdPolicy | GainPolicy,
+        *,
+        confidence: str,
+        fitted: FittedExits,
+    ) -> None:
+        self._model, self._policy, self._fitted = model, policy, fitted
+        self._measure = confidence_named(confidence)
+        self._counts = confidence == "patience"
+        self._agreement: Agreement | None = None
+
+    @property
+    def needs_previous_state(self) -> bool:
+        """Whether the confidence reads the state one block before the exit."""
+        return self._measure.needs_previous_state
+
+    def __call__(
+        self, layer: int, h: Tensor, previous: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return (B, T), True for tokens that would leave, from the states (B, T, S) at an exit.
+
+        ``positions`` (B, T) are needed if the threshold decays.
+        """
+        index = self._model.exit_layers.index(layer)
+        view = ExitView(
+            exit_layer=layer,
+            logits=partial(self._model.unembed, h, layer),
+            state=h,
+            previous_state=previous,
+            earlier=self._agreement,
+            fitted=self._fitted,
+        )
+        policy = self._policy
+        if isinstance(policy, GainPolicy):
+            return policy.leaves(index, view.expected_kl)
+        if math.isinf(policy.thresholds[index]):
+            return torch.full(h.shape[:2], policy.thresholds[index] < 0, device=h.device)
+        scores = self._measure.score(view)
+        if self._counts:
+            self._agreement = view.agreement
+        return policy.leaves(index, scores, positions if policy.decay else None)
+
+
 @torch.inference_mode()
 def collect_routed(
     model: EarlyExitModel,
@@ -47,40 +98,17 @@ def collect_routed(
     fitted: FittedExits = NOTHING_FITTED,
 ) -> RoutedTrace:
     """Run the model over (inputs, targets); the policy decides where each token leaves."""
-    measure = confidence_named(confidence)
     exit_layers = tuple(model.exit_layers)
     exits, nll, sequence, sequences = [], [], [], 0
     for inputs, targets in batches:
         inputs, targets = inputs.to(model.device), targets.to(model.device)
-        positions = torch.arange(inputs.shape[1]).expand(inputs.shape)
-        agreement: Agreement | None = None
-
-        def leaves(layer: int, h: Tensor, previous: Tensor, at: Tensor = positions) -> Tensor:
-            nonlocal agreement
-            index = exit_layers.index(layer)
-            view = ExitView(
-                exit_layer=layer,
-                logits=partial(model.unembed, h, layer),
-                state=h,
-                previous_state=previous,
-                earlier=agreement,
-                fitted=fitted,
-            )
-            if isinstance(policy, GainPolicy):
-                return policy.leaves(index, view.expected_kl)
-            if math.isinf(policy.thresholds[index]):
-                return torch.full(h.shape[:2], policy.thresholds[index] < 0, device=h.device)
-            scores = measure.score(view)
-            if confidence == "patience":
-                agreement = view.agreement
-            return policy.leaves(index, scores, at if policy.decay else None)
-
+        leaving = Leaving(model, policy, confidence=confidence, fitted=fitted)
         h, layers = run_propagated(
             model,
             inputs,
-            leaves,
+            partial(leaving, positions=torch.arange(inputs.shape[1]).expand(inputs.shape)),
             step=whole_step(inputs),
-            needs_previous_state=measure.needs_previous_state,
+            needs_previous_state=leaving.needs_previous_state,
         )
         nll.append(_nll(model, h.flatten(0, 1), layers.flatten(), targets.flatten()).cpu())
         places = torch.tensor(exit_layers, device=layers.device)
