@@ -71,8 +71,10 @@ class ModelFiles:
 
     @property
     def holds_backbone(self) -> bool:
-        """Whether this is a folder of exits that holds their backbone, too."""
-        return self.kind == "exits" and self.own == self.backbone.folder
+        """Whether this is a folder of exits that holds their backbone, or its adapter, too."""
+        if self.kind != "exits":
+            return False
+        return self.own == self.backbone.folder or "adapter_sha256" in self.about["base"]
 
     @property
     def weight_format(self) -> Scheme | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,17 +53,22 @@ class ExitLoss(nn.Module):
         *,
         step: int,
         rows: slice | None = None,
+        kept: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the loss in nats per token, and the detached CE of each weighted layer.
 
         ``inputs`` may begin with tokens that have no target. ``rows`` are the rows of the global
-        batch that these inputs are (default: all).
+        batch that these inputs are (default: all). ``kept`` is True at the targets that count;
+        None if all do. Without any, the loss is 0.
         """
         weights = self.schedule.at(step)
         rows = rows or slice(0, len(inputs))
         states = self._states(inputs, weights, step, rows)
         if inputs.shape[1] > targets.shape[1]:
             states = {layer: h[:, -targets.shape[1] :] for layer, h in states.items()}
+        if kept is not None:
+            states = {layer: h[kept][None] for layer, h in states.items()}
+            targets = targets[kept][None]
         parameters = dict(self.model.named_parameters())
         autocast = self.config.precision == "bfloat16"
         # a cast weight is not kept from chunk to chunk: each chunk's graph is dropped
@@ -123,6 +128,7 @@ class ExitLoss(nn.Module):
         if not any(rates) and not recompute:
             return self.model.run_layers(h, start, stop, step=where)
         complete, written = self.model.complete_from, self.model.cache_layers
+        batch_size = max(self.config.batch_size, rows.stop)
         for layer in range(start + 1, stop + 1):
             chosen = active = None
             if rates[layer - 1]:
@@ -131,8 +137,8 @@ class ExitLoss(nn.Module):
                     layer,
                     seed=self.config.seed,
                     step=step,
-                    rows=slice(0, self.config.batch_size),
-                    batch_size=self.config.batch_size,
+                    rows=slice(0, batch_size),
+                    batch_size=batch_size,
                 )
                 keep = kept[rows]
                 gives = complete < layer <= written

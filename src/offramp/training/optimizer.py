@@ -1,11 +1,12 @@
 """The optimizer: AdamW with a learning rate for each layer."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.exits.objective import layer_lr_factors
+from offramp.exits.objective import ObjectiveConfig, layer_lr_factors
 from offramp.models.base import TrainableModel
 from offramp.training.config import TrainConfig, learning_rate_factor
 
@@ -35,3 +36,25 @@ def set_learning_rate(
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     return rate
+
+
+def split_by_layer(
+    optimizer: torch.optim.Optimizer, model: TrainableModel, config: ObjectiveConfig
+) -> None:
+    """Split the groups of a new optimizer by the factors of ``layer_lr``, and apply these."""
+    factors = layer_lr_factors(config, model.num_layers)
+    layers = model.layers_of_parameters()
+    factor_of = {
+        id(parameter): factors.get(layers[name], 1.0)
+        for name, parameter in model.named_parameters()
+    }
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_factor: dict[float, list[Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_factor[factor_of.get(id(parameter), 1.0)].append(parameter)
+        groups += [
+            {**group, "params": parameters, "lr": group["lr"] * factor}
+            for factor, parameters in by_factor.items()
+        ]
+    optimizer.param_groups[:] = groups

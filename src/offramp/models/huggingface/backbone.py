@@ -175,8 +175,13 @@ def save_backbone(backbone: Any, folder: Path, *, texts: Path | None) -> None:
 
     The tokenizer is copied from the folder ``texts``. The folder may be the one from which the
     model was loaded. Raises CheckpointError if it cannot be written, or if a file of the tokenizer
-    is a link that leads out of ``texts``.
+    is a link that leads out of ``texts``, and for a model inside which peft put an adapter.
     """
+    if any(hasattr(module, "base_layer") for module in backbone.modules()):
+        raise CheckpointError(
+            f"{folder}: expected a model without an adapter to save, got one inside which peft put "
+            "an adapter; merge_and_unload gives it, and load opens the folder of a trainer merged"
+        )
     copied = [] if texts is None or texts.resolve() == folder.resolve() else _text_files(texts)
     aside = folder / ".backbone.tmp"  # the old files may be mapped into memory
     shutil.rmtree(aside, ignore_errors=True)

@@ -153,12 +153,14 @@ def write_exits(
     dtype: torch.dtype,
     trained: Mapping[str, Any] | None,
     policy: Mapping[str, Any] | None,
+    adapter: Mapping[str, str] | None = None,
 ) -> str:
     """Write ``exits.safetensors`` and ``offramp.json`` into an existing folder.
 
-    Returns the hash of ``exits.safetensors``. Of exits that are in the folder already, either the
-    old ones or the new ones are there at any time: until ``exits.safetensors`` is replaced, the
-    new description is in a file of its own, ``offramp.new.json``.
+    ``adapter`` are the hashes of the backbone's adapter in the folder. Returns the hash of
+    ``exits.safetensors``. Of exits that are in the folder already, either the old ones or the new
+    ones are there at any time: until ``exits.safetensors`` is replaced, the new description is in
+    a file of its own, ``offramp.new.json``.
     """
     heads = {f"exits.{name}": value for name, value in exits.state_dict().items()}
     with replacing(folder / EXITS_FILE) as aside:
@@ -171,6 +173,7 @@ def write_exits(
                 **place_of(source, folder),
                 "sha256": source.sha256,
                 **file_hashes(source),
+                **(adapter or {}),
             },
             "model_type": model_type,
             "dtype": str(dtype).removeprefix("torch."),
@@ -205,6 +208,8 @@ class _Base:
     sha256: str
     config_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    adapter_sha256: str | None = None
+    adapter_config_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from offramp.errors import CheckpointError, OfframpWarning
 from offramp.models.computation import file_hashes
+from offramp.models.huggingface.adapter import with_adapter
 from offramp.models.sources import Source, find_checkpoint
 
 
@@ -16,9 +17,10 @@ def base_of(
 ) -> Source:
     """Return the checkpoint of a folder's exits, by the content ``about`` of ``read_exits``.
 
-    ``base`` is its place, if it was moved. Raises CheckpointError if it is not found or has other
-    weights, and warns with an OfframpWarning if its config computes something
-    else or its tokenizer is another one.
+    If the folder holds an adapter, it is merged into the checkpoint. ``base`` is the place of the
+    checkpoint, if it was moved. Raises CheckpointError if it is not found or has other weights, and
+    warns with an OfframpWarning if its config computes something else or its tokenizer is another
+    one.
     """
     stored = about["base"]
     wrong: list[CheckpointError] = []
@@ -35,7 +37,7 @@ def base_of(
         if source.sha256 == stored["sha256"]:
             if source is not base:
                 _compare_files(folder, stored, source)
-            return source
+            return with_adapter(source, folder, about)
         wrong.append(
             CheckpointError(
                 f"{folder}: its exits were trained on {source.id} with sha256 {stored['sha256']}, "

@@ -124,7 +124,10 @@ class BlockRunner:
 
     def _call(self, x: Tensor, index: int, given: "Given") -> Tensor:
         block = self.blocks[index]
-        out = block.module(x, **given(index, block))
+        arguments = given(index, block)
+        if block.module.training and getattr(block.module, "gradient_checkpointing", False):
+            arguments |= {name: False for name in ("use_cache",) if name in arguments}
+        out = block.module(x, **arguments)
         state: Tensor = out[0] if isinstance(out, tuple) else out
         return state
 
