@@ -66,6 +66,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
         "quantise": (native, "--weights", "int8", *new),
         "recipe": ("--corpus", text, *new),
         "reproduce": ("--corpus", text, *new),
+        "serve": (native, "--port", 0, "--capacity", 16),
         "specialise": (native, "--corpus", world / "text.txt", "--tokens", 64, *small, *new),
         "study": ("alpha", "--corpus", text, *new),
         "sweep": (native, "--corpus", text, "--out", out / "out.json"),
@@ -111,7 +112,7 @@ CHANGE = st.tuples(
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Commands that train many models stop before the first."""
+    """Commands that train many models stop before the first, and the server before it serves."""
 
     def stop(*arguments: object, **named: object) -> None:
         raise ConfigError("enough")
@@ -119,6 +120,7 @@ def no_work(monkeypatch):
     monkeypatch.setattr("offramp.studies.study.workers.Workers.do", stop)
     monkeypatch.setattr("offramp.studies.study.study.keep_static_times", stop)
     monkeypatch.setattr("offramp.studies.reproduce.study.run_all", stop)
+    monkeypatch.setattr("offramp.serving.server.run", stop)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -43,6 +43,7 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "quantise": ["MODEL", "--weights", "int8", "--out", "OUT"],
     "recipe": ["--corpus", "TEXT", "--out", "OUT"],
     "reproduce": [],
+    "serve": ["MODEL"],
     "specialise": ["MODEL", "--corpus", "TEXT", "--out", "OUT"],
     "study": ["alpha", "--corpus", "TEXT", "--out", "OUT"],
     "sweep": ["MODEL", "--corpus", "TEXT"],
@@ -71,6 +72,10 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     "reproduce": [
         *(("--seeds", "x"), ("--seeds", "0"), ("--jobs", "0"), ("--alphas", "0.1,2")),
         *(("--alphas", "0.1,x"), ("--thresholds", "nan")),
+    ],
+    "serve": [
+        *(("--port", "x"), ("--port", "65536"), ("--slots", "0"), ("--host", "nowhere.invalid")),
+        *(("--weights", "int3"), ("--cors", "example.org"), ("--grace", "nan")),
     ],
     "specialise": [("--steps", "x"), ("--steps", "0")],
     "study": [("--seeds", "x"), ("--seeds", "0"), ("--threads", "0")],

@@ -37,6 +37,7 @@ COMMANDS = (
     "quantise",
     "recipe",
     "reproduce",
+    "serve",
     "specialise",
     "study",
     "sweep",

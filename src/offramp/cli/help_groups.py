@@ -26,6 +26,9 @@ GROUPS: dict[str, str] = {
     "Exits": """threshold thresholds certificate confidence decay missing-kv bos compare
         static""",
     "Speculative decoding": "speculative draft-exit draft-threshold max-drafts lookup adaptive",
+    "Address and access": "host port api-key cors name",
+    "Requests": """slots capacity waiting prefill-tokens max-new-tokens max-body-bytes
+        request-seconds read-seconds write-seconds grace""",
     "Sampling": "temperature top-k top-p repetition-penalty seed",
     "Speed and memory": """device dtype threads precision accumulate recompute-activations compile
         sharding""",

@@ -5,16 +5,15 @@ from shlex import quote
 from typing import Any
 
 from offramp.calibration.thresholds import StoredThresholds
-from offramp.data.hub import one_line
+from offramp.commands.chat_template import chat_ids
 from offramp.data.tokenizer import encode_prompt
-from offramp.errors import CertificateError, ConfigError
+from offramp.errors import CertificateError
 from offramp.exits.policy import ThresholdPolicy
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import ExitRule
 from offramp.generation.generate import Generation
 from offramp.generation.generate import generate as generate_ids
 from offramp.models.base import EarlyExitModel
-from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.missing_kv import complete
 from offramp.models.open import OpenedModel
 
@@ -36,8 +35,13 @@ def begin(
 ) -> tuple[list[int], GenerateConfig]:
     """Return the token ids of a prompt, and the config with the model's end tokens."""
     ids = chat_ids(opened, prompt) if chat else prompt_ids(opened, prompt)
+    return ids, with_end_tokens(opened, config)
+
+
+def with_end_tokens(opened: OpenedModel, config: GenerateConfig) -> GenerateConfig:
+    """Return the config with the model's end tokens among the tokens that end a text."""
     stops = dict.fromkeys((*config.stop_tokens, *opened.end_tokens))
-    return ids, replace(config, stop_tokens=tuple(stops))
+    return replace(config, stop_tokens=tuple(stops))
 
 
 def prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:
@@ -45,40 +49,6 @@ def prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:
     ids = encode_prompt(opened.tokenizer, prompt, special_tokens=False)
     first = list(opened.first_tokens)
     return ids if ids[: len(first)] == first else first + ids
-
-
-def chat_ids(opened: OpenedModel, prompt: str) -> list[int]:
-    """Token ids of one user message in the model's chat template.
-
-    Raises ConfigError for a model without a template, and for a template that fails.
-    """
-    with quiet():
-        tokenizer = opened.chat_tokenizer
-        try:
-            if tokenizer is None and opened.files is not None and opened.files.speaks_chat:
-                tokenizer = transformers().AutoTokenizer.from_pretrained(
-                    opened.files.backbone.folder, local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # transformers raises many kinds
-            raise ConfigError(
-                f"chat: expected a tokenizer that transformers reads, got: {one_line(error)}"
-            ) from None
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigError(
-                f"chat: expected a model with a chat template, and {opened.name} has none"
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise ConfigError(
-                f"chat: expected a chat template that takes one message of a user, got: "
-                f"{one_line(error)}"
-            ) from None
-    return encode_prompt(opened.tokenizer, text, special_tokens=False)
 
 
 def confidence_note(opened: OpenedModel, rule: ExitRule | None) -> str:

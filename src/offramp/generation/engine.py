@@ -13,7 +13,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -24,16 +23,8 @@ from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.exits import Exits, at_last_layer
-from offramp.generation.options import (
-    check_request,
-    draft_exit,
-    exit_rule,
-    missing_kv_for,
-    token_ids,
-)
 from offramp.generation.prefill import PREFILL_CHUNK, Prefill
-from offramp.generation.requests import Event, Job, Request, State
-from offramp.generation.rows import Row
+from offramp.generation.requests import Event, Job, Request, State, new_job
 from offramp.generation.speculative import SpeculativeDecoder
 from offramp.models.base import EarlyExitModel
 from offramp.models.work import Work
@@ -101,23 +92,29 @@ class Engine:
         *,
         id: str | None = None,
         policy: ThresholdPolicy | GainPolicy | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Take a request; it runs in the following steps.
 
         ``prompt`` are token ids, at most ``capacity`` of them. A text that fills its slot ends
-        there, with the finish reason "length". ``policy`` is used instead of a threshold.
+        there, with the finish reason "length". ``policy`` is used instead of a threshold. With
+        ``logprobs`` each token has its log probability, and those of so many of the likeliest.
 
         Raises QueueFullError if no slot is free and as many requests wait as may; try again
         later. Raises ConfigError, as ``generate`` does, for a request that cannot run, and for an
         ``id`` that a request has which is not done. Nothing changes if it raises.
         """
-        config = config or GenerateConfig()
-        prompt = token_ids(prompt)
-        rule = exit_rule(self.model, config, policy=policy, fitted=self.fitted)
-        about: Any = {"model": self.model, "tokenizer": self.tokenizer, "capacity": self.capacity}
-        check_request(prompt, config, **about)
-        way, meaning = missing_kv_for(self.model, config, rule)
-        drafting = draft_exit(self.model, config, self.fitted) if config.speculative else None
+        job = new_job(
+            prompt,
+            config or GenerateConfig(),
+            model=self.model,
+            tokenizer=self.tokenizer,
+            capacity=self.capacity,
+            fitted=self.fitted,
+            policy=policy,
+            logprobs=logprobs,
+        )
+        request = job.request
         if id is not None and id in self._jobs:
             raise ConfigError(f"id: expected one that no unfinished request has, got {id!r}")
         if len(self._queue) >= self.config.waiting + self._slots.count(None):
@@ -125,16 +122,10 @@ class Engine:
                 f"queue: expected at most {self.config.waiting} waiting requests, got one more; "
                 "try again when one is done"
             )
-        row = Row(prompt, config, **about)
-        request = Request(
-            id=next(name for name in self._names if name not in self._jobs) if id is None else id,
-            prompt=prompt,
-            config=config,
-            completion=row.completion,
-            missing_kv=meaning,
-            rule=next((each.rule for each in self.requests if each.rule == rule), rule),
-        )
-        job = Job(request=request, row=row, way=way, draft_exit=drafting)
+        names = (name for name in self._names if name not in self._jobs)
+        request.id = next(names) if id is None else id
+        rules = (each.rule for each in self.requests if each.rule == request.rule)
+        request.rule = next(rules, request.rule)
         self._jobs[request.id] = job
         self._queue.append(job)
         return request
@@ -254,10 +245,10 @@ class Engine:
         except GenerationError as error:
             self._fail(job, error, events)
         else:
-            self._take(job, token, layer, exits.confidence[n], events)
+            self._take(job, token, layer, exits.confidence[n], exits.logits[n], events)
 
     def _speculate(self, job: Job, drafts: SpeculativeDecoder, events: list[Event]) -> None:
-        row = job.row
+        row, before = job.row, self.work.copy()
         try:
             last, left = row.completion.tokens[-1].id, row.limit - row.count
             chosen = drafts.speculative_decode(last, row.sampler, row.count, at_most=left)
@@ -265,15 +256,23 @@ class Engine:
             self._fail(job, error, events)
             return
         job.request.drafted, job.request.accepted = drafts.drafted, drafts.accepted
+        job.request.draft_work.add_since(before, self.work)
         for each in chosen:
             self._take(job, *each, events)
             if job.request.done:
                 return
 
     def _take(
-        self, job: Job, token: int, layer: int, confidence: float, events: list[Event]
+        self,
+        job: Job,
+        token: int,
+        layer: int,
+        confidence: float,
+        logits: Tensor,
+        events: list[Event],
     ) -> None:
-        events.append(Event(request=job.request, token=job.row.take(token, layer, confidence)))
+        taken = job.row.take(token, layer, confidence, logits)
+        events.append(Event(request=job.request, token=taken))
         if job.row.finished():
             self._end(job, "finished")
 

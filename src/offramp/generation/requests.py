@@ -1,15 +1,30 @@
 """A request to an engine: what its user sees of it, and what the engine keeps until it is done."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from offramp.errors import GenerationError
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from offramp.errors import ConfigError, GenerationError
+from offramp.exits.gate import FittedExits
+from offramp.exits.policy import GainPolicy, ThresholdPolicy
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import ExitRule
+from offramp.generation.options import (
+    check_request,
+    draft_exit,
+    exit_rule,
+    missing_kv_for,
+    token_ids,
+)
 from offramp.generation.prefill import Prefill
 from offramp.generation.rows import Completion, Row, Token
 from offramp.generation.speculative import SpeculativeDecoder
+from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import MissingKV
+from offramp.models.work import Work
 
 State = Literal["waiting", "prefill", "decoding", "finished", "cancelled", "failed"]
 
@@ -36,6 +51,8 @@ class Request:
     "Number of drafted tokens."
     accepted: int = 0
     "Number of drafted tokens that the whole model accepted."
+    draft_work: Work = field(default_factory=Work, repr=False)
+    "The work of drafts and of their verification; empty without ``speculative``."
 
     @property
     def done(self) -> bool:
@@ -63,3 +80,38 @@ class Job:
     slot: int = -1
     prefill: Prefill | None = None
     drafts: SpeculativeDecoder | None = None
+
+
+def new_job(
+    prompt: Sequence[int] | Tensor,
+    config: GenerateConfig,
+    *,
+    model: EarlyExitModel,
+    tokenizer: Tokenizer | None,
+    capacity: int,
+    fitted: FittedExits,
+    policy: ThresholdPolicy | GainPolicy | None,
+    logprobs: int | None,
+) -> Job:
+    """Check a request against the model, and return what the engine keeps of it.
+
+    Its request has no id yet. Raises ConfigError for a request that cannot run.
+    """
+    prompt = token_ids(prompt)
+    rule = exit_rule(model, config, policy=policy, fitted=fitted)
+    about: Any = {"model": model, "tokenizer": tokenizer, "capacity": capacity}
+    check_request(prompt, config, **about)
+    if logprobs is not None and logprobs < 0:
+        raise ConfigError(f"logprobs: expected at least 0, got {logprobs}")
+    way, meaning = missing_kv_for(model, config, rule)
+    drafting = draft_exit(model, config, fitted) if config.speculative else None
+    row = Row(prompt, config, logprobs=logprobs, **about)
+    request = Request(
+        id="",
+        prompt=prompt,
+        config=config,
+        completion=row.completion,
+        missing_kv=meaning,
+        rule=rule,
+    )
+    return Job(request=request, row=row, way=way, draft_exit=drafting)

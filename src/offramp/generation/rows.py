@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from offramp.generation.config import GenerateConfig
+from offramp.generation.logprobs import LogProbability, logprobs_of
 from offramp.generation.sampling import Sampler
 from offramp.generation.text import TextStream
 from offramp.models.base import EarlyExitModel
@@ -24,6 +26,11 @@ class Token:
     exit_layer: int
     "The layer where the token left, or that drafted it if the verification accepted it."
     confidence: float
+    logprob: float | None = None
+    """Logarithm of the token's probability where it left, before temperature, top-k and top-p;
+    None unless the request asks for it."""
+    top_logprobs: tuple[LogProbability, ...] = ()
+    "The likeliest tokens there with theirs, in order; as many as the request asks for."
 
 
 @dataclass(kw_only=True)
@@ -45,7 +52,11 @@ class Completion:
 
 
 class Row:
-    """One row while it is generated, in a cache of ``capacity`` positions."""
+    """One row while it is generated, in a cache of ``capacity`` positions.
+
+    ``logprobs`` is how many of the likeliest tokens each token names with their log probability,
+    beside its own; None: not even that.
+    """
 
     def __init__(
         self,
@@ -55,15 +66,16 @@ class Row:
         model: EarlyExitModel,
         tokenizer: Tokenizer | None,
         capacity: int,
+        logprobs: int | None = None,
     ) -> None:
-        self.config, self.completion = config, Completion()
+        self.config, self.completion, self.logprobs = config, Completion(), logprobs
         longest = min(model.max_length, capacity)  # the last new token needs no position
         self.limit = min(config.max_new_tokens, longest - len(prompt) + 1)
         self.sampler = Sampler(config, prompt, vocab_size=model.vocab_size)
         self.stream = TextStream(tokenizer, config.stop_strings)
 
-    def take(self, id: int, exit_layer: int, confidence: float) -> Token:
-        """Add a chosen token; it may finish the row."""
+    def take(self, id: int, exit_layer: int, confidence: float, logits: Tensor) -> Token:
+        """Add a token that was chosen from ``logits`` (V,); it may finish the row."""
         self.sampler.keep(id)
         count = len(self.completion.tokens) + 1
         text = ""
@@ -77,7 +89,18 @@ class Row:
             reason = "length"
         if reason:
             text += self.stream.flush()
-        token = Token(id=id, text=text, exit_layer=exit_layer, confidence=confidence)
+        logprob: float | None = None
+        top: tuple[LogProbability, ...] = ()
+        if self.logprobs is not None:
+            logprob, top = logprobs_of(logits, id, self.logprobs)
+        token = Token(
+            id=id,
+            text=text,
+            exit_layer=exit_layer,
+            confidence=confidence,
+            logprob=logprob,
+            top_logprobs=top,
+        )
         self.completion.tokens.append(token)
         self.completion.finish_reason = reason
         return token

@@ -32,8 +32,9 @@ from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.work import Work
 
-Chosen = tuple[int, int, float]
-"""A token, the layer where it left (or that drafted it), and its confidence."""
+Chosen = tuple[int, int, float, Tensor]
+"""A token, the layer where it left (or that drafted it), its confidence, and the logits (V,) of the
+whole model from which it was chosen."""
 
 
 class SpeculativeDecoder:
@@ -97,7 +98,7 @@ class SpeculativeDecoder:
         chosen = self._verify(logits, found, scores, sampler, index)
         self.length += len(chosen)
         self.cache.crop(self.length, row=self.row)
-        for accepted, _, _ in chosen[:-1]:
+        for accepted, *_ in chosen[:-1]:
             self.lookup.push(accepted)
         self.drafted += len(found)
         self.accepted += len(chosen) - 1
@@ -175,10 +176,10 @@ class SpeculativeDecoder:
         for n, draft in enumerate(drafts):
             token = sampler.choose(logits[n], index + n, after=drafts[:n], likeliest=likeliest[n])
             if token != draft:
-                return [*chosen, (token, self.model.num_layers, largest[n])]
+                return [*chosen, (token, self.model.num_layers, largest[n], logits[n])]
             from_exit = bool(scores)
             layer = self.draft_exit if from_exit else self.model.num_layers
-            chosen.append((token, layer, scores[n] if from_exit else largest[n]))
+            chosen.append((token, layer, scores[n] if from_exit else largest[n], logits[n]))
         n = len(drafts)
         token = sampler.choose(logits[n], index + n, after=drafts, likeliest=likeliest[n])
-        return [*chosen, (token, self.model.num_layers, largest[n])]
+        return [*chosen, (token, self.model.num_layers, largest[n], logits[n])]

@@ -1,7 +1,8 @@
 """The work of decoding: which parts of a model ran, how often, and for how many tokens at once."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,16 @@ class Work:
     def layers_run(self) -> int:
         """Number of blocks that ran, counted for each token."""
         return sum(tokens * count for tokens, count in self.blocks.items())
+
+    def copy(self) -> "Work":
+        """Return the counts as they are now."""
+        return Work(**{name: Counter(counted) for name, counted in self._counters()})
+
+    def add_since(self, before: "Work", now: "Work") -> None:
+        """Add the work that was done between two moments."""
+        earlier = dict(before._counters())
+        for (name, counted), (_, own) in zip(now._counters(), self._counters(), strict=True):
+            own.update(counted - earlier[name])
+
+    def _counters(self) -> list[tuple[str, Counter[Any]]]:
+        return [(each.name, getattr(self, each.name)) for each in fields(self)]

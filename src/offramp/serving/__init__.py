@@ -1,0 +1,1 @@
+"""Serve a model over HTTP: OpenAI's API on the engine for many requests."""
