@@ -3,6 +3,7 @@
 ``FUZZ`` is the number of examples of all fuzzers together (``make fuzz``).
 """
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
     lines: dict[str, tuple[Any, ...]] = {
         "bench": (native, "--corpus", text, *["--prompts", "1", "--prompt-tokens", "4"], *SHORT),
         "calibrate": (native, "--corpus", text, "--out", out / "out.json"),
+        "chat": (native, "--plain", "--max-new-tokens", 2),
         "confidence": (native, "--corpus", text, "--out", out / "out.json"),
         "evaluate": (native, "--tasks", world / "task.yaml", "--out", out / "out.json"),
         "export": (native, "--exit", 1, *new),
@@ -132,6 +134,7 @@ def test_hostile_flags_are_a_sentence_or_do_no_harm(
     @settings(max_examples=max(3, round(0.25 * EXAMPLES / len(COMMANDS))))
     @given(changes=st.lists(CHANGE, min_size=1, max_size=3))
     def check(changes):
+        monkeypatch.setattr("sys.stdin", io.StringIO("7 quick\n/threshold 0.5\nfoxes\n"))
         attack(command, changes, world, in_order)
 
     check()

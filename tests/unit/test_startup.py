@@ -34,6 +34,7 @@ json.dump(answers, sys.stdout)
 REQUIRED = {  # what makes a command line whole, so that only the bad value is wrong
     "bench": ["MODEL"],
     "calibrate": ["MODEL", "--corpus", "TEXT"],
+    "chat": ["MODEL"],
     "confidence": ["MODEL", "--corpus", "TEXT"],
     "evaluate": ["MODEL", "--tasks", "TASK"],
     "export": ["MODEL", "--out", "OUT"],
@@ -56,6 +57,10 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
         ("--weights", "int3"),
     ],
     "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0"), ("--weights", "int3")],
+    "chat": [
+        *(("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")),
+        *(("--max-new-tokens", "0"), ("--weights", "int3")),
+    ],
     "confidence": [("--dtype", "int3"), ("--weights", "int3")],
     "evaluate": [
         *(("--limit", "x"), ("--limit", "0"), ("--threshold", "high"), ("--weights", "int3")),

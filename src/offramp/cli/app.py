@@ -28,6 +28,7 @@ from offramp.version import __version__
 COMMANDS = (
     "bench",
     "calibrate",
+    "chat",
     "confidence",
     "evaluate",
     "export",
