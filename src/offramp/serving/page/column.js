@@ -3,12 +3,12 @@
 export const TITLES = { exit: "Exits", full: "Full depth", speculative: "Speculative" };
 const UNSAFE = new RegExp(
   "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b\\u200e\\u200f" +
-  "\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]", "g");
+  "\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\u{e0000}-\\u{e007f}]", "gu");
 const MARKS = [[/^\n+$/, "↵"], [/^\t+$/, "→"], [/^$/, "·"]];
 
 /** What a reader would not see, or what changes the order of text, as an escape. */
 export const printable = (text) => text.replace(UNSAFE,
-  (each) => `\\u${each.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  (each) => `\\u${each.codePointAt(0).toString(16).padStart(4, "0")}`);
 
 /** Colour and height of a token by the share of the layers that it ran. */
 export function paint(element, layer, layers) {

@@ -215,6 +215,9 @@ by("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   run(chosen());
 });
+by("controls").addEventListener("invalid", (event) => { // a folded control takes no focus
+  event.target.closest("details")?.setAttribute("open", "");
+}, true);
 by("stop").addEventListener("click", stop);
 by("use-key").addEventListener("click", start);
 by("methods").addEventListener("change", () => {
