@@ -183,7 +183,7 @@ def test_tokens_have_the_colour_and_the_height_of_their_depth(seen, canned):
     expect(seen.figure("layers")).to_have_text("3.5 of 6")
     expect(seen.figure("flops")).to_have_text("61%")
     expect(seen.figure("speed")).to_have_text("44.0")
-    expect(seen.page.get_by_role("status").first).to_contain_text("Done: Exits: 3 tokens")
+    expect(seen.page.locator("#status")).to_contain_text("Done: Exits: 3 tokens")
     in_order(seen)
 
 

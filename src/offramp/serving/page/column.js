@@ -72,7 +72,7 @@ export class Column {
     const mark = MARKS.find(([pattern]) => pattern.test(text));
     if (mark) element.dataset.mark = mark[1];
     const sure = typeof confidence === "number" ? `, confidence ${confidence.toFixed(3)}` : "";
-    const name = text ? JSON.stringify(printable(text)) : "a token without text of its own";
+    const name = text ? printable(JSON.stringify(text)) : "a token without text of its own";
     element.dataset.layer = `layer ${layer}`;
     element.dataset.about = `${name}: layer ${layer} of ${this.about.num_layers}${sure}`;
     element.tabIndex = this.layers.length ? -1 : 0;
