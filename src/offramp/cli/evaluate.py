@@ -23,7 +23,7 @@ from offramp.cli.base import (
     say_verdict,
     use,
 )
-from offramp.cli.generate import KeysValues, Measure, Thresholds, parse_threshold
+from offramp.cli.decoding import KeysValues, Measure, Thresholds, parse_threshold
 from offramp.cli.sweep import parse_thresholds
 from offramp.commands.evaluate.config import EvaluateConfig
 from offramp.errors import ConfigError
