@@ -59,7 +59,7 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0"), ("--weights", "int3")],
     "chat": [
         *(("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")),
-        *(("--max-new-tokens", "0"), ("--weights", "int3")),
+        *(("--top-k", "x"), ("--weights", "int3")),
     ],
     "confidence": [("--dtype", "int3"), ("--weights", "int3")],
     "evaluate": [
