@@ -44,8 +44,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Begin a new conversation; the system message stays."""
-        system = {"role": "system", "content": self._system}
-        self.messages = [] if self._system is None else [system]
+        self.messages = [] if self._system is None else [_of("system", self._system)]
 
     def configure(self, config: GenerateConfig) -> None:
         """Use these options from the next answer on. Nothing changes if it raises ConfigError."""
