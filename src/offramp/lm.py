@@ -19,6 +19,7 @@ from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.row import BenchRow
 from offramp.commands.bench.run import run_bench
 from offramp.commands.engine import TextEngine
+from offramp.commands.on_generation.certify import certify_texts
 from offramp.errors import ConfigError
 from offramp.evaluation.sweep import SweepRow, Threshold
 from offramp.generation.config import EngineConfig, GenerateConfig
@@ -182,11 +183,19 @@ class EarlyExitLM:
             progress: Show a progress bar.
             **promise: Fields of the promise: ``epsilon`` (risk at most, default 0.02), ``delta``
                 (how often it may fail, default 0.05), ``risk`` ("disagreement" or "nll-gap"),
+                ``on`` ("generation" covers texts that the model writes, after prompts that are
+                cut from the text, or the prompts of a .jsonl file; then also fields of
+                ``WriteConfig``, such as ``max_new_tokens``, and ``risk`` is "divergence",
+                "rouge-l" or "nll-gap"),
                 ``method`` ("ltt" or "crc") and ``test`` ("auto", "betting",
                 "empirical-bernstein" or "hoeffding-bentkus").
         """
-        kept = config_of(Promise, promise)
         with call_bar("certify", shown=progress) as on_tokens:
+            if promise.get("on") == "generation":
+                return certify_texts(
+                    self._opened, text, promise, confidence=confidence, on_prompt=on_tokens
+                )
+            kept = config_of(Promise, promise)
             certificate, _ = calibrate.certify(
                 self._opened, str(text), kept, confidence=confidence, on_tokens=on_tokens
             )

@@ -76,6 +76,47 @@ def test_a_budget_is_kept(offramp, model, text, tmp_path):
     assert row["flops_pct"] <= 70
 
 
+def test_a_certificate_on_generation_is_written_used_and_checked(offramp, model, text, tmp_path):
+    out, prompts = tmp_path / "certificate.json", tmp_path / "prompts.jsonl"
+    prompts.write_text('"The quick "\n{"prompt": "A lazy "}\n' * 15)
+    few = ("--max-new-tokens", 8, "--steps", 4, "--epsilon", 0.3)
+    result = offramp(
+        *("calibrate", model, "--on", "generation", "--prompts", prompts, *few, "--out", out)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "divergence" in result.stdout
+    content = json.loads(out.read_text())
+    assert (content["n"], content["missing_kv"]) == (30, "propagate")
+    used = offramp("generate", model, "The ", "--certificate", out, "--max-new-tokens", 4)
+    assert used.returncode == 0, used.stderr
+    other = offramp(
+        *("generate", model, "The ", "--certificate", out, "--missing-kv", "recompute"),
+    )
+    assert other.returncode == 2
+    checked = offramp("calibrate", model, "--corpus", text, "--max-prompts", 12, "--check", out)
+    assert checked.returncode == 0, checked.stderr
+    assert "12 new prompts" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--on", "generation"], "prompts: expected --prompts FILE or --corpus TEXT, got none"),
+        (["--prompts", "x.txt"], "corpus: expected the text to calibrate on, got none"),
+        (["--corpus", "pangram", "--rows", "2"], "expected none without --on generation"),
+        (["--on", "generation", "--corpus", "pangram", "--rows", "0"], "rows: expected at least 1"),
+        (["--on", "generation", "--prompts", "none.txt"], "expected a file, found none"),
+        (["--on", "generation", "--corpus", "pangram", "--max-prompts", "9"], "at least 149"),
+        (["--on", "speech", "--corpus", "pangram"], "on"),
+    ],
+)
+def test_mistakes_on_generation_are_one_sentence(offramp, model, arguments, said):
+    result = offramp("calibrate", model, *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_too_few_sequences_say_how_many_are_needed(offramp, model, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("The lazy dog jumps over the quick brown fox. " * 10)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from offramp.calibration.promise import GENERATED_RISKS
 from offramp.errors import CertificateError, ConfigError, OfframpWarning
 from offramp.files import write_json
 from offramp.models.native.schemes import SCHEMES, Scheme
@@ -68,6 +69,18 @@ class Certificate:
             )
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise ConfigError(f"thresholds: expected numbers, got {self.thresholds}")
+        if self.on_generation:
+            self._check_generation()
+
+    def _check_generation(self) -> None:
+        if self.risk not in GENERATED_RISKS:
+            expected = ", ".join(GENERATED_RISKS)
+            raise ConfigError(
+                f"risk: expected one of {expected} on generation, got {shown(self.risk)}"
+            )
+        tokens = self.assumptions.get("sequence_tokens")
+        if type(tokens) is not int or tokens < 1:
+            raise ConfigError(f"sequence_tokens: expected at least 1, got {shown(tokens)}")
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{value:g}" for value in self.thresholds)
@@ -89,6 +102,11 @@ class Certificate:
     def bound(self) -> float:
         """Value at which the loss of each token is clipped: nats, or 1 for disagreement."""
         return float(self.assumptions["bound"])
+
+    @property
+    def on_generation(self) -> bool:
+        """Whether it covers texts that the model writes itself, rather than a given text."""
+        return self.assumptions.get("on") == "generation"
 
     @property
     def bos(self) -> bool:

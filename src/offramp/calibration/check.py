@@ -123,6 +123,26 @@ def check_drift(
         risk=certificate.risk,
         bound=scale,
     )[:, 0]
+    [row] = sweep(trace, [certificate.thresholds], confidence=certificate.confidence, cost=cost)
+    return drift(
+        certificate, losses, level=level, compute_pct=row.compute_pct, flops_pct=row.flops_pct
+    )
+
+
+def drift(
+    certificate: Certificate,
+    losses: Any,
+    *,
+    level: float,
+    compute_pct: float,
+    flops_pct: float | None,
+) -> DriftCheck:
+    """Test whether (n,) losses from 0 to 1, in the order of the text, keep a certificate's risk.
+
+    The costs are those of the thresholds on the new text; see ``check_drift``.
+    """
+    check_levels(level=level)
+    scale = certificate.bound
     epsilon = certificate.epsilon / scale
     broken, holds = p_above(losses, epsilon), p_below(losses, epsilon)
     verdict: Verdict = "undecided"
@@ -132,7 +152,6 @@ def check_drift(
     elif holds[-1] <= level:
         verdict, decided = "holds", int(np.argmax(holds <= level)) + 1
     low, high = risk_interval(losses, level)
-    [row] = sweep(trace, [certificate.thresholds], confidence=certificate.confidence, cost=cost)
     return DriftCheck(
         n=len(losses),
         risk=float(losses.mean()) * scale,
@@ -144,6 +163,6 @@ def check_drift(
         level=level,
         verdict=verdict,
         decided_after=decided,
-        compute_pct=row.compute_pct,
-        flops_pct=row.flops_pct,
+        compute_pct=compute_pct,
+        flops_pct=flops_pct,
     )

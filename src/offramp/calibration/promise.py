@@ -10,6 +10,11 @@ from offramp.errors import ConfigError
 Risk = Literal["disagreement", "nll-gap"]
 RISKS: tuple[str, ...] = get_args(Risk)
 
+GeneratedRisk = Literal["divergence", "rouge-l", "nll-gap"]
+GENERATED_RISKS: tuple[str, ...] = get_args(GeneratedRisk)
+
+On = Literal["text", "generation"]
+
 DEFAULT_BOUND = 1.0
 """Nats at which a token's NLL gap is clipped."""
 
@@ -26,8 +31,13 @@ DEFAULT_DELTA = 0.05
 class Promise:
     """A bound on a risk, and the probability with which it must hold."""
 
-    risk: str = "disagreement"
-    "disagreement (with the prediction of the last layer) or nll-gap (nats per token)."
+    on: On = "text"
+    "The text that is covered: a given text, or generation, which the model writes itself."
+    risk: str = ""
+    """On a text disagreement (with the prediction of the last layer; the default) or nll-gap (nats
+    per token). On generation divergence (share of a text from the first token on that differs from
+    full depth's; the default), rouge-l (1 - ROUGE-L) or nll-gap (of the text, by the full
+    model)."""
     epsilon: float = 0.02
     "Upper bound on the risk: a share of the tokens, or nats per token."
     delta: float = DEFAULT_DELTA
@@ -42,8 +52,15 @@ class Promise:
 
     def __post_init__(self) -> None:
         check_levels(epsilon=self.epsilon, delta=self.delta)
-        if self.risk not in RISKS:
-            raise ConfigError(f"risk: expected one of {', '.join(RISKS)}, got {self.risk!r}")
+        if self.on not in get_args(On):
+            raise ConfigError(f"on: expected text or generation, got {self.on!r}")
+        risks = GENERATED_RISKS if self.on == "generation" else RISKS
+        if not self.risk:
+            object.__setattr__(self, "risk", risks[0])
+        if self.risk not in risks:
+            raise ConfigError(
+                f"risk: expected one of {', '.join(risks)} on {self.on}, got {self.risk!r}"
+            )
         if self.method not in METHODS:
             raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.test not in TESTS:

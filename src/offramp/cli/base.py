@@ -163,12 +163,12 @@ def say_verdict(sentence: str) -> None:
 
 
 @contextmanager
-def token_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; yields what a pass over a text calls with (tokens done, tokens in all)."""
+def token_bar(name: str, *, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields what a pass over a text calls with (units done, units in all)."""
     from offramp.report.progress import bars
 
     with bars(console) as drawn:
-        yield lambda done, total: drawn.show(name, done=done, total=total, text="tokens")
+        yield lambda done, total: drawn.show(name, done=done, total=total, text=unit)
 
 
 def warn(model: Path, corpus: str, about: Mapping[str, object]) -> None:

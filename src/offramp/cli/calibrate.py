@@ -26,6 +26,8 @@ from offramp.cli.base import (
     use,
     warn,
 )
+from offramp.cli.on_generation import check_source, run_on_generation
+from offramp.commands.on_generation.config import WriteConfig
 from offramp.errors import ConfigError
 from offramp.exits.confidence_names import check_confidence
 from offramp.files import write_json
@@ -41,8 +43,10 @@ Results = tuple[dict[str, Any], dict[str, Any]]
 def calibrate(
     model: Model,
     promise: Annotated[Promise | None, Parameter(name="*")] = None,
+    texts: Annotated[WriteConfig | None, Parameter(name="*")] = None,
     *,
-    corpus: str,
+    corpus: str | None = None,
+    prompts: Path | None = None,
     confidence: str | None = None,
     compute_budget: float | None = None,
     check: Path | None = None,
@@ -56,11 +60,17 @@ def calibrate(
 ) -> None:
     """Find thresholds with a guarantee and write a certificate; or keep a compute budget.
 
+    With --on generation the guarantee covers texts that the model writes itself: every prompt is
+    continued at full depth and with thresholds, from careful to bold.
+
     Parameters
     ----------
     corpus
         The text to calibrate on: like that of later use, and not that of training. With --check
-        it is the new text.
+        it is the new text. With --on generation prompts are cut from it.
+    prompts
+        With --on generation: a file with a prompt in each line, or a .jsonl file whose lines are
+        strings or objects with a "prompt" or the "messages" of a chat.
     confidence
         The measure whose thresholds are searched (default: gain where it was fitted, else
         max_prob).
@@ -74,6 +84,10 @@ def calibrate(
     _check_mode(promise, compute_budget, check, confidence)
     check_out_file(out)
     checked = None if check is None else Certificate.load(check)
+    written = promise is not None and promise.on == "generation"
+    if checked is not None:
+        written = checked.on_generation
+    check_source(corpus, prompts, texts, written=written)
 
     use(device, threads)
     opened = open_for(
@@ -86,6 +100,14 @@ def calibrate(
         stored=checked,
     )
     kept = promise or Promise()
+    if written:
+        source = corpus if prompts is None else prompts
+        assert source is not None
+        run_on_generation(
+            opened, source, kept, texts or WriteConfig(), checked, measure=confidence, out=out
+        )
+        return
+    assert corpus is not None
     with token_bar("trace") as on_tokens:
         if checked is not None:
             show, results = _check(opened, corpus, checked, kept, on_tokens)

@@ -199,13 +199,13 @@ def certificate_table(certificate: Content) -> Table:
     table = Table(title="Certificate", show_header=False, caption=f"sha256 {certificate['sha256']}")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    about = certificate["assumptions"]
     flops = certificate["expected_flops_pct"]
     rows = {
-        "promise": certificate["assumptions"]["promise"],
-        "text": certificate["assumptions"]["text"],
-        "not covered": certificate["assumptions"]["not_covered"],
-        "sequences": f"{certificate['n']:,} of {certificate['assumptions']['sequence_tokens']} "
-        "tokens",
+        "promise": about["promise"],
+        "text": about["text"],
+        "not covered": about["not_covered"],
+        f"{about['unit']}s": f"{certificate['n']:,} of {about['sequence_tokens']} tokens",
         "test": _test_text(certificate),
         "confidence": certificate["confidence"],
         "thresholds": ", ".join(map(threshold_text, certificate["thresholds"])),
@@ -241,8 +241,9 @@ def certificate_verdict(certificate: Content) -> str:
 
 def drift_sentence(check: Content) -> str:
     """The verdict of ``calibrate --check``, in two sentences."""
+    units = "prompts" if check.get("on") == "generation" else "sequences"
     measured = (
-        f"risk {check['risk']:.4f} on {check['n']:,} new sequences ({check['risk_low']:.4f} to "
+        f"risk {check['risk']:.4f} on {check['n']:,} new {units} ({check['risk_low']:.4f} to "
         f"{check['risk_high']:.4f}), promised at most {check['epsilon']:g}"
     )
     level = f"{check['level']:g}"
@@ -250,11 +251,11 @@ def drift_sentence(check: Content) -> str:
         return (
             f"Not decided: {measured}; neither that it is broken (p = {check['p_broken']:.2g}) nor "
             f"that it holds (p = {check['p_holds']:.2g}) is sure at level {level}. To decide it, "
-            "add text at the end of this text and check again: looking again costs nothing."
+            f"add {units} at the end and check again: looking again costs nothing."
         )
     sure = (
-        f"This was sure after {check['decided_after']:,} sequences at level {level}, which covers "
-        "all looks at this text while it grows at its end: looking again or stopping early costs "
+        f"This was sure after {check['decided_after']:,} {units} at level {level}, which covers "
+        f"all looks while {units} are added at the end: looking again or stopping early costs "
         "nothing."
     )
     if check["verdict"] == "broken":

@@ -175,7 +175,7 @@ def test_the_certificate_says_what_it_does_not_cover(make_trace):
         ({"method": "bonferroni"}, "method: expected one of ltt, crc, got 'bonferroni'"),
         ({"bound": 0.0}, "bound"),
         ({"risk": "nll-gap", "epsilon": 0.5, "bound": 0.5}, "less than the bound of 0.5 nats"),
-        ({"risk": "ppl"}, "risk: expected one of disagreement, nll-gap, got 'ppl'"),
+        ({"risk": "ppl"}, "risk: expected one of disagreement, nll-gap on text, got 'ppl'"),
     ],
 )
 def test_a_promise_out_of_range_is_a_config_error(fields, message):

@@ -1,0 +1,1 @@
+"""Guarantees for texts that the model writes itself."""
