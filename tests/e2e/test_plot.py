@@ -95,3 +95,35 @@ def test_a_study_is_drawn(offramp, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "<svg" in out.read_text()[:200]
     assert json.loads((root / "docs/studies/alpha/study.json").read_text())["study"] == "alpha"
+
+
+def test_a_theme_and_a_size(offramp, results, tmp_path):
+    out = tmp_path / "paper.svg"
+    done = offramp("plot", results / "sweep.json", "--theme", "paper", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert 'width="252' in out.read_text()[:400] or 'width="251' in out.read_text()[:400]
+    sized = ("--width", 300, "--height", 200, "--out", tmp_path / "sized.png")
+    done = offramp("plot", results / "sweep.json", *sized)
+    assert done.returncode == 0, done.stderr
+    header = (tmp_path / "sized.png").read_bytes()[16:24]
+    size = [int.from_bytes(header[at : at + 4]) for at in (0, 4)]
+    assert abs(size[0] - 600) <= 4
+    assert abs(size[1] - 400) <= 4
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--theme", "dark"), "theme"),
+        (("--width", "10"), "width: expected a number from 150 to 4000, got 10"),
+        (("--height", "nan"), "height: expected a number from 150 to 4000, got nan"),
+        (("--width", "x"), "width"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(offramp, results, tmp_path, option, said):
+    out = tmp_path / "picture.svg"
+    done = offramp("plot", results / "sweep.json", *option, "--out", out)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()

@@ -4,12 +4,15 @@ import os
 import runpy
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from offramp.report import write_report
+from offramp.report.charts import chart_of, read_result
+from offramp.report.drawing import save_chart
 from offramp.report.study import write
 from offramp.report.study_json import read_study, read_times
 
@@ -126,15 +129,13 @@ def test_legend_picks_one_method_out(opened):
     lines = chart.locator("svg .mark-line path")
     opacities = "paths => paths.map(path => Number(path.getAttribute('opacity')))"
     assert len(set(lines.evaluate_all(opacities))) == 1
-    chart.locator("svg .role-legend-symbol path").first.click()
+    chart.locator("svg .role-legend-label text").first.click()
     opened.page.wait_for_timeout(300)
     assert sorted(lines.evaluate_all(opacities)) == [0.12, 0.9]
 
 
-@pytest.mark.parametrize("width", [400, 1200])
-def test_a_studys_page_draws_one_plot_and_the_others_when_they_are_unfolded(
-    width, browser, tmp_path
-):
+def test_a_studys_page_draws_one_plot_and_the_others_when_they_are_unfolded(browser, tmp_path):
+    width = 1200
     times = read_times(STUDY / "timing.json")
     write(read_study(STUDY / "study.json"), times, tmp_path)
     page = browser.new_page(viewport={"width": width, "height": 800})
@@ -154,3 +155,77 @@ def test_a_studys_page_draws_one_plot_and_the_others_when_they_are_unfolded(
     assert wide <= shown
     assert opened.complaints == []
     assert opened.requests == [opened.url]
+
+
+COVERED = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const texts = [...svg.querySelectorAll(".mark-text.role-mark text")].filter(
+      text => text.textContent.trim() && getComputedStyle(text).display !== "none");
+    const boxes = texts.map(text => text.getBoundingClientRect());
+    const inside = (box, x, y) =>
+      x > box.left + 1 && x < box.right - 1 && y > box.top + 1 && y < box.bottom - 1;
+    const points = [];
+    for (const path of svg.querySelectorAll(".mark-line.role-mark path")) {
+      const matrix = path.getScreenCTM(), length = path.getTotalLength();
+      for (let at = 0; at <= length; at += 2)
+        points.push(path.getPointAtLength(at).matrixTransform(matrix));
+    }
+    for (const path of svg.querySelectorAll(".mark-symbol.role-mark path")) {
+      const box = path.getBoundingClientRect();
+      points.push({x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2});
+    }
+    boxes.forEach((box, at) => {
+      if (points.some(({x, y}) => inside(box, x, y))) found.push(texts[at].textContent);
+      boxes.slice(at + 1).forEach((other, next) => {
+        if (box.left < other.right - 1 && other.left < box.right - 1 &&
+            box.top < other.bottom - 1 && other.top < box.bottom - 1)
+          found.push(texts[at].textContent + " on " + texts[at + 1 + next].textContent);
+      });
+    });
+    found.push(`labels: ${texts.length > 0}`);
+  }
+  return found;
+}"""
+"""Labels that cover a curve, a point or another label, as the browser draws them."""
+
+
+@pytest.mark.parametrize(("theme", "name"), [("screen", "exits"), ("paper", "alpha")])
+def test_no_label_covers_a_curve_or_another_label(theme, name, browser, tmp_path):
+    out = tmp_path / f"{name}.svg"
+    save_chart(chart_of(read_result(STUDY.parent / name / "study.json"), theme=theme), out)
+    page = browser.new_page()
+    page.set_content(out.read_text())
+    assert page.evaluate(COVERED) == ["labels: true"]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
+def test_a_studys_page_fits_its_window(width, scheme, browser, tmp_path):
+    long = "a-name-without-any-space-" * 12
+    result = read_study(STUDY / "study.json")
+    result = replace(result, text={**result.text, "corpus": long}, question=long)
+    write(result, read_times(STUDY / "timing.json"), tmp_path)
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = Opened(page, tmp_path / "report.html")
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    page.wait_for_function("document.querySelectorAll('.chart svg').length == 7")
+    wide, shown = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert wide <= shown
+    assert set(page.evaluate(COVERED)) == {"labels: true"}
+    hints = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map(box => ["
+        "box.scrollWidth > box.clientWidth + 1,"
+        "getComputedStyle(box.previousElementSibling).display !== 'none',"
+        "getComputedStyle(box).maskImage !== 'none'])"
+    )
+    assert hints
+    for scrolls, *shows in hints:
+        assert shows == [scrolls, scrolls]
+    assert any(scrolls for scrolls, *_ in hints) or width > 400
+    if width == 400:
+        page.evaluate("document.querySelectorAll('.scroll').forEach(b => { b.scrollLeft = 9999; })")
+        page.wait_for_function("document.querySelectorAll('.scroll[data-more=left]').length > 0")
+        assert page.locator(".scroll[data-more=right]").count() == 0
+    assert opened.complaints == []

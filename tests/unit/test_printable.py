@@ -7,9 +7,9 @@ from rich.table import Table as RichTable
 
 from offramp.console import safe_console
 from offramp.printable import printable
+from offramp.report.drawing import data_chart, spec_of
 from offramp.report.fit import fit_table
 from offramp.report.html import page_environment
-from offramp.report.plots import data_chart, spec_of
 from offramp.report.progress import bars
 from offramp.report.tables import Column, Table, markdown_table, terminal_table
 

@@ -1,26 +1,32 @@
 """A chart of any result file: what ``offramp plot`` and a result's ``.plot()`` draw."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import vl_convert
 
 from offramp.errors import ConfigError
-from offramp.files import replacing
 from offramp.reading import read_json
+from offramp.report.command_charts import (
+    bench_chart,
+    certificate_chart,
+    check_chart,
+    metrics_chart,
+    probe_chart,
+    sweep_chart,
+)
 from offramp.report.confidence import confidence_plot
-from offramp.report.plots import PALETTE, data_chart, frontier, layer, spec_of, vegalite_version
+from offramp.report.drawing import fitted, in_look
+from offramp.report.look import COLUMN, Look, check_size, look_of
+from offramp.report.plots import frontier
 from offramp.report.study_plots import frontiers
 from offramp.report.study_result import StudyResult
-from offramp.report.text import missing_kv_text
 from offramp.schema import fitting
 from offramp.training.metrics_file import read_metrics, read_rows
 
 Content = Mapping[str, Any]
-WIDTH, HEIGHT = 480, 320
-_DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+_DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
 
 def read_result(path: Path) -> Content:
@@ -46,198 +52,80 @@ def _csv(path: Path) -> Content:
     return {"rows": [{**row, **found} for row, found in zip(rows, numbers, strict=True)]}
 
 
-def chart_of(content: Content) -> Any:
-    """The Altair chart of a result file's content; a ConfigError for what is no result."""
+def chart_of(
+    content: Content,
+    *,
+    theme: str = "screen",
+    width: float | None = None,
+    height: float | None = None,
+) -> Any:
+    """The Altair chart of a result file's content.
+
+    Parameters
+    ----------
+    theme
+        ``screen``, or ``paper``: no background, thin lines and dark colours, as wide as a column.
+    width, height
+        The size of the whole picture, in pixels of 1/72 inch; None for the theme's.
+
+    Raises
+    ------
+    ConfigError
+        If the content is no result, or the theme or a size is none.
+    """
+    look = look_of(theme)
+    for name, asked in (("width", width), ("height", height)):
+        if asked is not None:
+            check_size(name, asked)
+    if width is None and look.theme == "paper":
+        width = COLUMN
     draw = next((draw for key, draw in _KINDS.items() if key in content), None)
     if draw is None:
         raise ConfigError(
             "file: expected a result of offramp sweep, confidence, calibrate, probe, bench, train "
             "(metrics.csv), study, recipe or reproduce, got something else"
         )
+
+    def drawn(sized: Look) -> Any:
+        return in_look(draw(content, sized), sized)
+
     try:
-        chart = draw(content)
-        chart.to_dict()
+        if width is None and height is None:
+            chart = drawn(look)
+            chart.to_dict()
+            return chart
+        return fitted(drawn, look, width, height)
+    except ConfigError:
+        raise
     except _DAMAGED as error:
         raise ConfigError(
             f"file: expected a whole result file, got one that cannot be drawn: {error!r}"
         ) from None
-    return chart
 
 
-def save_chart(chart: Any, path: Path) -> None:
-    """Write a chart as PNG, SVG or PDF, by the name's ending; whole or not at all."""
-    spec, version = spec_of(chart), vegalite_version()
-    ending = path.suffix.lower()
-    try:
-        data = _drawn(spec, version, ending)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"file: expected a result with something to draw: {reason}") from None
-    with replacing(path) as aside:
-        aside.write_bytes(data)
+def _reproduction(content: Content, look: Look) -> Any:
+    corpora = enumerate(content["corpora"].values())
+    return alt.vconcat(*(frontier(each, look=look, place=place) for place, each in corpora))
 
 
-def _drawn(spec: dict[str, Any], version: str, ending: str) -> bytes:
-    if ending == ".svg":
-        return vl_convert.vegalite_to_svg(spec, vl_version=version).encode()
-    if ending == ".pdf":
-        pdf: bytes = vl_convert.vegalite_to_pdf(spec, vl_version=version)
-        return pdf
-    png: bytes = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
-    return png
-
-
-def _sweep(content: Content) -> Any:
-    """PPL against cost, a point for each threshold, and every exit alone."""
-    rows = content["rows"]
-    by = "flops_pct" if rows[0].get("flops_pct") is not None else "compute_pct"
-    points = [
-        {"threshold": _threshold(row["threshold"]), "ppl": float(row["ppl"]), "cost": row[by]}
-        for row in rows
-    ]
-    x = alt.X("cost:Q", title="FLOPs%" if by == "flops_pct" else "Compute%").scale(zero=False)
-    y = alt.Y("ppl:Q", title="PPL").scale(zero=False)
-    base = data_chart(points).encode(x=x, y=y)
-    labels = base.mark_text(align="left", dx=7, dy=-5).encode(text="threshold:N")
-    line = base.mark_line(point=True, color=PALETTE[0]).encode(order="cost:Q")
-    return layer(line, labels).properties(
-        width=WIDTH,
-        height=HEIGHT,
-        title=alt.Title(
-            f"Thresholds on {content.get('confidence', 'max_prob')}",
-            subtitle=_text_of(content),
-        ),
-    )
-
-
-def _text_of(content: Content) -> str:
-    """The text and the meaning of a result; a CSV file does not say."""
-    if "corpus" not in content:
-        return ""
-    return (
-        f"{content['n_tokens']:,} tokens of {content['corpus']['name']}; {missing_kv_text(content)}"
-    )
-
-
-def _check(content: Content) -> Any:
-    """The risk on new text beside what was promised."""
-    points = [
-        {"of": "measured on new text", "risk": content["risk"]},
-        {"of": "promised at most", "risk": content["epsilon"]},
-    ]
-    chart = data_chart(points).mark_bar(color=PALETTE[0])
-    return chart.encode(x=alt.X("risk:Q"), y=alt.Y("of:N", title=None, sort=None)).properties(
-        width=WIDTH, title=f"Drift check: {content['verdict']}"
-    )
-
-
-def _bench(content: Content) -> Any:
-    """Tokens per second of every method, from the slowest run to the fastest."""
-    several = len(content.get("formats", ())) > 1
-    points = [
-        {
-            "method": f"{row['method']} ({row['weights']})" if several else row["method"],
-            **row["tokens_per_s"],
-        }
-        for row in content["rows"]
-    ]
-    y = alt.Y("method:N", title=None, sort=None)
-    x = alt.X("median:Q", title="tokens per second")
-    bars = data_chart(points).mark_bar(color=PALETTE[0]).encode(x=x, y=y)
-    spread = data_chart(points).mark_rule(strokeWidth=2).encode(x="min:Q", x2="max:Q", y=y)
-    return layer(bars, spread).properties(
-        width=WIDTH,
-        title=alt.Title("Decoding", subtitle="median of the runs; line: slowest to fastest run"),
-    )
-
-
-def _probe(content: Content) -> Any:
-    """What each exit knows: agreement with the last layer, and coverage by level."""
-    points = [
-        {"exit layer": row["exit_layer"], "share": 100 * value, "of": name}
-        for row in content["exits"]
-        for name, value in (
-            ("agrees with the last layer", row["agreement"]),
-            *((f"max_prob >= {level}", share) for level, share in row["coverage"].items()),
-        )
-    ]
-    chart = data_chart(points).mark_line(point=True)
-    return chart.encode(
-        x=alt.X("exit layer:Q").scale(zero=False),
-        y=alt.Y("share:Q", title="tokens (%)").scale(domain=[0, 100]),
-        color=alt.Color("of:N", title=None, sort=None),
-    ).properties(width=WIDTH, height=HEIGHT, title="What each exit knows")
-
-
-def _certificate(content: Content) -> Any:
-    """The p-value of each step of the path, until the first that is above delta."""
-    values = content["p_values"] or []
-    path = content["assumptions"]["path"]
-    points = [
-        {"step": step, "p": max(float(p), 1e-12), "threshold": _threshold(path[step])}
-        for step, p in enumerate(values)
-    ]
-    line = data_chart(points).mark_line(point=True, color=PALETTE[0])
-    line = line.encode(
-        x=alt.X("step:Q", title="step of the path, from careful to bold"),
-        y=alt.Y("p:Q", title="p-value").scale(type="log"),
-        tooltip=["step:Q", "p:Q", "threshold:N"],
-    )
-    level = data_chart([{"p": content["delta"] or 1.0}]).mark_rule(strokeDash=[4, 4])
-    return layer(line, level.encode(y="p:Q")).properties(
-        width=WIDTH,
-        height=HEIGHT,
-        title=alt.Title(
-            f"Certificate: {content['risk']} at most {content['epsilon']:g}",
-            subtitle=f"thresholds {_threshold(content['thresholds'])}; dashed: delta",
-        ),
-    )
-
-
-def _metrics(content: Content) -> Any:
-    """Loss and validation PPL against the step, from metrics.csv."""
-    rows: Sequence[Mapping[str, str]] = content["metrics"]
-    points = [
-        {"step": int(row["step"]), "value": float(value), "of": name}
-        for row in rows
-        for name, value in row.items()
-        if value and (name == "loss" or name.startswith("validation_ppl"))
-    ]
-    chart = data_chart(points).mark_line(point=len(rows) < 60)
-    panels = []
-    for title, test in (("loss", "=="), ("validation PPL", "!=")):
-        part = chart.transform_filter(f"datum.of {test} 'loss'").encode(
-            x=alt.X("step:Q"),
-            y=alt.Y("value:Q", title=title).scale(zero=False),
-            color=alt.Color("of:N", title=None),
-        )
-        panels.append(part.properties(width=WIDTH, height=HEIGHT * 0.7))
-    return alt.vconcat(*panels)
-
-
-def _reproduction(content: Content) -> Any:
-    return alt.vconcat(*(frontier(corpus) for corpus in content["corpora"].values()))
-
-
-def _study(content: Content) -> Any:
+def _study(content: Content, look: Look) -> Any:
     """PPL against FLOPs%, by the study's first measure: a curve a recipe, and static models."""
-    result = fitting(StudyResult, content)
-    return frontiers(result, *result.families[0])
+    try:
+        result = fitting(StudyResult, content)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return frontiers(result, *result.families[0], look=look)
 
 
-def _threshold(value: Any) -> str:
-    return ":".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-_KINDS: dict[str, Callable[[Content], Any]] = {
+_KINDS: dict[str, Callable[[Content, Look], Any]] = {
     "measures": confidence_plot,
-    "bandwidth_gb_s": _bench,
-    "oracle_layers": _probe,
-    "p_values": _certificate,
-    "p_broken": _check,
-    "metrics": _metrics,
+    "bandwidth_gb_s": bench_chart,
+    "oracle_layers": probe_chart,
+    "p_values": certificate_chart,
+    "p_broken": check_chart,
+    "metrics": metrics_chart,
     "study": _study,
     "corpora": _reproduction,
-    "rows": _sweep,
+    "rows": sweep_chart,
 }
 """The kinds of content, by a key that only they have; the first that fits."""

@@ -8,13 +8,17 @@ from typing import Any
 import altair as alt
 from rich.table import Table
 
+from offramp.report.command_charts import COMPUTE, FLOPS
+from offramp.report.drawing import data_chart, layer, save_png
 from offramp.report.fit import fit_table, literal_table
-from offramp.report.plots import PALETTE, data_chart, layer, save_png
+from offramp.report.look import SCREEN, Look
+from offramp.report.series import curves
 from offramp.report.text import missing_kv_text, ppl_text, threshold_text
 
 Content = Mapping[str, Any]
 Record = dict[str, Any]
 PANEL = 340
+RELIABILITY = "Reliability"
 
 
 def confidence_table(content: Content, *, width: int = 120) -> Table:
@@ -107,28 +111,43 @@ def save_confidence_png(content: Content, path: Path) -> None:
     save_png(confidence_plot(content), path)
 
 
-def confidence_plot(content: Content) -> alt.VConcatChart:
+def confidence_plot(content: Content, look: Look = SCREEN) -> alt.ConcatChart:
     """PPL against both costs; risk and coverage, and reliability, of the first exit."""
-    names = [measure["confidence"] for measure in content["measures"]]
-    colours = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
-    colour = alt.Color("confidence:N", title=None).scale(domain=names, range=colours)
+    names = list(dict.fromkeys(measure["confidence"] for measure in content["measures"]))
     points = list(_frontier_points(content))
-    costed = any(point["flops_pct"] is not None for point in points)
-    costs = {"compute_pct": "Compute% (layers run)"}
-    if costed:
-        costs["flops_pct"] = "FLOPs% (layers, heads and gates)"
-    frontiers = alt.hconcat(*(_frontier(points, by, title, colour) for by, title in costs.items()))
+    costs = {"compute_pct": COMPUTE}
+    if any(point["flops_pct"] is not None for point in points):
+        costs["flops_pct"] = FLOPS
+    size = look.size(PANEL, (0.8 if look.columns > 1 else 0.5) * PANEL)
+
+    def panel(records: list[Record], x: alt.X, y: alt.Y, order: str, title: str) -> alt.LayerChart:
+        drawn = curves(records, names, by="confidence", x=x, y=y, look=look, order=order)
+        behind = [_ideal(x, y, look)] if title == RELIABILITY else []
+        return layer(*behind, *drawn).properties(
+            width=size[0], height=size[1], title=look.title(title, width=size[0])
+        )
+
+    y = alt.Y("ppl:Q", title="PPL (per token)").scale(zero=False)
+    panels = [
+        panel(points, alt.X(f"{by}:Q", title=title).scale(zero=False), y, "order", "PPL and cost")
+        for by, title in costs.items()
+    ]
     exit_layer = content["measures"][0]["exits"][0]["exit_layer"]
     parts = [(measure["confidence"], measure["exits"][0]) for measure in content["measures"]]
-    below = alt.hconcat(_risk_coverage(parts, colour), _reliability(parts, colour))
-    chart: alt.VConcatChart = alt.vconcat(frontiers, below).properties(
-        title=alt.Title(
+    x = alt.X("coverage:Q", title="coverage (share of the tokens that leave)")
+    y = alt.Y("risk:Q", title="risk (share of those that disagree)")
+    panels.append(panel(_risk_coverage(parts), x, y, "coverage", "Risk and coverage"))
+    x = alt.X("said:Q", title="score (probability)").scale(domain=[0, 1])
+    y = alt.Y("true:Q", title="agreement (share of the tokens)").scale(domain=[0, 1])
+    panels.append(panel(_reliability(parts), x, y, "said", RELIABILITY))
+    return alt.concat(*panels, columns=look.columns).properties(
+        title=look.title(
             f"Confidence on {content['n_tokens']:,} tokens of {content['corpus']['name']}",
-            subtitle=f"below: exit layer {exit_layer} against the last layer; "
+            f"risk and reliability: exit layer {exit_layer} against the last layer; "
             f"{missing_kv_text(content)}",
+            width=look.columns * size[0],
         )
     )
-    return chart
 
 
 def _frontier_points(content: Content) -> Iterator[Record]:
@@ -138,43 +157,16 @@ def _frontier_points(content: Content) -> Iterator[Record]:
             yield {"confidence": measure["confidence"], "order": order, **costs}
 
 
-def _frontier(points: list[Record], by: str, title: str, colour: alt.Color) -> alt.Chart:
-    chart: alt.Chart = (
-        data_chart(points)
-        .mark_line(point=alt.OverlayMarkDef(size=18))
-        .encode(
-            x=alt.X(f"{by}:Q", title=title).scale(zero=False),
-            y=alt.Y("ppl:Q", title="PPL").scale(zero=False),
-            color=colour,
-            order="order:Q",
-        )
-        .properties(width=PANEL, height=PANEL * 0.8, title="PPL against cost")
-    )
-    return chart
-
-
-def _risk_coverage(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.Chart:
-    points = [
+def _risk_coverage(parts: list[tuple[str, Record]]) -> list[Record]:
+    return [
         {"confidence": name, "coverage": coverage, "risk": risk}
         for name, part in parts
         for coverage, risk in zip(*part["risk_coverage"].values(), strict=True)
     ]
-    chart: alt.Chart = (
-        data_chart(points)
-        .mark_line()
-        .encode(
-            x=alt.X("coverage:Q", title="coverage: share of tokens that leave"),
-            y=alt.Y("risk:Q", title="risk: share of those that disagree"),
-            color=colour,
-            order="coverage:Q",
-        )
-        .properties(width=PANEL, height=PANEL * 0.8, title="Risk and coverage")
-    )
-    return chart
 
 
-def _reliability(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.LayerChart:
-    points = [
+def _reliability(parts: list[tuple[str, Record]]) -> list[Record]:
+    return [
         {"confidence": name, "said": said, "true": true}
         for name, part in parts
         if part["reliability"]
@@ -183,15 +175,13 @@ def _reliability(parts: list[tuple[str, Record]], colour: alt.Color) -> alt.Laye
         )
         if said is not None
     ]
-    ideal = data_chart([{"said": 0, "true": 0}, {"said": 1, "true": 1}]).mark_line(
-        strokeDash=[4, 4], color="#808080"
-    )
-    drawn = data_chart(points).mark_line(point=True).encode(color=colour)
-    x = alt.X("said:Q", title="score").scale(domain=[0, 1])
-    y = alt.Y("true:Q", title="share that agrees").scale(domain=[0, 1])
-    return layer(ideal.encode(x=x, y=y), drawn.encode(x=x, y=y)).properties(
-        width=PANEL, height=PANEL * 0.8, title="Reliability"
-    )
+
+
+def _ideal(x: alt.X, y: alt.Y, look: Look) -> alt.Chart:
+    """The line on which a score is the share that agrees."""
+    ends = data_chart([{"said": 0, "true": 0}, {"said": 1, "true": 1}])
+    line: alt.Chart = ends.mark_line(strokeDash=[4, 4], color=look.grey, strokeWidth=look.line)
+    return line.encode(x=x, y=y)
 
 
 def certificate_table(certificate: Content) -> Table:

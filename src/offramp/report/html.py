@@ -1,8 +1,8 @@
 """The report of a reproduction as one self-contained HTML page."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from markupsafe import Markup
 from offramp.files import replacing
 from offramp.printable import printable
 from offramp.report import plots
+from offramp.report.drawing import spec_of, vegalite_version
+from offramp.report.look import SCREEN
 from offramp.report.reproduction_tables import (
     environment_table,
     exit_table,
@@ -30,6 +32,8 @@ from offramp.report.text import SEED_CITATION, Corpus, Results, count_verdicts, 
 # the visible sign that is shown with a white-space character
 WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 SHALLOW_HUE, DEEP_HUE = 205.0, 35.0  # blue to orange: distinct for colour-blind readers, too
+WIDTHS = (760.0, 290.0)
+"""Widths of a plot whose labels have places: on a wide page, and on one of 400 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class Figure:
     title: str
     caption: str
     spec: Mapping[str, Any]
+    narrow: Mapping[str, Any] | None = None
+    "The specification for a narrow page, where labels have places of their own there."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +141,7 @@ def _shown(value: Any) -> Any:
 def javascript() -> Markup:
     """Vega, Vega-Lite and Vega-Embed as one script that fits inside a script element."""
     bundle = vl_convert.javascript_bundle(
-        "window.vegaEmbed = vegaEmbed;", vl_version=plots.vegalite_version()
+        "window.vegaEmbed = vegaEmbed;", vl_version=vegalite_version()
     )
     # a string literal may hold either; a script element ends or changes its meaning there
     bundle = bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
@@ -171,9 +177,31 @@ def make_section(name: str, anchor: str, corpus: Corpus) -> Section:
 
 def make_figure(chart: alt.LayerChart | alt.VConcatChart) -> Figure:
     """A chart without its title and description, which the page shows as text."""
-    spec = plots.spec_of(chart)
-    title, caption = spec.pop("title"), spec["description"]
-    return Figure(title=title, caption=caption, spec=spec)
+    spec = spec_of(chart)
+    return Figure(title=_title(spec), caption=spec["description"], spec=spec)
+
+
+def labelled_figure(
+    draw: Callable[..., alt.LayerChart], *, heights: tuple[float, float] = (420, 330)
+) -> Figure:
+    """A chart whose labels are placed for a wide page and for a narrow one.
+
+    The page shows it in one of these two sizes, scaled, so that no label moves onto a curve.
+    """
+    looks = (SCREEN, replace(SCREEN, legend="bottom"))
+    sizes = zip(looks, WIDTHS, heights, strict=True)
+    specs = [spec_of(draw(look=look.sized(width, height))) for look, width, height in sizes]
+    wide, narrow = specs
+    title = _title(wide)
+    _title(narrow)
+    return Figure(title=title, caption=wide["description"], spec=wide, narrow=narrow)
+
+
+def _title(spec: dict[str, Any]) -> str:
+    """Take the title out of a specification."""
+    title = spec.pop("title")
+    text = title["text"] if isinstance(title, Mapping) else title
+    return text if isinstance(text, str) else " ".join(text)
 
 
 def make_passage(passage: Mapping[str, Any]) -> Passage:

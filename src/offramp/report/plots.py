@@ -1,14 +1,11 @@
 """The plots of a reproduction: pure functions from the results of a corpus to an Altair chart."""
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import altair as alt
-import vl_convert
 
-from offramp.files import replacing
-from offramp.printable import printable
+from offramp.report.drawing import data_chart, layer
+from offramp.report.look import SCREEN, Look, styles
 from offramp.report.points import (
     MEASURED,
     PUBLISHED,
@@ -21,26 +18,31 @@ from offramp.report.points import (
     present,
     published_points,
 )
-from offramp.report.text import Corpus, Number
+from offramp.report.series import series_encodings
+from offramp.report.text import Corpus
 
-# Okabe and Ito's colours for the colour-blind, moved a little to be read on white and on black
-PALETTE = ("#2487c7", "#e08e00", "#0a9e77", "#c56a9c", "#d9601a", "#7d7dd6", "#8a8a8a", "#a8901f")
 WIDTH = 760
 OPEN_DIAMOND = "M0,-1.3L1.3,0L0,1.3L-1.3,0ZM0,-0.75L-0.75,0L0,0.75L0.75,0Z"
 LOG_RATIO = 6.0  # PPL that spans more than this is drawn on a logarithmic axis
 
 
-def frontier(corpus: Corpus, *, epoch: str = "best") -> alt.LayerChart:
-    """PPL against Compute%: a curve a method, the operating points and the published points."""
+def frontier(
+    corpus: Corpus, *, epoch: str = "best", look: Look = SCREEN, place: int = 0
+) -> alt.LayerChart:
+    """PPL against Compute%: a curve a method, the operating points and the published points.
+
+    ``place`` numbers the charts that stand in one picture.
+    """
+    size = look.size(WIDTH, 400)
     curves, measured = curve_points(corpus, epoch), measured_points(corpus, epoch)
     published = [point for point in published_points(corpus, epoch) if point["compute"] is not None]
     points = [*measured, *published]
-    colour = _colour(corpus, present(corpus, curves, points))
-    x = alt.X("compute:Q", title="Compute% (layers run / layers in the model)")
+    colour, dash, _ = _method_styles(corpus, present(corpus, curves, points), look)
+    x = alt.X("compute:Q", title="Compute% (of all layers)")
     x = x.scale(zero=False).axis(tickCount=10)
     y = _ppl_axis([*curves, *points])
     tooltip = _tooltip("method", "kind", "threshold", "ppl", "std", "compute", "shallow", "weights")
-    selected = alt.selection_point(fields=["method"], bind="legend")
+    selected = alt.selection_point(name=f"method_{place}", fields=["method"], bind="legend")
     band = (
         data_chart(_banded(curves))
         .mark_area(strokeWidth=0)
@@ -48,21 +50,22 @@ def frontier(corpus: Corpus, *, epoch: str = "best") -> alt.LayerChart:
     )
     line = (
         data_chart(curves)
-        .mark_line(strokeWidth=2)
-        .encode(x=x, y=y, color=colour, order="threshold:Q", tooltip=tooltip)
+        .mark_line(strokeWidth=look.line)
+        .encode(x=x, y=y, color=colour, order="threshold:Q", tooltip=tooltip, strokeDash=dash)
         .encode(opacity=_faded(selected, 0.9))
     )
     bars = (
         data_chart(_banded(points))
-        .mark_rule(strokeWidth=1.5)
+        .mark_rule(strokeWidth=0.75 * look.line)
         .encode(x=x, y=_low(y), y2="high:Q", color=colour, opacity=_faded(selected, 1.0))
     )
-    marks = _marks(points, colour).encode(x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0))
+    marks = _marks(points, colour, look).encode(x=x, y=y, tooltip=tooltip)
+    marks = marks.encode(opacity=_faded(selected, 1.0))
     chart = layer(band, line, bars, marks).add_params(selected)
     return chart.properties(
-        width=WIDTH,
-        height=400,
-        title=f"PPL against Compute%, {epoch} epoch",
+        width=size[0],
+        height=size[1],
+        title=look.title(f"PPL against Compute%, {epoch} epoch", width=size[0]),
         description=(
             "Lower and further left is better. Each curve is one method over all thresholds; "
             "its band is the mean ± 1 standard deviation over the seeds. Circles are the measured "
@@ -77,9 +80,9 @@ def threshold_curves(corpus: Corpus, *, epoch: str = "best") -> alt.VConcatChart
     """PPL and Shallow% against the threshold, with the published tables' points."""
     curves = curve_points(corpus, epoch)
     published = [p for p in published_points(corpus, epoch) if p["threshold"] is not None]
-    colour = _colour(corpus, present(corpus, curves, published))
-    x = alt.X("threshold:Q", title="Threshold").scale(nice=False)
-    shallow = alt.Y("shallow:Q", title="Shallow%").scale(domain=[0, 100])
+    colour, dash, _ = _method_styles(corpus, present(corpus, curves, published), SCREEN)
+    x = alt.X("threshold:Q", title="threshold (probability)").scale(nice=False)
+    shallow = alt.Y("shallow:Q", title="Shallow% (of the tokens)").scale(domain=[0, 100])
     tooltip = _tooltip("method", "kind", "threshold", "ppl", "std", "shallow", "compute")
     selected = alt.selection_point(fields=["method"], bind="legend")
     shared = alt.ScaleResolveMap(color="shared", shape="shared")
@@ -88,11 +91,12 @@ def threshold_curves(corpus: Corpus, *, epoch: str = "best") -> alt.VConcatChart
         line = (
             data_chart(curves)
             .mark_line(strokeWidth=2)
-            .encode(x=x, y=y, color=colour, tooltip=tooltip, opacity=_faded(selected, 0.9))
+            .encode(x=x, y=y, color=colour, strokeDash=dash, tooltip=tooltip)
+            .encode(opacity=_faded(selected, 0.9))
         )
-        marks = _marks([point for point in published if point[field] is not None], colour).encode(
-            x=x, y=y, tooltip=tooltip, opacity=_faded(selected, 1.0)
-        )
+        there = [point for point in published if point[field] is not None]
+        marks = _marks(there, colour, SCREEN).encode(x=x, y=y, tooltip=tooltip)
+        marks = marks.encode(opacity=_faded(selected, 1.0))
         panels.append(layer(line, marks).properties(width=WIDTH, height=210))
     panels[0] = panels[0].add_params(selected)  # one selection for both panels
     return alt.VConcatChart(vconcat=panels, resolve=alt.Resolve(scale=shared)).properties(
@@ -118,9 +122,9 @@ def seed_spread(corpus: Corpus) -> alt.LayerChart:
         for seed, value in zip(corpus["protocol"]["seeds"], point["values"], strict=True)
     ]
     names = present(corpus, measured, published)
-    colour = _colour(corpus, names).legend(None)
+    colour = _method_styles(corpus, names, SCREEN)[0].legend(None)
     rows = {point["method"]: point["row"] for point in (*measured, *published)}
-    x = alt.X("ppl:Q", title="PPL").scale(zero=False)
+    x = alt.X("ppl:Q", title="PPL (per token)").scale(zero=False)
     # axis labels break where "\n" stands: names are long and the page may be narrow
     y = alt.Y("row:N", title=None, sort=[rows[name] for name in names]).axis(
         labelExpr="split(datum.value, '\\n')", labelLimit=0, ticks=False, grid=True
@@ -136,7 +140,7 @@ def seed_spread(corpus: Corpus) -> alt.LayerChart:
         .mark_tick(thickness=3, size=26, opacity=1)
         .encode(x=x, y=y, color=colour, tooltip=tooltip)
     )
-    marks = _marks(published, colour).encode(x=x, y=y, tooltip=tooltip)
+    marks = _marks(published, colour, SCREEN).encode(x=x, y=y, tooltip=tooltip)
     return layer(dots, means, marks).properties(
         width=WIDTH,
         height=46 * len(names),
@@ -152,8 +156,9 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
     """PPL at each exit when every token leaves there, best epoch."""
     records = exit_points(corpus)
     names = present(corpus, records)
-    colour, y = _colour(corpus, names), _ppl_axis(records)
-    x = alt.X("exit:O", title="Exit layer").axis(labelAngle=0)
+    colour, _, shape = _method_styles(corpus, names, SCREEN, of_lines=False)
+    y = _ppl_axis(records)
+    x = alt.X("exit:O", title="exit layer").axis(labelAngle=0)
     offset = alt.XOffset("method:N", sort=names).scale(paddingOuter=0.25)
     bars = (
         data_chart(_banded(records))
@@ -163,7 +168,7 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
     dots = (
         data_chart(records)
         .mark_point(filled=True, size=75, opacity=1)
-        .encode(x=x, xOffset=offset, y=y, color=colour)
+        .encode(x=x, xOffset=offset, y=y, color=colour, shape=shape)
         .encode(tooltip=_tooltip("method", "exit", "ppl", "std"))
     )
     return layer(bars, dots).properties(
@@ -177,43 +182,6 @@ def exit_ppl(corpus: Corpus) -> alt.LayerChart:
     )
 
 
-def save_png(chart: alt.TopLevelMixin, path: Path, scale: Number = 2) -> None:
-    """Write a chart as a PNG image, `scale` pixels to a unit, completely or not at all."""
-    png = vl_convert.vegalite_to_png(spec_of(chart), vl_version=vegalite_version(), scale=scale)
-    with replacing(path) as aside:
-        aside.write_bytes(png)
-
-
-def spec_of(chart: Any) -> dict[str, Any]:
-    """The Vega-Lite specification of a chart; the control characters of its texts are shown."""
-    spec: dict[str, Any] = _printable(chart.to_dict())
-    return spec
-
-
-def _printable(part: Any) -> Any:
-    if isinstance(part, dict):
-        return {_printable(key): _printable(value) for key, value in part.items()}
-    if isinstance(part, list):
-        return [_printable(value) for value in part]
-    return printable(part, lines=True) if isinstance(part, str) else part
-
-
-def vegalite_version() -> str:
-    """The Vega-Lite version that Altair writes for, as vl-convert names it."""
-    return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-
-
-def data_chart(records: list[Record]) -> alt.Chart:
-    """A chart of flat records."""
-    return alt.Chart(alt.InlineData(values=records))
-
-
-def layer(*charts: alt.Chart) -> alt.LayerChart:
-    """One chart of those charts that have data."""
-    drawn = [chart for chart in charts if chart.data.values]
-    return alt.LayerChart(layer=drawn or [charts[0]])
-
-
 def _banded(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "low" in record]
 
@@ -223,25 +191,25 @@ def _faded(selected: alt.Parameter, opacity: float, hidden: float = 0.12) -> alt
     return alt.OpacityValue(hidden, condition={"param": selected.name, "value": opacity})
 
 
-def _marks(points: list[Record], colour: alt.Color) -> alt.Chart:
+def _marks(points: list[Record], colour: alt.Color, look: Look) -> alt.Chart:
     """Full circles for measured points, open diamonds for published ones, with a legend."""
     shapes = {MEASURED: "circle", PUBLISHED: OPEN_DIAMOND}
     kinds = [kind for kind in shapes if any(point["kind"] == kind for point in points)]
-    grey = "#808080"  # methods have colours, kinds have shapes
+    grey = look.grey  # methods have colours, kinds have shapes
     shape = alt.Shape("kind:N", title=None).scale(
         domain=kinds, range=[shapes[kind] for kind in kinds]
     )
     legend = alt.Legend(
-        orient="top",
+        orient="top" if look.legend == "right" else "bottom",
         labelLimit=0,
-        symbolSize=150,
+        symbolSize=4 * look.point,
         symbolFillColor=grey,
         symbolStrokeColor="transparent",
         symbolOpacity=1,
     )
     chart: alt.Chart = (
         data_chart(points)
-        .mark_point(filled=True, size=150, opacity=1)
+        .mark_point(filled=True, size=4 * look.point, opacity=1)
         .encode(shape=shape.legend(legend), color=colour)
     )
     return chart
@@ -251,20 +219,30 @@ def _diamonds(published: list[Record]) -> str:
     return "Diamonds are the seed document's published figures. " if published else ""
 
 
-def _colour(corpus: Corpus, names: list[str]) -> alt.Color:
-    """A method's colour, the same in every chart of the corpus."""
-    everyone = method_names(corpus)
-    colours = [PALETTE[everyone.index(name) % len(PALETTE)] for name in names]
-    legend = alt.Legend(orient="top", columns=2, labelLimit=0, symbolType="circle", symbolOpacity=1)
-    scale = alt.Scale(domain=names, range=colours)
-    return alt.Color("method:N", title=None, scale=scale, legend=legend)
+def _method_styles(
+    corpus: Corpus, names: list[str], look: Look, *, of_lines: bool = True
+) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
+    """A method's colour, line style and shape, the same in every chart of the corpus.
+
+    The legend shows colour and line style, or colour and shape if ``of_lines`` is False.
+    """
+    given = styles(method_names(corpus), look)
+    colour, dash, shape = series_encodings(names, given, by="method", look=look)
+    legend = alt.Legend(
+        orient="top", columns=look.columns, labelLimit=300 * look.scale, symbolOpacity=1
+    )
+    if of_lines:
+        legend.symbolType, legend.symbolSize = "stroke", 12 * look.point
+        legend.symbolStrokeWidth = look.line
+        return colour.legend(legend), dash.legend(legend), shape.legend(None)
+    return colour.legend(legend), dash, shape.legend(legend)
 
 
 def _ppl_axis(records: Iterable[Record]) -> alt.Y:
     """A PPL axis that fits these records; logarithmic where they span too much."""
     values = [record[key] for record in records for key in ("ppl", "low", "high") if key in record]
     wide = bool(values) and max(values) > LOG_RATIO * min(values)
-    axis = alt.Y("ppl:Q", title="PPL (logarithmic axis)" if wide else "PPL")
+    axis = alt.Y("ppl:Q", title="PPL (per token; logarithmic axis)" if wide else "PPL (per token)")
     return (
         axis.scale(type="log", domain=[min(values) * 0.85, max(values) * 1.15]).axis(tickCount=8)
         if wide

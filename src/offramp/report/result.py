@@ -31,11 +31,23 @@ class ResultTable(Generic[Row]):
         more = len(self.rows) - _SHOWN
         return lines if more <= 0 else f"{lines}\n... {more} more rows"
 
-    def plot(self) -> Any:
-        """Return an Altair chart of the result; notebooks show it, ``.save(path)`` writes it."""
+    def plot(
+        self, *, theme: str = "screen", width: float | None = None, height: float | None = None
+    ) -> Any:
+        """Return an Altair chart of the result; notebooks show it, ``.save(path)`` writes it.
+
+        Parameters
+        ----------
+        theme
+            ``screen``, or ``paper``: no background, thin lines, a small plain font and dark
+            colours, as wide as a column.
+        width, height
+            Size of the whole picture in pixels, or in points of 1/72 inch in a PDF; None for the
+            theme's.
+        """
         from offramp.report.charts import chart_of
 
-        return chart_of(self.content)
+        return chart_of(self.content, theme=theme, width=width, height=height)
 
     def save(self, path: str | Path) -> None:
         """Write the result: ``.json`` holds all of it, ``.csv`` and ``.tex`` (LaTeX) the rows."""

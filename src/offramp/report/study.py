@@ -1,12 +1,16 @@
 """A study's page, pictures and table.md, from its result."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import altair as alt
 
 from offramp.files import replacing
 from offramp.models.missing_kv import EXACT
 from offramp.report import study_plots
-from offramp.report.html import make_figure, page_environment
-from offramp.report.plots import save_png
+from offramp.report.drawing import save_png
+from offramp.report.html import Figure, labelled_figure, page_environment
 from offramp.report.study_conclusions import conclusions
 from offramp.report.study_csv import frontiers_csv, summary_csv
 from offramp.report.study_decoding import (
@@ -43,25 +47,37 @@ def write(result: StudyResult, times: StudyTimes, out: Path) -> None:
 def page(result: StudyResult, times: StudyTimes) -> str:
     """One self-contained page: conclusions and a frontier; folded, all answers, plots, tables."""
     environment, javascript = page_environment()
-    confidence, missing_kv = result.families[0]
-    figures = [study_plots.frontiers(result, *family) for family in result.families]
-    figures.insert(1, study_plots.recipes(result))
-    figures.append(study_plots.frontiers(result, confidence, missing_kv, "compute_pct"))
-    figures.append(study_plots.measured(result, times, confidence))
+    figures = _figures(result, times)
     tables = study_tables(result)
     if times.decoding is not None:
-        figures += [decoding_chart(times.decoding, batch) for batch in times.decoding.batches]
         tables.append(decoding_table(times.decoding))
     return environment.get_template("study.html.jinja").render(
         content=result,
         conclusions=conclusions(result),
         how=how(result) if times.decoding else f"{how(result)} {NOT_TIMED}",
         tables=tables,
-        figures=[make_figure(chart) for chart in figures],
+        figures=figures,
         decoding=times.decoding is not None,
         vega=javascript,
         version=result.offramp_version,
     )
+
+
+def _figures(result: StudyResult, times: StudyTimes) -> list[Figure]:
+    """The page's figures: the frontier that is shown first, the recipes, and all others."""
+    confidence, missing_kv = result.families[0]
+    draws: list[Callable[..., alt.LayerChart]] = [
+        partial(study_plots.frontiers, result, *family) for family in result.families
+    ]
+    draws.append(partial(study_plots.frontiers, result, confidence, missing_kv, "compute_pct"))
+    draws.append(partial(study_plots.measured, result, times, confidence))
+    if times.decoding is not None:
+        for batch in times.decoding.batches:
+            draws.append(partial(decoding_chart, times.decoding, batch))
+    first, *others = [labelled_figure(draw) for draw in draws]
+    height = study_plots.ROW * len(result.family(confidence, missing_kv))
+    recipes = partial(study_plots.recipes, result)
+    return [first, labelled_figure(recipes, heights=(height, height)), *others]
 
 
 def markdown(result: StudyResult) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 import altair as alt
 
 from offramp.report.decoding_times import DecodedPolicy, DecodingTimes
-from offramp.report.study_plots import LARGEST_RATIO, curves
+from offramp.report.look import SCREEN, Look
+from offramp.report.study_curves import cost_curves
+from offramp.report.study_plots import LARGEST_RATIO
 from offramp.report.tables import Column, Table
 
 NOT_TIMED = "Decoding was not timed: the weights of the runs are not there."
@@ -77,7 +79,7 @@ def decoding_csv(times: DecodingTimes) -> str:
     return out.getvalue()
 
 
-def decoding_chart(times: DecodingTimes, batch: int) -> alt.LayerChart:
+def decoding_chart(times: DecodingTimes, batch: int, look: Look = SCREEN) -> alt.LayerChart:
     """PPL against tokens a second: a curve a recipe, and the static models."""
     best = min(each.ppl for each in times.policies)
     shown = [each for each in times.policies if each.ppl < LARGEST_RATIO * best]
@@ -95,9 +97,11 @@ def decoding_chart(times: DecodingTimes, batch: int) -> alt.LayerChart:
     tooltip += [
         alt.Tooltip(f"{name}:Q", format=".3f") for name in ("ppl", "tokens_per_s", "flops_pct")
     ]
-    axis = alt.X("tokens_per_s:Q", title=f"tokens/s, batch {batch} (measured)")
-    return curves(routed, static, axis, tooltip).properties(
-        title=f"PPL against measured tokens/s of decoding, batch {batch}",
+    axis = alt.X("tokens_per_s:Q", title=f"speed (tokens/s, batch {batch}, measured)")
+    chart = cost_curves(routed, static, axis, tooltip, look)
+    title = f"PPL against measured tokens/s of decoding, batch {batch}"
+    return chart.properties(
+        title=look.title(title, width=chart.width),
         description=f"Lower and further right is better. Dashed: static models. {how(times)}",
     )
 

@@ -1,55 +1,59 @@
 """The plots of a study: pure functions from its result to an Altair chart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import log
 from typing import Any, Literal
 
 import altair as alt
 import numpy as np
 
-from offramp.report.order import colours_of, labels_at_ends, values_of
-from offramp.report.plots import PALETTE, WIDTH, data_chart, layer
+from offramp.report.drawing import data_chart, layer
+from offramp.report.labels import rows_for, text_width
+from offramp.report.look import SCREEN, SHAPES, Look
+from offramp.report.order import values_of
+from offramp.report.study_curves import cost_curves
 from offramp.report.study_result import Curve, StudyResult, StudyTimes
 from offramp.report.study_tables import early_exits
 
-GREY = "#808080"
+WIDTH = 760
+ROW = 24  # height of a row of a recipe
 KINDS = ("exit", "routed", "last layer")
 Cost = Literal["flops_pct", "compute_pct"]
 COSTS: dict[Cost, tuple[str, str]] = {
-    "flops_pct": ("FLOPs%", "heads and gates counted"),
-    "compute_pct": ("Compute%", "layers only"),
+    "flops_pct": ("FLOPs%", "of full depth, with heads and gates"),
+    "compute_pct": ("Compute%", "of all layers"),
 }
 LARGEST_RATIO = 1.5  # to the best PPL; worse ones are left out of the picture of a frontier
 
 
-def recipes(result: StudyResult) -> alt.LayerChart:
+def recipes(result: StudyResult, look: Look = SCREEN) -> alt.LayerChart:
     """PPL of each recipe's exits, routed, and of its last layer; the static models as lines."""
     records = list(_recipe_records(result))
     order = list(dict.fromkeys(record["recipe"] for record in records))
-    title = "PPL (logarithmic axis)"
-    y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=0)
-    x = alt.X("ppl:Q", title=title).scale(type="log", nice=False, padding=12)
-    colour = alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=list(PALETTE[:3]))
-    colour = colour.legend(alt.Legend(orient="top", labelLimit=0))
+    static = _static_means(result)
+    values = [record[key] for record in records for key in ("low", "high")]
+    low, high = min([*values, *(ppl for _, ppl in static)]), max(values, default=1.0)
+    domain = [low * (low / high) ** 0.03, high * (high / low) ** 0.03]
+    width, height = look.size(WIDTH, ROW * max(1, len(order)))
+    title = "PPL (per token; logarithmic axis)"
+    y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=width / 2)
+    x = alt.X("ppl:Q", title=title).scale(type="log", nice=False, domain=domain)
+    legend = alt.Legend(orient="top", labelLimit=0)
+    colour = alt.Color("kind:N", title=None, legend=legend)
+    colour = colour.scale(domain=list(KINDS), range=list(look.palette[: len(KINDS)]))
+    shape = alt.Shape("kind:N", title=None, legend=legend)
+    shape = shape.scale(domain=list(KINDS), range=list(SHAPES[: len(KINDS)]))
     tooltip = [alt.Tooltip("recipe:N"), alt.Tooltip("kind:N"), alt.Tooltip("ppl:Q", format=".3f")]
     base = data_chart(records)
-    marks = base.mark_point(filled=True, size=90, opacity=1)
-    marks = marks.encode(x=x, y=y, color=colour, tooltip=tooltip)
-    bars = base.mark_rule(strokeWidth=2).encode(y=y, color=colour, x2="high:Q")
-    bars = bars.encode(x=alt.X("low:Q", title=title).scale(type="log"))
-    says = [str(layers) for layers, _ in _static_means(result)]
-    says[0] += " (layers of a static model)"
-    static = [
-        {"ppl": ppl, "text": text}
-        for (_, ppl), text in zip(_static_means(result), says, strict=True)
-    ]
-    lines = data_chart(static)
-    rules = lines.mark_rule(strokeDash=[4, 4], color=GREY).encode(x="ppl:Q")
-    words = lines.mark_text(align="left", dx=-3, dy=-6, color=GREY)
-    words = words.encode(x="ppl:Q", y=alt.value(0), text="text:N")
-    return layer(rules, words, bars, marks).properties(
-        width=WIDTH,
-        height=24 * len(order),
-        title=result.question,
+    marks = base.mark_point(filled=True, size=2.5 * look.point, opacity=1)
+    marks = marks.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
+    bars = base.mark_rule(strokeWidth=look.line).encode(y=y, color=colour, x2="high:Q")
+    low_x = alt.X("low:Q", title=title).scale(type="log", nice=False, domain=domain)
+    beside = _static_lines(static, domain, width, look)
+    return layer(*beside, bars.encode(x=low_x), marks).properties(
+        width=width,
+        height=height,
+        title=look.title(result.question, width=width),
         description=(
             "The PPL if every token leaves at the exit, the routed PPL at "
             f"{result.compared_at:g}% of FLOPs, and the PPL of the last layer; means over the "
@@ -58,8 +62,36 @@ def recipes(result: StudyResult) -> alt.LayerChart:
     )
 
 
+def _static_lines(
+    static: Sequence[tuple[int, float]], domain: Sequence[float], width: float, look: Look
+) -> list[alt.Chart]:
+    """A dashed line for each static model, with its number of layers in rows above the plot."""
+    span = log(domain[1] / domain[0])
+    says = [str(layers) for layers, _ in static]
+    says[0] += " (layers of a static model)"
+    font = look.font_size
+    widths = [text_width(text, font) for text in says]
+    starts = [log(ppl / domain[0]) / span * width for _, ppl in static]
+    rows = rows_for([at + 0.5 * wide for at, wide in zip(starts, widths, strict=True)], widths)
+    drawn = [
+        data_chart([{"ppl": ppl, "text": text}]).encode(x="ppl:Q")
+        for (_, ppl), text in zip(static, says, strict=True)
+    ]
+    lines = [chart.mark_rule(strokeDash=[4, 4], color=look.grey) for chart in drawn]
+    for chart, row in zip(drawn, rows, strict=True):
+        words = chart.mark_text(
+            align="left", color=look.grey, fontSize=font, dx=-3, dy=-6 - 1.3 * font * row
+        )
+        lines.append(words.encode(y=alt.value(0), text="text:N"))
+    return lines
+
+
 def frontiers(
-    result: StudyResult, confidence: str, missing_kv: str, cost: Cost = "flops_pct"
+    result: StudyResult,
+    confidence: str,
+    missing_kv: str,
+    cost: Cost = "flops_pct",
+    look: Look = SCREEN,
 ) -> alt.LayerChart:
     """PPL against FLOPs% or Compute%: a curve a recipe, and the static models."""
     best = min(ppl for _, ppl in _static_means(result))
@@ -88,8 +120,10 @@ def frontiers(
     has_legend = values_of(list(dict.fromkeys(record["recipe"] for record in records))) is None
     alone = "; click a recipe in the legend to see it alone" if has_legend else ""
     axis = alt.X(f"{cost}:Q", title=f"{name} ({counted})")
-    return curves(records, static, axis, tooltip).properties(
-        title=f'PPL against {name}, confidence {confidence}, missing_kv = "{missing_kv}"',
+    chart = cost_curves(records, static, axis, tooltip, look)
+    title = f'PPL against {name}, confidence {confidence}, missing_kv = "{missing_kv}"'
+    return chart.properties(
+        title=look.title(title, width=chart.width),
         description=(
             "Lower and further left is better; means over the seeds at equal quantiles of the "
             "confidence. Dashed and grey: static models. Point at a curve to see its threshold "
@@ -98,7 +132,9 @@ def frontiers(
     )
 
 
-def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.LayerChart:
+def measured(
+    result: StudyResult, times: StudyTimes, confidence: str, look: Look = SCREEN
+) -> alt.LayerChart:
     """PPL against the measured seconds of a pass: a curve a recipe, and the static models."""
     best = min(ppl for _, ppl in _static_means(result))
     static = [
@@ -125,64 +161,19 @@ def measured(result: StudyResult, times: StudyTimes, confidence: str) -> alt.Lay
     ]
     tooltip = [alt.Tooltip("recipe:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("ppl", "seconds_pct")]
-    axis = alt.X("seconds_pct:Q", title="seconds of a pass, % of the full model's")
+    axis = alt.X("seconds_pct:Q", title="seconds of a pass (% of the full model's)")
     shown = "Dashed: static models, timed one after the other in turns."
     if not static:
         shown = "The static models were not timed, because no run was trained for this report."
-    return curves(records, static, axis, tooltip).properties(
-        title=f'PPL against measured time, confidence {confidence}, missing_kv = "propagate"',
+    chart = cost_curves(records, static, axis, tooltip, look)
+    title = f'PPL against measured time, confidence {confidence}, missing_kv = "propagate"'
+    return chart.properties(
+        title=look.title(title, width=chart.width),
         description=(
             "Passes over the test text, each in percent of a full pass in the same process; "
             f"medians over the seeds. The machines may have had other work. {shown}"
         ),
     )
-
-
-def curves(records: Any, static: Any, axis: alt.X, tooltip: Any) -> alt.LayerChart:
-    """PPL against a cost: a curve a recipe, and a dashed one for each kind of static models."""
-    names = list(dict.fromkeys(record["recipe"] for record in records))
-    colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
-    dashes = [[1, 0] if i < len(PALETTE) else [6, 3] for i in range(len(names))]
-    legend: alt.Legend | None = alt.Legend(orient="right", labelLimit=0, symbolType="stroke")
-    values = values_of(names)
-    if values is not None:  # one hue after the other, and labels instead of a legend
-        colours, legend = colours_of(names, values), None
-        dashes = [[1, 0] if name in values else [6, 3] for name in names]
-    colour: Any = {"title": None, "legend": legend}
-    dash = colour | {"scale": alt.Scale(domain=names, range=dashes)}
-    colour |= {"scale": alt.Scale(domain=names, range=colours)}
-    selected = alt.selection_point(fields=["recipe"], bind="legend")
-    x = axis.scale(zero=False)
-    domain = _domain([*records, *static])
-    y = alt.Y("ppl:Q", title="PPL").scale(zero=False, domain=domain, nice=False)
-    lines = (
-        data_chart(records)
-        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18))
-        .encode(x=x, y=y, tooltip=tooltip, order="place:Q")
-        .encode(color=alt.Color("recipe:N", **colour))
-        .encode(strokeDash=alt.StrokeDash("recipe:N", **dash))
-        .encode(opacity=alt.when(selected).then(alt.value(0.9)).otherwise(alt.value(0.1)))
-    )
-    dashed = data_chart(static).mark_line(color=GREY, strokeDash=[5, 4], point={"color": GREY})
-    dashed = dashed.encode(x=x, y=y, tooltip=[alt.Tooltip("text:N"), alt.Tooltip("ppl:Q")])
-    dashed = dashed.encode(detail="kind:N")
-    words = data_chart(static).mark_text(dx=-5, dy=10, align="right", color=GREY)
-    charts = [dashed, words.encode(x=x, y=y, text="text:N"), lines]
-    if values is not None:
-        ends, left = labels_at_ends(records, str(axis.shorthand).split(":")[0], values, domain)
-        beside: Any = {"align": "right", "dx": -6} if left else {"align": "left", "dx": 6}
-        labels = data_chart(ends).mark_text(fontSize=11, **beside)
-        text_colour = alt.Color("recipe:N", **colour)
-        charts.append(labels.encode(x=x, y=y, text="text:N", color=text_colour))
-    return layer(*charts).add_params(selected).properties(width=WIDTH, height=420)
-
-
-def _domain(records: Any) -> tuple[float, float]:
-    """The PPL that a plot shows, with some room above and below."""
-    ppls = [record["ppl"] for record in records] or [1.0]
-    low, high = min(ppls), max(ppls)
-    room = 0.05 * (high - low) or 0.05 * low
-    return low - room, high + room
 
 
 def _recipe_records(result: StudyResult) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 import csv
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from offramp.report.order import GAP, OTHER, SEQUENCE, colours_of, labels_at_ends, values_of
+from offramp.report.look import SCREEN
+from offramp.report.order import colours_of, values_of
 from offramp.report.study import page, write
 from offramp.report.study_conclusions import conclusions
 from offramp.report.study_json import read_study, read_times
@@ -100,22 +100,42 @@ def test_every_figure_is_in_a_csv_file(alpha, times, tmp_path):
     assert not (tmp_path / "decoding.csv").exists()
 
 
+def colour_of(chart):
+    """The colours of the recipes' curves."""
+    return next(
+        part["encoding"]["color"]
+        for part in chart["layer"]
+        if part["mark"].get("type") == "line" and "color" in part["encoding"]
+    )
+
+
+def texts_of(chart):
+    """What the labels of a chart say."""
+    parts = [part for part in chart["layer"] if part["mark"].get("type") == "text"]
+    return [record["text"] for part in parts for record in chart["datasets"][part["data"]["name"]]]
+
+
 def test_ordered_recipes_have_sequential_colours_and_labels_instead_of_a_legend(alpha):
     chart = frontiers(alpha, "gain", "recompute").to_dict()
-    colour = chart["layer"][2]["encoding"]["color"]
+    colour = colour_of(chart)
     assert colour["legend"] is None
     of = dict(zip(colour["scale"]["domain"], colour["scale"]["range"], strict=True))
-    assert (of["alpha 0.0"], of["alpha 1.0"]) == (SEQUENCE[0], SEQUENCE[-1])
-    assert of["alpha 0.7, middle 1"] == OTHER
+    assert (of["alpha 0.0"], of["alpha 1.0"]) == (SCREEN.ordered[0], SCREEN.ordered[-1])
+    assert of["alpha 0.7, middle 1"] == SCREEN.other
     assert len(set(of.values())) == 12
-    data = chart["datasets"][chart["layer"][3]["data"]["name"]]
-    texts = [record["text"] for record in data]
-    assert sorted(texts) == sorted(
-        ["alpha 0.0", "alpha 0.7, middle 1", *(f"{n / 10:g}" for n in range(1, 11))]
+    static = [f"static {n}" for n in range(2, 7)]
+    assert sorted(texts_of(chart)) == sorted(
+        [
+            "alpha 0.0",
+            "alpha 0.7, middle 1",
+            *static,
+            "static 1",
+            *(f"{n / 10:g}" for n in range(1, 11)),
+        ]
     )
     heads = read_study(STUDIES / "heads" / "study.json")
     plain = frontiers(heads, "gain", "recompute").to_dict()
-    assert plain["layer"][2]["encoding"]["color"]["legend"]["orient"] == "right"
+    assert colour_of(plain)["legend"]["orient"] == "right"
 
 
 @pytest.mark.parametrize(
@@ -132,19 +152,4 @@ def test_ordered_recipes_have_sequential_colours_and_labels_instead_of_a_legend(
 def test_what_counts_as_ordered(labels, values):
     assert values_of(labels) == values
     if values:
-        assert len(set(colours_of(labels, values))) == len(labels)
-
-
-def test_labels_keep_a_distance():
-    records = [
-        {"recipe": f"a {n}", "cost": cost, "ppl": 5 + 0.001 * n + (0.2 if cost == 1 else 0)}
-        for n in range(12)
-        for cost in (1, 2)
-    ]
-    values = {f"a {n}": float(n) for n in range(12)}
-    labels, _ = labels_at_ends(records, "cost", values, (5.0, 5.3))
-    heights = [label["ppl"] for label in labels]
-    least = GAP * 0.3
-    assert all(b - a >= least * 0.999 for a, b in pairwise(heights))
-    assert max(heights) <= 5.3
-    assert [label["text"] for label in labels] == ["a 0", *map(str, range(1, 12))]
+        assert len(set(colours_of(labels, values, SCREEN))) == len(labels)

@@ -22,6 +22,7 @@ from offramp.folders import working_in
 from offramp.models.native.config import DecoderConfig
 from offramp.reading import read_json
 from offramp.report import html, plots, reproduction_tables
+from offramp.report.drawing import save_png
 from offramp.report.result import write_csv
 from offramp.studies.reproduce import claims, tables
 from offramp.studies.reproduce.config import ReproduceConfig
@@ -262,5 +263,5 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     with replacing(out / "tables.md") as aside:
         aside.write_text(reproduction_tables.markdown(results), encoding="utf-8")
     for name, corpus in results["corpora"].items():
-        plots.save_png(plots.frontier(corpus), out / f"frontier-{Path(name).name}.png")
+        save_png(plots.frontier(corpus), out / f"frontier-{Path(name).name}.png")
     html.write_report(results, out / "report.html")
