@@ -46,8 +46,6 @@ class ChangeDetector:
     "Expected number of audited tokens until a false alarm, at least."
     statistics: list[float] = field(default_factory=lambda: [0.0] * (2 * len(FRACTIONS)))
     "The statistic of each bet since the last alarm."
-    observed: int = 0
-    "Number of losses since the last alarm."
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high < 1 or self.high == 0:
@@ -58,7 +56,7 @@ class ChangeDetector:
         if not 1 < self.run_length < math.inf:
             raise ConfigError(f"run_length: expected more than 1, got {shown(self.run_length)}")
         fits = all(0 <= value < math.inf for value in self.statistics)
-        if len(self.statistics) != 2 * len(FRACTIONS) or not fits or self.observed < 0:
+        if len(self.statistics) != 2 * len(FRACTIONS) or not fits:
             raise ConfigError(f"statistics: expected numbers from 0, got {shown(self.statistics)}")
 
     def observe(self, loss: float) -> bool:
@@ -68,10 +66,9 @@ class ChangeDetector:
         """
         factors = e_values(check_loss(loss), self.low, self.high)
         found = (np.array(self.statistics) + 1.0) * factors
-        self.observed += 1
         used = found if self.low else found[: len(FRACTIONS)]
         if used.mean() >= self.run_length:
-            self.statistics, self.observed = [0.0] * len(found), 0
+            self.statistics = [0.0] * len(found)
             return True
         self.statistics = found.tolist()
         return False

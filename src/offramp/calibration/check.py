@@ -113,15 +113,14 @@ def check_drift(
     "holds" for one that is broken. It covers all checks of a text to which sequences are added at
     the end. A text on which both are certain has changed, and the verdict is "broken".
     """
-    check_levels(level=level)
+    check_levels(level=level, epsilon=certificate.epsilon / certificate.bound)
     trace = whole_sequences(trace)
-    scale = certificate.bound
     losses = sequence_losses(
         trace,
         (certificate.thresholds,),
         confidence=certificate.confidence,
         risk=certificate.risk,
-        bound=scale,
+        bound=certificate.bound,
     )[:, 0]
     [row] = sweep(trace, [certificate.thresholds], confidence=certificate.confidence, cost=cost)
     return drift(
@@ -141,9 +140,9 @@ def drift(
 
     The costs are those of the thresholds on the new text; see ``check_drift``.
     """
-    check_levels(level=level)
     scale = certificate.bound
     epsilon = certificate.epsilon / scale
+    check_levels(level=level, epsilon=epsilon)
     broken, holds = p_above(losses, epsilon), p_below(losses, epsilon)
     verdict: Verdict = "undecided"
     decided: int | None = None

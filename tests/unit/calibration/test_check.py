@@ -78,6 +78,8 @@ def test_the_risk_of_a_drift_check_is_in_nats(make_trace):
 def test_a_level_outside_0_and_1_is_a_config_error(certificate, make_trace):
     with pytest.raises(ConfigError, match="level: expected"):
         check_drift(certificate, make_trace(), level=1.0)
+    with pytest.raises(ConfigError, match=r"epsilon: expected .* between 0 and 1, got 1.5"):
+        check_drift(replace(certificate, epsilon=1.5), make_trace())
 
 
 def test_p_values_by_hand():

@@ -154,6 +154,23 @@ def test_a_certificate_is_used_by_sweep_and_check(model, corpus, tmp_path):
     assert drift_sentence(other).startswith(("The promise is broken", "Not decided"))
 
 
+def test_a_text_that_grows_at_its_end_may_be_checked_again(model, corpus, tmp_path):
+    """The first sequences are the same, so the p-values never rise."""
+    certificate, _ = certify(open_model(model), str(corpus), Promise(epsilon=0.2))
+    text, growing = random_text(7), tmp_path / "growing.txt"
+    checks = []
+    for share in (0.1, 0.5, 1.0):
+        growing.write_text(text[: int(share * len(text))])
+        checks.append(check(open_model(model), str(growing), certificate))
+    assert checks[0]["n"] < checks[1]["n"] < checks[2]["n"]
+    for name in ("p_holds", "p_broken"):
+        values = [found[name] for found in checks]
+        assert values[1] <= values[0] * 1.001
+        assert values[2] <= values[1] * 1.001
+    assert checks[2]["verdict"] == "holds"
+    assert checks[2]["decided_after"] <= checks[2]["n"]
+
+
 def test_a_certificate_for_another_model_is_refused_before_the_model_runs(
     model, corpus, tmp_path, monkeypatch
 ):
