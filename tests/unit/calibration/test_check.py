@@ -180,4 +180,4 @@ def test_the_sentence_says_what_a_look_costs(certificate, make_trace):
         check = check_drift(replace(certificate, epsilon=epsilon), trace)
         sentence = drift_sentence(vars(check))
         assert sentence.startswith(said)
-        assert (check.decided_after is None) == ("add" in sentence)
+        assert (check.decided_after is None) == ("To decide it" in sentence)
