@@ -13,16 +13,17 @@ from tokenizers import Tokenizer
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.promise import Promise
-from offramp.calibration.thresholds import StoredThresholds, load_thresholds
 from offramp.commands import calibrate, confidence, generate, sweep
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.row import BenchRow
 from offramp.commands.bench.run import run_bench
 from offramp.commands.engine import TextEngine
 from offramp.commands.on_generation.certify import certify_texts
-from offramp.errors import ConfigError
+from offramp.commands.push import Sweep, push_in_memory
+from offramp.commands.push_config import PushConfig
+from offramp.commands.upload import Pushed
 from offramp.evaluation.sweep import SweepRow, Threshold
-from offramp.generation.config import EngineConfig, GenerateConfig
+from offramp.generation.config import EngineConfig
 from offramp.generation.generate import Generation
 from offramp.models.base import EarlyExitModel
 from offramp.models.bos import Bos
@@ -31,7 +32,7 @@ from offramp.models.model_files import find_model
 from offramp.models.native.schemes import Scheme
 from offramp.models.open import OpenedModel, open_in_memory, open_model
 from offramp.models.save import save_model
-from offramp.options import config_of
+from offramp.options import config_of, exit_layers_of, refuse_given
 from offramp.report.progress import call_bar
 from offramp.report.result import ResultTable
 
@@ -110,25 +111,12 @@ class EarlyExitLM:
             ConfigError: An option is unknown or out of range, or the prompt does not fit.
             CertificateError: The certificate is another model's.
         """
-        config = self._generate_config(threshold, certificate, **options)
+        config = generate.config_for(self._opened, threshold, certificate, **options)
         return generate.generate(self._opened, prompt, config, chat=chat)
 
     def engine(self, **options: Any) -> TextEngine:
         """Make an engine for many requests at once; ``options`` are fields of ``EngineConfig``."""
-        config = config_of(EngineConfig, options)
-        return TextEngine(self._opened, config, configured=self._generate_config)
-
-    def _generate_config(
-        self, threshold: Any = None, certificate: Any = None, **options: Any
-    ) -> GenerateConfig:
-        config = config_of(GenerateConfig, {**options, "threshold": threshold})
-        if certificate is None:
-            return config
-        _refuse("with a certificate, which has its own", threshold=threshold)
-        _refuse("with a certificate, which names it", confidence=options.get("confidence"))
-        _refuse("with a certificate, whose thresholds hold", decay=options.get("decay"))
-        stored, kv = self._stored(certificate), options.get("missing_kv")
-        return generate.with_thresholds(config, stored, missing_kv=kv, model=self.model)
+        return TextEngine(self._opened, config_of(EngineConfig, options))
 
     def sweep(
         self,
@@ -141,11 +129,11 @@ class EarlyExitLM:
     ) -> ResultTable[SweepRow]:
         """Measure PPL and cost of any number of thresholds, from one pass over a text."""
         if certificate is not None:
-            _refuse("with a certificate, which has its own", thresholds=thresholds)
-            _refuse("with a certificate, which names it", confidence=confidence)
+            refuse_given("with a certificate, which has its own", thresholds=thresholds)
+            refuse_given("with a certificate, which names it", confidence=confidence)
         if thresholds is not None and not isinstance(thresholds, Sequence):
             thresholds = [thresholds]
-        stored = None if certificate is None else self._stored(certificate)
+        stored = None if certificate is None else generate.stored_for(self._opened, certificate)
         with call_bar("sweep", shown=progress) as on_tokens:
             content = sweep.sweep(
                 self._opened,
@@ -221,16 +209,32 @@ class EarlyExitLM:
         save_model(self._opened, folder)
         self._opened = replace(self._opened, name=str(folder), files=find_model(folder))
 
-    def _stored(self, certificate: Certificate | str | Path) -> StoredThresholds:
-        stored = (
-            StoredThresholds.of(certificate)
-            if isinstance(certificate, Certificate)
-            else load_thresholds(Path(certificate))
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        sweep: Sweep | None = None,
+        certificate: Certificate | str | Path | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Pushed:
+        """Upload what ``save`` writes, and a model card, to the Hugging Face hub in one commit.
+
+        Exits whose backbone is on the hub go without it. Names of local folders are left out.
+
+        Args:
+            name: OWNER/NAME, or OWNER/NAME@BRANCH. It is created if it is not there.
+            sweep, certificate: Those of this model, or files of them, for the card.
+            **options: Fields of ``PushConfig``, such as ``private``, ``token`` or ``license``.
+
+        Raises:
+            ConfigError: An option is unknown, or the hub allows no such name.
+            CheckpointError: The backbone is only on this machine, or the hub refuses.
+        """
+        config = config_of(PushConfig, options)
+        return push_in_memory(
+            self._opened, name, config, sweep=sweep, certificate=certificate, bars=progress
         )
-        stored.require_model(self.sha256, weights=self._opened.weights)
-        stored.require_bos(bool(self._opened.first_tokens))
-        stored.warn_of_dtype(self._opened.precision)
-        return stored
 
 
 def load(
@@ -249,8 +253,9 @@ def load(
 
     Args:
         model: A folder that ``offramp train``, ``tune`` or ``quantise`` wrote, the folder of a
-            Hugging Face checkpoint, a name on the hub, ``smollm2-135m``, or a causal language
-            model of ``transformers`` in memory, whose parameters are shared.
+            Hugging Face checkpoint, a name on the hub (NAME, or NAME@REVISION for a branch, a tag
+            or a commit), ``smollm2-135m``, or a causal language model of ``transformers`` in
+            memory, whose parameters are shared.
         tokenizer: The tokenizer of a model in memory.
         exits: Exit layers of a model that has none yet; by default each quarter of the depth.
         exit_head: What a new exit has of its own; by default nothing ("shared").
@@ -270,14 +275,18 @@ def load(
     """
     layers = exit_layers_of(exits)
     if not isinstance(model, str | Path):
-        _refuse("with a model in memory, which has them", base=base, device=device, dtype=dtype)
-        _refuse("with a model in memory, which can be saved and loaded with them", weights=weights)
+        refuse_given(
+            "with a model in memory, which has them", base=base, device=device, dtype=dtype
+        )
+        refuse_given(
+            "with a model in memory, which can be saved and loaded with them", weights=weights
+        )
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
         return EarlyExitLM(opened.with_bos(bos))
-    _refuse("with a name or folder, which has its own", tokenizer=tokenizer)
+    refuse_given("with a name or folder, which has its own", tokenizer=tokenizer)
     files = find_model(model, base=base)
     if files.kind != "checkpoint":
-        _refuse(f"since {model} has exits", exits=layers, exit_head=exit_head)
+        refuse_given(f"since {model} has exits", exits=layers, exit_head=exit_head)
     opened = open_model(
         files,
         exit_layers=layers,
@@ -289,20 +298,3 @@ def load(
     opened = opened.with_bos(bos)
     opened.warn_of_bos()
     return EarlyExitLM(opened)
-
-
-def exit_layers_of(exits: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """Exit layers as a tuple; a single layer may be given as a number."""
-    if exits is None:
-        return None
-    layers = (exits,) if isinstance(exits, int) else tuple(exits)
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise ConfigError(f"exits: expected a list of whole numbers, got {exits!r}")
-    return layers
-
-
-def _refuse(why: str, **given: Any) -> None:
-    """Raise a ConfigError for an argument that would be ignored."""
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name}: expected none {why}, got {value!r}"[:300])

@@ -21,11 +21,11 @@ from offramp.commands.tune import tune as tune_exits
 from offramp.commands.tune_config import TuneConfig
 from offramp.console import safe_console
 from offramp.errors import ConfigError
-from offramp.lm import Corpus, EarlyExitLM, exit_layers_of
+from offramp.lm import Corpus, EarlyExitLM
 from offramp.models.bos import Bos
 from offramp.models.native.config import DecoderConfig
 from offramp.models.open import open_in_memory, open_model
-from offramp.options import check_processes, config_of
+from offramp.options import check_processes, config_of, exit_layers_of
 from offramp.report.progress import StudyBars, bars, call_bar
 from offramp.report.result import ResultTable
 from offramp.report.study_json import to_json

@@ -31,6 +31,23 @@ def config_of(
     return fitting(config, options)
 
 
+def exit_layers_of(exits: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    """Exit layers as a tuple; a single layer may be given as a number."""
+    if exits is None:
+        return None
+    layers = (exits,) if isinstance(exits, int) else tuple(exits)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ConfigError(f"exits: expected a list of whole numbers, got {exits!r}")
+    return layers
+
+
+def refuse_given(why: str, **given: Any) -> None:
+    """Raise a ConfigError for an argument that would be ignored."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}: expected none {why}, got {value!r}"[:300])
+
+
 def check_processes(**numbers: int | None) -> None:
     """Raise a ConfigError for a number of threads or processes that no machine can start."""
     for name, value in numbers.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from offramp.errors import CheckpointError, ConfigError, OfframpError
-from offramp.schema import fitting
+from offramp.schema import fitting, shown
 
 Value = TypeVar("Value")
 JSON_BYTES = 64 << 20
@@ -95,6 +95,23 @@ def read_arrays(path: Path, expected: str) -> dict[str, Any]:
                 f"{path}: expected at most {ARRAY_BYTES:,} unpacked bytes, got {size:,}"
             )
         return {name: stored[name] for name in stored.files}
+
+
+def check_format(content: Any, newest: int, path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a file if it has a format from 1 to ``newest``.
+
+    ``what`` names what the file describes. Raises CheckpointError for any other content.
+    """
+    stored: dict[str, Any] = content if isinstance(content, dict) else {}
+    found = stored.get("format")
+    if type(found) is int and found > newest:
+        raise CheckpointError(
+            f"{path}: expected {what} of a format up to {newest}, got format {shown(found)}, which "
+            "a newer offramp wrote; pip install --upgrade offramp"
+        )
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"{path}: expected {what} of format {newest}, got {shown(found)}")
+    return stored
 
 
 @contextmanager

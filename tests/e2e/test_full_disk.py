@@ -88,6 +88,7 @@ WRITERS = {
     "sweep": ["sweep", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "probe": ["probe", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "evaluate": ["evaluate", "MODEL", "--tasks", "TASK", "--out", "DISK/before"],
+    "card": ["card", "MODEL", "--out", "DISK/new"],
     "quantise": ["quantise", "MODEL", "--weights", "int8", "--out", "DISK/new"],
     "export": ["export", "CHECKPOINT", "--exit", 2, "--out", "DISK/new"],
     "plot": ["plot", "SWEPT", "--out", "DISK/before.svg"],

@@ -58,6 +58,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
     lines: dict[str, tuple[Any, ...]] = {
         "bench": (native, "--corpus", text, *["--prompts", "1", "--prompt-tokens", "4"], *SHORT),
         "calibrate": (native, "--corpus", text, "--out", out / "out.json"),
+        "card": (native, "--name", "owner/name", "--out", out / "out.json"),
         "chat": (native, "--plain", "--max-new-tokens", 2),
         "confidence": (native, "--corpus", text, "--out", out / "out.json"),
         "evaluate": (native, "--tasks", world / "task.yaml", "--out", out / "out.json"),
@@ -65,6 +66,7 @@ def valid(command: str, world: Path, out: Path) -> list[Any]:
         "generate": (native, "7 quick", "--max-new-tokens", 2),
         "plot": (world / "sweep.json", "--out", out / "out.png"),
         "probe": (tuned, "--corpus", text, "--out", out / "out.json"),
+        "push": (native, "owner/name", "--license", "mit"),
         "quantise": (native, "--weights", "int8", *new),
         "recipe": ("--corpus", text, *new),
         "reproduce": ("--corpus", text, *new),
@@ -123,6 +125,12 @@ def no_work(monkeypatch):
     monkeypatch.setattr("offramp.studies.study.study.keep_static_times", stop)
     monkeypatch.setattr("offramp.studies.reproduce.study.run_all", stop)
     monkeypatch.setattr("offramp.serving.server.run", stop)
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_hub(monkeypatch):
+    """Nothing is pushed to the real hub, and nothing is looked up there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -199,6 +199,13 @@ CASES = {
         out="small",
         opens="tuned",
     ),
+    "card": Case(
+        before=TUNED,
+        arguments=["card", "tuned", "--out", "card.md"],
+        outcome=lambda root: (root / "card.md").read_text(),
+        out="card.md",
+        opens="tuned",
+    ),
     "export": Case(
         before=[make_base],
         arguments=["export", "base", "--exit", "1", "--out", "short"],

@@ -34,6 +34,7 @@ json.dump(answers, sys.stdout)
 REQUIRED = {  # what makes a command line whole, so that only the bad value is wrong
     "bench": ["MODEL"],
     "calibrate": ["MODEL", "--corpus", "TEXT"],
+    "card": ["MODEL"],
     "chat": ["MODEL"],
     "confidence": ["MODEL", "--corpus", "TEXT"],
     "evaluate": ["MODEL", "--tasks", "TASK"],
@@ -41,6 +42,7 @@ REQUIRED = {  # what makes a command line whole, so that only the bad value is w
     "generate": ["MODEL", "PROMPT"],
     "plot": ["FILE"],
     "probe": ["MODEL", "--corpus", "TEXT"],
+    "push": ["MODEL", "OWNER/NAME"],
     "quantise": ["MODEL", "--weights", "int8", "--out", "OUT"],
     "recipe": ["--corpus", "TEXT", "--out", "OUT"],
     "reproduce": [],
@@ -57,6 +59,7 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
         ("--weights", "int3"),
     ],
     "calibrate": [("--epsilon", "x"), ("--epsilon", "2"), ("--delta", "0"), ("--weights", "int3")],
+    "card": [("--name", "a b"), ("--license", "")],
     "chat": [
         *(("--seed", "x"), ("--temperature", "-1"), ("--threshold", "high")),
         *(("--top-k", "x"), ("--weights", "int3")),
@@ -72,6 +75,7 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
     ],
     "plot": [("--out", "x.bmp")],
     "probe": [("--tokens", "x"), ("--weights", "int3")],
+    "push": [("--license", ""), ("--message", "")],
     "quantise": [("--weights", "int3"), ("--threads", "x")],
     "recipe": [("--layers", "x"), ("--layers", "1"), ("--jobs", "0")],
     "reproduce": [
@@ -106,7 +110,9 @@ def mistyped(word):
 
 NEAR = {
     "export": "--out",
+    "card": "--name",
     "plot": "--out",
+    "push": "--private",
     "quantise": "--threads",
     "reproduce": "--quick",
     "study": "--tokens",

@@ -28,6 +28,7 @@ from offramp.version import __version__
 COMMANDS = (
     "bench",
     "calibrate",
+    "card",
     "chat",
     "confidence",
     "evaluate",
@@ -35,6 +36,7 @@ COMMANDS = (
     "generate",
     "plot",
     "probe",
+    "push",
     "quantise",
     "recipe",
     "reproduce",

@@ -25,11 +25,16 @@ from offramp.models.native.schemes import Scheme, in_words
 from offramp.options import check_processes
 
 if TYPE_CHECKING:
+    from offramp.generation.config import GenerateConfig
     from offramp.models.open import OpenedModel
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if os.environ.get("COLUMNS") == "0":  # of which rich would make lines without characters
     del os.environ["COLUMNS"]
+UNTRAINED = (
+    "its exits were never trained by offramp, so they know little unless the checkpoint itself was "
+    "trained with exits, as LayerSkip's are"
+)
 console = safe_console(stderr=True, quiet=not is_first_process())
 
 Model = Annotated[
@@ -44,6 +49,13 @@ Base = Annotated[
     Parameter(
         help="The place of the model's backbone (a folder, or a name on the hub), if MODEL holds "
         "exits whose backbone was moved."
+    ),
+]
+Exits = Annotated[
+    tuple[int, ...] | None,
+    Parameter(
+        help="Exit layers of a Hugging Face checkpoint, such as 4,8; they use its final norm and "
+        "LM head (default: each quarter of the depth). A folder of offramp has its own."
     ),
 ]
 Text = Annotated[
@@ -96,6 +108,8 @@ def open_for(
     name: str | Path,
     *,
     base: str | Path | None = None,
+    exits: tuple[int, ...] | None = None,
+    drafting: "GenerateConfig | None" = None,
     device: str,
     dtype: str | None,
     weights: Scheme | None = None,
@@ -104,6 +118,8 @@ def open_for(
 ) -> "OpenedModel":
     """Open a command's model once; a file of thresholds for another model is refused first.
 
+    ``exits`` are exit layers of a plain checkpoint, which has none of its own; without them the
+    draft exit of ``drafting`` is the only one, if that names one.
     ``bos`` auto is that of the stored thresholds, or else what the model was trained with.
     ``dtype`` None is the precision of the stored thresholds, or else that of the model's files.
     """
@@ -114,9 +130,15 @@ def open_for(
     from offramp.models.open import open_model
 
     files = find_model(name, base=base)
+    if exits is not None and files.kind != "checkpoint":
+        raise ConfigError(f"exits: expected none, since {name} has its own, got {listed(exits)}")
+    if exits is None and files.kind == "checkpoint" and drafting and drafting.speculative:
+        drafts = files.draft_exit if drafting.draft_exit is None else drafting.draft_exit
+        exits = None if drafts is None else (drafts,)
     chosen = dtype or (stored.dtype if stored else None)
     opened = open_model(
         files,
+        exit_layers=exits,
         device=device,
         dtype=getattr(torch, chosen) if chosen else None,
         weights=weights,
@@ -140,6 +162,11 @@ def open_for(
             f"with: offramp train --resume {quote(str(name))}"
         )
     return opened
+
+
+def listed(layers: tuple[int, ...]) -> str:
+    """Layers as they are typed: 4,8."""
+    return ",".join(map(str, layers))
 
 
 def say(text: str) -> None:
@@ -179,7 +206,7 @@ def warn(model: Path, corpus: str, about: Mapping[str, object]) -> None:
             "optimistic."
         )
     if about.get("untrained"):
-        say(f"{model}: its exits were never trained.")
+        say(f"{model}: {UNTRAINED}.")
     if about.get("unknown_tokens"):
         say(
             f"{about['unknown_tokens']:,} of the tokens are <unk>: characters or words that the "

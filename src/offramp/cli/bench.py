@@ -6,10 +6,12 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from offramp.cli.base import (
+    UNTRAINED,
     Base,
     Bos,
     Device,
     Dtype,
+    Exits,
     Model,
     Out,
     Threads,
@@ -35,6 +37,7 @@ def bench(
     corpus: str = "python-docs",
     out: Out = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -64,7 +67,9 @@ def bench(
 
     use(device, threads)
     precision = dtype or (first if first is not None and scheme is None else "float32")
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=precision, weights=scheme)
+    opened = open_for(
+        model, base=base, exits=exits, bos=bos, device=device, dtype=precision, weights=scheme
+    )
     so_far: list[dict[str, Any]] = []
 
     def keep(content: dict[str, Any]) -> None:
@@ -105,6 +110,6 @@ def _show(content: dict[str, Any], model: Path, out: Path | None) -> None:
     for name, why in content["failed"].items():
         say(f"{name} does not run here: {why}")
     if content["untrained"]:
-        say(f"{model}: its exits were never trained.")
+        say(f"{model}: {UNTRAINED}.")
     if content["unfinished"]:
         say(f"Stopped before the end{f'; {out} says so' if out else ''}.")

@@ -14,6 +14,7 @@ from offramp.cli.base import (
     Bos,
     Device,
     Dtype,
+    Exits,
     Model,
     Threads,
     Weights,
@@ -52,6 +53,7 @@ def calibrate(
     check: Path | None = None,
     out: Path | None = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -93,6 +95,7 @@ def calibrate(
     opened = open_for(
         model,
         base=base,
+        exits=exits,
         bos=bos,
         device=device,
         dtype=dtype,

@@ -10,6 +10,7 @@ from offramp.cli.base import (
     Base,
     Bos,
     Device,
+    Exits,
     Model,
     Precision,
     Threads,
@@ -82,6 +83,7 @@ def chat(
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -122,7 +124,15 @@ def chat(
     )
     use(device, threads)
     opened = open_for(
-        model, base=base, bos=bos, device=device, dtype=dtype, weights=weights, stored=stored
+        model,
+        base=base,
+        exits=exits,
+        drafting=config,
+        bos=bos,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        stored=stored,
     )
     options = for_model(flags, opened, stored, missing_kv=keys_values, stop_token=stop_token)
 
@@ -131,8 +141,8 @@ def chat(
     spoken = None if system is None else utf8(system) or ""
     conversation = Conversation(opened, options, plain=plain, system=spoken)
     if typed:
-        exits = ", ".join(map(str, opened.model.exit_layers[:-1])) or "none"
-        say(f"{opened.name}: {opened.model.num_layers} layers, exits: {exits}.")
+        found = ", ".join(map(str, opened.model.exit_layers[:-1])) or "none"
+        say(f"{opened.name}: {opened.model.num_layers} layers, exits: {found}.")
         say("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
     converse(conversation, lines, typed=typed)
 

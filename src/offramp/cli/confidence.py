@@ -12,6 +12,7 @@ from offramp.cli.base import (
     Bos,
     Device,
     Dtype,
+    Exits,
     Model,
     Text,
     Threads,
@@ -41,6 +42,7 @@ def confidence(
         Path | None, Parameter(help="Also write the figures to this JSON file, and a plot as .png.")
     ] = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -80,6 +82,7 @@ def confidence(
     opened = open_for(
         model,
         base=base,
+        exits=exits,
         bos=bos,
         device=device,
         dtype="float32" if fit else dtype,

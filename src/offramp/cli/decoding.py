@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from offramp.calibration.thresholds import StoredThresholds
-from offramp.cli.base import console, say
+from offramp.cli.base import UNTRAINED, console, say
 from offramp.cli.plain_text import write_text
 from offramp.cli.streams import utf8
 from offramp.errors import ConfigError
@@ -126,7 +126,7 @@ def say_about_exits(config: GenerateConfig, opened: "OpenedModel") -> None:
     from offramp.generation.promise import drafts_note
 
     if uses_exits(config) and not opened.exits_trained:
-        say(f"{opened.name}: its exits were never trained.")
+        say(f"{opened.name}: {UNTRAINED}.")
     if config.speculative and (note := drafts_note(opened.model)):
         say(note)
 

@@ -7,9 +7,11 @@ from cyclopts import Parameter
 
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
 from offramp.cli.base import (
+    UNTRAINED,
     Base,
     Bos,
     Device,
+    Exits,
     Model,
     Out,
     Precision,
@@ -53,6 +55,7 @@ def evaluate(
     keys_values: KeysValues = None,
     out: Out = None,
     base: Base = None,
+    exit_layers: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -93,7 +96,14 @@ def evaluate(
     use(device, threads)
     tasks = load_tasks(config)
     opened = open_for(
-        model, base=base, bos=bos, device=device, dtype=dtype, weights=weights, stored=stored
+        model,
+        base=base,
+        exits=exit_layers,
+        bos=bos,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        stored=stored,
     )
     if stored is not None:
         exits = _certified(exits, stored, opened, keys_values)
@@ -137,4 +147,4 @@ def _show(content: dict[str, Any], opened: "OpenedModel") -> None:
         say(f"{name} is left out: {why}")
     used = any(row["threshold"] is not None for row in content["evaluations"])
     if content["untrained"] and used:
-        say(f"{opened.name}: its exits were never trained.")
+        say(f"{opened.name}: {UNTRAINED}.")

@@ -23,7 +23,7 @@ GROUPS: dict[str, str] = {
         keep-checkpoints tracker""",
     "Tasks": """tasks limit num-fewshot batch-size max-length prefix-token tasks-path
         trust-task-code bootstrap-iters""",
-    "Exits": """threshold thresholds certificate confidence decay missing-kv bos compare
+    "Exits": """exits threshold thresholds certificate confidence decay missing-kv bos compare
         static""",
     "Speculative decoding": "speculative draft-exit draft-threshold max-drafts lookup adaptive",
     "Address and access": "host port api-key cors name",

@@ -5,6 +5,7 @@ from offramp.cli.base import (
     Bos,
     Device,
     Dtype,
+    Exits,
     Model,
     Out,
     Text,
@@ -28,6 +29,7 @@ def probe(
     tokens: int | None = None,
     out: Out = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -49,7 +51,9 @@ def probe(
     from offramp.report.probe import probe_table
 
     use(device, threads)
-    opened = open_for(model, base=base, bos=bos, device=device, dtype=dtype, weights=weights)
+    opened = open_for(
+        model, base=base, exits=exits, bos=bos, device=device, dtype=dtype, weights=weights
+    )
     with token_bar("probe") as on_tokens:
         content = run_probe(opened, corpus, tokens=tokens, on_tokens=on_tokens)
     shown = output()

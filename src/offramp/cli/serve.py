@@ -10,9 +10,11 @@ from cyclopts import Parameter
 
 from offramp.calibration.thresholds import load_thresholds
 from offramp.cli.base import (
+    UNTRAINED,
     Base,
     Bos,
     Device,
+    Exits,
     Model,
     Precision,
     Threads,
@@ -34,6 +36,7 @@ def serve(
     *,
     certificate: Path | None = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -64,6 +67,7 @@ def serve(
         opened = open_for(
             model,
             base=base,
+            exits=exits,
             bos=bos,
             device=device,
             dtype=dtype,
@@ -71,7 +75,7 @@ def serve(
             stored=stored,
         )
         if not opened.exits_trained and len(opened.model.exit_layers) > 1:
-            say(f"{opened.name}: its exits were never trained.")
+            say(f"{opened.name}: {UNTRAINED}.")
         service = EngineService(opened, config, stored=stored)
         app = make_app(service, config, hosts=hosts_of(config))
 

@@ -11,6 +11,7 @@ from offramp.cli.base import (
     Bos,
     Device,
     Dtype,
+    Exits,
     Model,
     Text,
     Threads,
@@ -40,6 +41,7 @@ def sweep(
     certificate: Path | None = None,
     out: Path | None = None,
     base: Base = None,
+    exits: Exits = None,
     bos: Bos = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -78,6 +80,7 @@ def sweep(
     opened = open_for(
         model,
         base=base,
+        exits=exits,
         bos=bos,
         device=device,
         dtype=dtype,

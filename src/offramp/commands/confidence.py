@@ -97,7 +97,7 @@ def fit(
     Returns the model with them. Raises ConfigError for a model that has no folder.
     """
     files = opened.files
-    if files is None or files.own is None:
+    if files is None or files.own is None or files.cached:
         raise ConfigError(f"{opened.name}: expected the folder of a model, to keep its gates in")
     fitted = fit_to(opened, corpus, max_tokens=max_tokens, config=config, on_gate=on_gate)
     save_fitted(fitted, files.own, exits=files.exits_sha256)

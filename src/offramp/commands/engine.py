@@ -1,30 +1,20 @@
 """An engine for many requests on an opened model, which takes texts: ``EarlyExitLM.engine``."""
 
-from collections.abc import Callable
 from typing import Any
 
-from offramp.commands.generate import begin
-from offramp.generation.config import EngineConfig, GenerateConfig
+from offramp.commands.generate import begin, config_for
+from offramp.generation.config import EngineConfig
 from offramp.generation.engine import Engine
 from offramp.generation.requests import Request
 from offramp.models.open import OpenedModel
 
 
 class TextEngine(Engine):
-    """An ``Engine`` of an opened model. ``EarlyExitLM.engine`` makes it.
+    """An ``Engine`` of an opened model. ``EarlyExitLM.engine`` makes it."""
 
-    ``configured`` turns the options of ``EarlyExitLM.generate`` into a config.
-    """
-
-    def __init__(
-        self,
-        opened: OpenedModel,
-        config: EngineConfig,
-        *,
-        configured: Callable[..., GenerateConfig],
-    ) -> None:
+    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
         super().__init__(opened.model, config, tokenizer=opened.tokenizer, fitted=opened.fitted)
-        self._opened, self._configured = opened, configured
+        self._opened = opened
 
     def submit_text(
         self, prompt: str, *, id: str | None = None, chat: bool = False, **options: Any
@@ -43,5 +33,5 @@ class TextEngine(Engine):
             ConfigError: The request cannot run, or its ``id`` is in use.
             CertificateError: The certificate is another model's.
         """
-        ids, config = begin(self._opened, prompt, self._configured(**options), chat=chat)
+        ids, config = begin(self._opened, prompt, config_for(self._opened, **options), chat=chat)
         return self.submit(ids, config, id=id)

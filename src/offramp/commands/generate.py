@@ -1,10 +1,12 @@
 """Text from an opened model: ``offramp generate``."""
 
 from dataclasses import replace
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from offramp.calibration.thresholds import StoredThresholds
+from offramp.calibration.certificate import Certificate
+from offramp.calibration.thresholds import StoredThresholds, load_thresholds
 from offramp.commands.chat_template import chat_ids
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError
@@ -16,6 +18,7 @@ from offramp.generation.generate import generate as generate_ids
 from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import complete
 from offramp.models.open import OpenedModel
+from offramp.options import config_of, refuse_given
 
 
 def generate(
@@ -49,6 +52,33 @@ def prompt_ids(opened: OpenedModel, prompt: str) -> list[int]:
     ids = encode_prompt(opened.tokenizer, prompt, special_tokens=False)
     first = list(opened.first_tokens)
     return ids if ids[: len(first)] == first else first + ids
+
+
+def config_for(
+    opened: OpenedModel, threshold: Any = None, certificate: Any = None, **options: Any
+) -> GenerateConfig:
+    """Return the config of Python's arguments; ``certificate`` is one, or the file of one."""
+    config = config_of(GenerateConfig, {**options, "threshold": threshold})
+    if certificate is None:
+        return config
+    refuse_given("with a certificate, which has its own", threshold=threshold)
+    refuse_given("with a certificate, which names it", confidence=options.get("confidence"))
+    refuse_given("with a certificate, whose thresholds hold", decay=options.get("decay"))
+    stored, kv = stored_for(opened, certificate), options.get("missing_kv")
+    return with_thresholds(config, stored, missing_kv=kv, model=opened.model)
+
+
+def stored_for(opened: OpenedModel, certificate: Certificate | str | Path) -> StoredThresholds:
+    """Return the thresholds of a certificate. Raises CertificateError for another model's."""
+    stored = (
+        StoredThresholds.of(certificate)
+        if isinstance(certificate, Certificate)
+        else load_thresholds(Path(certificate))
+    )
+    stored.require_model(opened.sha256, weights=opened.weights)
+    stored.require_bos(bool(opened.first_tokens))
+    stored.warn_of_dtype(opened.precision)
+    return stored
 
 
 def confidence_note(opened: OpenedModel, rule: ExitRule | None) -> str:

@@ -135,7 +135,8 @@ class ExitHeads(nn.ModuleDict):
         if not silent:
             self.warned = True
             warnings.warn(
-                f"the exit at layer {layer} was never trained, so its predictions are poor",
+                f"the exit at layer {layer} was never trained by offramp, so its predictions are "
+                "poor unless the checkpoint itself was trained with exits, as LayerSkip's are",
                 UntrainedExitsWarning,
                 stacklevel=3,
             )

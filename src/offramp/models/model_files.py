@@ -17,10 +17,11 @@ from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.models.base import EarlyExitModel
 from offramp.models.huggingface.exits_file import EXITS_JSON, read_exits
 from offramp.models.huggingface.library import quiet, transformers
-from offramp.models.huggingface.places import base_of
+from offramp.models.huggingface.places import base_of, refuse_local
 from offramp.models.native.schemes import SCHEMES, Scheme
 from offramp.models.sources import Source, find_checkpoint
 from offramp.reading import read_json
+from offramp.schema import shown
 
 UNFINISHED = "unfinished.json"
 """The file that is in a run's folder until the run has ended."""
@@ -54,7 +55,9 @@ class ModelFiles:
     backbone: Source
     "The checkpoint with the weights."
     own: Path | None
-    "The folder of ``name``, which may contain exits.safetensors; None for a name on the hub."
+    "The folder of ``name``, which may contain exits.safetensors; None for a plain one on the hub."
+    cached: bool = False
+    "Whether the files are in the hub's cache, where nothing is written."
     about: Mapping[str, Any]
     "Content of the file that describes the model: offramp.json if it has one, or config.json."
 
@@ -70,11 +73,17 @@ class ModelFiles:
         return self.own is not None and (self.own / UNFINISHED).exists()
 
     @property
+    def adapted(self) -> bool:
+        """Whether this is a folder of exits with an adapter of a backbone elsewhere."""
+        return self.kind == "exits" and self.about["base"].get("adapter_sha256") is not None
+
+    @property
     def holds_backbone(self) -> bool:
         """Whether this is a folder of exits that holds their backbone, or its adapter, too."""
-        if self.kind != "exits":
+        if self.kind != "exits" or self.own is None:
             return False
-        return self.own == self.backbone.folder or "adapter_sha256" in self.about["base"]
+        same = self.own.resolve() == self.backbone.folder.resolve()
+        return same or self.adapted
 
     @property
     def weight_format(self) -> Scheme | None:
@@ -143,6 +152,21 @@ class ModelFiles:
                 return token_ids(end, self.backbone.id)
         return ()
 
+    @property
+    def draft_exit(self) -> int | None:
+        """The exit that drafts by default: ``assistant_early_exit`` in ``generation_config.json``.
+
+        ``transformers`` reads it, too. Raises CheckpointError if it is no layer.
+        """
+        path = self.backbone.folder / "generation_config.json"
+        stored = read_json(path) if path.is_file() else None
+        layer = stored.get("assistant_early_exit") if isinstance(stored, dict) else None
+        if layer is not None and (type(layer) is not int or layer < 1):
+            raise CheckpointError(
+                f"{path}: assistant_early_exit: expected a layer, got {shown(layer)}"
+            )
+        return layer
+
     def _window(self) -> int | None:
         training = self.config.get("training") if self.kind == "native" else None
         if training is None:
@@ -172,9 +196,10 @@ def token_ids(end: Any, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def find_model(name: str | Path, *, base: str | Path | None = None) -> ModelFiles:
+def find_model(name: str | Path, *, base: str | Path | Source | None = None) -> ModelFiles:
     """Find a model's files by a folder, a name on the hub, or ``smollm2-135m``.
 
+    A name on the hub may have a revision (a branch, a tag or a commit): NAME@REVISION.
     ``base`` is the place of the backbone of a folder of exits, if it was moved.
 
     Raises CheckpointError if there is no model, if its training run has not validated yet, or if
@@ -182,11 +207,17 @@ def find_model(name: str | Path, *, base: str | Path | None = None) -> ModelFile
     ``base`` of a model without a folder of exits.
     """
     folder = Path(name).expanduser()
-    own = folder if folder.is_dir() else None
+    found = None if folder.is_dir() else find_checkpoint(name)
+    cached = found is not None and found.revision is not None
+    own = folder if found is None else found.folder if cached else None
     if own is not None and (own / EXITS_JSON).is_file():
         exits = read_exits(own)
+        if cached and base is None:
+            refuse_local(str(name), exits["base"])
         backbone = base_of(own, exits, base)
-        return ModelFiles(name=str(name), kind="exits", backbone=backbone, own=own, about=exits)
+        return ModelFiles(
+            name=str(name), kind="exits", backbone=backbone, own=own, cached=cached, about=exits
+        )
     if base is not None:
         raise ConfigError(f"base: expected none without a folder of exits, got {base} for {name}")
     if own is not None and (own / UNFINISHED).exists() and not (own / "config.json").exists():
@@ -194,14 +225,19 @@ def find_model(name: str | Path, *, base: str | Path | None = None) -> ModelFile
             f"{name}: expected a model, but the training run there has not validated yet; "
             f"continue it with: offramp train --resume {quote(str(name))}"
         )
-    backbone = find_checkpoint(name)
+    backbone = found or find_checkpoint(name)
+    if cached and not (backbone.folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: expected config.json or {EXITS_JSON} on the hub, found none"
+        )
     about = read_json(backbone.folder / "config.json")
     native = own is not None and not (isinstance(about, dict) and "model_type" in about)
     return ModelFiles(
         name=str(name),
         kind="native" if native else "checkpoint",
         backbone=backbone,
-        own=own,
+        own=own if native or not cached else None,
+        cached=cached,
         about=about if isinstance(about, dict) else {},
     )
 

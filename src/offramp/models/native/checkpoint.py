@@ -15,8 +15,7 @@ from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.quantise import precision_beside, require_whole
 from offramp.models.weights import to_precision
-from offramp.reading import read_json, value_of
-from offramp.schema import shown
+from offramp.reading import check_format, read_json, value_of
 
 FORMAT = 1
 _TIED = "lm_head.weight"
@@ -49,11 +48,7 @@ def load_checkpoint(
         raise CheckpointError(f"{folder}: expected a model folder, found none")
     path = folder / "config.json"
     about = read_json(path)
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: expected an offramp model of format {FORMAT}, "
-            f"got format {shown(about.get('format') if isinstance(about, dict) else None)}"
-        )
+    check_format(about, FORMAT, path, "an offramp model")
     if not isinstance(stored := about.get("model"), dict) or not set(stored) >= _NEEDED:
         raise CheckpointError(f"{path}: expected a decoder config under 'model'")
     config = value_of(DecoderConfig, stored, path)
