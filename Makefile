@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
-.PHONY: reproduce demo test check format lint types imports tests oldest newest sanitize fuzz benchmark clean
+.PHONY: reproduce demo docs test check format lint types imports tests oldest newest sanitize fuzz benchmark clean
 
 reproduce: $(LIBRARY)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
@@ -97,6 +97,9 @@ kill: $(INSTALLED)
 FUZZ ?= 20000
 fuzz: $(INSTALLED)
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n logical --dist worksteal -q tests/faults
+
+docs: $(INSTALLED)  ## build the documentation site in build/docs/site, without a network
+	$(BIN)/python docs/site/build.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
