@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -345,3 +347,44 @@ def test_the_harness_itself_runs_the_model_under_its_name(trained, tasks, monkey
     assert {"hf", "offramp"} <= set(lm_eval.api.registry.model_registry)
     with pytest.raises(ConfigError, match="model_args: expected pretrained, threshold"):
         lm_eval.simple_evaluate("offramp", f"pretrained={trained},peft=x", tasks=["choice"])
+
+
+def test_the_task_among_the_examples(offramp, trained, tasks, tmp_path):
+    """Also its script, which makes the documents again where Python's reference is the same."""
+    folder, out = Path(__file__).parents[2] / "examples" / "tasks", tmp_path / "out.json"
+    result = offramp(
+        *("evaluate", trained, "--tasks-path", folder, "--tasks", "python_docs", "--limit", 2),
+        *("--compare", "--thresholds", 0.2, "--confidence", "max_prob", "--out", out),
+        *("--batch-size", 4),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["evaluations"]
+    assert [row["method"][:6] for row in rows] == ["full", "exit@0", "static"]
+    assert all({"acc", "acc_norm"} == set(row["metrics"]) for row in rows)
+    script = runpy.run_path(str(folder / "make_python_docs.py"))
+    questions = script["questions"]()
+    assert len(questions) == 120
+    for question in questions:
+        assert len(set(question["choices"])) == 4
+        assert question["context"].endswith((".", ")"))
+
+
+@pytest.mark.parametrize("missing_kv", ["propagate", "recompute"])
+def test_a_model_of_transformers_with_adapters_is_compared_too(
+    offramp, tasks, checkpoint, tmp_path, missing_kv
+):
+    """No plain checkpoint can hold the heads of these exits; a static model of them runs."""
+    tuned, out = tmp_path / "tuned", tmp_path / "out.json"
+    made = offramp(
+        *("tune", checkpoint, "--corpus", checkpoint / "text.txt", "--exits", "1,2"),
+        *("--seq-len", 32, "--epochs", 1, "--exit-head", "adapter", "--out", tuned),
+    )
+    assert made.returncode == 0, made.stderr
+    result = offramp(
+        *("evaluate", tuned, "--tasks-path", tasks, "--tasks", "both", "--compare", "--limit", 3),
+        *("--thresholds", 0.5, "--static", 1, "--missing-kv", missing_kv, "--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["evaluations"]
+    assert {row["confidence"] for row in rows if row["method"] == "exit@0.5"} == {"gain"}
+    assert {row["mean_layers"] for row in rows if row["method"] == "static@1"} == {1.0}

@@ -143,8 +143,6 @@ def _show(content: dict[str, Any], opened: "OpenedModel") -> None:
         shown.print(table)
     if verdict := evaluation_verdict(content):
         say_verdict(verdict)
-    for name, why in content["failed"].items():
-        say(f"{name} is left out: {why}")
     used = any(row["threshold"] is not None for row in content["evaluations"])
     if content["untrained"] and used:
         say(f"{opened.name}: {UNTRAINED}.")

@@ -16,13 +16,13 @@ from offramp.models.huggingface.calls import close
 from offramp.models.huggingface.library import quiet, transformers
 from offramp.models.huggingface.model import HuggingFaceModel, as_huggingface
 from offramp.models.loading import load_weights
-from offramp.models.model_files import ModelFiles, find_model
+from offramp.models.model_files import find_model
 from offramp.models.native.decoder import Transformer
 from offramp.models.native.llama import first_layers, native_of
 
 
 def export_exit(
-    name: str | Path | ModelFiles,
+    name: str | Path,
     exit_layer: int,
     out: Path,
     *,
@@ -38,7 +38,7 @@ def export_exit(
     can hold (``adapter``), UnsupportedArchitectureError where the shorter model would not say
     what the exit says, or where its blocks share keys and values.
     """
-    files = name if isinstance(name, ModelFiles) else find_model(name, base=base)
+    files = find_model(name, base=base)
     files.require_numbers("since a plain checkpoint holds numbers")
     layers = (exit_layer,) if files.kind == "checkpoint" else None
     model = load_weights(files, runner="transformers", exit_layers=layers, dtype=dtype)

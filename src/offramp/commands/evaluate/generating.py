@@ -121,7 +121,7 @@ def generate_texts(
     opened = scoring.opened
     pairs = list(zip(prompts, wanted, strict=True))
     engine = Engine(
-        opened.model,
+        scoring.model,
         EngineConfig(
             slots=min(scoring.batch_size, len(prompts)),
             capacity=max(len(ids) + each.config.max_new_tokens for ids, each in pairs),
@@ -144,7 +144,7 @@ def generate_texts(
     counts.seconds += perf_counter() - began
     for request in requests:
         exits = [token.exit_layer for token in request.completion.tokens]
-        counts.add(exits, len(request.prompt), opened.model)
+        counts.add(exits, len(request.prompt), scoring.model)
     return [
         _text(opened.tokenizer, request, each.until)
         for request, each in zip(requests, wanted, strict=True)

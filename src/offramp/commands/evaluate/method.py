@@ -14,7 +14,6 @@ from offramp.commands.evaluate.tasks import Tasks
 from offramp.data.hub import one_line
 from offramp.errors import ConfigError, OfframpError
 from offramp.exits.default_confidence import Threshold
-from offramp.models.open import OpenedModel
 
 ALL_FILTERS = "none"
 """The harness's name of the filter that changes nothing."""
@@ -28,8 +27,6 @@ class Method:
     scoring: Scoring
     threshold: Threshold | None = None
     "As the user gave it; None for full depth and for a certificate's own."
-    whole: OpenedModel | None = None
-    "The whole model, if this is a static one of its first layers: its FLOPs are 100%."
 
 
 def run_method(
@@ -84,8 +81,8 @@ def _row(
     leaves = [counts[leaf] for leaf in _leaves(name, found["group_subtasks"]) if leaf in counts]
     empty = TaskCounts(missing_kv=method.scoring.missing_kv)
     total = empty.merged(leaves)
-    rule, ran = method.scoring.rule, method.scoring.opened
-    figures = total.figures(method.whole or ran, rule, depth=ran.model.num_layers)
+    rule = method.scoring.rule
+    figures = total.figures(method.scoring.opened, rule, depth=method.scoring.model.num_layers)
     shots = found["n-shot"].get(name)
     better = found["higher_is_better"].get(name) or {}
     return EvaluationRow(

@@ -80,7 +80,7 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
     @property
     def device(self) -> Any:
         """Where the model computes."""
-        return self.opened.model.device
+        return self.scoring.model.device
 
     @property
     def tokenizer_name(self) -> str:
@@ -209,7 +209,7 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
             batch = [text for place in places if (text := texts[place]) is not None]
             began = perf_counter()
             scores = score_continuations(
-                self.opened.model,
+                self.scoring.model,
                 batch,
                 rule=self.scoring.rule,
                 missing_kv=self.scoring.missing_kv,
@@ -217,7 +217,7 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
             counts.seconds += perf_counter() - began
             for place, text, score in zip(places, batch, scores, strict=True):
                 found[place] = score
-                counts.add(score.exit_layers, len(text.context), self.opened.model)
+                counts.add(score.exit_layers, len(text.context), self.scoring.model)
             done += len(batch)
             self._on_requests(task, done, len(order))
         return found

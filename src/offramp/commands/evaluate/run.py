@@ -9,10 +9,10 @@ from offramp.commands.evaluate.config import EvaluateConfig
 from offramp.commands.evaluate.method import Method, run_method
 from offramp.commands.evaluate.row import EvaluationRow
 from offramp.commands.evaluate.scoring import Scoring, scoring_of
-from offramp.commands.evaluate.static import nearest_exits, static_model
+from offramp.commands.evaluate.static import check_static, nearest_exits
 from offramp.commands.evaluate.tasks import Tasks
 from offramp.commands.evaluate.tokens import prefix_token
-from offramp.errors import ConfigError, OfframpError
+from offramp.errors import ConfigError
 from offramp.exits.default_confidence import Threshold
 from offramp.generation.config import GenerateConfig
 from offramp.models.open import OpenedModel
@@ -48,31 +48,23 @@ def evaluate(
     chosen = _thresholds(config, exits, thresholds)
     prefix = prefix_token(opened, config.prefix_token)
 
-    def scoring(model: OpenedModel, threshold: Threshold | None) -> Scoring:
+    def scoring(threshold: Threshold | None, static: int | None = None) -> Scoring:
         return scoring_of(
-            model,
-            replace(exits, threshold=threshold),
+            opened,
+            GenerateConfig() if threshold is None else replace(exits, threshold=threshold),
             batch_size=config.batch_size,
             max_length=config.max_length,
             prefix=prefix,
+            static=static,
         )
 
-    methods = [_method(scoring(opened, threshold), threshold) for threshold in chosen]
-    static = _checked_static(opened, config)
+    check_static(opened, config.static)
     rows: list[EvaluationRow] = []
-    failed: dict[str, str] = {}
-    for method in methods:
+    for method in [_method(scoring(threshold), threshold) for threshold in chosen]:
         rows += _run(method, tasks, config, on_progress)
-    if config.compare:
-        for layer in nearest_exits(opened, rows) if static is None else static:
-            name = f"static@{layer}"
-            try:
-                with static_model(opened, layer) as short:
-                    alone = replace(scoring(short, None), config=GenerateConfig())
-                    method = Method(name=name, scoring=alone, whole=opened)
-                    rows += _run(method, tasks, config, on_progress)
-            except OfframpError as error:  # such as an exit that no plain checkpoint can hold
-                failed[name] = str(error)
+    for layer in _static(opened, config, rows):
+        method = Method(name=f"static@{layer}", scoring=scoring(None, layer))
+        rows += _run(method, tasks, config, on_progress)
     return {
         "num_layers": opened.model.num_layers,
         "exit_layers": list(opened.model.exit_layers),
@@ -83,7 +75,6 @@ def evaluate(
         **({} if opened.weights is None else {"weights": opened.weights}),
         "harness": f"lm-eval {version('lm-eval')}",
         "config": asdict(config),
-        "failed": failed,
         "evaluations": [asdict(row) for row in rows],
     }
 
@@ -113,15 +104,14 @@ def _thresholds(
     return [None, *dict.fromkeys(thresholds)]
 
 
-def _checked_static(opened: OpenedModel, config: EvaluateConfig) -> Sequence[int] | None:
-    early = opened.model.exit_layers[:-1]
-    for layer in config.static or ():
-        if layer not in early:
-            raise ConfigError(
-                f"static: expected exits of the model before its last layer, "
-                f"{', '.join(map(str, early)) or 'of which it has none'}, got {layer}"
-            )
-    return None if config.static is None else tuple(dict.fromkeys(config.static))
+def _static(
+    opened: OpenedModel, config: EvaluateConfig, rows: Sequence[EvaluationRow]
+) -> Sequence[int]:
+    if not config.compare:
+        return ()
+    if config.static is None:
+        return nearest_exits(opened, rows)
+    return tuple(dict.fromkeys(config.static))
 
 
 def _method(scoring: Scoring, threshold: Threshold | None) -> Method:

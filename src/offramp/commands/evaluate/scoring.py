@@ -1,11 +1,13 @@
 """How the requests of tasks are run: the model, its exits and the sizes, checked once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from offramp.errors import ConfigError
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import ExitRule
 from offramp.generation.options import exit_rule, missing_kv_for
+from offramp.models.base import EarlyExitModel
+from offramp.models.first_layers import FirstLayers
 from offramp.models.missing_kv import MissingKV
 from offramp.models.open import OpenedModel
 
@@ -15,6 +17,9 @@ class Scoring:
     """A model and where its tokens leave. ``scoring_of`` makes it."""
 
     opened: OpenedModel
+    "The model's tokenizer, gates and files."
+    model: EarlyExitModel
+    "What runs: the model, or its first layers alone."
     config: GenerateConfig
     "Threshold, confidence and ``missing_kv``; the tasks choose the rest."
     rule: ExitRule | None
@@ -24,7 +29,7 @@ class Scoring:
     "What figures state as ``missing_kv``: exact if all exits are complete; None for full depth."
     batch_size: int = 8
     max_length: int
-    prefix: int | None = field(default=None)
+    prefix: int | None = None
     "The token before a text without a context; None if the model has none."
 
 
@@ -35,11 +40,17 @@ def scoring_of(
     batch_size: int,
     max_length: int | None,
     prefix: int | None,
+    static: int | None = None,
 ) -> Scoring:
-    """Check the options against the model; a ConfigError for those that it does not support."""
-    rule = exit_rule(opened.model, config, policy=None, fitted=opened.fitted)
-    way, meaning = missing_kv_for(opened.model, config, rule)
-    longest = opened.model.max_length
+    """Check the options against the model; a ConfigError for those that it does not support.
+
+    ``static`` is an exit: then the layers up to it run as a model of their own, which says what
+    ``offramp export`` writes.
+    """
+    model = opened.model if static is None else FirstLayers(opened.model, static)
+    rule = exit_rule(model, config, policy=None, fitted=opened.fitted)
+    way, meaning = missing_kv_for(model, config, rule)
+    longest = model.max_length
     if max_length is not None and not 2 <= max_length <= longest:
         raise ConfigError(
             f"max_length: expected from 2 to {longest}, the model's longest sequence, got "
@@ -47,6 +58,7 @@ def scoring_of(
         )
     return Scoring(
         opened=opened,
+        model=model,
         config=config,
         rule=rule,
         missing_kv=way,

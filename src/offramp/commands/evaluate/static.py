@@ -1,38 +1,22 @@
 """Static models to compare with: the first layers of a model and an exit, on their own."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 
 from offramp.commands.evaluate.row import EvaluationRow
-from offramp.commands.export import export_exit
-from offramp.errors import UnsupportedArchitectureError
+from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.evaluation.cost import model_cost
-from offramp.models.model_files import ModelFiles
-from offramp.models.open import DEFAULT_WINDOW, OpenedModel, open_model
-from offramp.models.save import save_model
+from offramp.models.open import DEFAULT_WINDOW, OpenedModel
 
 
-@contextmanager
-def static_model(opened: OpenedModel, layer: int) -> Iterator[OpenedModel]:
-    """Yield what ``offramp export`` makes of an exit, opened, from a temporary folder.
-
-    Its texts begin and end as those of the whole model. Raises the errors of ``export_exit``.
-    """
-    with TemporaryDirectory(prefix="offramp-static-") as place:
-        source: Path | ModelFiles | None = opened.files
-        if source is None:
-            source = Path(place) / "whole"
-            save_model(opened, source)
-        folder = Path(place) / f"static-{layer}"
-        export_exit(source, layer, folder, dtype=opened.dtype)
-        short = open_model(
-            folder, device=opened.model.device, dtype=opened.dtype, weights=opened.weights
-        )
-        short.model.silence_untrained()
-        yield replace(short, first_tokens=opened.first_tokens, end_tokens=opened.end_tokens)
+def check_static(opened: OpenedModel, layers: Sequence[int] | None) -> None:
+    """Raise a ConfigError for layers that are no exits of the model before its last layer."""
+    early = opened.model.exit_layers[:-1]
+    for layer in layers or ():
+        if layer not in early:
+            raise ConfigError(
+                f"static: expected exits of the model before its last layer, "
+                f"{', '.join(map(str, early)) or 'of which it has none'}, got {layer}"
+            )
 
 
 def nearest_exits(opened: OpenedModel, rows: Sequence[EvaluationRow]) -> list[int]:
