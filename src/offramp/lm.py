@@ -18,6 +18,7 @@ from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.row import BenchRow
 from offramp.commands.bench.run import run_bench
 from offramp.commands.engine import TextEngine
+from offramp.commands.evaluate.python import RunsTasks
 from offramp.commands.on_generation.certify import certify_texts
 from offramp.commands.push import Sweep, push_in_memory
 from offramp.commands.push_config import PushConfig
@@ -40,11 +41,11 @@ Corpus = str | Path
 """A path of a text or a folder, or ``pangram``, ``python-docs`` or ``hf:DATASET``."""
 
 
-class EarlyExitLM:
+class EarlyExitLM(RunsTasks):
     """A language model with exits. ``load``, ``train`` and ``tune`` make it.
 
-    Figures are under ``missing_kv="recompute"``, except those of ``generate`` and ``bench``. Where
-    all exits are complete, both are the same, and results state "exact".
+    Figures are under ``missing_kv="recompute"``, except those of ``generate``, ``evaluate`` and
+    ``bench``. Where all exits are complete, both are the same, and results state "exact".
     """
 
     def __init__(self, opened: OpenedModel, *, keep: object = None) -> None:

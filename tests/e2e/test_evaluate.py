@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from offramp import load
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, OfframpError
+from offramp.report.charts import chart_of
 
 pytest.importorskip("lm_eval")
 
@@ -195,6 +196,8 @@ def test_compare_puts_full_depth_thresholds_and_static_models_side_by_side(
         assert one["mean_layers"] == 2
         assert 20 < one["flops_pct"] < 80
     assert "standard error" in result.stdout.splitlines()[-1]
+    chart = chart_of(json.loads(out.read_text())).to_dict()
+    assert len(chart["vconcat"]) == 3
 
 
 def test_a_choice_of_one_token_is_that_of_full_depth(evaluate):
@@ -388,3 +391,41 @@ def test_a_model_of_transformers_with_adapters_is_compared_too(
     rows = json.loads(out.read_text())["evaluations"]
     assert {row["confidence"] for row in rows if row["method"] == "exit@0.5"} == {"gain"}
     assert {row["mean_layers"] for row in rows if row["method"] == "static@1"} == {1.0}
+
+
+def test_tasks_from_python(trained, tasks, tmp_path):
+    lm = load(trained)
+    options = {"tasks_path": tasks, "confidence": "max_prob", "limit": 4}
+    table = lm.evaluate("choice,writing", threshold=0.3, missing_kv="recompute", **options)
+    assert [(row.task, row.method) for row in table.rows] == [
+        ("choice", "exit@0.3"),
+        ("writing", "exit@0.3"),
+    ]
+    assert {row.missing_kv for row in table.rows} == {"recompute"}
+    assert "exit@0.3" in repr(table)
+    for name in ("table.json", "table.csv", "table.tex"):
+        table.save(tmp_path / name)
+    assert table.plot().to_dict()["vconcat"]
+    assert "metrics_acc" in (tmp_path / "table.csv").read_text()
+    compared = lm.evaluate(["choice"], compare=True, thresholds=[0.3], static=2, **options)
+    assert [row.method for row in compared.rows] == ["full", "exit@0.3", "static@2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"tasks": []}, "tasks: expected names of tasks"),
+        ({"tasks": "choice", "limits": 3}, "limits: expected the name of an option, perhaps limit"),
+        ({"tasks": "choice", "limit": "3"}, "limit: expected"),
+        ({"tasks": "choice", "thresholds": [0.5]}, "thresholds: expected none without compare"),
+        (
+            {"tasks": "choice", "missing_kv": "none"},
+            "missing_kv: expected 'propagate' or 'recompute'",
+        ),
+        ({"tasks": "choice", "threshold": float("nan")}, "threshold"),
+        ({"tasks": "choice", "certificate": "none.json"}, "none.json: expected a file"),
+    ],
+)
+def test_bad_options_from_python_are_a_sentence(trained, tasks, options, expected):
+    with pytest.raises(OfframpError, match=expected):
+        load(trained).evaluate(**{"tasks_path": str(tasks), **options})

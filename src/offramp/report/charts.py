@@ -18,6 +18,7 @@ from offramp.report.command_charts import (
 )
 from offramp.report.confidence import confidence_plot
 from offramp.report.drawing import fitted, in_look
+from offramp.report.evaluation_chart import evaluation_chart
 from offramp.report.look import COLUMN, Look, check_size, look_of
 from offramp.report.plots import frontier
 from offramp.report.study_plots import frontiers
@@ -82,8 +83,8 @@ def chart_of(
     draw = next((draw for key, draw in _KINDS.items() if key in content), None)
     if draw is None:
         raise ConfigError(
-            "file: expected a result of offramp sweep, confidence, calibrate, probe, bench, train "
-            "(metrics.csv), study, recipe or reproduce, got something else"
+            "file: expected a result of offramp sweep, confidence, calibrate, probe, bench, "
+            "evaluate, train (metrics.csv), study, recipe or reproduce, got something else"
         )
 
     def drawn(sized: Look) -> Any:
@@ -118,6 +119,7 @@ def _study(content: Content, look: Look) -> Any:
 
 
 _KINDS: dict[str, Callable[[Content, Look], Any]] = {
+    "evaluations": evaluation_chart,
     "measures": confidence_plot,
     "bandwidth_gb_s": bench_chart,
     "oracle_layers": probe_chart,

@@ -1,21 +1,16 @@
 """The harness's model ``offramp``: the arguments of ``--model_args`` as a model with exits."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from offramp.calibration.certificate import DTYPES
-from offramp.calibration.thresholds import load_thresholds
 from offramp.commands.evaluate.model import ScoringModel
-from offramp.commands.evaluate.scoring import scoring_of
+from offramp.commands.evaluate.scoring import exits_for, scoring_of
 from offramp.commands.evaluate.tokens import prefix_token
-from offramp.commands.generate import with_thresholds
 from offramp.errors import ConfigError
-from offramp.generation.config import GenerateConfig
 from offramp.models.model_files import find_model
 from offramp.models.open import OpenedModel, open_model
-from offramp.options import config_of
 from offramp.schema import shown
 
 AUTOMATIC = 8
@@ -80,7 +75,7 @@ class RegisteredModel(ScoringModel):
             chosen["missing_kv"] = missing_kv
         scoring = scoring_of(
             opened,
-            _exits(opened, certificate, chosen),
+            exits_for(opened, certificate, chosen),
             batch_size=_batch_size(batch_size),
             max_length=max_length,
             prefix=prefix_token(opened, prefix_token_id),
@@ -118,21 +113,6 @@ def _threshold(written: Any) -> Any:
             f"{shown(written)}"
         ) from None
     return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _exits(opened: OpenedModel, certificate: str | None, chosen: dict[str, Any]) -> GenerateConfig:
-    config = config_of(GenerateConfig, chosen)
-    if certificate is None:
-        return config
-    for name in ("threshold", "confidence"):
-        if chosen[name] is not None:
-            raise ConfigError(f"{name}: expected none with a certificate, which has its own")
-    stored = load_thresholds(Path(certificate))
-    stored.require_model(opened.sha256, weights=opened.weights)
-    stored.require_bos(bool(opened.first_tokens))
-    stored.warn_of_dtype(opened.precision)
-    kept = chosen.get("missing_kv")
-    return with_thresholds(config, stored, missing_kv=kept, model=opened.model)
 
 
 def _batch_size(written: Any) -> int:

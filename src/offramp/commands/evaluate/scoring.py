@@ -1,7 +1,13 @@
 """How the requests of tasks are run: the model, its exits and the sizes, checked once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from offramp.calibration.certificate import Certificate
+from offramp.calibration.thresholds import StoredThresholds, load_thresholds
+from offramp.commands.generate import with_thresholds
 from offramp.errors import ConfigError
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import ExitRule
@@ -10,6 +16,7 @@ from offramp.models.base import EarlyExitModel
 from offramp.models.first_layers import FirstLayers
 from offramp.models.missing_kv import MissingKV
 from offramp.models.open import OpenedModel
+from offramp.options import config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,34 @@ class Scoring:
     max_length: int
     prefix: int | None = None
     "The token before a text without a context; None if the model has none."
+
+
+def exits_for(
+    opened: OpenedModel, certificate: Certificate | str | Path | None, chosen: Mapping[str, Any]
+) -> GenerateConfig:
+    """Return where tokens leave, from ``threshold``, ``confidence`` and ``missing_kv`` by name.
+
+    A certificate, or a file of ``offramp calibrate``, has the first two itself. Raises ConfigError
+    for options out of range, and CertificateError for the certificate of another model.
+    """
+    config = config_of(
+        GenerateConfig, {name: value for name, value in chosen.items() if value is not None}
+    )
+    if certificate is None:
+        return config
+    for name in ("threshold", "confidence"):
+        if chosen.get(name) is not None:
+            raise ConfigError(f"{name}: expected none with a certificate, which has its own")
+    stored = (
+        StoredThresholds.of(certificate)
+        if isinstance(certificate, Certificate)
+        else load_thresholds(Path(certificate))
+    )
+    stored.require_model(opened.sha256, weights=opened.weights)
+    stored.require_bos(bool(opened.first_tokens))
+    stored.warn_of_dtype(opened.precision)
+    kept = chosen.get("missing_kv")
+    return with_thresholds(config, stored, missing_kv=kept, model=opened.model)
 
 
 def scoring_of(
