@@ -57,6 +57,30 @@ class FixedN:
         return tokens * np.where(np.isnan(self.bound), 1.0, self.bound)
 
 
+class VaryingBets:
+    """The mistake of bets that follow the losses, in a bound on the mean of risks that drift.
+
+    The bound is the least of some means whose test has rejected them. Each bet is predictable.
+    """
+
+    MEANS = np.array([0.02, 0.05, 0.1, 0.2])
+
+    def __init__(self, streams, share):
+        self.wealth = np.zeros((streams, len(self.MEANS)))
+        self.lost, self.audited = np.zeros((streams, 1)), 1
+
+    def observe(self, losses, tokens):
+        edge = np.maximum(0.0, self.MEANS - self.lost / self.audited)
+        bets = np.minimum(0.9, edge / (self.MEANS * (1 - self.MEANS)))
+        self.wealth += np.log1p(bets * (self.MEANS - losses[:, None]))
+        self.lost += losses[:, None]
+        self.audited += 1
+
+    def most_lost(self, tokens):
+        rejected = self.wealth >= -math.log(DELTA)
+        return tokens * np.where(rejected, self.MEANS, 1.0).min(axis=1)
+
+
 def drift(step, upper, mean):
     """A slow wave, with jumps."""
     wave = 0.05 * (1 + np.sin(step / 300 + np.arange(len(mean)))) / 2
@@ -71,6 +95,11 @@ def chase(step, upper, mean):
 def stay_just_above(step, upper, mean):
     """The adversary: keeps the true mean where the bound was when it was lowest."""
     return np.where(mean < upper * 0.95, np.minimum(1.0, 1.5 * upper), 0.0)
+
+
+def wait(step, upper, mean):
+    """The adversary: no risk until the bets are bold, then much."""
+    return np.full(len(mean), 0.5 if step > 300 else 0.0)
 
 
 def hold(step, upper, mean):
@@ -135,6 +164,13 @@ def test_sampling_after_seeing_outcomes_is_caught():
     """Every second loss is not recorded: such as an audit that gives up where the text ends."""
     with pytest.raises(AssertionError, match="broken in"):
         check_bound(TimeUniform, [hold], streams=200, audits=1000, seen=lambda losses: 0.5)
+
+
+def test_varying_bets_in_a_bound_on_the_mean_are_caught():
+    check_bound(TimeUniform, [wait], streams=200, audits=1000)
+    check_bound(VaryingBets, [hold], streams=200, audits=1000, share=1.0)  # no drift, no harm
+    with pytest.raises(AssertionError, match="broken in"):
+        check_bound(VaryingBets, [wait], streams=200, audits=1000, share=1.0)
 
 
 def test_the_bound_is_near_the_truth():
