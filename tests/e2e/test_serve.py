@@ -3,9 +3,7 @@
 import asyncio
 import importlib.util
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,40 +141,38 @@ def test_sigterm_lets_open_requests_finish_and_takes_no_new_ones(script, server,
     assert server.ended(30) == 0
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "offramp", "serve", *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key != "OFFRAMP_API_KEY"}
-    environment |= options.pop("env", {})
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+@pytest.fixture
+def within(offramp, trained, monkeypatch):
+    """Run ``offramp serve`` with a client in the place of the network; return what it says."""
+    monkeypatch.delenv("OFFRAMP_API_KEY", raising=False)
+
+    def serve(work, *arguments, **env):
+        def instead(app, bound, config, *, on_ready):
+            with TestClient(app, base_url="http://127.0.0.1") as client:
+                on_ready()
+                work(client)
+            return True
+
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("offramp.serving.server.run", instead)
+        result = offramp("serve", trained, "--port", 0, *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return serve
 
 
-def test_the_key_from_the_environment_and_the_end_by_ctrl_c(script, trained, tmp_path):
-    env = {"OFFRAMP_API_KEY": "secret"}
-    process = run(
-        trained, "--host", "0.0.0.0", "--port", 0, "--name", "mine", "--grace", 0, env=env
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("Serving mine at http://0.0.0.0:")
-    url = f"http://127.0.0.1:{line.rpartition(':')[2].strip()}/v1"
-    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as good:
-        assert good.completions.create(model="mine", prompt="T", max_tokens=1).choices
-    with (
-        openai.OpenAI(base_url=url, api_key="other", max_retries=0) as bad,
-        pytest.raises(openai.AuthenticationError, match="api_key: expected the server's key"),
-    ):
-        bad.models.list()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "")
-    assert "Traceback" not in err
+def test_the_key_comes_from_the_environment(within):
+    def work(client):
+        assert client.get("/v1/models").status_code == 401
+        headers = {"authorization": "Bearer secret"}
+        [model] = client.get("/v1/models", headers=headers).json()["data"]
+        assert model["id"] == "mine"
+
+    said = within(work, "--host", "0.0.0.0", "--name", "mine", OFFRAMP_API_KEY="secret")
+    assert said.startswith("Serving mine at http://0.0.0.0:")
+    assert int(said.strip().rpartition(":")[2]) > 0
 
 
 def test_mistakes_are_one_sentence(offramp, trained, tmp_path, monkeypatch):
@@ -207,26 +203,21 @@ def test_a_missing_library_names_the_extra(offramp, trained, monkeypatch):
     )
 
 
-def test_a_certificate_of_the_model_caps_requests(offramp, trained, tmp_path, monkeypatch):
+def test_a_certificate_of_the_model_caps_requests(offramp, trained, within, tmp_path):
     text, file = tmp_path / "text.txt", tmp_path / "certificate.json"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     made = offramp("calibrate", trained, "--corpus", text, "--epsilon", 0.5, "--out", file)
     assert made.returncode == 0, made.stderr
-    stored, seen = json.loads(file.read_text()), []
+    stored = json.loads(file.read_text())
 
-    def instead(app, bound, config, *, on_ready):
-        with TestClient(app, base_url="http://127.0.0.1") as client:
-            about = client.get("/v1/models").json()["data"][0]["offramp"]
-            assert about["certificate"]["thresholds"] == stored["thresholds"]
-            ask = {"prompt": PROMPT, "max_tokens": 4}
-            answer = client.post("/v1/completions", json=ask).json()
-            assert answer["offramp"]["confidence"] == stored["confidence"]
-            refused = client.post("/v1/completions", json={**ask, "threshold": -1e9})
-            assert refused.status_code == 400
-            seen.append(refused.json()["error"]["message"])
-        return True
+    def work(client):
+        about = client.get("/v1/models").json()["data"][0]["offramp"]
+        assert about["certificate"]["thresholds"] == stored["thresholds"]
+        ask = {"prompt": PROMPT, "max_tokens": 4}
+        answer = client.post("/v1/completions", json=ask).json()
+        assert answer["offramp"]["confidence"] == stored["confidence"]
+        refused = client.post("/v1/completions", json={**ask, "threshold": -1e9})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("threshold: expected at least")
 
-    monkeypatch.setattr("offramp.serving.server.run", instead)
-    result = offramp("serve", trained, "--certificate", file, "--port", 0)
-    assert result.returncode == 0, result.stderr
-    assert seen[0].startswith("threshold: expected at least")
+    within(work, "--certificate", file)

@@ -23,7 +23,7 @@ from offramp.training.loop import new_model
 
 schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = max(40, int(os.environ.get("FUZZ", "2000")) // 20)
+EXAMPLES = max(20, int(os.environ.get("FUZZ", "2000")) // 50)
 
 
 class ChatTokenizer:
@@ -69,6 +69,8 @@ def test_no_request_breaks_the_server(client, mode):
         arguments = case.as_transport_kwargs()
         arguments["url"] = arguments["url"].removeprefix("http://localhost")
         arguments.pop("cookies", None)
+        if isinstance(arguments.get("data"), bytes | str):
+            arguments["content"] = arguments.pop("data")
         answer = client.request(**arguments)
         assert answer.status_code < 500, answer.text
         if answer.status_code >= 400:

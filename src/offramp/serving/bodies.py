@@ -154,10 +154,12 @@ def body_of(type_: type[Body], data: bytes) -> Body:
     if not isinstance(content, dict):
         raise ConfigError(f"body: expected a JSON object, got {shown(content)}")
     given = {
-        name: value for name, value in content.items() if value is not None and name not in IGNORED
+        name: _whole(value)
+        for name, value in content.items()
+        if value is not None and name not in IGNORED
     }
     for name, harmless in UNSUPPORTED.items():
-        if name in given and (value := given.pop(name)) not in harmless:
+        if name in given and not _is_one_of(value := given.pop(name), harmless):
             expected = f"nothing but {shown(harmless[0])}" if harmless else "no such field"
             raise ConfigError(f"{name}: expected {expected}, got {shown(value)}")
     names = [field.name for field in fields(type_)]
@@ -169,15 +171,28 @@ def body_of(type_: type[Body], data: bytes) -> Body:
     return fitting(type_, given)
 
 
+def _whole(value: Any) -> Any:
+    """Return a whole number for one that JSON writes as 9.0; anything else as it is."""
+    small = isinstance(value, float) and abs(value) < 1 << 53
+    return int(value) if small and value.is_integer() else value
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Return whether a value of JSON is one of these; false is not 0."""
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in values
+    )
+
+
 def _prompts(prompt: str | list[Any]) -> list[str | tuple[int, ...]]:
     if isinstance(prompt, str):
         return [prompt]
     if prompt and all(isinstance(each, str) for each in prompt):
         return list(prompt)
     if _are_ids(prompt):
-        return [tuple(prompt)]
+        return [tuple(map(int, prompt))]
     if prompt and all(isinstance(each, list) and _are_ids(each) for each in prompt):
-        return [tuple(each) for each in prompt]
+        return [tuple(map(int, each)) for each in prompt]
     raise ConfigError(
         "prompt: expected a string, a list of strings, a list of token ids or a list of such "
         f"lists, got {shown(prompt)}"
@@ -185,7 +200,7 @@ def _prompts(prompt: str | list[Any]) -> list[str | tuple[int, ...]]:
 
 
 def _are_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(each) is int for each in value)
+    return bool(value) and all(type(_whole(each)) is int for each in value)
 
 
 def _message(place: int, content: Mapping[str, Any]) -> Message:
@@ -195,6 +210,8 @@ def _message(place: int, content: Mapping[str, Any]) -> Message:
     for name in given:
         if name not in ("role", "content", "name"):
             raise ConfigError(f"{where}.{shown(name)[:60]}: expected no such field")
+    if not isinstance(given.get("name", ""), str):
+        raise ConfigError(f"{where}.name: expected a string, got {shown(given['name'])}")
     text = given.get("content")
     if isinstance(text, list):
         text = "".join(_part(f"{where}.content[{n}]", part) for n, part in enumerate(text))
@@ -209,6 +226,8 @@ def _message(place: int, content: Mapping[str, Any]) -> Message:
 def _part(where: str, part: Any) -> str:
     if not (isinstance(part, dict) and part.get("type") == "text"):
         raise ConfigError(f"{where}: expected a part of type text, got {shown(part)}")
+    if unknown := [name for name in part if name not in ("type", "text")]:
+        raise ConfigError(f"{where}.{shown(unknown[0])}: expected no such field")
     if not isinstance(part.get("text"), str):
         raise ConfigError(f"{where}.text: expected a string, got {shown(part.get('text'))}")
     return str(part["text"])

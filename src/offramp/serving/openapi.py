@@ -5,13 +5,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from offramp.serving.bodies import IGNORED, MOST_LOGPROBS, MOST_STOPS, ROLES
 from offramp.serving.config import ServeConfig
+from offramp.serving.schemas import Schema, chat_schema, completion_schema
 from offramp.serving.values import ModelInfo, Service
 from offramp.version import __version__
 
-Schema = dict[str, Any]
-LARGEST = (1 << 63) - 1
 ERRORS = {
     400: "The request does not fit; the message says why.",
     401: "The key is missing or another one.",
@@ -81,139 +79,6 @@ def document(about: ModelInfo, config: ServeConfig) -> Schema:
         "paths": paths,
         "components": components,
     }
-
-
-def completion_schema(about: ModelInfo) -> Schema:
-    """Return the schema of the body of /v1/completions."""
-    ids = {
-        "type": "array",
-        "items": {"type": "integer", "minimum": 0, "maximum": about.vocab_size - 1},
-        "minItems": 1,
-        "maxItems": about.capacity,
-    }
-    text = {"type": "string", "minLength": 1, "maxLength": about.capacity}
-    prompts = {"minItems": 1, "maxItems": about.most_prompts}
-    properties = _common(about) | {
-        "prompt": {
-            "anyOf": [
-                text,
-                ids,
-                {"type": "array", "items": text, **prompts},
-                {"type": "array", "items": ids, **prompts},
-            ]
-        },
-        "logprobs": _maybe({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}),
-        "best_of": _only(1),
-        "echo": _only(False),
-        "suffix": _only(""),
-    }
-    return _body(properties, ["prompt"])
-
-
-def chat_schema(about: ModelInfo) -> Schema:
-    """Return the schema of the body of /v1/chat/completions."""
-    part = {
-        "type": "object",
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-        "required": ["type", "text"],
-    }
-    message = {
-        "type": "object",
-        "properties": {
-            "role": {"enum": list(ROLES)},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]},
-            "name": {},
-        },
-        "required": ["role", "content"],
-        "additionalProperties": False,
-    }
-    properties = _common(about) | {
-        "messages": {"type": "array", "items": message, "minItems": 1},
-        "max_completion_tokens": _tokens(about),
-        "logprobs": _maybe({"type": "boolean"}),
-        "top_logprobs": _maybe({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}),
-        "tools": _only([]),
-        "functions": _only([]),
-        "response_format": _only({"type": "text"}),
-        "modalities": _only(["text"]),
-    }
-    return _body(properties, ["messages"])
-
-
-def _body(properties: Schema, required: list[str]) -> Schema:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-        "not": {  # speculative decoding verifies at full depth
-            "properties": {"speculative": {"const": True}, "threshold": {"not": {"type": "null"}}},
-            "required": ["speculative", "threshold"],
-        },
-    }
-
-
-def _common(about: ModelInfo) -> Schema:
-    stop = {"type": "string", "minLength": 1}
-    number: Schema = {"type": "number"}
-    early = about.exit_layers[:-1]
-    cap = about.certificate
-    limits: Schema = {}
-    if cap is not None and max(cap.thresholds) < float("inf"):
-        limits = {"minimum": max(cap.thresholds)}
-    threshold: Schema = {"type": "null"}
-    if early:
-        threshold = _maybe(
-            number | limits,
-            {
-                "type": "array",
-                "items": number | limits,
-                "minItems": len(early),
-                "maxItems": len(early),
-            },
-        )
-    return {
-        "model": _maybe({"type": "string", "enum": [about.id]}),
-        "max_tokens": _tokens(about),
-        "stop": _maybe(stop, {"type": "array", "items": stop, "maxItems": MOST_STOPS}),
-        "seed": _maybe({"type": "integer", "minimum": 0, "maximum": LARGEST}),
-        "temperature": _maybe(number | {"minimum": 0}),
-        "top_p": _maybe(number | {"exclusiveMinimum": 0, "maximum": 1}),
-        "stream": _maybe({"type": "boolean"}),
-        "stream_options": _maybe(
-            {
-                "type": "object",
-                "properties": {
-                    "include_usage": {"type": "boolean"},
-                    "include_obfuscation": {"type": "boolean"},
-                },
-                "additionalProperties": False,
-            }
-        ),
-        "threshold": threshold,
-        "confidence": _maybe({"enum": list(about.confidences)}) if early else {"type": "null"},
-        "missing_kv": _maybe(
-            {"enum": ["propagate", "recompute"] if cap is None else [cap.missing_kv]}
-        ),
-        "speculative": _maybe({"type": "boolean"} if early else {"const": False}),
-        "n": _only(1),
-        "frequency_penalty": _only(0),
-        "presence_penalty": _only(0),
-        "logit_bias": _only({}),
-        **{name: {} for name in IGNORED},
-    }
-
-
-def _tokens(about: ModelInfo) -> Schema:
-    return _maybe({"type": "integer", "minimum": 1, "maximum": about.max_tokens})
-
-
-def _maybe(*schemas: Schema) -> Schema:
-    return {"anyOf": [*schemas, {"type": "null"}]}
-
-
-def _only(value: Any) -> Schema:
-    return _maybe({"const": value})
 
 
 ERROR: Schema = {

@@ -23,6 +23,8 @@ from offramp.generation.rows import Token
 from offramp.serving.values import Load, UnavailableError
 
 logger = logging.getLogger("offramp.serving")
+STEP_SECONDS = 30.0
+"""Longest time of a step that is waited for when the server stops."""
 
 
 class Mailbox:
@@ -91,9 +93,12 @@ class Worker:
         self._inbox.put(partial(self._cancel, box))
 
     async def stop(self) -> None:
-        """End the thread after the step that it is in; all requests fail."""
+        """End the thread after the step that it is in; all requests fail.
+
+        A step that does not end is not waited for.
+        """
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STEP_SECONDS)
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # for the kernels of this thread, too

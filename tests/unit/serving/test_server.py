@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from offramp.errors import ConfigError
 from offramp.serving.app import make_app
 from offramp.serving.config import ServeConfig
-from offramp.serving.server import _Server, _settings, listen, url_of
+from offramp.serving.server import _Server, _settings, listen, run, url_of
 
 BODY = {"prompt": "x", "max_tokens": 50, "stream": True}
 
@@ -158,7 +160,7 @@ def test_a_body_that_never_ends_is_refused_and_its_connection_ends(fake, connect
     "data",
     [
         b"\0\1\2\3\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTX/1.1\r\n\r\n",
         b"GET /" + b"x" * 100_000,
         b"PRI * HTTP/2.0\r\n\r\n",
     ],
@@ -170,6 +172,81 @@ def test_what_is_no_request_is_refused(fake, connect, data):
         assert re.match(rb"HTTP/1.1 4\d\d ", bad.recv(4096))
         good = connect(port, b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
         assert b"200" in good.recv(4096)
+
+
+def run_and_stop(service, *, signals=(signal.SIGTERM,), body=BODY, **options):
+    """Run a server in this process until it stops; return what the client got, and the result.
+
+    The signals come, one after another, once the service has a request. After the first, another
+    request is sent.
+    """
+    config = ServeConfig(port=0, **options)
+    app, seen = make_app(service, config), []
+    bound = listen(config.host, config.port)
+
+    def ask():
+        with socket.create_connection(bound.getsockname(), timeout=20) as connection:
+            connection.sendall(request(body, connection="close"))
+            found = b""
+            while part := connection.recv(1 << 16):
+                found += part
+        seen.append(found)
+
+    def work():
+        first = threading.Thread(target=ask)
+        first.start()
+        wait_for(lambda: service.asks)
+        os.kill(os.getpid(), signals[0])
+        wait_for(lambda: app.state.opened.draining)
+        ask()
+        for each in signals[1:]:
+            os.kill(os.getpid(), each)
+        if "grace" not in options:
+            service.hold.set_from_thread()
+        first.join(20)
+
+    ready = threading.Thread(target=work)
+    finished = run(app, bound, config, on_ready=ready.start)
+    ready.join(20)
+    refused, answer = seen
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert service.closed == len(service.asks) == 1
+    return answer, finished
+
+
+class Held(asyncio.Event):
+    """An event that another thread sets."""
+
+    async def wait(self):
+        self.loop = asyncio.get_running_loop()
+        return await super().wait()
+
+    def set_from_thread(self):
+        self.loop.call_soon_threadsafe(self.set)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stream", [False, True])
+def test_open_requests_finish_and_new_ones_get_503(fake, number, stream):
+    service, body = fake(hold=Held()), {**BODY, "stream": stream}
+    answer, finished = run_and_stop(service, signals=(number,), body=body)
+    assert finished
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"finish_reason":"length"' in answer
+
+
+@pytest.mark.parametrize(
+    ("signals", "grace"),
+    [((signal.SIGTERM,), 0.1), ((signal.SIGINT, signal.SIGINT), 60.0)],
+    ids=["after the grace time", "at a second signal"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_finish_gets_an_error(fake, signals, grace, stream):
+    body = {**BODY, "stream": stream}
+    answer, finished = run_and_stop(fake(hold=Held()), signals=signals, body=body, grace=grace)
+    assert not finished
+    assert answer.startswith(b"HTTP/1.1 200 " if stream else b"HTTP/1.1 503 ")
+    assert b"server: expected one that runs, but it stops" in answer
 
 
 def test_the_address():
