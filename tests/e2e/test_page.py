@@ -5,7 +5,10 @@ Most tests answer the page's requests themselves, so that every token and error 
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +32,6 @@ MODEL = {
     "chat": True,
     "certificate": None,
 }
-TEXT = "".join(
-    f"{number} quick brown foxes jump over {number * 7 % 31} lazy dogs. " for number in range(120)
-)
 
 
 def find_chromium() -> str:
@@ -335,7 +335,7 @@ def test_a_key_is_asked_for_where_the_server_needs_one(seen, canned):
 
 def test_a_certificate_bounds_the_slider(seen, canned):
     canned.model["certificate"] = {
-        "thresholds": [0.4, 0.75],
+        "thresholds": [0.4, "inf"],
         "confidence": "margin",
         "missing_kv": "recompute",
     }
@@ -349,8 +349,12 @@ def test_a_certificate_bounds_the_slider(seen, canned):
     seen.run()
     expect(seen.page.locator("#status")).to_contain_text("Done")
     first, *_, last = seen.bodies
-    assert (first["threshold"], last["threshold"]) == ([0.4, 0.75], [0.5, 0.75])
+    assert (first["threshold"], last["threshold"]) == ([0.4, "inf"], [0.5, "inf"])
     assert (first["confidence"], first["missing_kv"]) == ("margin", "recompute")
+    seen.page.get_by_label("Full depth").check()
+    seen.run()
+    expect(seen.tokens("full")).to_have_count(1)
+    assert seen.bodies[-1]["threshold"] == "inf"
     in_order(seen)
 
 
@@ -400,3 +404,93 @@ def test_every_control_has_a_name(seen):
         "all => all.map(e => (e.labels?.[0] ?? e).textContent.trim())"
     )
     assert all(names), names
+
+
+@pytest.fixture(scope="module")
+def served(trained) -> Iterator[str]:
+    """The address of a server of a tiny trained model, started as it is typed."""
+    pytest.importorskip("fastapi")
+    command = [sys.executable, "-m", "offramp", "serve", str(trained), "--port", "0"]
+    limits = ["--max-new-tokens", "4000", "--capacity", "4096", "--slots", "2", "--threads", "1"]
+    with subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        try:
+            assert found, "the server did not start"
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def real(browser, served) -> Iterator[Seen]:
+    """The page of a real server."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    seen = Seen(page)
+    answer = page.goto(served)
+    assert answer.header_value("content-security-policy").startswith("default-src 'self'")
+    yield seen
+    page.close()
+    assert seen.complaints == []
+    assert {url.split("/")[2] for url, _ in seen.asked} == {served.split("/")[2]}
+
+
+def colours(seen: Seen, method: str = "exit") -> set[str]:
+    found = seen.tokens(method).evaluate_all(
+        "all => all.map(t => getComputedStyle(t).backgroundImage)"
+    )
+    return set(found[1:])  # the first token runs all layers
+
+
+def done(seen: Seen) -> None:
+    expect(seen.page.locator("#status")).to_contain_text("Done", timeout=30_000)
+
+
+def test_a_prompt_is_typed_and_the_slider_changes_the_colours(real):
+    page = real.page
+    page.get_by_text("More options").click()
+    page.get_by_label("New tokens").fill("40")
+    page.get_by_label("Prompt", exact=True).press_sequentially("The quick ")
+    page.keyboard.press("Control+Enter")
+    done(real)
+    expect(real.tokens()).to_have_count(40)
+    slider = page.get_by_role("slider")
+    seen = []
+    for key in ("Home", "End"):
+        slider.focus()
+        with page.expect_response("**/v1/completions"):
+            page.keyboard.press(key)
+        done(real)
+        expect(real.tokens()).to_have_count(40)
+        seen.append(colours(real))
+        expect(real.figure("layers")).to_have_text("1.1 of 4" if key == "Home" else "4.0 of 4")
+    lowest, highest = seen
+    assert (len(lowest), len(highest)) == (1, 1)
+    assert lowest != highest
+    assert real.figure("flops").inner_text() != "–"
+    assert float(real.figure("speed").inner_text()) > 0
+
+
+def test_drafts_give_the_text_of_full_depth_beside_it(real):
+    real.page.get_by_label("Side by side").check()
+    real.run("The quick ")
+    done(real)
+    texts = [real.page.locator(f"[data-method={each}] .text") for each in ("full", "speculative")]
+    assert texts[0].inner_text() == texts[1].inner_text() != "The quick "
+    assert real.figure("accepted", "speculative").inner_text().endswith("%")
+
+
+def test_escape_stops_a_text_and_the_page_goes_on(real):
+    real.page.get_by_text("More options").click()
+    real.page.get_by_label("New tokens").fill("4000")
+    real.run("The quick ")
+    expect(real.tokens().nth(3)).to_be_attached()
+    real.page.keyboard.press("Escape")
+    expect(real.page.locator("#status")).to_have_text("Stopped.")
+    count = real.tokens().count()
+    assert 4 <= count < 4000
+    real.page.get_by_label("New tokens").fill("5")
+    real.page.get_by_role("button", name="Run").click()
+    done(real)
+    expect(real.tokens()).to_have_count(5)

@@ -140,6 +140,7 @@ function requestFor(method, prompt) {
   if (by("chat").checked) asked.messages = [{ role: "user", content: prompt }];
   else asked.prompt = prompt;
   if (method === "speculative") asked.speculative = true;
+  if (method === "full" && about.certificate) asked.threshold = "inf"; // else the certificate's
   if (method !== "exit") return asked;
   const threshold = Number(by("threshold").value), limits = about.certificate?.thresholds;
   asked.threshold = limits?.map((each) => asNumber(each) < threshold ? threshold : each) ?? threshold;

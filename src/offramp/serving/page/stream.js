@@ -13,6 +13,8 @@ const WORDS = {
   404: "The server does not know this address.",
   413: "The request is larger than the server takes.",
   429: "The server is busy: as many requests wait as may. Try again in a moment.",
+  503: "The server takes no requests now.",
+  504: "The server took too long.",
 };
 
 const LOST = "The connection was lost before the text was complete.";
