@@ -17,7 +17,7 @@ class ExitTrainer(offramp.training.ExitLossMixin, trl.SFTTrainer):
 
 
 model, corpus, out = sys.argv[1:]
-args = trl.SFTConfig(out, max_steps=10, max_length=256)
+args = trl.SFTConfig(out, max_steps=10, max_length=256, bf16=False)
 lines = Path(corpus).read_text().splitlines()
 text = datasets.Dataset.from_dict({"text": [line for line in lines if line.strip()]})
 trainer = ExitTrainer(model, args, train_dataset=text, loss_weights="asymmetric_exits:0.5")
