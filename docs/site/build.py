@@ -83,10 +83,11 @@ def linked(name: str, text: str, folder: Path) -> str:
         place = (ROOT / name).parent / link[2]
         if place.is_dir():
             return f"{link[1]}{link[2].rstrip('/')}/README.md"
-        if place.is_file() and place.suffix not in (".md", ".ipynb"):
-            copy = folder / place.resolve().relative_to(ROOT)
+        kept = place.resolve()
+        if kept.is_file() and ROOT in kept.parents and kept.suffix not in (".md", ".ipynb"):
+            copy = folder / kept.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(place, copy)
+            shutil.copyfile(kept, copy)
         return link[1] + page_of(link[2])
 
     return LINK.sub(changed, text)
