@@ -84,6 +84,10 @@ WRITERS = {
     ],
     "confidence --fit": ["confidence", "DISK/model", "--corpus", "TEXT", "--fit", "TEXT"],
     "confidence": ["confidence", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
+    "generate": [
+        *("generate", "MODEL", "The ", "--max-new-tokens", 4, "--threshold", 0),
+        *("--audit", 0.5, "--audit-log", "DISK/new"),
+    ],
     "calibrate": ["calibrate", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "sweep": ["sweep", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],
     "probe": ["probe", "MODEL", "--corpus", "TEXT", "--out", "DISK/before"],

@@ -54,6 +54,27 @@ def test_a_threshold_decays_with_the_new_tokens(offramp, trained):
     assert first("--threshold", confidence, "--decay", 4)["exit_layer"] > 1  # 0.1 is added at first
 
 
+def test_an_audit_changes_no_text_and_goes_on_in_its_log(offramp, trained, tmp_path):
+    log = tmp_path / "audit.json"
+    exits = ("--threshold", 0.2)
+    audit = ("--audit", 1, "--audit-log", log)
+    alone = json.loads(generate(offramp, trained, *exits, "--json").stdout)
+    first = generate(offramp, trained, *exits, *audit, "--json")
+    content = json.loads(first.stdout)
+    assert content["tokens"] == alone["tokens"]
+    assert content["audit"]["tokens"] == 12
+    left = sum(token["exit_layer"] < 4 for token in alone["tokens"])
+    assert content["audit"]["audited"] == content["audit"]["tokens_left"] == left > 0
+    assert f"Audit: {left} of the {left} tokens that exited" in first.stderr
+    again = json.loads(generate(offramp, trained, *exits, *audit, "--json").stdout)
+    assert again["audit"]["tokens"] == 24
+    log.write_text("{}")
+    refused = offramp("generate", trained, PROMPT, *exits, *audit)
+    assert refused.returncode == 2
+    assert "format: expected 1 of an audit" in refused.stderr
+    assert log.read_text() == "{}"
+
+
 def test_speculative_output_is_that_of_full_depth(offramp, trained):
     speculative = json.loads(generate(offramp, trained, "--speculative", "--json").stdout)
     assert speculative["text"] == json.loads(generate(offramp, trained, "--json").stdout)["text"]
@@ -98,6 +119,14 @@ def test_drafting_has_flags(offramp, trained):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ([PROMPT, "--audit", "0.1"], "audit: expected a threshold"),
+        ([PROMPT, "--audit", "0", "--threshold", "0.5"], "audit: expected a share above 0"),
+        ([PROMPT, "--audit", "nan", "--threshold", "0.5"], "audit: expected a share above 0"),
+        ([PROMPT, "--audit-log", "x.json", "--threshold", "0.5"], "audit_log: expected --audit"),
+        (
+            [PROMPT, "--audit", "1", "--threshold", "0.5", "--audit-log", "/"],
+            "expected the name of a file",
+        ),
         (("",), "prompt: expected at least 1 token, got none"),
         (("x" * 5000,), "prompt: expected at most"),
         (("The", "--max-new-tokens", "0"), "max_new_tokens: expected at least 1, got 0"),

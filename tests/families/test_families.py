@@ -16,8 +16,9 @@ from truncated import truncated
 
 from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate
 from offramp.models.base import Step, whole_step
 from offramp.models.huggingface.small import BOUNDARY, WINDOW

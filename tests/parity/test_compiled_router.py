@@ -5,8 +5,9 @@ import torch
 
 from offramp.exits.gate import FittedExits, Gate
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitDecoder, ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitDecoder, ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.native.fast import kernels
 

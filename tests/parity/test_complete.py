@@ -13,8 +13,9 @@ from offramp.evaluation.trace import collect_trace
 from offramp.exits.confidence import ExitView
 from offramp.exits.policy import ThresholdPolicy
 from offramp.generation import deferred
-from offramp.generation.confident_exit import ExitDecoder, ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitDecoder, ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import Step, whole_step
 from offramp.models.native.decoder import Transformer

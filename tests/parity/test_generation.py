@@ -14,8 +14,9 @@ from offramp.exits.confidence import ExitView, confidence_named
 from offramp.exits.gate import FittedExits
 from offramp.exits.policy import ThresholdPolicy
 from offramp.generation import deferred
-from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.base import whole_step
 from offramp.models.propagate import run_propagated

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from offramp.commands.export import shortened
 from offramp.errors import ConfigError, UnsupportedArchitectureError
 from offramp.exits.policy import ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate
 from offramp.models.base import Step, whole_step
 from offramp.models.huggingface.exits_file import from_pretrained

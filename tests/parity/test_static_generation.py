@@ -6,9 +6,10 @@ from torch.testing import assert_close
 
 from offramp.exits.gate import FittedExits, Gate
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.engine import Engine
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7])

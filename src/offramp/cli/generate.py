@@ -16,6 +16,7 @@ from offramp.cli.base import (
     Precision,
     Threads,
     Weights,
+    check_out_file,
     open_for,
     output,
     say,
@@ -38,9 +39,12 @@ from offramp.cli.decoding import (
 )
 from offramp.cli.plain_text import standard_input, write_text
 from offramp.cli.streams import utf8
+from offramp.errors import ConfigError
+from offramp.files import write_json
 from offramp.generation.config import GenerateConfig
 
 if TYPE_CHECKING:
+    from offramp.commands.audit import AuditLog
     from offramp.generation.generate import Generation
     from offramp.models.open import OpenedModel
 
@@ -60,6 +64,8 @@ def generate(
     stop: list[str] | None = None,
     stop_token: list[str] | None = None,
     chat: bool = False,
+    audit: float | None = None,
+    audit_log: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json")] = False,
     base: Base = None,
     exits: Exits = None,
@@ -84,6 +90,13 @@ def generate(
         (text:2 is the digit 2); give the flag again for another.
     chat
         Put the prompt into the model's chat template.
+    audit
+        The share of the tokens that exit early which are also run to the end, such as 0.02. It
+        changes no text; at the end it says how often the last layer predicts another token, with
+        a bound that holds at all times.
+    audit_log
+        With --audit: keep what the audit found in this JSON file; if it exists, the audit in it
+        goes on.
     json_
         Print one JSON object at the end instead of the text as it comes.
     dtype
@@ -99,6 +112,7 @@ def generate(
         missing_kv=keys_values,
         stop=stop,
     )
+    log = _audit_log(audit, audit_log, config)
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
     opened = open_for(
@@ -113,21 +127,45 @@ def generate(
         stored=stored,
     )
     config = for_model(config, opened, stored, missing_kv=keys_values, stop_token=stop_token)
-    _run(opened, config, prompt=text, chat=chat, as_json=json_)
+    _run(opened, config, prompt=text, chat=chat, as_json=json_, audit=log)
+    if log is not None:
+        say(log.sentence())
+        if audit_log is not None:
+            write_json(audit_log, log.state())
+
+
+def _audit_log(share: float | None, path: Path | None, config: GenerateConfig) -> "AuditLog | None":
+    if share is None:
+        if path is not None:
+            raise ConfigError("audit_log: expected --audit with it, got none")
+        return None
+    if config.threshold is None:
+        raise ConfigError("audit: expected a threshold or a certificate, without which none exits")
+    check_out_file(path)
+    from offramp.commands.audit import open_log
+
+    return open_log(share, path)
 
 
 def _run(
-    opened: "OpenedModel", config: GenerateConfig, *, prompt: str, chat: bool, as_json: bool
+    opened: "OpenedModel",
+    config: GenerateConfig,
+    *,
+    prompt: str,
+    chat: bool,
+    as_json: bool,
+    audit: "AuditLog | None",
 ) -> None:
     from offramp.commands.generate import confidence_note, generate
 
     say_about_exits(config, opened)
-    generation = generate(opened, prompt, config, chat=chat)
+    generation = generate(opened, prompt, config, chat=chat, audit=audit)
     if config.threshold is not None and config.confidence is None:
         say(confidence_note(opened, generation.rule))
     if as_json:
         _, rate = timed(generation, show=None)
-        print(json.dumps(_content(generation, rate)))
+        found = {} if audit is None else {"audit": audit.content()}
+        print(json.dumps(_content(generation, rate) | found))
         return
     shown = output()
     write_text(shown, f"{prompt}\n" if chat else prompt, "dim")

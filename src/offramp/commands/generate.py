@@ -7,6 +7,7 @@ from typing import Any
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
+from offramp.commands.audit import AuditLog
 from offramp.commands.chat_template import chat_ids
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError
@@ -22,15 +23,28 @@ from offramp.options import config_of, refuse_given
 
 
 def generate(
-    opened: OpenedModel, prompt: str, config: GenerateConfig, *, chat: bool = False
+    opened: OpenedModel,
+    prompt: str,
+    config: GenerateConfig,
+    *,
+    chat: bool = False,
+    audit: AuditLog | None = None,
 ) -> Generation:
     """Begin a text; its tokens come as the result is iterated.
 
     The prompt begins with the model's first tokens, such as BOS. ``chat`` puts it into the
-    model's chat template instead. The text also ends at the model's end tokens.
+    model's chat template instead. The text also ends at the model's end tokens. ``audit`` runs a
+    share of the tokens that exit to the end, too, and records what it finds.
     """
     ids, config = begin(opened, prompt, config, chat=chat)
-    return generate_ids(opened.model, ids, config, tokenizer=opened.tokenizer, fitted=opened.fitted)
+    return generate_ids(
+        opened.model,
+        ids,
+        config,
+        tokenizer=opened.tokenizer,
+        fitted=opened.fitted,
+        auditor=None if audit is None else audit.auditor(seed=config.seed),
+    )
 
 
 def begin(

@@ -24,6 +24,7 @@ from offramp.generation.waiting import Waiting
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
+from offramp.models.router import PendingToken
 from offramp.models.work import Work
 
 
@@ -56,6 +57,7 @@ class ExitDecoder:
         self._routed = RoutedRows(model, cache, batch_size=batch_size)
         self._waiting = Waiting(max_wait)
         self._agreed: dict[int, Agreement] = {}  # by row, for patience
+        self._states: dict[int, Tensor] = {}  # at which the last token of each row left early
         self._deferred = DeferredKV(model, cache, missing_kv=self._ways, work=self.work)
 
     def seat(
@@ -83,6 +85,7 @@ class ExitDecoder:
         self._routed.drop(row)
         self._deferred.forget(row)
         self._waiting.forget(row)
+        self._states.pop(row, None)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Exits:
         """Run the prompt of each row at full depth, one after another."""
@@ -129,6 +132,16 @@ class ExitDecoder:
         for row in (*exits.rows, *exits.errors):
             self.lengths[row] += 1
         return exits
+
+    def left_at(self, row: int) -> tuple[Float[Tensor, " D"], list[PendingToken]]:
+        """Return the state at which a row's last token left early, and the row's pending tokens."""
+        if row in self._routed.rows:
+            return self._routed.left_at(row)
+        return self._states[row], self._deferred.pending(row)
+
+    def way_of(self, row: int) -> MissingKV:
+        """Return how the missing keys and values of a row are computed."""
+        return self._ways[row]
 
     def _route_at_once(self, ids: Sequence[int], rows: list[int]) -> Exits:
         lengths = [self.lengths[row] for row in rows]
@@ -210,6 +223,7 @@ class ExitDecoder:
                 errors[rows[n]] = broken_score(rule.confidence, at.layer)
             for n, logits in zip(out, self._logits_of(out, view, h, rule), strict=True):
                 left[rows[n]] = Left(logits, at.layer, scores[n])
+                self._states[rows[n]] = h[n, 0]
                 self._deferred.defer(at.layer, rows[n], h[n, 0], self.lengths[rows[n]])
             if rule.confidence == "patience":
                 for n, row in enumerate(rows):
@@ -271,23 +285,3 @@ class ExitDecoder:
 
 def _some(h: Float[Tensor, "B *N"], places: list[int]) -> Float[Tensor, "n *N"]:
     return h[on_device(places, h.device)]
-
-
-def forced_exits(
-    model: EarlyExitModel,
-    input_ids: Int[Tensor, "B T"],
-    rule: ExitRule | None,
-    *,
-    missing_kv: MissingKV = "propagate",
-) -> tuple[Float[Tensor, "B T V"], Int[Tensor, "B T"]]:
-    """Route the tokens of a given text, one by one, instead of tokens that the model chooses.
-
-    Returns the logits at the exit where each token left, and its exit layer. An evaluation of the
-    same text must give the same results.
-    """
-    batch, length = input_ids.shape
-    cache = model.make_cache(batch, length)
-    decoder = ExitDecoder(model, cache, batch_size=batch, rule=rule, missing_kv=missing_kv)
-    steps = [decoder.decode_one_token(ids, range(batch)) for ids in input_ids.T.tolist()]
-    logits = torch.stack([exits.logits for exits in steps], dim=1)
-    return logits, torch.tensor([exits.exit_layers for exits in steps]).T

@@ -28,6 +28,7 @@ from offramp.generation.transfer import on_device
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
+from offramp.models.router import PendingToken
 from offramp.models.work import Work
 
 
@@ -107,6 +108,14 @@ class DeferredKV:
         """
         if layer < self.model.cache_layers:
             self._queues[layer].setdefault(row, []).append((state, position))
+
+    def pending(self, row: int) -> list[PendingToken]:
+        """Return the pending tokens of a row, by layer and position."""
+        return [
+            PendingToken(layer, *token)
+            for layer, queue in sorted(self._queues.items())
+            for token in queue.get(row, ())
+        ]
 
     def forget(self, row: int) -> None:
         """Remove the pending tokens of a row whose text is complete."""

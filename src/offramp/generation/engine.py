@@ -20,6 +20,7 @@ from torch import Tensor
 from offramp.errors import ConfigError, GenerationError, QueueFullError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation.auditing import Auditor
 from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.exits import Exits, at_last_layer
@@ -37,7 +38,8 @@ class Engine:
     and ``cancel`` ends a request. ``run`` steps until no request waits or runs.
 
     ``fitted`` holds the gates and temperatures that confidences read, and the draft vocabulary;
-    ``tokenizer`` turns tokens into text. The cache is made at once, and takes ``cache_bytes``.
+    ``tokenizer`` turns tokens into text. ``auditor`` runs a share of the tokens that leave early
+    to the end, too, and changes no text. The cache is made at once, and takes ``cache_bytes``.
 
     Raises UnsupportedArchitectureError for a model whose blocks cannot be run one by one.
     """
@@ -49,22 +51,18 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         fitted: FittedExits = NOTHING_FITTED,
+        auditor: Auditor | None = None,
     ) -> None:
         self.model, self.config = model, config or EngineConfig()
-        self.tokenizer, self.fitted = tokenizer, fitted
+        self.tokenizer, self.fitted, self.auditor = tokenizer, fitted, auditor
         self.capacity = min(self.config.capacity, model.max_length)
-        self.cache = model.make_cache(self.config.slots, self.capacity)
+        slots, wait = self.config.slots, self.config.max_wait
+        cache = self.cache = model.make_cache(slots, self.capacity)
         self.work = Work()
         "The work of new tokens, without that of prompts."
-        self._decoder = ExitDecoder(
-            model,
-            self.cache,
-            batch_size=self.config.slots,
-            max_wait=self.config.max_wait,
-            work=self.work,
-        )
-        self._slots: list[Job | None] = [None] * self.config.slots
-        self._used = [False] * self.config.slots
+        self._decoder = ExitDecoder(model, cache, batch_size=slots, max_wait=wait, work=self.work)
+        self._slots: list[Job | None] = [None] * slots
+        self._used = [False] * slots
         self._queue: deque[Job] = deque()
         self._joining: deque[Job] = deque()
         self._jobs: dict[str, Job] = {}
@@ -174,6 +172,8 @@ class Engine:
             exits = self._decoder.decode(last, [job.slot for job in plain])
             for slot, error in exits.errors.items():
                 self._fail(self._at(slot), error, events)
+            if self.auditor is not None:
+                self.auditor.see(self._decoder, exits)
             for n, slot in enumerate(exits.rows):
                 self._choose(self._at(slot), exits, n, events)
         for job in decoding:
@@ -271,6 +271,8 @@ class Engine:
         logits: Tensor,
         events: list[Event],
     ) -> None:
+        if self.auditor is not None and (job.drafts is not None or not job.row.count):
+            self.auditor.record(False, None)  # a first token, or one that was verified
         taken = job.row.take(token, layer, confidence, logits)
         events.append(Event(request=job.request, token=taken))
         if job.row.finished():

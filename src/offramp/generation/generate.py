@@ -10,6 +10,7 @@ from torch import Tensor
 from offramp.errors import ConfigError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
+from offramp.generation.auditing import Auditor
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.engine import Engine
 from offramp.generation.options import token_ids
@@ -94,6 +95,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     policy: ThresholdPolicy | GainPolicy | None = None,
     fitted: FittedExits = NOTHING_FITTED,
+    auditor: Auditor | None = None,
 ) -> Generation:
     """Generate one text, token by token, while the result is iterated.
 
@@ -103,13 +105,14 @@ def generate(
 
     ``tokenizer`` turns tokens into text. ``policy`` is used instead of a threshold. ``fitted``
     holds the gates and temperatures that the confidence reads, and the draft vocabulary.
+    ``auditor`` runs a share of the tokens that leave early to the end, too; the text is the same.
 
     Raises ConfigError for an empty or too long prompt and for options that the model does not
     support, and, while iterating, GenerationError for logits that are not finite.
     """
     config = config or GenerateConfig()
     ids = token_ids(prompt)
-    engine = _engine(model, [ids], config, tokenizer=tokenizer, fitted=fitted)
+    engine = _engine(model, [ids], config, tokenizer=tokenizer, fitted=fitted, auditor=auditor)
     return Generation(engine, engine.submit(ids, config, policy=policy))
 
 
@@ -160,6 +163,7 @@ def _engine(
     *,
     tokenizer: Tokenizer | None,
     fitted: FittedExits,
+    auditor: Auditor | None = None,
 ) -> Engine:
     """Return an engine with a slot for each prompt, which runs all prompts first."""
     longest = max(map(len, prompts)) + config.max_new_tokens
@@ -169,7 +173,7 @@ def _engine(
         waiting=0,
         prefill_tokens=None,
     )
-    return Engine(model, slots, tokenizer=tokenizer, fitted=fitted)
+    return Engine(model, slots, tokenizer=tokenizer, fitted=fitted, auditor=auditor)
 
 
 def _tokens(engine: Engine, request: Request) -> Iterator[Token]:

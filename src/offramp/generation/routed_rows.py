@@ -6,13 +6,15 @@ or step by step for as long as it has a text, and all rows of the router have th
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from offramp.generation.exit_rule import ExitRule, broken_score
 from offramp.generation.exits import Exits
 from offramp.generation.routing import router_spec
 from offramp.models.base import FEW_TOKENS, EarlyExitModel
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
-from offramp.models.router import Router
+from offramp.models.router import PendingToken, Router
 from offramp.models.work import Work
 
 
@@ -22,6 +24,8 @@ class RoutedRows:
     def __init__(self, model: EarlyExitModel, cache: KVCache, *, batch_size: int) -> None:
         self.model, self.cache = model, cache
         self.rows: set[int] = set()
+        self._last: list[int] = []
+        "The rows of the last step."
         self._may = batch_size <= FEW_TOKENS
         self._router: Router | None = None
         self._made_for: tuple[ExitRule | None, MissingKV] | None = None
@@ -53,6 +57,7 @@ class RoutedRows:
         ``lengths`` and ``new`` are the tokens and the new tokens of each before it.
         """
         assert self._router is not None
+        self._last = rows
         routed = self._router.step(list(ids), rows, lengths, new, work)
         if not routed.broken:
             return Exits(
@@ -74,6 +79,11 @@ class RoutedRows:
             confidence=[routed.confidence[n] for n in whole],
             errors=errors,
         )
+
+    def left_at(self, row: int) -> tuple[Tensor, list[PendingToken]]:
+        """Return the state at which a row's last token left, and the row's pending tokens."""
+        assert self._router is not None
+        return self._router.state(self._last.index(row)), self._router.pending(row)
 
     def _new(self, rule: ExitRule | None, missing_kv: MissingKV) -> Router | None:
         exits = self.model.exit_layers

@@ -11,8 +11,9 @@ from offramp.data.tokenizer import byte_tokenizer, character_tokenizer
 from offramp.errors import ConfigError, GenerationError
 from offramp.exits.gate import FittedExits, Gate
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.confident_exit import ExitRule, forced_exits
+from offramp.generation.confident_exit import ExitRule
 from offramp.generation.config import GenerateConfig
+from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Payoff

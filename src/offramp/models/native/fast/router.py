@@ -29,7 +29,7 @@ from offramp.models.native.fast.route_table import (
     struct_of,
 )
 from offramp.models.native.fast.steps import FastSteps
-from offramp.models.router import Routed, RouterSpec
+from offramp.models.router import PendingToken, Routed, RouterSpec
 from offramp.models.work import Work
 
 try:
@@ -144,6 +144,19 @@ class CompiledRouter:
         if exit + 1 < len(self.layers):
             return score
         return float(logits[place].float().softmax(dim=-1).amax())
+
+    def pending(self, row: int) -> list[PendingToken]:
+        """Return the pending tokens of a row: see ``Router``."""
+        of, count = self._pending, self._plan.pending
+        places = (of["rows"][:count] == row).nonzero()[:, 0].tolist()
+        return [
+            PendingToken(int(of["layers"][n]), of["states"][n].clone(), int(of["slots"][n]))
+            for n in places
+        ]
+
+    def state(self, place: int) -> Tensor:
+        """Return the state of a token at its exit: see ``Router``."""
+        return self._space["states"][place].clone()
 
     def drop(self, row: int) -> None:
         """Forget the pending tokens of a row: see ``Router``."""

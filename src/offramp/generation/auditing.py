@@ -1,0 +1,117 @@
+"""Audit tokens that left early: run some of them to the last layer too, and compare.
+
+Which tokens are audited is decided by a coin of its own for every token, before the token runs, so
+it depends neither on where the token leaves nor on what the comparison gives. An audit leaves the
+text, the cache's later content and the later exits as they are: it runs on copies of what is
+pending, and the slots that it fills above the exit are filled anew when a later token needs them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from offramp.errors import ConfigError
+from offramp.generation.confident_exit import ExitDecoder
+from offramp.generation.deferred import DeferredKV, Segment
+from offramp.generation.exits import Exits
+from offramp.generation.transfer import on_device
+from offramp.models.base import EarlyExitModel, Step
+from offramp.models.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The last layer's prediction beside that of the exit at which a token left."""
+
+    exit_layer: int
+    disagrees: bool
+    "Whether the likeliest next token differs."
+    nll_gap: float
+    """By how many nats the token that is likeliest at the exit is less likely at the last layer
+    than that layer's own likeliest token; at least 0."""
+
+
+@dataclass(kw_only=True)
+class Auditor:
+    """Decides which tokens are audited, and tells ``record`` of every token in its order.
+
+    ``record`` is called with whether the token left early, and with the comparison if it was
+    audited. ``work`` counts what the audits ran, which is not part of the text's own work.
+    """
+
+    share: float
+    "Probability with which a token that leaves early is audited, in (0, 1]."
+    record: Callable[[bool, Comparison | None], None]
+    seed: int | tuple[int, ...] = 0
+    "Seed of the coins, which are independent of those of sampling."
+    work: Work = field(default_factory=Work)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"audit: expected a share above 0 and at most 1, got {self.share}")
+        seed = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        self._coins = np.random.Generator(np.random.PCG64([*seed, 0xA0D17]))
+
+    def see(self, decoder: ExitDecoder, exits: Exits) -> None:
+        """Record the tokens of a step, right after it; audit those whose coin says so."""
+        for row, layer, logits in zip(exits.rows, exits.exit_layers, exits.logits, strict=True):
+            audited = bool(self._coins.random() < self.share)
+            left = layer < decoder.model.num_layers
+            self.record(
+                left, self._compare(decoder, row, layer, logits) if left and audited else None
+            )
+
+    def _compare(
+        self, decoder: ExitDecoder, row: int, exit_layer: int, logits: Float[Tensor, " V"]
+    ) -> Comparison:
+        full = run_to_the_end(decoder, row, exit_layer, self.work).float()
+        early = int(logits.argmax())
+        return Comparison(
+            exit_layer=exit_layer,
+            disagrees=early != int(full.argmax()),
+            nll_gap=float((full.max() - full[early]).clamp(min=0)),
+        )
+
+
+@torch.inference_mode()
+def run_to_the_end(
+    decoder: ExitDecoder, row: int, exit_layer: int, work: Work
+) -> Float[Tensor, " V"]:
+    """Return the last layer's logits of a row's last token, which left at ``exit_layer``.
+
+    The keys and values that it reads above the exit are those that a later token of the row would
+    read; those of pending tokens are computed as the row's ``missing_kv`` says. Call it right after
+    the step of the token.
+    """
+    model, cache = decoder.model, decoder.cache
+    position = decoder.lengths[row] - 1
+    state, waiting = decoder.left_at(row)
+    lengths = cache.lengths[:, row].clone()
+    ways = [decoder.way_of(n) for n in range(decoder.batch_size)]
+    pending = DeferredKV(model, cache, missing_kv=ways, work=work)
+    for token in waiting:
+        if token.position != position:
+            pending.defer(token.layer, row, _like(token.state, model), token.position)
+    h = _like(state, model)[None, None]
+    places = on_device([position], model.device)[:, None]
+    step = Step(positions=places, cache=cache, rows=decoder.rows_of(row), end=position + 1)
+    start = exit_layer
+    for stop in model.exit_layers:
+        if stop > start:
+            _, h = pending.run(
+                Segment(h=h, start=start, stop=stop, rows=[row], positions=[position], step=step)
+            )
+            start = stop
+    work.heads[start, 1] += 1
+    cache.lengths[:, row] = lengths
+    found: Tensor = model.unembed(h, start)[0, 0]
+    return found
+
+
+def _like(state: Float[Tensor, " D"], model: EarlyExitModel) -> Float[Tensor, " D"]:
+    """Return a state in the precision of the model's states."""
+    return state.to(model.dtype)
