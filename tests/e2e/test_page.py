@@ -271,6 +271,7 @@ def test_side_by_side_runs_one_prompt_three_ways(seen, canned):
     assert speculative["speculative"] is True
     assert "threshold" not in speculative
     expect(seen.figure("accepted", "speculative")).to_have_text("50%")
+    expect(seen.page.get_by_text("Rejected drafts count, too.")).to_be_visible()
     tops = "all => all.map(t => t.getBoundingClientRect().top)"
     assert len(set(seen.page.locator(".column").evaluate_all(tops))) == 1
     seen.page.set_viewport_size({"width": 400, "height": 900})

@@ -9,7 +9,7 @@ const RANGES = { // of each confidence: lowest and highest threshold, step, firs
   gain: [-2, 0, 0.01, -0.1, "expected change in nats"],
   patience: [1, 2, 1, 1, "exits in a row that predict the same token"],
   saturation: [-1, 1, 0.01, 0.9, "cosine of two successive states"],
-  other: [0, 1, 0.01, 0.9, "confidence"],
+  other: [0, 1, 0.01, 0.9, "from 0 to 1"],
 };
 const AGAIN_AFTER = 300; // ms after the last move of the slider
 
@@ -93,8 +93,8 @@ function setRange() {
     step = "any";
   }
   Object.assign(slider, { min: lowest, max: highest, step, value: first });
-  by("threshold-help").textContent = `A token leaves at an exit whose score is at least this ` +
-    `(${unit}). Lower is faster` +
+  by("threshold-help").textContent = `A token leaves at an exit whose ${chosen || "gain"} is at least ` +
+    `this (${unit}). Lower is faster` +
     (bound === null ? "." : `; ${bound.toFixed(3)} is the certificate's limit.`);
   showThreshold();
 }
@@ -179,7 +179,8 @@ async function fill(column, body, signal) {
     const why = choices?.[0]?.finish_reason;
     if (!why) continue;
     column.finish(offramp ?? {});
-    column.say(why === "length" ? "Cut at the largest number of new tokens." : "");
+    const cut = why === "length" ? "Cut at the largest number of new tokens. " : "";
+    column.say(`${cut}${column.method === "speculative" ? "Rejected drafts count, too." : ""}`);
   }
 }
 
