@@ -68,6 +68,11 @@ def client(opened) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.fixture
+def make_opened():
+    return open_tiny
+
+
 INFO = ModelInfo(
     id="fake",
     created=1,

@@ -17,6 +17,7 @@ from offramp.errors import (
 from offramp.serving.config import ServeConfig
 from offramp.serving.engine_service import EngineService
 from offramp.serving.info import name_of
+from offramp.serving.openapi import document
 from offramp.serving.values import Ask, Message, Piece, Started, UnavailableError
 
 LIMITS = {"slots": 2, "capacity": 64, "waiting": 2}
@@ -270,7 +271,31 @@ def test_a_certificate_caps_thresholds_confidence_and_missing_kv(opened):
     assert isinstance(error, ConfigError)
 
 
-def test_the_models_of_other_machines_and_their_names(tmp_path):
+def test_a_model_without_exits_runs_at_full_depth(make_opened):
+    opened = make_opened(chat=False, exit_layers=())
+
+    async def work(service):
+        found = []
+        for each in (ask(threshold=0.5), ask(speculative=True), ask(max_new_tokens=3)):
+            try:
+                found.append(await ids_of(service, each))
+            except ConfigError as error:
+                found.append(str(error))
+        return service.about, found
+
+    about, (threshold, speculative, ids) = run(opened, work)
+    assert (about.exit_layers, about.confidences, about.default_confidence) == ((4,), (), None)
+    assert about.flops_pct == {4: 100.0}
+    assert threshold.startswith("threshold: expected a model with an exit")
+    assert speculative.startswith("speculative: expected a model with an exit")
+    assert len(ids) == 3
+    paths = document(about, ServeConfig())["paths"]
+    assert "/v1/chat/completions" not in paths
+    body = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["threshold"] == {"type": "null"}
+
+
+def test_the_names_of_models(tmp_path):
     (tmp_path / "folder").mkdir()
     assert name_of(str(tmp_path / "folder")) == "folder"
     assert name_of("org/model") == "org/model"

@@ -156,6 +156,18 @@ def test_a_body_that_never_ends_is_refused_and_its_connection_ends(fake, connect
         wait_for(lambda: not running.server_state.connections)
 
 
+def test_a_body_of_10_mb_is_413_with_and_without_the_key(fake, connect):
+    body = {"prompt": "x" * 10_000_000}
+    service = fake()
+    with server(service, api_key="secret") as (port, _):
+        for headers, status in (({}, b"401"), ({"authorization": "Bearer secret"}, b"413")):
+            connection = connect(port, request(body, **headers))
+            assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")  # it goes on
+            assert b"HTTP/1.1 200 OK" in connection.recv(4096)
+    assert service.asks == []
+
+
 @pytest.mark.parametrize(
     "data",
     [
