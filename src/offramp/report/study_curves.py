@@ -39,7 +39,7 @@ def cost_curves(
     values = values_of(names)
     size = look.size(*SIZE)
     every = [*records, *static]
-    across = domain_of([record[cost] for record in every], 0.03)
+    across = domain_of([record[cost] for record in every], 0.04)
     up = domain_of([record["ppl"] for record in every])
     x = axis.scale(domain=across, nice=False, zero=False)
     y = alt.Y("ppl:Q", title="PPL (per token)").scale(zero=False, domain=up, nice=False)

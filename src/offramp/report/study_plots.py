@@ -38,7 +38,7 @@ def recipes(result: StudyResult, look: Look = SCREEN) -> alt.LayerChart:
     title = "PPL (per token; logarithmic axis)"
     y = alt.Y("recipe:N", sort=order, title=None).axis(labelLimit=width / 2)
     x = alt.X("ppl:Q", title=title).scale(type="log", nice=False, domain=domain)
-    legend = alt.Legend(orient="top", labelLimit=0)
+    legend = alt.Legend(orient="bottom", labelLimit=0)  # the rows above may be many
     colour = alt.Color("kind:N", title=None, legend=legend)
     colour = colour.scale(domain=list(KINDS), range=list(look.palette[: len(KINDS)]))
     shape = alt.Shape("kind:N", title=None, legend=legend)
