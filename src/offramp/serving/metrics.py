@@ -36,7 +36,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "offramp_request_seconds",
-            "Time of a request from its body to its last token.",
+            "Time of a request that got its whole answer, from its body to its last token.",
             buckets=SECONDS,
             registry=registry,
         )

@@ -81,7 +81,8 @@ class Reply(Response):
             for task in (work, gone, cut):
                 task.cancel()
             self._metrics.requests.labels(outcome).inc()
-            self._metrics.seconds.observe(perf_counter() - began)
+            if outcome == "done":
+                self._metrics.seconds.observe(perf_counter() - began)
 
     async def _ended(
         self, work: asyncio.Task[None], gone: asyncio.Task[None], cut: asyncio.Task[Any]

@@ -170,6 +170,7 @@ def test_a_request_may_take_only_so_long(fake, client_of):
     assert service.closed == 2
     lines = client.get("/metrics").text.splitlines()
     assert 'offramp_requests_total{outcome="timeout"} 2.0' in lines
+    assert "offramp_request_seconds_count 0.0" in lines  # of those that are done
 
 
 def test_a_server_that_stops_takes_nothing_new(fake, client_of):
