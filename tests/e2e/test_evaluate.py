@@ -306,6 +306,7 @@ def test_documents_that_must_be_fetched_without_a_network_are_a_sentence(
     evaluate, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("offramp.commands.evaluate.tasks.hub_reachable", lambda: False)
+    refused(evaluate("--tasks", "hellaswag"), "hellaswag: ", "hub cannot be reached")
     path = tmp_path / "task.yaml"
     path.write_text(CHOICE.replace("dataset_path: json", "dataset_path: nobody/nothing"))
     refused(evaluate("--tasks", "choice", path=path), "hub cannot be reached")
@@ -341,6 +342,7 @@ def test_the_harness_itself_runs_the_model_under_its_name(trained, tasks, monkey
         arguments,
         tasks=["choice"],
         batch_size="4",
+        device="cuda:0",  # which the harness's command line asks for by default
         task_manager=TaskManager(include_defaults=False, include_path="."),
         bootstrap_iters=10,
     )

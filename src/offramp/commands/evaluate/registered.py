@@ -33,7 +33,7 @@ class RegisteredModel(ScoringModel):
         prefix_token_id: The token before a text without a context, as an id or a text.
         base: The place of the backbone of a folder of exits.
         bos: ``auto``, ``yes`` or ``no``.
-        device: Where to compute; by default the CPU.
+        device: Where to compute; by default, and where there is no GPU, the CPU.
         dtype: Precision, such as float32.
         weights: ``int8`` or ``int4``.
         **unknown: Other arguments of the harness's own models, which are refused.
@@ -88,6 +88,8 @@ def _opened(
 ) -> OpenedModel:
     if dtype not in (None, "auto", *DTYPES):
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {shown(dtype)}")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        device = None  # the harness asks for cuda:0 if its user names no device
     try:
         place = torch.device(device or "cpu")
         torch.zeros(1, device=place)
