@@ -84,6 +84,8 @@ def _save_pretrained(opened: OpenedModel, out: Path, stored: Mapping[str, Any]) 
     """Write a pretrained model or its exits; returns the hash of the exits' file."""
     model, files = opened.model, opened.files
     trained = stored.get("trained")
+    if trained is None and model.exits_trained:  # in memory
+        trained = {}
     if "specialised" in stored:  # in addition to the first training of the exits
         trained = {**(trained or {}), "specialised": stored["specialised"]}
     lm: Any = model.to_transformers()

@@ -404,6 +404,16 @@ def test_a_saved_model_and_a_checkpoint_are_opened_by_load_and_by_transformers(
     assert not [name for name, _ in trainer.model.named_modules() if "offramp" in name]
 
 
+def test_the_model_in_memory_is_opened_by_load_and_saved(trained, tokenizer, ids, tmp_path):
+    trainer, _ = trained
+    lm = offramp.load(trainer.exit_model, tokenizer=tokenizer)
+    lm.save(tmp_path / "model")
+    again = offramp.load(tmp_path / "model")
+    expected = logits_of(lm.model, ids[None, :9])
+    for layer, logits in logits_of(again.model, ids[None, :9]).items():
+        assert_close(logits, expected[layer], rtol=1e-4, atol=1e-5)
+
+
 def test_a_resumed_run_ends_with_the_same_parameters(trained, checkpoint, padded, tmp_path):
     whole, folder = trained
     again = Shuffled(

@@ -114,6 +114,17 @@ def test_a_loaded_model_is_saved_merged(trained, ids, tmp_path):
     assert_close(plain(ids[None, :9]).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_in_memory_with_an_adapter_is_not_saved(trained, checkpoint, tmp_path):
+    trainer, _ = trained
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(checkpoint / "tokenizer.json")
+    )
+    lm = offramp.load(trainer.exit_model, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="expected a model without an adapter to save"):
+        lm.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_resumed_run_ends_with_the_same_parameters(trained, checkpoint, ids, tmp_path):
     whole, folder = trained
     again = trainer_of(lora(checkpoint), tmp_path, ids)
