@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def render(folder: Path, nav: list[Any]) -> Path:
 
 def build(folder: Path) -> Path:
     """Build the site in a folder, and return the folder of its HTML."""
+    for package in ("nbconvert", "mkdocstrings", "zensical"):
+        if find_spec(package) is None:
+            raise SystemExit(f'docs: expected {package}; install it by pip install "offramp[docs]"')
     for part in ("pages", "site"):
         shutil.rmtree(folder / part, ignore_errors=True)
     stage(folder / "pages")

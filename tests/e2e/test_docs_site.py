@@ -78,6 +78,13 @@ def test_a_page_that_is_named_and_missing_is_one_sentence():
         BUILD.navigation(nav(), pages)
 
 
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit, match=r'^docs: expected nbconvert; .* "offramp\[docs\]"$'):
+        BUILD.build(tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
 def test_the_reference_has_every_public_name():
     named = re.findall(r"^::: offramp\.(\w+)$", (FOLDER / "reference.md").read_text(), re.MULTILINE)
     assert len(named) == len(set(named))
