@@ -330,6 +330,8 @@ def test_a_key_is_asked_for_where_the_server_needs_one(seen, canned):
     seen.page.keyboard.press("Enter")
     expect(seen.page.get_by_label("API key")).to_be_hidden()
     expect(seen.page.locator("#model")).to_contain_text("tiny: 6 layers, exits 2, 4")
+    expect(seen.page.get_by_role("alert")).to_have_text("")
+    assert seen.bodies == []
     seen.run()
     expect(seen.tokens()).to_have_count(1)
 

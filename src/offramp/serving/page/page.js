@@ -152,8 +152,8 @@ function requestFor(method, prompt) {
 /** Run these columns one after another, so that each has the machine to itself. */
 async function run(methods) {
   stop();
-  if (!about) await start();
-  if (!about || !by("controls").reportValidity()) return;
+  if (!about) return start(); // the key was entered, or the server is back
+  if (!by("controls").reportValidity()) return;
   const prompt = by("prompt").value, mine = new AbortController();
   running = mine;
   by("stop").setAttribute("aria-disabled", "false");

@@ -10,7 +10,7 @@ export class ServerError extends Error {
 
 const WORDS = {
   401: "The server needs an API key, or this one is wrong.",
-  404: "The server does not know this address.",
+  404: "The server does not know this model or address.",
   413: "The request is larger than the server takes.",
   429: "The server is busy: as many requests wait as may. Try again in a moment.",
   503: "The server takes no requests now.",
