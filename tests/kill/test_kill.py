@@ -125,6 +125,8 @@ def figures(*names: str) -> Callable[[Path], object]:
 def without(content: object, names: set[str]) -> object:
     if isinstance(content, dict):
         return {key: without(value, names) for key, value in content.items() if key not in names}
+    if isinstance(content, list):
+        return [without(value, names) for value in content]
     return content
 
 
