@@ -117,7 +117,8 @@ def _text(kind: str) -> Schema:
 
 
 def _generate(summary: str, body: Schema, answer: Schema, config: ServeConfig) -> Schema:
-    content = {**_json(answer), "text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    content = {**_json(answer), "text/event-stream": {"schema": event}}
     codes = [code for code in ERRORS if code != 401 or config.api_key is not None]
     return {
         "summary": summary,
