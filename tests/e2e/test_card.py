@@ -29,7 +29,7 @@ def test_exits_whose_backbone_is_local_get_a_card_without_its_place(offramp, che
     assert offramp("tune", checkpoint, *flags, "--out", out).returncode == 0
     card = offramp("card", out)
     assert card.returncode == 0, card.stderr
-    assert "it is not on the hub" in card.stdout
+    assert "the files do not say whether the hub has it" in card.stdout
     assert "## Exits before and after training" in card.stdout
     assert str(tmp_path) not in card.stdout
     assert str(checkpoint) not in card.stdout

