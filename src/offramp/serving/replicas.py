@@ -238,7 +238,7 @@ def _count_running(name: str) -> int:
     if application is None:
         return 0
     states = application.deployments[DEPLOYMENT].replica_states
-    return sum(count for state, count in states.items() if state.value == "RUNNING")
+    return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 def _end(name: str) -> None:
