@@ -21,6 +21,7 @@ from offramp.errors import (
 from offramp.version import __version__
 
 if TYPE_CHECKING:
+    from offramp.commands.audit import AuditLog
     from offramp.data.corpus import Corpus, load_corpus
     from offramp.evaluation.sweep import SweepRow, sweep
     from offramp.evaluation.trace import ExitTrace, collect_trace
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from offramp.training.config import TrainConfig
 
 _HOMES = {
+    "offramp.commands.audit": ("AuditLog",),
     "offramp.data.corpus": ("Corpus", "load_corpus"),
     "offramp.evaluation.sweep": ("SweepRow", "sweep"),
     "offramp.evaluation.trace": ("ExitTrace", "collect_trace"),
@@ -80,6 +82,7 @@ _PACKAGES = ("calibration", "data", "evaluation", "exits", "generation", "models
 
 __all__ = [
     "RECOMMENDED",
+    "AuditLog",
     "CertificateError",
     "CheckpointError",
     "ConfigError",

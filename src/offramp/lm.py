@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.promise import Promise
 from offramp.commands import calibrate, confidence, generate, sweep
+from offramp.commands.audit import AuditLog
 from offramp.commands.bench.config import BenchConfig
 from offramp.commands.bench.row import BenchRow
 from offramp.commands.bench.run import run_bench
@@ -92,6 +93,7 @@ class EarlyExitLM(RunsTasks):
         threshold: Threshold | None = None,
         certificate: Certificate | str | Path | None = None,
         chat: bool = False,
+        audit: AuditLog | None = None,
         **options: Any,
     ) -> Generation:
         """Continue a text. Iterate for tokens as they come, or take ``.text`` for all of it.
@@ -105,6 +107,7 @@ class EarlyExitLM(RunsTasks):
             certificate: Take the thresholds of this certificate, or of a file that
                 ``offramp calibrate`` wrote.
             chat: Put the prompt into the model's chat template.
+            audit: Run a share of the tokens that exit to the end, too, and record it there.
             **options: Fields of ``GenerateConfig``, such as ``max_new_tokens``, ``confidence``,
                 ``missing_kv``, ``speculative``, ``temperature``, ``top_p`` or ``seed``.
 
@@ -113,7 +116,7 @@ class EarlyExitLM(RunsTasks):
             CertificateError: The certificate is another model's.
         """
         config = generate.config_for(self._opened, threshold, certificate, **options)
-        return generate.generate(self._opened, prompt, config, chat=chat)
+        return generate.generate(self._opened, prompt, config, chat=chat, audit=audit)
 
     def engine(self, **options: Any) -> TextEngine:
         """Make an engine for many requests at once; ``options`` are fields of ``EngineConfig``."""
@@ -276,12 +279,9 @@ def load(
     """
     layers = exit_layers_of(exits)
     if not isinstance(model, str | Path):
-        refuse_given(
-            "with a model in memory, which has them", base=base, device=device, dtype=dtype
-        )
-        refuse_given(
-            "with a model in memory, which can be saved and loaded with them", weights=weights
-        )
+        held = "with a model in memory"
+        refuse_given(f"{held}, which has them", base=base, device=device, dtype=dtype)
+        refuse_given(f"{held}, which can be saved and loaded with them", weights=weights)
         opened = open_in_memory(model, tokenizer, exit_layers=layers, exit_head=exit_head)
         return EarlyExitLM(opened.with_bos(bos))
     refuse_given("with a name or folder, which has its own", tokenizer=tokenizer)
@@ -295,7 +295,6 @@ def load(
         device=device or "cpu",
         dtype=dtype,
         weights=weights,
-    )
-    opened = opened.with_bos(bos)
+    ).with_bos(bos)
     opened.warn_of_bos()
     return EarlyExitLM(opened)

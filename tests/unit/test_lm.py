@@ -118,6 +118,21 @@ def test_a_certificate_is_used_and_refused_for_another_model(lm, tmp_path):
     assert lm.sweep("pangram", 0.5).rows == lm.sweep("pangram", [0.5]).rows
 
 
+def test_an_audit_is_recorded_and_changes_no_text(lm):
+    log = offramp.AuditLog(share=1.0)
+    options = {"threshold": 0.0, "confidence": "max_prob", "max_new_tokens": 8}
+    assert lm.generate("the ", audit=log, **options).text == lm.generate("the ", **options).text
+    assert log.content()["audited"] == 7  # the first new token is that of the prompt
+    assert 0 < log.content()["disagreement"]["upper"] <= 7 / 8
+
+
+def test_a_certificate_on_generation_from_python(lm):
+    few = {"max_prompts": 12, "prompt_tokens": 6, "max_new_tokens": 6, "steps": 3}
+    certificate = lm.certify("pangram", on="generation", epsilon=0.4, **few)
+    assert certificate.n == 12
+    assert certificate.on_generation
+
+
 def test_gates_are_fitted_in_memory_and_saved(lm, tmp_path):
     with pytest.raises(offramp.ConfigError, match="gain"):
         lm.sweep("pangram", confidence="gain")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.calibration.promise import DEFAULT_DELTA, check_levels
+from offramp.calibration.share import check_share
 from offramp.errors import ConfigError
 from offramp.schema import fitting, shown
 
@@ -168,12 +169,6 @@ class Audit:
     def load(cls, state: Any) -> "Audit":
         """Return the audit with this state. Raises ConfigError for any other content."""
         return fitting(cls, state)
-
-
-def check_share(share: float) -> None:
-    """Raise a ConfigError for an audit share outside (0, 1]."""
-    if not 0 < share <= 1:
-        raise ConfigError(f"audit: expected a share above 0 and at most 1, got {shown(share)}")
 
 
 def check_loss(loss: float) -> float:

@@ -31,6 +31,7 @@ from offramp.options import check_processes
 from offramp.serving.config import ServeConfig
 
 if TYPE_CHECKING:
+    from offramp.commands.audit import AuditLog
     from offramp.serving.engine_service import EngineService
     from offramp.serving.values import Service
 
@@ -72,6 +73,8 @@ def serve(
     config = replace(config, api_key=config.api_key or os.environ.get(API_KEY) or None)
     config.require_key()
     check_replicas(replicas, ray, threads)
+    if config.audit is not None and ray is not None:
+        raise ConfigError("audit: expected none with --ray, whose replicas would each have one")
     opening = Opening(
         model=model if ray is None else _anywhere(model),
         config=replace(config, api_key=None),  # only this process needs the key
@@ -84,13 +87,15 @@ def serve(
         dtype=dtype,
         weights=weights,
     )
+    from offramp.commands.audit import AuditLog
     from offramp.serving.app import make_app
     from offramp.serving.server import hosts_of, listen, run, url_of
 
     work_begins()
     with listen(config.host, config.port) as bound:
-        service = service_of(opening, ray, replicas)
-        app = make_app(service, config, hosts=hosts_of(config))
+        log = None if config.audit is None else AuditLog(share=config.audit)
+        service = service_of(replace(opening, audit=log), ray, replicas)
+        app = make_app(service, config, hosts=hosts_of(config), audit=log)
 
         def ready() -> None:
             print(f"Serving {service.about.id} at {url_of(bound)}", flush=True)
@@ -113,6 +118,7 @@ class Opening:
     threads: int | None
     dtype: Precision | None
     weights: Scheme | None
+    audit: "AuditLog | None" = None
 
     def __call__(self) -> "EngineService":
         """Open the model, and make the service."""
@@ -131,7 +137,7 @@ class Opening:
         )
         if not opened.exits_trained and len(opened.model.exit_layers) > 1:
             say(f"{opened.name}: {UNTRAINED}.")
-        return EngineService(opened, self.config, stored=self.stored)
+        return EngineService(opened, self.config, stored=self.stored, audit=self.audit)
 
 
 def service_of(opening: Opening, ray: str | None, replicas: int | None) -> "Service":

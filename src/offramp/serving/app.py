@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from offramp.calibration.certificate import finite_or_word
+from offramp.commands.audit import AuditLog
 from offramp.errors import OfframpError
 from offramp.schema import shown
 from offramp.serving.bodies import ChatBody, CommonBody, CompletionBody, body_of
@@ -29,15 +30,20 @@ from offramp.version import __version__
 
 
 def make_app(
-    service: Service, config: ServeConfig | None = None, *, hosts: Collection[str] | None = None
+    service: Service,
+    config: ServeConfig | None = None,
+    *,
+    hosts: Collection[str] | None = None,
+    audit: AuditLog | None = None,
 ) -> FastAPI:
     """Return the API of a service: OpenAI's completions, metrics, and the page.
 
     ``config`` holds the limits, the key and the origins. ``hosts`` are the names by which requests
-    may call the server; None allows any. ``app.state.opened`` counts the open requests.
+    may call the server; None allows any. ``audit`` is what the service records into.
+    ``app.state.opened`` counts the open requests.
     """
     config = config or ServeConfig()
-    opened, metrics = Open(), Metrics(service.load)
+    opened, metrics = Open(), Metrics(service.load, audit)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ import math
 import socket
 from dataclasses import dataclass, field
 
+from offramp.calibration.share import check_share
 from offramp.errors import ConfigError
 
 LONGEST_SECONDS = 1e6
@@ -43,6 +44,9 @@ class ServeConfig:
     "Longest time in which a client sends its request."
     write_seconds: float = 30.0
     "A client that takes no byte of its answer for so long loses its connection."
+    audit: float | None = None
+    """Share of the tokens that exit early which are also run to the end, such as 0.02. No answer
+    changes; /metrics bounds how often the last layer predicts another token."""
     grace: float = 30.0
     "Seconds that running requests have to finish after SIGTERM or Ctrl-C."
 
@@ -64,6 +68,8 @@ class ServeConfig:
                 )
             if not seconds and name != "grace":
                 raise ConfigError(f"{name}: expected above 0 seconds, got 0")
+        if self.audit is not None:
+            check_share(self.audit)
         if self.api_key is not None and not _is_key(self.api_key):
             raise ConfigError(
                 "api-key: expected at least 1 character of ASCII, without spaces, got another key"

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from offramp.calibration.thresholds import StoredThresholds
+from offramp.commands.audit import AuditLog
 from offramp.commands.chat_template import chat_tokenizer, message_ids
 from offramp.commands.generate import prompt_ids, with_end_tokens
 from offramp.data.tokenizer_errors import decode
@@ -31,14 +32,19 @@ _STOPPED = Load(running=0, waiting=0, healthy=False)
 class EngineService:
     """Answers with an engine in this process, which a thread steps.
 
-    ``stored`` are the thresholds of a certificate, which then cap those of requests. The engine's
-    cache is made at once.
+    ``stored`` are the thresholds of a certificate, which then cap those of requests. ``audit``
+    records what the audit of all requests finds. The engine's cache is made at once.
 
     Raises UnsupportedArchitectureError for a model whose blocks cannot be run one by one.
     """
 
     def __init__(
-        self, opened: OpenedModel, config: ServeConfig, *, stored: StoredThresholds | None = None
+        self,
+        opened: OpenedModel,
+        config: ServeConfig,
+        *,
+        stored: StoredThresholds | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         self._opened, self._config, self._stored = opened, config, stored
         self.engine = Engine(
@@ -51,6 +57,7 @@ class EngineService:
             ),
             tokenizer=opened.tokenizer,
             fitted=opened.fitted,
+            auditor=None if audit is None else audit.auditor(),
         )
         self._costs = Costs(opened)
         self._chat = _chat_tokenizer(opened)

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from offramp.commands.audit import AuditLog
 from offramp.serving.values import Ending, Load, NewToken
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -14,7 +16,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """Counters and histograms of one server, in a registry of their own."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
+    def __init__(self, load: Callable[[], Load], audit: AuditLog | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         self._typical = 0.0
         self.prompt_tokens = Counter(
@@ -57,6 +59,22 @@ class Metrics:
             ("offramp_requests_waiting", "Texts that wait for a slot.", lambda: load().waiting),
         ):
             Gauge(name, said, registry=registry).set_function(read)
+        if audit is not None:
+            self._audited(audit)
+
+    def _audited(self, log: AuditLog) -> None:
+        upper = Gauge(
+            "offramp_audit_upper",
+            "Upper bound on the mean risk of all new tokens, at all times together.",
+            ["risk"],
+            registry=self.registry,
+        )
+        count = Gauge(
+            "offramp_audited", "Tokens that exited and were run to the end.", registry=self.registry
+        )
+        for risk, audit in log.audits.items():
+            upper.labels(risk).set_function(partial(getattr, audit, "upper"))
+            count.set_function(partial(getattr, audit, "audited"))
 
     def text(self) -> bytes:
         """Return all of it as Prometheus reads it."""

@@ -5,8 +5,10 @@ import math
 from contextlib import aclosing
 
 import pytest
+from starlette.testclient import TestClient
 
 from offramp.calibration.thresholds import StoredThresholds
+from offramp.commands.audit import AuditLog
 from offramp.errors import (
     CertificateError,
     ConfigError,
@@ -14,6 +16,7 @@ from offramp.errors import (
     OfframpError,
     QueueFullError,
 )
+from offramp.serving.app import make_app
 from offramp.serving.config import ServeConfig
 from offramp.serving.engine_service import EngineService
 from offramp.serving.info import name_of
@@ -300,3 +303,25 @@ def test_the_names_of_models(tmp_path):
     assert name_of(str(tmp_path / "folder")) == "folder"
     assert name_of("org/model") == "org/model"
     assert name_of("smollm2-135m") == "smollm2-135m"
+
+
+def test_an_audit_of_requests_is_in_the_metrics(opened):
+    log = AuditLog(share=1.0)
+    service = EngineService(opened, ServeConfig(**LIMITS), audit=log)
+    with TestClient(make_app(service, ServeConfig(**LIMITS), audit=log)) as client:
+        body = {"model": "tiny", "prompt": "the ", "max_tokens": 8, "threshold": 0.0}
+        answer = client.post("/v1/completions", json={**body, "confidence": "max_prob"})
+        assert answer.status_code == 200, answer.text
+        metrics = client.get("/metrics").text
+    layers = [token["exit_layer"] for token in answer.json()["offramp"]["tokens"]]
+    left = sum(layer < 4 for layer in layers)
+    assert left == 7  # the first new token is that of the prompt
+    assert f"offramp_audited {left}.0" in metrics
+    assert log.content()["tokens"] == 8
+    assert 'offramp_audit_upper{risk="disagreement"}' in metrics
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, math.nan])
+def test_a_wrong_share_of_an_audit_is_refused(share):
+    with pytest.raises(ConfigError, match="audit: expected a share above 0"):
+        ServeConfig(audit=share)
