@@ -14,7 +14,7 @@ from offramp.report.card_figures import (
     frontier,
     training_section,
 )
-from offramp.report.markdown import code, escaped, table
+from offramp.report.card_markdown import code, escaped, table
 
 CERTIFICATE = "certificate.json"
 """The name of a certificate beside the model on the hub."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offramp.report.markdown import code, escaped, table
+from offramp.report.card_markdown import code, escaped, table
 from offramp.report.text import ppl_text, threshold_text
 
 Content = Mapping[str, Any]

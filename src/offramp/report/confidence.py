@@ -190,12 +190,13 @@ def certificate_table(certificate: Content) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     about = certificate["assumptions"]
+    unit = about.get("unit", "sequence")
     flops = certificate["expected_flops_pct"]
     rows = {
         "promise": about["promise"],
         "text": about["text"],
         "not covered": about["not_covered"],
-        f"{about['unit']}s": f"{certificate['n']:,} of {about['sequence_tokens']} tokens",
+        f"{unit}s": f"{certificate['n']:,} of {about['sequence_tokens']} tokens",
         "test": _test_text(certificate),
         "confidence": certificate["confidence"],
         "thresholds": ", ".join(map(threshold_text, certificate["thresholds"])),
@@ -210,8 +211,9 @@ def certificate_table(certificate: Content) -> Table:
 
 def _test_text(certificate: Content) -> str:
     """The method, and the test of its p-values; older certificates name none."""
-    if certificate["method"] != "ltt":
-        return str(certificate["method"])
+    method = certificate.get("method", "ltt")
+    if method != "ltt":
+        return str(method)
     return f"ltt, {certificate['assumptions'].get('test', 'hoeffding-bentkus')}"
 
 

@@ -206,7 +206,8 @@ def test_the_test_fails_if_drafts_are_accepted_unseen(make_model, monkeypatch):
     verify = SpeculativeDecoder._verify
 
     def accept_all(self, logits, drafts, scores, sampler, index):
-        kept = [(draft, self.draft_exit, 1.0) for draft in drafts]
+        drafted = zip(drafts, logits, strict=False)
+        kept = [(draft, self.draft_exit, 1.0, each) for draft, each in drafted]
         return [*kept, verify(self, logits[-1:], [], [], sampler, index + len(drafts))[0]]
 
     monkeypatch.setattr(SpeculativeDecoder, "_verify", accept_all)
@@ -221,7 +222,7 @@ def test_the_test_fails_if_a_rejected_draft_is_drawn_again(make_model, monkeypat
         chosen = verify(self, logits, drafts, scores, sampler, index)
         n = len(chosen) - 1
         if n < len(drafts):
-            chosen[n] = (sampler.choose(logits[n], index + n + 2 * DEPTH), 2, 1.0)
+            chosen[n] = (sampler.choose(logits[n], index + n + 2 * DEPTH), 2, 1.0, logits[n])
         return chosen
 
     monkeypatch.setattr(SpeculativeDecoder, "_verify", redraw)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from offramp.report.card import Backbone, CardFacts, is_generated, model_card
-from offramp.report.markdown import code, escaped
+from offramp.report.card_markdown import code, escaped
 
 HASH = "ab" * 32
 FACTS = {
