@@ -7,6 +7,7 @@ a program asks for them (``transparent_hugepage`` set to ``madvise`` or ``always
 
 import ctypes
 import sys
+import time
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -17,6 +18,8 @@ HUGE_PAGE = 1 << 21
 """Bytes of a huge page."""
 _SMALL = 1 << 18
 """Size of tensors, in bytes, that are left where they are."""
+SECONDS = 2.0
+"""Longest time that is spent on moving tensors; where memory is in pieces, each page takes long."""
 _HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE, and MADV_COLLAPSE of Linux 6.1 and newer
 
 
@@ -25,7 +28,8 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> int:
 
     Returns the number of huge pages that now hold them. It is 0 outside Linux, where the system
     does not allow huge pages, and for tensors that a file is mapped to. Linux older than 6.1 moves
-    them later, in the background, and this returns 0.
+    them later, in the background, and this returns 0. It also moves what this does not within
+    ``SECONDS``.
     """
     advise = _madvise()
     if advise is None:
@@ -35,11 +39,13 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> int:
         if tensor.device.type == "cpu" and tensor.nbytes >= _SMALL:
             first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
             pages.update(range(first // HUGE_PAGE, -(-end // HUGE_PAGE)))
-    held = 0
-    for page in sorted(pages):
-        address = ctypes.c_void_p(page * HUGE_PAGE)
-        if advise(address, HUGE_PAGE, _HUGEPAGE) == 0:
-            held += advise(address, HUGE_PAGE, _COLLAPSE) == 0
+    addresses = [ctypes.c_void_p(page * HUGE_PAGE) for page in sorted(pages)]
+    asked = [each for each in addresses if advise(each, HUGE_PAGE, _HUGEPAGE) == 0]
+    held, ends = 0, time.monotonic() + SECONDS
+    for address in asked:
+        held += advise(address, HUGE_PAGE, _COLLAPSE) == 0
+        if time.monotonic() > ends:
+            break
     return held
 
 

@@ -31,6 +31,20 @@ def test_large_tensors_move_to_huge_pages_and_keep_their_numbers() -> None:
     assert [t.data_ptr() for t in tensors] == places
 
 
+def test_it_stops_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def slow(address: object, size: int, advice: int) -> int:
+        asked.append(advice)
+        return 0
+
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: slow)
+    monkeypatch.setattr(huge_pages, "SECONDS", -1.0)
+    assert use_huge_pages([torch.ones(1 << 22)]) == 1
+    assert asked.count(25) == 1  # MADV_COLLAPSE
+    assert asked.count(14) >= 8  # MADV_HUGEPAGE: the system goes on in the background
+
+
 def test_what_cannot_be_moved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_huge_pages([]) == 0
     assert use_huge_pages([torch.ones(8), torch.empty(1 << 22, device="meta")]) == 0
