@@ -78,7 +78,7 @@ def test_answers_are_those_of_generate_token_for_token(offramp, trained, client,
     assert answer.offramp["missing_kv"] == expected["missing_kv"]
     streamed, text = [], ""
     for chunk in client.completions.create(**asked, stream=True):
-        streamed += [(t["id"], t["exit_layer"]) for t in chunk.offramp["tokens"]]
+        streamed += [[t[name] for name in names] for t in chunk.offramp["tokens"]]
         text += chunk.choices[0].text
     assert (streamed, text) == (tokens, expected["text"])
     if "missing_kv" not in mode and "speculative" not in mode:
