@@ -26,7 +26,7 @@ from offramp.data.prompts import JSON_LINES
 from offramp.errors import ConfigError
 from offramp.exits.default_confidence import default_confidence
 from offramp.exits.policy import ThresholdPolicy
-from offramp.models.missing_kv import EXACT, are_complete
+from offramp.models.missing_kv import EXACT, missing_kv_of
 from offramp.models.open import OpenedModel
 from offramp.options import config_of
 
@@ -86,6 +86,7 @@ def certify_generation(
         kept, cost = kept + 1, writer.cost(early, thresholds)
     thresholds = steps[kept - 1] if kept else (math.inf,) * (exits - 1)
     p_found = [step.p_value for step in tested if step.p_value is not None]
+    used = ThresholdPolicy(thresholds=thresholds).used(opened.model.exit_layers)
     certificate = Certificate(
         model_sha256=opened.sha256,
         dtype=opened.precision,
@@ -95,7 +96,7 @@ def certify_generation(
         delta=promise.delta if promise.method == "ltt" else None,
         method=promise.method,
         confidence=confidence,
-        missing_kv=_missing_kv(opened, thresholds, config),
+        missing_kv=missing_kv_of(opened.model, config.missing_kv, used),
         n=n,
         thresholds=thresholds,
         p_values=tuple(p_found) if promise.method == "ltt" else None,
@@ -139,14 +140,6 @@ def _step(
         mean_layers=float(run) / early.tokens,
         tokens_per_s=early.tokens_per_s,
     )
-
-
-def _missing_kv(opened: OpenedModel, thresholds: Thresholds, config: WriteConfig) -> str:
-    model = opened.model
-    used = ThresholdPolicy(thresholds=thresholds).used(model.exit_layers)
-    least = model.num_layers if model.complete_from is None else model.complete_from
-    exact = are_complete(used, complete_from=least, num_layers=model.num_layers)
-    return EXACT if exact else config.missing_kv
 
 
 _WHAT = {
