@@ -65,11 +65,7 @@ def certify_generation(
     exits = len(opened.model.exit_layers)
     steps = check_path(path or threshold_path(confidence, exits, steps=config.steps), exits)
     n = len(prompts.ids)
-    if n < promise.sequences_needed:
-        raise ConfigError(
-            f"prompts: expected at least {promise.sequences_needed} for epsilon "
-            f"{promise.epsilon:g} and delta {promise.delta:g}, got {n}"
-        )
+    _require_enough(n, promise)
     writer = Writer(
         opened, prompts, config, confidence=confidence, on_prompt=on_prompt, most=len(steps)
     )
@@ -104,13 +100,30 @@ def certify_generation(
         expected_flops_pct=cost[1],
         assumptions={
             **_assumptions(promise, prompts, config),
-            "path": [finite_or_word(step) for step in steps],
-            **({"test": promise.test_for(n)} if promise.method == "ltt" else {}),
-            "bos": bool(opened.first_tokens),
-            **({} if opened.weights is None else {"weights": opened.weights}),
+            **_measured_with(opened, promise, steps, n),
         },
     ).signed()
     return certificate, tested, full
+
+
+def _require_enough(n: int, promise: Promise) -> None:
+    if n < promise.sequences_needed:
+        raise ConfigError(
+            f"prompts: expected at least {promise.sequences_needed} for epsilon "
+            f"{promise.epsilon:g} and delta {promise.delta:g}, got {n}"
+        )
+
+
+def _measured_with(
+    opened: OpenedModel, promise: Promise, steps: Sequence[Thresholds], n: int
+) -> dict[str, Any]:
+    """Return the path, the test and the form of the model, as a certificate states them."""
+    return {
+        "path": [finite_or_word(step) for step in steps],
+        **({"test": promise.test_for(n)} if promise.method == "ltt" else {}),
+        "bos": bool(opened.first_tokens),
+        **({} if opened.weights is None else {"weights": opened.weights}),
+    }
 
 
 def _holds(losses: Any, promise: Promise) -> tuple[float | None, bool]:
