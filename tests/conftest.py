@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from offramp import cli
-from offramp.cli.base import console
 from offramp.data import make_tokenizer
 from offramp.models.native.config import DecoderConfig
 from offramp.models.native.decoder import Transformer
@@ -152,7 +151,6 @@ def offramp(cache: None) -> Command:
     def run(*arguments: object) -> Outcome:
         stdout, stderr = io.StringIO(), io.StringIO()
         code = 0
-        console.file = stderr
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
                 cli.main([str(argument) for argument in arguments])

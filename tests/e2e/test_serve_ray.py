@@ -85,7 +85,10 @@ async def answer(script, port: int, number: int) -> tuple[str, list[int]]:
 
 
 async def load(script, port: int, seconds: float, kill_after: float):
-    """Ask from 4 clients for a while, and kill a replica in between."""
+    """Ask from 4 clients for a while, and kill a replica in between.
+
+    It is stopped for a second before, so that it holds answers that have begun.
+    """
     found: list[tuple[int, str, list[int]]] = []
     began = time.monotonic()
 
@@ -96,6 +99,8 @@ async def load(script, port: int, seconds: float, kill_after: float):
     clients = [asyncio.create_task(one(number)) for number in range(4)]
     await asyncio.sleep(kill_after)
     killed = replicas()[0]
+    os.kill(killed.pid, signal.SIGSTOP)
+    await asyncio.sleep(1)
     os.kill(killed.pid, signal.SIGKILL)
     await asyncio.gather(*clients)
     return found, killed.pid
