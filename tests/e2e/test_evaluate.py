@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,53 @@ def test_the_harness_itself_runs_the_model_under_its_name(trained, tasks, monkey
     assert {"hf", "offramp"} <= set(lm_eval.api.registry.model_registry)
     with pytest.raises(ConfigError, match="model_args: expected pretrained, threshold"):
         lm_eval.simple_evaluate("offramp", f"pretrained={trained},peft=x", tasks=["choice"])
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}. {% endfor %}"
+
+
+def test_the_harness_runs_a_model_without_trained_exits_at_full_depth(checkpoint, tasks):
+    """Its exits are no news there, so that nothing warns of them."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import offramp.lm_eval  # noqa: F401
+
+    manager = TaskManager(include_defaults=False, include_path=str(tasks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tasks)
+        found = lm_eval.simple_evaluate(
+            "offramp",
+            f"pretrained={checkpoint},prefix_token_id=0",
+            tasks=["choice"],
+            limit=1,
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+    assert found["config"]["offramp"]["tasks"]["choice"]["mean_layers"] == 4
+
+
+def test_questions_in_the_models_chat_template(evaluate, offramp, trained, tasks, tmp_path):
+    refused(
+        evaluate("--tasks", "choice", "--apply-chat-template"),
+        "chat: expected a model with a chat template",
+    )
+    model, out = shutil.copytree(trained, tmp_path / "model"), tmp_path / "out.json"
+    about = {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(about))
+    read = []
+    for more in ((), ("--apply-chat-template",), ("--system-instruction", "jump. ")):
+        result = offramp(
+            *("evaluate", model, "--tasks-path", tasks, "--tasks", "choice", "--limit", 2),
+            *("--out", out, *more),
+        )
+        assert result.returncode == 0, result.stderr
+        read.append(json.loads(out.read_text())["evaluations"][0]["context_tokens"])
+    rows = [json.loads(line) for line in (tasks / "choice.jsonl").read_text().splitlines()[:2]]
+    contexts = [row["context"] for row in rows for _ in row["choices"]]
+    for found, text in zip(read, ("{}", "u {}. ", "jump. {}"), strict=True):
+        # spaces at the end of a context belong to the continuation
+        assert found == sum(len(text.format(context).rstrip()) for context in contexts)
 
 
 def test_the_task_among_the_examples(offramp, trained, tasks, tmp_path):

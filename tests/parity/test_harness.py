@@ -1,5 +1,7 @@
 """lm-evaluation-harness: at full depth every answer is that of the harness's own ``hf`` model."""
 
+import json
+
 import pytest
 import torch
 
@@ -33,6 +35,48 @@ CONTINUATIONS = [
 ]
 TEXTS = ["quick", TEXT[:90], TEXT[:700], " ", "é漢"]
 KINDS = ["llama", "gpt2"]
+# that of llama begins with the BOS token itself and takes no system message, as Gemma's
+TEMPLATES = {
+    "llama": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('no system') }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "gpt2": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: data.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: {target}
+description: "Go on."
+num_fewshot: 1
+fewshot_config: {{sampler: first_n, split: test}}
+metric_list: [{{metric: {metric}}}]
+{more}
+"""
+TASKS = {
+    "choice": {
+        "kind": "multiple_choice",
+        "metric": "acc",
+        "target": "label",
+        "more": "doc_to_choice: choices",
+    },
+    "writing": {
+        "kind": "generate_until",
+        "metric": "exact_match",
+        "target": '"{{choices[label]}}"',
+        "more": "generation_kwargs: {until: [jump], max_gen_toks: 6}",
+    },
+    "begun": {
+        "kind": "generate_until",
+        "metric": "exact_match",
+        "target": '"{{choices[label]}}"',
+        "more": 'generation_kwargs: {until: [jump], max_gen_toks: 6}\ngen_prefix: "The quick"',
+    },
+}
 RUNNERS = {"llama": ["native", "transformers"], "gpt2": ["transformers"]}
 
 
@@ -56,7 +100,10 @@ def tokenizer_of(kind):
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[-1]
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[-1],
+        chat_template=TEMPLATES[kind],
     )
 
 
@@ -107,6 +154,7 @@ def ours(folder):
     found = []
     for runner in RUNNERS[kind]:
         opened = open_model(folder, runner=runner)
+        opened.model.silence_untrained()
         prefix = prefix_token(opened)
         scoring = scoring_of(opened, GenerateConfig(), batch_size=3, max_length=None, prefix=prefix)
         found.append(ScoringModel(scoring))
@@ -169,3 +217,65 @@ def test_what_hf_cannot_answer_has_an_answer(ours):
     asked = requests("loglikelihood", [("", ""), ("7 quick", "")])
     for model in ours:
         assert model.loglikelihood(asked) == [(0.0, True), (0.0, True)]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Tasks in local files, and what the harness needs to find them."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"text": f"{n} quick", "choices": [" brown foxes", " dogs"], "label": n % 2}
+        for n in range(4)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, fields in TASKS.items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, **fields))
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+        patch.chdir(folder)
+        index = harness("tasks").TaskManager
+        yield index(include_defaults=False, include_path=str(folder))
+
+
+@pytest.mark.parametrize("several_turns", [True, False])
+def test_questions_in_a_chat_template_are_those_of_hf(ours, theirs, tasks, several_turns):
+    run = harness("evaluator").simple_evaluate
+
+    def samples(model):
+        found = run(
+            model,
+            tasks=list(TASKS),
+            task_manager=tasks,
+            apply_chat_template=True,
+            fewshot_as_multiturn=several_turns,
+            system_instruction="Be short.",
+            bootstrap_iters=0,
+            limit=3,
+        )["samples"]
+        assert set(found) == set(TASKS)
+        return found
+
+    expected = samples(theirs)
+    for model in ours:
+        found = samples(model)
+        for name in TASKS:
+            for one, other in zip(found[name], expected[name], strict=True):
+                assert one["arguments"] == other["arguments"]
+                assert "assistant" in str(one["arguments"])
+                if name == "choice":
+                    mine, his = (
+                        [value for answer in each["resps"] for value, _ in answer]
+                        for each in (one, other)
+                    )
+                    assert mine == pytest.approx(his, abs=2e-4)
+                else:
+                    assert one["resps"] == other["resps"]
+
+
+def test_the_chat_template_itself_is_that_of_hf(ours, theirs):
+    for model in ours:
+        assert model.chat_template(True) == theirs.chat_template(True) is not None
+        assert model.tokenizer.eos_token == theirs.tokenizer.eos_token

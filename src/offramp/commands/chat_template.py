@@ -36,22 +36,36 @@ def chat_tokenizer(opened: OpenedModel) -> Any:
     return tokenizer
 
 
-def message_ids(opened: OpenedModel, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of messages in the chat template, up to where an answer begins.
+def messages_text(
+    tokenizer: Any, messages: Sequence[Message], *, answer_begun: bool = False
+) -> str:
+    """Return messages in the chat template, up to where an answer begins.
 
-    ``tokenizer`` is that of ``chat_tokenizer``. Raises ConfigError for a template that fails.
+    With ``answer_begun`` the last message is the beginning of the answer, which the text ends
+    with. ``tokenizer`` is that of ``chat_tokenizer``. Raises ConfigError for a template that fails.
     """
+    options = {"continue_final_message": True} if answer_begun else {}
     with quiet():
         try:
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not answer_begun,
+                **options,
             )
         except Exception as error:  # a template is a program: it can fail in any way
             raise ConfigError(
                 f"chat: expected a chat template that takes these messages, got: {one_line(error)}"
             ) from None
+    return str(text)
+
+
+def message_ids(opened: OpenedModel, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids of messages in the chat template, up to where an answer begins.
+
+    ``tokenizer`` is that of ``chat_tokenizer``. Raises ConfigError for a template that fails.
+    """
+    text = messages_text(tokenizer, messages)
     return encode_prompt(opened.tokenizer, text, special_tokens=False)
 
 

@@ -23,6 +23,11 @@ class EvaluateConfig:
     prefix_token: str | None = None
     """The token before a text that has no context: an id, or a text that is one token (default: the
     model's BOS token, or else its end-of-text token)."""
+    apply_chat_template: bool = False
+    """Put each question into the model's chat template; solved examples are earlier turns of the
+    conversation."""
+    system_instruction: str | None = None
+    "A text before each question: the system message of a chat template."
     tasks_path: str | None = None
     "A YAML file, or a folder with YAML files, of tasks of your own."
     trust_task_code: bool = False

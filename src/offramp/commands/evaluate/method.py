@@ -48,6 +48,9 @@ def run_method(
                 bootstrap_iters=config.bootstrap_iters,
                 log_samples=False,
                 confirm_run_unsafe_code=tasks.trusted,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=config.apply_chat_template,
+                system_instruction=config.system_instruction,
             )
         except OfframpError:
             raise

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
+from offramp.commands.chat_template import Message, chat_tokenizer, messages_text
 from offramp.commands.evaluate.counts import TaskCounts
 from offramp.commands.evaluate.generating import MAX_NEW, generate_texts, text_request
 from offramp.commands.evaluate.library import harness
@@ -87,6 +88,32 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
         """A name of the tokenizer without slashes."""
         return self.opened.name.replace("/", "__")
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the model's chat template; a string chooses one of several by its name.
+
+        Raises ConfigError for a model without a template.
+        """
+        self._chat_tokenizer()
+        return super().chat_template(chat_template)  # type: ignore[no-any-return]
+
+    def apply_chat_template(
+        self, chat_history: list[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """Return messages in the model's chat template, up to where an answer begins.
+
+        Without ``add_generation_prompt`` the last message is the beginning of the answer. A
+        template that fails is tried again without the system message, as in the ``hf`` model.
+        Raises ConfigError for a model without a template, and for a template that fails.
+        """
+        tokenizer, begun = self._chat_tokenizer(), not add_generation_prompt
+        others = [each for each in chat_history if each["role"] != "system"]
+        try:
+            return messages_text(tokenizer, chat_history, answer_begun=begun)
+        except ConfigError:
+            if len(others) == len(chat_history):
+                raise
+            return messages_text(tokenizer, others, answer_begun=begun)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
@@ -163,6 +190,11 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
         return [(sum(each.log_probs), each.greedy) for each in self._scores("tokens", pairs)]
 
     # How it is done.
+
+    def _chat_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            self.tokenizer = chat_tokenizer(self.opened)
+        return self.tokenizer
 
     def _by_task(
         self, kind: str, requests: Sequence[Any], answers: Callable[[str, list[Any]], Any]

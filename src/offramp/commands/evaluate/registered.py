@@ -73,9 +73,12 @@ class RegisteredModel(ScoringModel):
         chosen = {"threshold": _threshold(threshold), "confidence": confidence}
         if missing_kv is not None:
             chosen["missing_kv"] = missing_kv
+        exits = exits_for(opened, certificate, chosen)
+        if exits.threshold is None:
+            opened.model.silence_untrained()  # they are only counted
         scoring = scoring_of(
             opened,
-            exits_for(opened, certificate, chosen),
+            exits,
             batch_size=_batch_size(batch_size),
             max_length=max_length,
             prefix=prefix_token(opened, prefix_token_id),
