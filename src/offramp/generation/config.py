@@ -14,6 +14,8 @@ MissingKVChoice = Literal["propagate", "recompute", "exact"]
 MOST_DRAFTS = 15
 """Largest number of tokens in a draft. Verifying so few tokens is one call on a few tokens, which
 computes each token as if it were alone."""
+PENALTIES = (0.01, 100)
+"""The least and the largest repetition penalty; with others, logits may be too large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class SamplingConfig:
     top_p: float | None = None
     "Draw from the fewest likeliest tokens whose probabilities sum to at least this."
     repetition_penalty: float = 1.0
-    "Above 1, tokens that are in the prompt or the output become less likely (CTRL)."
+    """Above 1, tokens that are in the prompt or the output become less likely (CTRL); from 0.01 to
+    100."""
     seed: int = 0
     "Seed of the draws; row i of a batch uses seed + i."
 
@@ -38,9 +41,11 @@ class SamplingConfig:
             raise ConfigError(f"top_k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
             raise ConfigError(
-                f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}"
+                f"repetition_penalty: expected from {least} to {most}, got "
+                f"{self.repetition_penalty}"
             )
         if self.seed < 0:
             raise ConfigError(f"seed: expected at least 0, got {self.seed}")

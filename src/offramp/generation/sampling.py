@@ -17,6 +17,10 @@ from offramp.errors import GenerationError
 from offramp.generation.config import SamplingConfig
 from offramp.generation.transfer import moved, on_device, read
 
+COLDEST = 1e-30
+"""Below this temperature, float32 cannot hold the logits that are divided by it."""
+LEAST_MASS = 1e-30
+"""A smaller ``top_p`` is this number: float32 rounds what is much smaller to 0."""
 Likeliest = tuple[float, int]
 """The largest of some logits, and its token id."""
 
@@ -44,6 +48,8 @@ def penalise(
 
 def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[Tensor, " V"]:
     """Return the probabilities (V,) of a draw: temperature, then top-k, then top-p."""
+    if config.temperature < COLDEST:
+        logits = (logits - logits.max()).double()
     logits = logits / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         least = logits.topk(config.top_k).values[-1]
@@ -55,7 +61,8 @@ def distribution(logits: Float[Tensor, " V"], config: SamplingConfig) -> Float[T
             ordered.cumsum(dim=-1) - ordered
         )  # the sum of more likely tokens, so the first token is always kept
         left_out = torch.zeros_like(probs, dtype=torch.bool)
-        probs = probs.masked_fill(left_out.scatter(0, order, before >= config.top_p), 0.0)
+        most = max(config.top_p, LEAST_MASS)
+        probs = probs.masked_fill(left_out.scatter(0, order, before >= most), 0.0)
         probs = probs / probs.sum()
     return probs
 

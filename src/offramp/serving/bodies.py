@@ -15,6 +15,10 @@ Body = TypeVar("Body", bound="CommonBody")
 ROLES = get_args(Role)
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+EVERY_TOKEN = (0, -1)
+"""Values of ``top_k`` that mean all tokens, as in vLLM."""
+OF_DRAFTS = ("draft_exit", "draft_threshold", "max_drafts")
+"""Fields that need ``speculative``."""
 IGNORED = (
     *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
     *("prompt_cache_options", "prompt_cache_retention", "safety_identifier", "prediction"),
@@ -41,6 +45,11 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moderation": (),
 }
 """Fields of OpenAI's API that would change the answer, and the values that do not."""
+SAME = (
+    *("seed", "temperature", "top_p", "repetition_penalty", "decay", "confidence", "missing_kv"),
+    *OF_DRAFTS,
+)
+"""Fields of a request that are fields of ``GenerateConfig`` as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +71,24 @@ class CommonBody:
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     threshold: float | list[float] | None = None
+    decay: float | None = None
     confidence: str | None = None
     missing_kv: Literal["propagate", "recompute", "exact"] | None = None
     speculative: bool = False
     draft_exit: int | None = None
+    draft_threshold: float | None = None
+    max_drafts: int | None = None
 
     def __post_init__(self) -> None:
+        for name in OF_DRAFTS:
+            if getattr(self, name) is not None and not self.speculative:
+                raise ConfigError(f"{name}: expected speculative with it, got {name} alone")
         if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
             raise ConfigError(f"stop: expected at most {MOST_STOPS} strings, got {len(self.stop)}")
 
@@ -81,11 +99,12 @@ class CommonBody:
         found = {
             "max_new_tokens": self.max_tokens,
             "stop_strings": None if stops is None else tuple(stops),
+            "stop_tokens": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
+            "top_k": None if self.top_k in EVERY_TOKEN else self.top_k,
             "threshold": threshold,
             "speculative": self.speculative or None,
         }
-        same = ("seed", "temperature", "top_p", "confidence", "missing_kv", "draft_exit")
-        found |= {name: getattr(self, name) for name in same}
+        found |= {name: getattr(self, name) for name in SAME}
         return {name: value for name, value in found.items() if value is not None}
 
 

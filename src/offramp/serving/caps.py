@@ -26,8 +26,13 @@ def capped(
 
     Without a threshold it is the certificate's. Speculative decoding stays at full depth, which no
     certificate restricts. ``missing_kv`` is what the request names. Raises CertificateError for
-    another confidence or ``missing_kv``, and for a threshold below the certificate's at any exit.
+    another confidence or ``missing_kv``, and for a threshold that is or falls below the
+    certificate's at any exit.
     """
+    if config.decay is not None:
+        raise CertificateError(
+            f"decay: expected none with a certificate, whose thresholds hold, got {config.decay:g}"
+        )
     if config.confidence not in (None, stored.confidence):
         raise CertificateError(
             f"confidence: expected {stored.confidence}, by which the certificate's thresholds "

@@ -4,7 +4,9 @@ import math
 
 from offramp.evaluation.cost import model_cost
 from offramp.exits.policy import ThresholdPolicy
+from offramp.generation.blocks_run import layers_run
 from offramp.generation.requests import Request
+from offramp.models.missing_kv import MissingKV
 from offramp.models.open import OpenedModel
 
 
@@ -15,7 +17,7 @@ class Costs:
     """
 
     def __init__(self, opened: OpenedModel) -> None:
-        self._layers = opened.model.num_layers
+        self._layers, self._cache_layers = opened.model.num_layers, opened.model.cache_layers
         self._exits = tuple(opened.model.exit_layers)
         context = (opened.window + 1) / 2
         self._cost = model_cost(opened.model, context=context, fitted=opened.fitted)
@@ -26,16 +28,16 @@ class Costs:
         return dict(zip(self._exits, found, strict=True))
 
     def mean_layers(self, request: Request) -> float:
-        """Return the mean number of layers per new token.
+        """Return the mean number of layers per new token, as ``generate`` does.
 
-        The first token ran all layers. With drafts, those that were rejected count, too. Layers
-        that run later for missing keys and values (``recompute``) do not count.
+        The first token ran all layers. Drafts that were rejected count, and so do layers that run
+        later for missing keys and values (``recompute``).
         """
         tokens = request.completion.tokens
         if request.config.speculative:
             run = request.draft_work.layers_run + self._layers
         else:
-            run = sum(token.exit_layer for token in tokens)
+            run = sum(self._run(request))
         return run / max(1, len(tokens))
 
     def flops_pct(self, request: Request) -> float:
@@ -52,10 +54,18 @@ class Costs:
         found = self._cost.flops_pct_by_exit(
             request.rule.confidence,
             evaluated=evaluated,
-            missing_kv="recompute" if request.missing_kv == "recompute" else "propagate",
+            missing_kv=_way(request),
         )
         pct = dict(zip(self._exits, found, strict=True))
-        return sum(pct[token.exit_layer] for token in tokens) / len(tokens)
+        total = sum(pct[token.exit_layer] for token in tokens)
+        for token, ran in zip(tokens, self._run(request), strict=True):
+            total += 100.0 * sum(self._cost.layers[token.exit_layer : ran]) / self._cost.full
+        return total / len(tokens)
+
+    def _run(self, request: Request) -> list[int]:
+        """Return the number of blocks that ran for each new token of a request without drafts."""
+        exits = [token.exit_layer for token in request.completion.tokens]
+        return layers_run(exits, _way(request), cache_layers=self._cache_layers)
 
     def _drafted(self, request: Request) -> float:
         """Return the FLOPs of all new tokens of a request with drafts, in percent of one token."""
@@ -64,3 +74,7 @@ class Costs:
         for counted in (work.heads, work.drafts):
             flops += sum(count * of * heads[layer] for (layer, of), count in counted.items())
         return 100.0 + 100.0 * flops / self._cost.full
+
+
+def _way(request: Request) -> MissingKV:
+    return "recompute" if request.missing_kv == "recompute" else "propagate"

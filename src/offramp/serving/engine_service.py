@@ -143,8 +143,6 @@ class EngineService:
                 f"max_tokens: expected at most {most}{why}, got {options['max_new_tokens']}"
             )
         config = config_of(GenerateConfig, options)
-        if config.draft_exit is not None and not config.speculative:
-            raise ConfigError("draft_exit: expected speculative with it, got draft_exit alone")
         if self._stored is not None:
             named = options.get("missing_kv")
             config = capped(config, self._stored, self._opened, missing_kv=named)

@@ -18,7 +18,12 @@ TYPES = {
     504: "server_error",
 }
 """Kinds of errors by status; others are ``invalid_request_error``."""
-FIELDS = {"max_new_tokens": "max_tokens", "stop_strings": "stop", "thresholds": "threshold"}
+FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
+    "stop_tokens": "stop_token_ids",
+    "thresholds": "threshold",
+}
 """Fields of a config by their name in a request, where it differs."""
 
 

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from offramp.serving.bodies import IGNORED, MOST_LOGPROBS, MOST_STOPS, ROLES
+from offramp.generation.config import MOST_DRAFTS, PENALTIES
+from offramp.serving.bodies import IGNORED, MOST_LOGPROBS, MOST_STOPS, OF_DRAFTS, ROLES
 from offramp.serving.values import ModelInfo
 
 Schema = dict[str, Any]
@@ -77,6 +78,8 @@ def chat_schema(about: ModelInfo) -> Schema:
 
 
 def _body(properties: Schema, required: list[str], *rules: Schema) -> Schema:
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    shares = {"anyOf": [share, {"type": "array", "items": share}]}
     return {
         "type": "object",
         "properties": properties,
@@ -90,7 +93,11 @@ def _body(properties: Schema, required: list[str], *rules: Schema) -> Schema:
                 {"confidence": {"not": {"enum": ["patience", "saturation"]}}},
                 needs=(),
             ),
-            _if({"draft_exit": {"type": "integer"}}, {"speculative": {"const": True}}),
+            *(
+                _if({name: {"type": "number"}}, {"speculative": {"const": True}})
+                for name in OF_DRAFTS
+            ),
+            _if({"decay": {"type": "number"}}, {"threshold": shares}),
             *rules,
         ],
     }
@@ -107,6 +114,7 @@ def _if(has: Schema, then: Schema, *, needs: tuple[str, ...] | None = None) -> S
 
 def _common(about: ModelInfo) -> Schema:
     stop = {"type": "string", "minLength": 1}
+    token = {"type": "integer", "minimum": 0, "maximum": about.vocab_size - 1}
     number: Schema = {"type": "number"}
     early = about.exit_layers[:-1]
     cap = about.certificate
@@ -124,6 +132,9 @@ def _common(about: ModelInfo) -> Schema:
         "seed": _maybe({"type": "integer", "minimum": 0, "maximum": LARGEST}),
         "temperature": _maybe(number | {"minimum": 0}),
         "top_p": _maybe(number | {"exclusiveMinimum": 0, "maximum": 1}),
+        "top_k": _maybe({"type": "integer", "minimum": -1, "maximum": LARGEST}),
+        "repetition_penalty": _maybe(number | {"minimum": PENALTIES[0], "maximum": PENALTIES[1]}),
+        "stop_token_ids": _maybe({"type": "array", "items": token}),
         "stream": _maybe({"type": "boolean"}),
         "stream_options": _maybe(
             {
@@ -136,12 +147,17 @@ def _common(about: ModelInfo) -> Schema:
             }
         ),
         "threshold": threshold,
+        "decay": _maybe(number | {"minimum": 0}) if early and cap is None else {"type": "null"},
         "confidence": _maybe({"enum": list(about.confidences)}) if early else {"type": "null"},
         "missing_kv": _maybe(
             {"enum": ["propagate", "recompute"] if cap is None else [cap.missing_kv]}
         ),
         "speculative": _maybe({"type": "boolean"} if early else {"const": False}),
         "draft_exit": _maybe({"enum": list(early)}) if early else {"type": "null"},
+        "draft_threshold": _maybe(number) if early else {"type": "null"},
+        "max_drafts": _maybe({"type": "integer", "minimum": 1, "maximum": MOST_DRAFTS})
+        if early
+        else {"type": "null"},
         "n": _only(1),
         "frequency_penalty": _only(0),
         "presence_penalty": _only(0),

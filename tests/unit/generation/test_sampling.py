@@ -39,6 +39,18 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     assert_close(got.sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"temperature": 5e-324}])
+def test_a_temperature_near_0_takes_the_likeliest_token(options):
+    assert probs(**options).tolist() == [0, 1, 0, 0, 0]
+    assert probs(**options, top_k=2, top_p=0.5).tolist() == [0, 1, 0, 0, 0]
+    ruled_out = LOGITS.masked_fill(LOGITS < 3, -math.inf)
+    assert distribution(ruled_out, SamplingConfig(**options)).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_a_top_p_near_0_takes_the_likeliest_token():
+    assert probs(top_p=5e-324).tolist() == [0, 1, 0, 0, 0]
+
+
 def test_top_p_counts_after_temperature_and_top_k():
     assert probs(top_p=0.7, top_k=2).nonzero()[:, 0].tolist() == [1]  # 0.73 of the two
     assert probs(top_p=0.6, temperature=5.0).nonzero()[:, 0].tolist() == [0, 1, 2]
@@ -132,6 +144,9 @@ def test_a_token_that_is_ruled_out_is_no_error():
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 101.0},
+        {"repetition_penalty": float("nan")},
         {"seed": -1},
     ],
 )

@@ -19,6 +19,13 @@ MODES = [
     {"speculative": True, "draft_exit": 2, "temperature": 0.7, "seed": 1},
     {"stop": ["o"]},
     {"stop": " ", "max_tokens": 30},
+    {"temperature": 2.0, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5, "seed": 2},
+    {"repetition_penalty": 100, "threshold": [0.3, 0.05], "missing_kv": "recompute"},
+    {"temperature": 1e-300, "top_p": 5e-324, "seed": 9, "threshold": 0.1},
+    {"threshold": 0.2, "decay": 4.0, "confidence": "margin"},
+    {"stop_token_ids": [3, 5], "max_tokens": 40, "temperature": 1.5, "seed": 11},
+    {"speculative": True, "draft_threshold": 0.01, "max_drafts": 2, "stop": ["fo", "x"]},
+    {"speculative": True, "temperature": 1.3, "top_k": 4, "repetition_penalty": 1.2, "seed": 3},
 ]
 
 
@@ -33,13 +40,18 @@ def events(response):
 
 
 def alone(opened, prompt, body, *, chat=False):
-    names = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
+    names = {
+        "max_tokens": "max_new_tokens",
+        "stop": "stop_strings",
+        "stop_token_ids": "stop_tokens",
+    }
     options = {names.get(name, name): value for name, value in body.items()}
     if "stop_strings" in options:
         stop = options["stop_strings"]
         options["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if isinstance(options.get("threshold"), list):
-        options["threshold"] = tuple(options["threshold"])
+    for name in ("threshold", "stop_tokens"):
+        if isinstance(options.get(name), list):
+            options[name] = tuple(options[name])
     found = generate(opened, prompt, GenerateConfig(**options), chat=chat)
     assert found.text is not None
     return found
@@ -74,9 +86,7 @@ def test_streamed_and_whole_answers_are_those_of_generate(client, opened, mode):
     figures = [chunks[-1]["offramp"] | {"tokens": []}, whole["offramp"] | {"tokens": []}]
     if "speculative" not in mode:
         assert strip(figures[0], timed) == strip(figures[1], timed)
-        assert figures[0]["mean_layers"] == pytest.approx(
-            sum(layer for _, layer in tokens) / len(tokens)
-        )
+        assert figures[0]["mean_layers"] == pytest.approx(expected.mean_layers)
     assert figures[0]["missing_kv"] == expected.missing_kv
     assert chunks[-1]["offramp"]["tokens"] == []
 

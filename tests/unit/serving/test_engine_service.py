@@ -264,6 +264,7 @@ def test_a_certificate_caps_thresholds_confidence_and_missing_kv(opened):
         (ask(threshold=math.inf, confidence="entropy"), "confidence: expected max_prob"),
         (ask(speculative=True, confidence="margin"), "confidence: expected max_prob"),
         (ask(missing_kv="propagate"), "missing_kv: expected recompute"),
+        (ask(threshold=(0.9, 1.0), decay=2.0), "decay: expected none with a certificate"),
         (ask(speculative=True, missing_kv="propagate"), "missing_kv: expected recompute"),
     ]
     found = configs(opened, stored(), *(each for each, _ in refused))
@@ -295,7 +296,8 @@ def test_a_model_without_exits_runs_at_full_depth(make_opened):
     paths = document(about, ServeConfig())["paths"]
     assert "/v1/chat/completions" not in paths
     body = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["properties"]["threshold"] == {"type": "null"}
+    for name in ("threshold", "decay", "draft_threshold", "max_drafts"):
+        assert body["properties"][name] == {"type": "null"}
 
 
 def test_the_names_of_models(tmp_path):

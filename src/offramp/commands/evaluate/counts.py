@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from offramp.errors import UnsupportedArchitectureError
 from offramp.evaluation.cost import ModelCost, model_cost
 from offramp.exits.policy import ThresholdPolicy
+from offramp.generation.blocks_run import layers_run
 from offramp.generation.exit_rule import ExitRule
 from offramp.models.base import EarlyExitModel
 from offramp.models.missing_kv import MissingKV
@@ -28,23 +29,6 @@ class Figures:
     "Number of scored or generated tokens."
     context_tokens: int
     "Number of tokens of the contexts, which run at full depth."
-
-
-def layers_run(
-    exit_layers: Sequence[int], missing_kv: MissingKV, *, cache_layers: int
-) -> list[int]:
-    """Return how many blocks decoding runs for each token of one text, from where they exit.
-
-    Under "recompute", the blocks above an exit run later, as far as a later token of the text needs
-    their keys and values; blocks above ``cache_layers`` write none.
-    """
-    if missing_kv == "propagate":
-        return list(exit_layers)
-    deepest, found = 0, []
-    for layer in reversed(exit_layers):
-        deepest = max(deepest, layer)
-        found.append(max(layer, min(deepest, cache_layers)))
-    return found[::-1]
 
 
 @dataclass(kw_only=True)

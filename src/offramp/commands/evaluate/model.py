@@ -36,6 +36,8 @@ class ScoringModel(TemplateLM):  # type: ignore[misc]
     ``counts`` holds the cost by the name of the task.
     """
 
+    tokenizer: Any = None
+
     def __init__(
         self, scoring: Scoring, *, on_requests: OnRequests = lambda task, done, total: None
     ) -> None:

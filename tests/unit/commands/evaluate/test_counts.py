@@ -2,17 +2,9 @@
 
 import pytest
 
-from offramp.commands.evaluate.counts import TaskCounts, layers_run
+from offramp.commands.evaluate.counts import TaskCounts
 from offramp.data import make_tokenizer
 from offramp.models.open import open_in_memory
-
-
-def test_under_recompute_a_token_runs_as_deep_as_a_later_one():
-    exits = [4, 1, 2, 1, 3, 1]
-    assert layers_run(exits, "propagate", cache_layers=4) == exits
-    assert layers_run(exits, "recompute", cache_layers=4) == [4, 3, 3, 3, 3, 1]
-    assert layers_run(exits, "recompute", cache_layers=2) == [4, 2, 2, 2, 3, 1]
-    assert layers_run([], "recompute", cache_layers=4) == []
 
 
 @pytest.fixture
