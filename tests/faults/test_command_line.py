@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from offramp.cli.app import COMMANDS, app
 from offramp.errors import ConfigError
 
-EXAMPLES = int(os.environ.get("FUZZ", "2000"))
+EXAMPLES = int(os.environ.get("FUZZ", "1000"))
 WORDS = (
     *("", " ", "0", "1", "2", "3", "-1", "-0", "1.5", "0.5", ".5", "1e3x", "1e-9", "1e400"),
     *("nan", "inf", "-inf", "NaN", "infinity", "0x10", "1_0", "+2", "٣", "²", "Ⅷ", "1,2", ","),

@@ -29,7 +29,7 @@ from offramp.studies.study.frontier import Frontier, full_depth, load_frontiers,
 from offramp.studies.study.record import RunRecord, RunTiming
 from offramp.studies.study.study import chosen_study
 
-EXAMPLES = int(os.environ.get("FUZZ", "2000"))
+EXAMPLES = int(os.environ.get("FUZZ", "1000"))
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 
 SWEEP, GENERATE, PROBE = "sweep", "generate", "probe"

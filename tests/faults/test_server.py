@@ -23,7 +23,7 @@ from offramp.training.loop import new_model
 
 schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = max(20, int(os.environ.get("FUZZ", "2000")) // 50)
+EXAMPLES = max(20, int(os.environ.get("FUZZ", "1000")) // 50)
 
 
 class ChatTokenizer:

@@ -65,14 +65,25 @@ def step_by_step(model):
     model.router = lambda cache, spec: None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("missing_kv", ["propagate", "recompute"])
-@pytest.mark.parametrize("fields", MODELS, ids=lambda fields: "-".join(map(str, fields.values())))
+CASES = [
+    (fields, missing_kv, dtype)
+    for number, fields in enumerate(MODELS)
+    for missing_kv in ("propagate", "recompute")
+    for dtype in (torch.float32, torch.bfloat16)
+    if dtype == torch.float32 or (missing_kv == "recompute") == (number % 2 == 0)
+]
+
+
+def name_of(value):
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("fields", "missing_kv", "dtype"), CASES, ids=name_of)
 def test_a_routed_token_is_that_of_single_steps(make_model, make_ids, fields, missing_kv, dtype):
     model = make_model(dtype=dtype, **SHAPE, **fields)
     with torch.inference_mode():
         model.model.embed_tokens.weight.mul_(30)
-    ids, left = make_ids(3, 45), set()
+    ids, left = make_ids(3, 33), set()
     for name, rule in rules(gates()).items():
         for rows in (ids[:1], ids) if name in ("many", "price") else (ids,):
             outcomes = []
