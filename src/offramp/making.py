@@ -28,11 +28,12 @@ from offramp.models.open import open_in_memory, open_model
 from offramp.options import check_processes, config_of, exit_layers_of
 from offramp.report.progress import StudyBars, bars, call_bar
 from offramp.report.result import ResultTable
+from offramp.report.scale_result import ScaleResult, Size
 from offramp.report.study_json import to_json
 from offramp.report.study_result import Row
 from offramp.studies.runs import default_jobs
+from offramp.studies.study.chosen import run_chosen
 from offramp.studies.study.config import StudyConfig
-from offramp.studies.study.study import chosen_study, run_study
 from offramp.studies.study.workers import Workers
 from offramp.training.config import TrainConfig
 
@@ -167,22 +168,23 @@ def study(
     jobs: int | None = None,
     progress: bool = False,
     **options: Any,
-) -> ResultTable[Row]:
+) -> ResultTable[Row] | ResultTable[Size]:
     """Train a grid of recipes on the same tokens with several seeds, and compare them.
 
     The same call continues a study that was stopped. It starts worker processes, so a script
     calls it below ``if __name__ == "__main__":``.
 
     Args:
-        name: Which study: ``objectives``, ``alpha``, ``middle``, ``exits``, ``heads`` or ``kv``;
-            or a grid of your own: the path of a TOML file, or its content as a dictionary.
+        name: Which study: ``objectives``, ``alpha``, ``middle``, ``exits``, ``heads``, ``kv`` or
+            ``scale``; or a grid of your own: the path of a TOML file, or its content as a
+            dictionary.
         corpus: The text to train on.
         out: Folder for ``study.json``, the tables, the plots and the runs.
         test: The text to report on; by default the corpus's test split, or its last 10%.
         runs: Folder of the runs, which studies may share; by default ``out/runs``.
         jobs: Processes that train at a time; by default one for each core.
         progress: Show progress bars.
-        **options: ``seeds`` and ``tokens``.
+        **options: ``seeds``, ``tokens`` and, of ``scale``, ``sizes``.
     """
     out = Path(out)
     chosen = {**options, "corpus": str(corpus), "test": None if test is None else str(test)}
@@ -194,9 +196,9 @@ def study(
     console = safe_console(stderr=True, quiet=not progress)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     with bars(console) as drawn:
-        result = run_study(
-            chosen_study(name), config, out, watcher=StudyBars(drawn, say), workers=workers
-        )
+        result = run_chosen(name, config, out, watcher=StudyBars(drawn, say), workers=workers)
+    if isinstance(result, ScaleResult):
+        return ResultTable(rows=list(result.rows), content=to_json(result))
     return ResultTable(rows=list(result.rows), content=to_json(result))
 
 

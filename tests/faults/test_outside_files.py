@@ -25,9 +25,9 @@ from offramp.errors import OfframpError
 from offramp.evaluation.trace import ExitTrace
 from offramp.files import file_sha256
 from offramp.report.study_json import read_study, read_times
+from offramp.studies.study.chosen import chosen_study
 from offramp.studies.study.frontier import Frontier, full_depth, load_frontiers, save_frontiers
 from offramp.studies.study.record import RunRecord, RunTiming
-from offramp.studies.study.study import chosen_study
 
 EXAMPLES = int(os.environ.get("FUZZ", "1000"))
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"

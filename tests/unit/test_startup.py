@@ -87,7 +87,10 @@ BAD_VALUES = {  # the second is refused by a config, where the command has one
         *(("--weights", "int3"), ("--cors", "example.org"), ("--grace", "nan")),
     ],
     "specialise": [("--steps", "x"), ("--steps", "0")],
-    "study": [("--seeds", "x"), ("--seeds", "0"), ("--threads", "0")],
+    "study": [
+        *(("--seeds", "x"), ("--seeds", "0"), ("--threads", "0"), ("--sizes", "x")),
+        ("--sizes", "100"),
+    ],
     "sweep": [("--dtype", "int3"), ("--thresholds", "high"), ("--weights", "int3")],
     "train": [("--steps", "x"), ("--steps", "0"), ("--lr", "0")],
     "tune": [("--lr", "x"), ("--lr", "nan"), ("--tokens", "1")],

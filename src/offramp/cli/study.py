@@ -16,6 +16,7 @@ from offramp.options import check_processes
 from offramp.studies.study.config import StudyConfig
 
 if TYPE_CHECKING:
+    from offramp.report.scale_result import ScaleResult
     from offramp.report.study_result import StudyResult
     from offramp.studies.study.workers import Workers
 
@@ -64,7 +65,8 @@ def study(
     Parameters
     ----------
     name
-        Which study: objectives, alpha, middle, exits, heads or kv; none with --grid.
+        Which study: objectives, alpha, middle, exits, heads, kv or scale; none with
+        --grid.
     grid
         A TOML file with a grid of your own: any fields of the model and of the training.
     out
@@ -72,16 +74,17 @@ def study(
         study that was stopped.
     """
     from offramp.report.progress import StudyBars, bars
-    from offramp.studies.study.study import chosen_study, run_study
+    from offramp.studies.study.chosen import run_chosen
 
     if (name is None) == (grid is None):
         got = "neither" if name is None else "both"
         raise ConfigError(f"study: expected the name of a study or --grid, got {got}")
     workers = (where or Where()).workers(out)
     work_begins()
-    chosen = chosen_study(grid or str(name))
     with bars(console) as drawn, say_how_to_continue(out):
-        result = run_study(chosen, config, out, watcher=StudyBars(drawn, say), workers=workers)
+        result = run_chosen(
+            grid or str(name), config, out, watcher=StudyBars(drawn, say), workers=workers
+        )
     say_answers(result)
     say(f"The figures: {out / 'study.json'}; the report: {out / 'report.html'}")
 
@@ -96,7 +99,7 @@ def say_how_to_continue(out: Path) -> Iterator[None]:
         raise
 
 
-def say_answers(result: "StudyResult") -> None:
+def say_answers(result: "StudyResult | ScaleResult") -> None:
     """Print what the study found."""
     out = output()
     for answer in result.answers:

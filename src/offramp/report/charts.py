@@ -21,6 +21,8 @@ from offramp.report.drawing import fitted, in_look
 from offramp.report.evaluation_chart import evaluation_chart
 from offramp.report.look import COLUMN, Look, check_size, look_of
 from offramp.report.plots import frontier
+from offramp.report.scale_plot import ratios
+from offramp.report.scale_result import ScaleResult
 from offramp.report.study_plots import frontiers
 from offramp.report.study_result import StudyResult
 from offramp.schema import fitting
@@ -118,6 +120,15 @@ def _study(content: Content, look: Look) -> Any:
     return frontiers(result, *result.families[0], look=look)
 
 
+def _scale(content: Content, look: Look) -> Any:
+    """Ratio of PPLs against the number of parameters."""
+    try:
+        result = fitting(ScaleResult, content)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return ratios(result, look)
+
+
 _KINDS: dict[str, Callable[[Content, Look], Any]] = {
     "evaluations": evaluation_chart,
     "measures": confidence_plot,
@@ -126,6 +137,7 @@ _KINDS: dict[str, Callable[[Content, Look], Any]] = {
     "p_values": certificate_chart,
     "p_broken": check_chart,
     "metrics": metrics_chart,
+    "sizes": _scale,
     "study": _study,
     "corpora": _reproduction,
     "rows": sweep_chart,

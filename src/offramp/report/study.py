@@ -57,7 +57,7 @@ def page(result: StudyResult, times: StudyTimes) -> str:
         how=how(result) if times.decoding else f"{how(result)} {NOT_TIMED}",
         tables=tables,
         figures=figures,
-        decoding=times.decoding is not None,
+        files=["summary.csv", "frontiers.csv", *(["decoding.csv"] if times.decoding else [])],
         vega=javascript,
         version=result.offramp_version,
     )

@@ -32,7 +32,7 @@ def summary_csv(result: StudyResult) -> str:
                     *(row.final_ppl.mean, row.final_to_standard.mean),
                 )
             )
-    return _written(header, rows)
+    return written(header, rows)
 
 
 def frontiers_csv(result: StudyResult) -> str:
@@ -52,14 +52,15 @@ def frontiers_csv(result: StudyResult) -> str:
                     curve.threshold, curve.compute_pct, curve.flops_pct, curve.ppl, strict=True
                 )
                 rows += [(run.label, run.seed, confidence, missing_kv, *point) for point in points]
-    return _written((*header, "compute_pct", "flops_pct", "ppl"), rows)
+    return written((*header, "compute_pct", "flops_pct", "ppl"), rows)
 
 
 def _tested(ratio: Ratio) -> tuple[Any, Any]:
     return ratio.mean, ratio.p_value
 
 
-def _written(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def written(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as CSV; None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

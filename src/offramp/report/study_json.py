@@ -12,6 +12,7 @@ from typing import Any
 
 from offramp.files import write_json
 from offramp.reading import read_as
+from offramp.report.scale_result import ScaleResult
 from offramp.report.study_result import StudyResult, StudyTimes
 
 ABSENT = ("search", "recipe", "to_baseline", "final_to_baseline", "decoding", "source")
@@ -34,7 +35,7 @@ def to_json(value: Any) -> Any:
     return [to_json(member) for member in value] if isinstance(value, list | tuple) else value
 
 
-def write_study(path: Path, result: StudyResult | StudyTimes) -> None:
+def write_study(path: Path, result: StudyResult | ScaleResult | StudyTimes) -> None:
     """Write study.json or timing.json, whole or not at all."""
     write_json(path, to_json(result))
 
@@ -42,6 +43,11 @@ def write_study(path: Path, result: StudyResult | StudyTimes) -> None:
 def read_study(path: Path) -> StudyResult:
     """The result that a study.json holds; a CheckpointError names what is wrong with it."""
     return read_as(StudyResult, path)
+
+
+def read_scale(path: Path) -> ScaleResult:
+    """The result that a study.json of ``scale`` holds; a CheckpointError names what is wrong."""
+    return read_as(ScaleResult, path)
 
 
 def read_times(path: Path) -> StudyTimes:

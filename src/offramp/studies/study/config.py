@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from offramp.errors import ConfigError
 
+WIDEST = 2048
+"""Largest width of a model of study scale."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextChoice:
@@ -24,12 +27,22 @@ class StudyConfig(TextChoice):
     "Seeds of each recipe (default: the study's own, 3)."
     tokens: int | None = None
     "Training tokens of each run (default: the study's own)."
+    sizes: tuple[int, ...] | None = None
+    """Widths of the models of study scale, multiples of 32 such as 64,96 (default:
+    64,96,128,160)."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {value}")
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", tuple(sorted(set(self.sizes))))
+            if not self.sizes or any(not 32 <= size <= WIDEST or size % 32 for size in self.sizes):
+                raise ConfigError(
+                    f"sizes: expected multiples of 32 up to {WIDEST}, got "
+                    f"{', '.join(map(str, self.sizes)) or 'none'}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,12 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
     """Raise before any work what a run would raise; returns the size of the vocabulary."""
     tokenizer, *_ = runs[0].tokenised()
     vocab_size = vocabulary_size(tokenizer)
+    check_recipes(runs, vocab_size)
+    return vocab_size
+
+
+def check_recipes(runs: Sequence[StudyRun], vocab_size: int) -> None:
+    """Raise a ConfigError, before any work, where a run's recipe would raise one."""
     for run in {run.label: run for run in runs}.values():  # seeds differ in nothing else
         try:
             loss_schedule(
@@ -96,7 +102,6 @@ def check_runs(runs: Sequence[StudyRun]) -> int:
             raise ConfigError(
                 f"recipe {run.label!r}, {run.tokens:,} training tokens a run: {error}"
             ) from None
-    return vocab_size
 
 
 def _check_specialised(run: StudyRun, vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from offramp.models.missing_kv import EXACT, are_complete
+from offramp.models.native.config import DecoderConfig
 from offramp.report.study_result import Searched, StudyResult
 from offramp.studies.study.budgets import Budgets
 from offramp.studies.study.candidates import (
@@ -73,7 +74,7 @@ def find_recipe(
         searched = sum(len(changes) for _, changes in planned) - len(planned) + 1
         watcher.on_plan("search", searched, searched * short.tokens)
         best, search = _search(budgets, config, text, watcher, workers)
-        final = _final(study, best)
+        final = measured_study(study, best)
         runs = plan_runs(final, text)
         result = finish_study(
             final,
@@ -92,7 +93,7 @@ def _rounds(study: Study, config: RecipeConfig) -> list[tuple[str, list[dict[str
     return list(rounds(config.layers, config.compute_budget, upper=upper))
 
 
-def _final(study: Study, best: Candidate) -> Study:
+def measured_study(study: Study, best: Candidate) -> Study:
     """The study of the recipe that was found, with static models that share keys and values too."""
     source, layers = best.source, study.model.num_hidden_layers
     complete = are_complete(best.all_exits, complete_from=source or layers, num_layers=layers)
@@ -114,16 +115,7 @@ def recipe_study(config: RecipeConfig) -> Study:
         question=f"Which recipe is best at {config.compute_budget:g}% of the FLOPs of "
         f"{config.layers} layers, and how good is it?",
         tokenizer=config.tokenizer,
-        model=replace(
-            SMALL,
-            hidden_size=config.dim,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.dim // 32,
-            num_key_value_heads=None,
-            head_dim=None,
-            intermediate_size=config.dim * 21 // 8,
-            exit_layers=(1,),
-        ),
+        model=model_of(config.dim, config.layers),
         training=CHARACTERS,
         tokens=config.tokens,
         test_tokens=131_072,
@@ -134,6 +126,20 @@ def recipe_study(config: RecipeConfig) -> Study:
         decoding=True,
         gates=GATES,
         seeds=config.seeds,
+    )
+
+
+def model_of(width: int, layers: int) -> DecoderConfig:
+    """The standard model of a width, a multiple of 32, and a depth."""
+    return replace(
+        SMALL,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=None,
+        head_dim=None,
+        intermediate_size=width * 21 // 8,
+        exit_layers=(1,),
     )
 
 

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from offramp.environment import environment
-from offramp.errors import CheckpointError, ConfigError, OfframpError
+from offramp.errors import CheckpointError
 from offramp.files import write_json
 from offramp.folders import working_in
 from offramp.reading import read_json
 from offramp.report import study as report
 from offramp.report.study_json import write_study
 from offramp.report.study_result import Searched, StudyResult
-from offramp.schema import fitting
 from offramp.studies.study.config import StudyConfig
 from offramp.studies.study.decoding import decoding_times
 from offramp.studies.study.format import FORMAT
 from offramp.studies.study.grid import check_runs, plan_runs
-from offramp.studies.study.grid_file import GridFile, read_grid
-from offramp.studies.study.own import study_of_grid
 from offramp.studies.study.plan import Study
 from offramp.studies.study.run import StudyRun
-from offramp.studies.study.studies import STUDIES
 from offramp.studies.study.summary import summarise
 from offramp.studies.study.texts import study_text
 from offramp.studies.study.timing import TIMES, keep_static_times, timings
@@ -92,25 +88,6 @@ def finish_study(
     made_with = {"jobs": workers.jobs, "threads": workers.threads, "ray": workers.ray}
     write_json(out / "environment.json", {**environment("cpu"), **made_with})
     return result
-
-
-def chosen_study(chosen: str | Path | Mapping[str, Any]) -> Study:
-    """The built-in study of a name, or that of a grid: a TOML file, or its content.
-
-    A string that ends with .toml is the path of a file. Raises ConfigError for a name that no study
-    has, and CheckpointError or ConfigError for a grid that is not valid.
-    """
-    if isinstance(chosen, Mapping):
-        return study_of_grid(fitting(GridFile, chosen))
-    if isinstance(chosen, Path) or chosen.endswith(".toml"):
-        content = read_grid(Path(chosen))
-        try:
-            return study_of_grid(content)
-        except OfframpError as error:
-            raise ConfigError(f"{chosen}: {error}") from None
-    if chosen not in STUDIES:
-        raise ConfigError(f"study: expected one of {', '.join(STUDIES)}, got {chosen!r}")
-    return STUDIES[chosen]
 
 
 @contextmanager

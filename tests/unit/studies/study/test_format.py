@@ -18,8 +18,9 @@ from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.format import FORMAT_FIELDS, record_of
 from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import GateFit
-from offramp.studies.study.recipe import _final, _rounds, _short, recipe_study
+from offramp.studies.study.recipe import _rounds, _short, measured_study, recipe_study
 from offramp.studies.study.run import StudyRun, StudyText
+from offramp.studies.study.scale import SCALE
 from offramp.studies.study.studies import STUDIES
 from offramp.studies.study.study import go_on_or_claim
 from offramp.training.config import TrainConfig
@@ -67,7 +68,7 @@ def runs_of_the_recipe(text):
         searched |= {run.name for run in plan_runs(_short(study, candidates), text)}
         best = best.changed(**choice)
     measured = [best, best.changed(add=())]  # with the exit that is added, and before it is
-    finals = [plan_runs(_final(study, budgets.own(each)), text) for each in measured]
+    finals = [plan_runs(measured_study(study, budgets.own(each)), text) for each in measured]
     return searched, {run.name for runs in finals for run in runs}
 
 
@@ -80,7 +81,11 @@ def test_every_kept_record_is_found_by_the_studies_that_made_it():
         for run in plan_runs(STUDIES[study], text)
     }
     searched, measured = runs_of_the_recipe(text)
-    assert names | searched <= kept.keys() <= names | searched | measured
+    scaled = {
+        run.name for width in SCALE.widths for run in plan_runs(SCALE.of_width(width, 123), text)
+    }
+    assert len(scaled & measured) == 12  # the size of the recipe's study
+    assert names | searched <= kept.keys() <= names | searched | measured | scaled
     for name, config in kept.items():
         written = json.dumps(config, sort_keys=True)
         assert hashlib.sha256(written.encode()).hexdigest()[:16] == name

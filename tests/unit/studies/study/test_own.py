@@ -9,12 +9,12 @@ from offramp.calibration.specialise_config import SpecialiseConfig
 from offramp.cli import main
 from offramp.errors import CheckpointError, ConfigError
 from offramp.making import study
+from offramp.studies.study.chosen import chosen_study
 from offramp.studies.study.grid import check_runs, plan_runs
 from offramp.studies.study.grid_file import GridFile, read_grid
 from offramp.studies.study.own import study_of_grid
 from offramp.studies.study.run import StudyText
 from offramp.studies.study.studies import GRID, SMALL
-from offramp.studies.study.study import chosen_study
 from offramp.training.config import TrainConfig
 
 ABOUT = {"corpus": "text.txt", "sha256": "0", "test_sha256": "1"}

@@ -28,7 +28,7 @@ from offramp.studies.study.config import RecipeConfig
 from offramp.studies.study.frontier import Frontier, FrontierKey, save_frontiers
 from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import GateFit
-from offramp.studies.study.recipe import _final, find_recipe, recipe_study
+from offramp.studies.study.recipe import find_recipe, measured_study, recipe_study
 from offramp.studies.study.record import RunRecord
 from offramp.studies.study.run import StudyText
 from offramp.studies.study.studies import SMALL
@@ -264,7 +264,7 @@ def test_the_recipe_stands_beside_static_models_of_its_kind(budgets):
     def final(source, exits, add=()):
         special = SpecialiseConfig() if add else None
         candidate = Candidate(exits=exits, source=source, specialise=special, add=add)
-        found = _final(budgets.study, candidate)
+        found = measured_study(budgets.study, candidate)
         text = StudyText(train="", held_out="", test="", about={})
         (label,) = {each.label for each in found.recipes}
         runs = plan_runs(replace(found, seeds=1), text)

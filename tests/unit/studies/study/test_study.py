@@ -10,6 +10,7 @@ from offramp.cli import main
 from offramp.errors import CheckpointError, ConfigError, CorpusError
 from offramp.report.study_json import read_study, read_times
 from offramp.studies.study import timing
+from offramp.studies.study.chosen import chosen_study
 from offramp.studies.study.config import StudyConfig
 from offramp.studies.study.decoding import decoding_times, time_decoding
 from offramp.studies.study.done import Done
@@ -17,7 +18,7 @@ from offramp.studies.study.grid import plan_runs
 from offramp.studies.study.plan import Recipe
 from offramp.studies.study.record import RunTiming
 from offramp.studies.study.studies import STUDIES
-from offramp.studies.study.study import chosen_study, go_on_or_claim, run_study
+from offramp.studies.study.study import go_on_or_claim, run_study
 from offramp.studies.study.summary import check_equal_tokens
 from offramp.studies.study.texts import study_text
 from offramp.studies.study.workers import Workers
@@ -321,7 +322,8 @@ def test_no_summary_compares_different_budgets(tiny, tmp_path):
 
 def test_what_is_no_study_is_refused():
     with pytest.raises(
-        ConfigError, match="expected one of objectives, alpha, middle, exits, heads, kv, got 'x'"
+        ConfigError,
+        match="expected one of objectives, alpha, middle, exits, heads, kv, scale, got 'x'",
     ):
         chosen_study("x")
     with pytest.raises(ConfigError, match="tokens: expected at least 1, got 0"):
