@@ -108,20 +108,17 @@ def sequences_needed(epsilon: float, delta: float | None, *, test: str = "auto")
         return max(1, math.ceil(1 / epsilon - 1 - 1e-9))
     if test in ("betting", "empirical-bernstein"):
         return needed_without_loss(epsilon, delta, bernstein=test == "empirical-bernstein")
-    n = max(1, math.ceil(math.log(delta) / math.log1p(-epsilon) - 1e-9))
-    return n
+    return max(1, math.ceil(math.log(delta) / math.log1p(-epsilon) - 1e-9))
 
 
-def choose_test(n: int, epsilon: float, delta: float, *, binary: bool = False) -> str:
+def choose_test(n: int, epsilon: float, delta: float) -> str:
     """Return the test that is best by what is known before any loss is seen.
 
-    ``binary`` losses are 0 or 1, and Hoeffding-Bentkus is nearly the best test for them. For
-    shares, such as the part of a sequence's tokens that is lost, it is betting, unless there are
-    too few sequences for betting to certify anything.
+    Losses are shares, such as the part of a sequence's tokens that is lost. The best test for them
+    is betting, unless there are too few sequences for betting to certify anything.
     """
-    if binary or n < sequences_needed(epsilon, delta, test="betting"):
-        return "hoeffding-bentkus"
-    return "betting"
+    enough = n >= sequences_needed(epsilon, delta, test="betting")
+    return "betting" if enough else "hoeffding-bentkus"
 
 
 def check_levels(**levels: float) -> None:

@@ -145,7 +145,6 @@ def test_auto_chooses_by_the_number_of_sequences_alone():
     needed = sequences_needed(0.05, 0.05, test="betting")
     assert choose_test(needed, 0.05, 0.05) == "betting"
     assert choose_test(needed - 1, 0.05, 0.05) == "hoeffding-bentkus"
-    assert choose_test(10_000, 0.05, 0.05, binary=True) == "hoeffding-bentkus"
     assert Promise(epsilon=0.05).test_for(needed) == "betting"
     chosen = Promise(epsilon=0.05, test="empirical-bernstein")
     assert chosen.test_for(10) == "empirical-bernstein"

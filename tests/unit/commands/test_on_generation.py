@@ -79,13 +79,52 @@ def test_losses_are_zero_at_full_depth_and_the_nll_is_that_of_the_model(opened, 
         assert losses.max() <= 1
     assert write.losses(early, "divergence").mean() > 0.3
     text = early.texts[0].ids
+    assert write.losses(early, "nll-gap").max() > 0
     ids = torch.tensor([[*prompts.ids[0], *text]])
     with torch.no_grad():
         step = whole_step(ids[:, :-1])
         h = opened.model.embed(ids[:, :-1], step=step)
         logits = opened.model.unembed(opened.model.run_layers(h, 0, 3, step=step), 3)
     expected = -logits.log_softmax(-1)[0, -len(text) :].gather(1, ids[0, -len(text) :, None]).mean()
-    assert write._mean_nll(prompts.ids[0], text) == pytest.approx(float(expected), abs=1e-5)
+    nll = write._mean_nll(early.texts, range(24))  # five rows at a time
+    assert nll[0] == pytest.approx(float(expected), abs=1e-5)
+    alone = [write._mean_nll(early.texts, [n])[n] for n in range(24)]
+    assert [*map(nll.get, range(24))] == pytest.approx(alone, abs=1e-6)
+
+
+def test_each_text_of_full_depth_is_scored_once(opened, prompts, monkeypatch):
+    write = writer(opened, prompts)
+    early, bolder = write.write((0.06,)), write.write((0.0,))
+    first = write.losses(early, "nll-gap")
+    scored = []
+    real = Writer._mean_nll
+    monkeypatch.setattr(
+        Writer,
+        "_mean_nll",
+        lambda self, texts, chosen: (
+            scored.append((texts, len(chosen))) or real(self, texts, chosen)
+        ),
+    )
+    assert write.losses(early, "nll-gap").tolist() == first.tolist()
+    assert scored[0] == (write.full.texts, 0)
+    other = [n for n in range(24) if early.texts[n].ids != write.full.texts[n].ids]
+    assert scored[1] == (early.texts, len(other))
+    write.losses(bolder, "nll-gap")
+    assert scored[2][1] == 24 - len(other) < 24
+
+
+def test_the_nll_of_texts_of_many_lengths(opened, prompts):
+    uneven = dataclasses.replace(
+        prompts, ids=[ids[: 3 + n % 3] for n, ids in enumerate(prompts.ids)]
+    )
+    config = dataclasses.replace(CONFIG, max_new_tokens=6)
+    write = Writer(opened, uneven, config, confidence="max_prob")
+    texts = write.write((0.0,)).texts
+    for n, text in enumerate(texts):
+        del text.tokens[1 + n % 5 :]
+    found = write._mean_nll(texts, range(24))
+    alone = [write._mean_nll(texts, [n])[n] for n in range(24)]
+    assert [found[n] for n in range(24)] == pytest.approx(alone, abs=1e-6)
 
 
 def test_testing_stops_at_the_first_failure(opened, prompts):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class Writer:
     ) -> None:
         self.opened, self.prompts, self.config = opened, prompts, config
         self.confidence, self.on_prompt, self.most = confidence, on_prompt, most
+        self._own_nll = dict[int, float]()  # of full depth's texts, by number
         self.done = 0
         "Texts written so far, of ``most`` times the number of prompts and those at full depth."
 
@@ -129,29 +131,39 @@ class Writer:
 
     def losses(self, early: Written, risk: str, *, bound: float = DEFAULT_BOUND) -> Any:
         """Return (n,) losses from 0 to 1 of the texts against those of full depth."""
-        pairs = zip(self.prompts.ids, self.full.texts, early.texts, strict=True)
-        return np.array([self._loss(*pair, risk, bound) for pair in pairs])
+        full = self.full.texts
+        found = np.zeros(len(full))
+        other = [n for n, text in enumerate(early.texts) if text.ids != full[n].ids]
+        if risk == "nll-gap":
+            self._own_nll |= self._mean_nll(full, [n for n in other if n not in self._own_nll])
+            for n, nll in self._mean_nll(early.texts, other).items():
+                found[n] = nll_gap_loss(self._own_nll[n], nll, bound=bound)
+            return found
+        for n in other:
+            if risk == "divergence":
+                found[n] = divergence(full[n].ids, early.texts[n].ids)
+            else:
+                found[n] = rouge_l_loss(full[n].text, early.texts[n].text)
+        return found
 
-    def _loss(
-        self, prompt: list[int], full: Completion, early: Completion, risk: str, bound: float
-    ) -> float:
-        if full.ids == early.ids:
-            return 0.0
-        if risk == "divergence":
-            return divergence(full.ids, early.ids)
-        if risk == "rouge-l":
-            return rouge_l_loss(full.text, early.text)
-        own, other = (self._mean_nll(prompt, text.ids) for text in (full, early))
-        return nll_gap_loss(own, other, bound=bound)
+    def _mean_nll(self, texts: Sequence[Completion], chosen: Sequence[int]) -> dict[int, float]:
+        """Return the full model's mean NLL of the texts with these numbers, by number.
 
-    def _mean_nll(self, prompt: list[int], text: list[int]) -> float:
-        """Return the full model's mean NLL of a text that continues a prompt."""
-        model = self.opened.model
-        ids = torch.tensor([[*prompt, *text]])
-        trace = collect_trace(
-            model, [(ids[:, :-1], ids[:, -len(text) :])], layers=(model.num_layers,), measures=()
-        )
-        return float(trace.nll[-1].mean(dtype=np.float64))
+        Texts of equal length, after prompts of equal length, run together.
+        """
+        model, found = self.opened.model, dict[int, float]()
+        lengths = {n: (len(self.prompts.ids[n]), len(texts[n].ids)) for n in chosen}
+        rows = self.config.rows
+        for (_, new), same in groupby(sorted(chosen, key=lengths.__getitem__), lengths.__getitem__):
+            alike = [*same]
+            for some in (alike[at : at + rows] for at in range(0, len(alike), rows)):
+                ids = torch.tensor([[*self.prompts.ids[n], *texts[n].ids] for n in some])
+                trace = collect_trace(
+                    model, [(ids[:, :-1], ids[:, -new:])], layers=(model.num_layers,), measures=()
+                )
+                means = trace.nll[-1].reshape(len(some), new).mean(axis=1, dtype=np.float64)
+                found |= zip(some, means.tolist(), strict=True)
+        return found
 
     def cost(self, written: Written, thresholds: Thresholds) -> tuple[float, float]:
         """Return Compute% and FLOPs% of new tokens, by the exits at which they left."""
