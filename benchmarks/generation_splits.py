@@ -11,7 +11,8 @@ promise with the same epsilon on their nll-gap (for nll-gap) or on their disagre
 others). Its thresholds are of the same path, so what happens with them on generation is known.
 
 Tokens/s are those of decoding a text alone, without its prompt: --timed prompts, full depth and all
-steps one after the other for each prompt, and the median of the ratios to full depth.
+steps one after the other for each prompt, and the median of the ratios to full depth. They are per
+second of processor time, so that other programs disturb them less. Use one thread.
 
     python benchmarks/generation_splits.py MODEL --text test.txt --record losses.json
 """
@@ -85,7 +86,9 @@ def main() -> None:
     print(f"{texts:,} texts of {config.max_new_tokens} tokens after {prompts.about}", flush=True)
     write(opened, prompts, config, path, record)
     record.once("text", lambda: read(opened, chosen, path))
-    record.once("seconds", lambda: timed(opened, prompts, config, path, chosen.timed))
+    if len(record.content.get("seconds", [])) < chosen.timed:
+        record.content["seconds"] = timed(opened, prompts, config, path, chosen.timed)
+        record.save()
     show(record, opened.model.num_layers, chosen.prices, chosen.splits)
 
 
@@ -200,9 +203,9 @@ def _seconds(
     )
     tokens = generate(opened.model, ids, options, tokenizer=opened.tokenizer, fitted=opened.fitted)
     next(tokens)  # the prompt
-    began = time.perf_counter()
+    began = time.process_time()
     count = sum(1 for _ in tokens)
-    return (time.perf_counter() - began) / max(1, count)
+    return (time.process_time() - began) / max(1, count)
 
 
 def show(record: Record, num_layers: int, prices: Any, splits: int) -> None:
@@ -222,14 +225,14 @@ def show(record: Record, num_layers: int, prices: Any, splits: int) -> None:
 
 def speeds(record: Record) -> list[float]:
     """Return tokens/s relative to full depth, of full depth and of each step; NaN if untimed."""
-    seconds = np.array(record.content["seconds"])
+    seconds = np.array(record.content.get("seconds", []))
     if not seconds.size:
         return [float("nan")] * (1 + len(record.content["settings"]["prices"]))
     return [float(ratio) for ratio in np.median(seconds[:, :1] / seconds, axis=0)]
 
 
 def steps_table(record: Record, prices: Any, speed: list[float]) -> Iterator[str]:
-    seconds = np.array(record.content["seconds"])
+    seconds = np.array(record.content.get("seconds", []))
     if seconds.size:
         yield f"full depth: {np.median(1 / seconds[:, 0]):.1f} tokens/s, median, one text"
     text = record.content["text"]

@@ -43,6 +43,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(line: str, place: str) -> Prompt:
     try:
         content = parse_json(line)
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at character {error.pos + 1}"
+        raise CorpusError(f"{place}: expected JSON, got {shown(line)}: {why}") from None
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{place}: expected JSON, got {error}") from None
     value = content

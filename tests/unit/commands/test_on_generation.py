@@ -211,6 +211,29 @@ def test_prompts_of_a_file(opened, tmp_path):
         prompts_of_file(opened, path, CONFIG)
 
 
+def test_prompts_that_do_not_fit_are_named_before_any_text_is_written(opened, monkeypatch):
+    monkeypatch.setattr(Writer, "write", lambda *_: pytest.fail("a text was written"))
+    longest = opened.model.max_length
+    ids = [[1] * 4] * 30
+    promise = Promise(on="generation", epsilon=0.3)
+
+    def certify(*others, **options):
+        config = dataclasses.replace(CONFIG, **options)
+        prompts = Prompts(ids=[*ids, *others], sha256="", about="")
+        certify_generation(opened, prompts, promise, config, confidence="max_prob", path=PATH)
+
+    with pytest.raises(ConfigError, match=f"10 new ones fit .* of {longest}, got {longest} in pr"):
+        certify([1] * longest)
+    with pytest.raises(ConfigError, match=f"from 1 to {longest - 9} tokens .* in prompt 32"):
+        certify([1], [1] * (longest - 8))
+    with pytest.raises(ConfigError, match=r"expected from 1 to .* got 0 in prompt 31"):
+        certify([])
+    with pytest.raises(ConfigError, match=f"max_new_tokens: expected at most {longest}, the model"):
+        certify(max_new_tokens=longest + 1)
+    with pytest.raises(pytest.fail.Exception, match="a text was written"):
+        certify([1] * (longest - 9))
+
+
 def test_from_python(opened, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
@@ -223,8 +246,10 @@ def test_from_python(opened, tmp_path):
 
 def test_wrong_options_are_named():
     for name in ("max_prompts", "prompt_tokens", "max_new_tokens", "rows", "steps"):
-        with pytest.raises(ConfigError, match=f"{name}: expected at least 1, got 0"):
+        with pytest.raises(ConfigError, match=f"{name}: expected at least [12], got 0"):
             WriteConfig(**{name: 0})
+    with pytest.raises(ConfigError, match="max_new_tokens: expected at least 2, got 1"):
+        WriteConfig(max_new_tokens=1)  # no token could leave, so that every promise would hold
     with pytest.raises(ConfigError, match="missing_kv"):
         WriteConfig(missing_kv="never")
     with pytest.raises(ConfigError, match="on: expected text or generation"):

@@ -39,6 +39,14 @@ def test_a_wrong_line_is_named(tmp_path, line):
         read_prompts(path)
 
 
+def test_a_broken_line_is_shown_with_the_place_of_the_mistake(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"ok"\n{"prompt": "x"\n')
+    said = r"""line 2: expected JSON, got '\{"prompt": "x"': Expecting .* at character 15$"""
+    with pytest.raises(CorpusError, match=said):
+        read_prompts(path)
+
+
 def test_files_without_prompts_are_refused(tmp_path):
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(CorpusError, match="expected at least one prompt"):

@@ -30,7 +30,7 @@ class WriteConfig:
     prompt_tokens: int = 64
     "Number of tokens of a prompt that is cut from a text."
     max_new_tokens: int = 64
-    "Largest number of new tokens of each text."
+    "Largest number of new tokens of each text, at least 2: the first one never leaves early."
     missing_kv: MissingKVChoice = "propagate"
     "How keys and values above an exit are computed, as in later use."
     rows: int = 8
@@ -39,7 +39,7 @@ class WriteConfig:
     "Number of thresholds on the path, from careful to bold; testing stops at the first failure."
 
     def __post_init__(self) -> None:
-        least = {"max_prompts": 1, "prompt_tokens": 1, "max_new_tokens": 1, "rows": 1, "steps": 1}
+        least = {"max_prompts": 1, "prompt_tokens": 1, "max_new_tokens": 2, "rows": 1, "steps": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(

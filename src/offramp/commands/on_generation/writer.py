@@ -19,6 +19,7 @@ from offramp.commands.generate import prompt_ids
 from offramp.commands.on_generation.config import Prompts, WriteConfig
 from offramp.commands.text import read_text
 from offramp.data.prompts import cut_prompts, read_prompts
+from offramp.errors import ConfigError
 from offramp.evaluation.cost import compute_pct, model_cost
 from offramp.evaluation.trace import collect_trace
 from offramp.files import file_sha256
@@ -79,8 +80,26 @@ class Written:
         return [left.count(layer) for layer in layers]
 
 
+def _require_space(longest: int, prompts: Prompts, config: WriteConfig) -> None:
+    most = longest - config.max_new_tokens + 1  # the last new token needs no position
+    for number, ids in enumerate(prompts.ids, start=1):
+        if not 1 <= len(ids) <= most:
+            raise ConfigError(
+                f"prompts: expected from 1 to {most} tokens each, so that {config.max_new_tokens} "
+                f"new ones fit into the model's longest sequence of {longest}, got {len(ids)} in "
+                f"prompt {number}"
+                if most > 0
+                else f"max_new_tokens: expected at most {longest}, the model's longest sequence, "
+                f"got {config.max_new_tokens}"
+            )
+
+
 class Writer:
-    """Writes the texts of the same prompts with different thresholds, and compares them."""
+    """Writes the texts of the same prompts with different thresholds, and compares them.
+
+    Raises ConfigError for a prompt without tokens, and for one that leaves too little space in the
+    model's longest sequence: a shorter text would have fewer tokens that can leave.
+    """
 
     def __init__(
         self,
@@ -92,6 +111,7 @@ class Writer:
         on_prompt: OnPrompt | None = None,
         most: int = 1,
     ) -> None:
+        _require_space(opened.model.max_length, prompts, config)
         self.opened, self.prompts, self.config = opened, prompts, config
         self.confidence, self.on_prompt, self.most = confidence, on_prompt, most
         self._own_nll = dict[int, float]()  # of full depth's texts, by number
