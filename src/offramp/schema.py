@@ -162,6 +162,21 @@ def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, int | float]]
         yield from _numbers(part, f"{place}.{key}".removeprefix("."))
 
 
+def place_of_infinity(content: Any) -> str | None:
+    """Return where the content of a file has a number that is not finite; None if nowhere.
+
+    JSON has no such numbers, and offramp writes "inf" for infinity.
+    """
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        place, part = waiting.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            return place.removeprefix(".")
+        of_list = isinstance(part, list | tuple)
+        waiting += [(f"{place}[{k}]" if of_list else f"{place}.{k}", v) for k, v in _parts(part)]
+    return None
+
+
 def _with_infinity(type_: Any, content: Any) -> Any:
     if isinstance(content, str) and content in ("inf", "-inf"):
         return float(content) if float in (type_, *get_args(type_)) else content

@@ -63,7 +63,16 @@ def test_the_ending_names_the_format(offramp, results, tmp_path, ending, beginni
         ("[1]", "expected a result of offramp sweep"),
         ('{"rows": []}', "cannot be drawn"),
         ('{"rows": [{"threshold": 1}], "n_tokens": "x"}', "cannot be drawn"),
-        ('{"study": "alpha"}', "cannot be drawn"),
+        ('{"study": "alpha"}', "study: expected what offramp"),
+        (
+            '{"study": "a", "offramp_version": "9.0"}',
+            "(offramp 9.0 wrote it), got one that differs",
+        ),
+        ('{"rows": [{"threshold": 1, "ppl": NaN, "compute_pct": 1}]}', "another at rows[0].ppl"),
+        ('{"rows": [{"threshold": 1, "ppl": 1e400, "compute_pct": 1}]}', "another at rows[0].ppl"),
+        ("", "expected readable JSON"),
+        ("[" * 100_000, "expected readable JSON"),
+        ("[" * 900 + "]" * 900, "expected a result of offramp sweep"),
         ('{"corpora": 7}', "cannot be drawn"),
         ("no json", "expected readable JSON"),
         ('{"exits": [], "oracle_layers": 1}', "expected a"),
@@ -75,7 +84,7 @@ def test_the_ending_names_the_format(offramp, results, tmp_path, ending, beginni
     ],
 )
 def test_another_file_is_refused_in_one_sentence(offramp, tmp_path, content, said):
-    csv = "," in content.splitlines()[0] or content.startswith("step")
+    csv = "," in content.partition("\n")[0] or content.startswith("step")
     file = tmp_path / ("file.csv" if csv and content[0] not in "[{" else "file.json")
     file.write_text(content)
     done = offramp("plot", file)

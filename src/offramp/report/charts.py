@@ -25,8 +25,9 @@ from offramp.report.scale_plot import ratios
 from offramp.report.scale_result import ScaleResult
 from offramp.report.study_plots import frontiers
 from offramp.report.study_result import StudyResult
-from offramp.schema import fitting
+from offramp.schema import fitting, place_of_infinity
 from offramp.training.metrics_file import read_metrics, read_rows
+from offramp.version import __version__
 
 Content = Mapping[str, Any]
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
@@ -37,6 +38,8 @@ def read_result(path: Path) -> Content:
     if path.suffix.lower() == ".csv":
         return _csv(path)
     content = read_json(path)
+    if place := place_of_infinity(content):
+        raise ConfigError(f"{path}: expected finite numbers, got another at {place}")
     return content if isinstance(content, Mapping) else {}
 
 
@@ -116,7 +119,11 @@ def _study(content: Content, look: Look) -> Any:
     try:
         result = fitting(StudyResult, content)
     except ConfigError as error:
-        raise ValueError(str(error)) from None
+        writer = content.get("offramp_version")
+        by = f" (offramp {writer} wrote it)" if isinstance(writer, str) else ""
+        raise ConfigError(
+            f"study: expected what offramp {__version__} writes{by}, got one that differs: {error}"
+        ) from None
     return frontiers(result, *result.families[0], look=look)
 
 
