@@ -81,7 +81,7 @@ def typed(offramp, talker, monkeypatch):
     def run(keys, *flags):
         monkeypatch.setattr("offramp.cli.chat.in_a_terminal", lambda: True)
         with toolkit.create_pipe_input() as keyboard, session(keyboard, output):
-            keyboard.send_text(keys)
+            keyboard.send_bytes(keys if isinstance(keys, bytes) else keys.encode())
             return offramp("chat", talker, *FLAGS, *flags)
 
     return run
@@ -215,6 +215,13 @@ def test_a_person_types_commands(typed, lm):
 def test_alt_enter_begins_a_line_and_a_space_hides_a_command(typed, lm):
     result = typed("lazy\x1b\rdog\r /quit\r\x04")
     assert result.stdout.splitlines() == answers(lm, "lazy\ndog", " /quit")
+
+
+def test_bytes_that_are_no_text_and_codes_of_colours_end_no_chat(typed, lm):
+    result = typed(b"la\xff\xfezy\rlazy \x1b[31m\x1b[M !!dog\r\x1b[200~fox\x1b[31m\x1b[201~\r\x04")
+    assert result.returncode == 0, result.stderr
+    assert "message: expected text in UTF-8, got other bytes\n" in result.stderr
+    assert result.stdout.splitlines() == answers(lm, "lazy dog", "fox\x1b[31m")
 
 
 def test_ctrl_c_clears_a_line_or_stops_an_answer_and_keeps_the_conversation(typed, lm, monkeypatch):

@@ -23,6 +23,7 @@ def typed_lines(words: Sequence[str]) -> Iterator[str]:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.keys import Keys
     except ImportError:
         raise ConfigError(
             "chat: expected the library prompt_toolkit, which is not installed; "
@@ -33,6 +34,10 @@ def typed_lines(words: Sequence[str]) -> Iterator[str]:
     @keys.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    @keys.add(Keys.Vt100MouseEvent)
+    def nothing(event: KeyPressEvent) -> None:
+        """Ignore the mouse, and colour codes that look like it: prompt_toolkit fails on those."""
 
     session: PromptSession[str] = PromptSession(
         "> ",
@@ -46,8 +51,13 @@ def typed_lines(words: Sequence[str]) -> Iterator[str]:
 def _prompted(prompt: Callable[[], str]) -> Iterator[str]:
     while True:
         try:
-            yield utf8(prompt()) or ""
+            line = utf8(prompt())
         except KeyboardInterrupt:
             say("Ctrl-D or /quit ends the chat.")
         except EOFError:
             return
+        else:
+            if line is None:
+                say("message: expected text in UTF-8, got other bytes")
+            else:
+                yield line
