@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := runs/demo
 
-.PHONY: reproduce demo docs test check format lint types imports tests oldest newest sanitize fuzz benchmark clean
+.PHONY: reproduce demo docs test check format lint types imports tests oldest newest sanitize fuzz fuzz-server benchmark clean
 
 reproduce: $(LIBRARY)  ## every figure of the seed document beside this machine's
 	$(BIN)/offramp reproduce
@@ -97,6 +97,11 @@ kill: $(INSTALLED)
 FUZZ ?= 20000
 fuzz: $(INSTALLED)
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n logical --dist worksteal -q tests/faults
+
+# The server against requests that schemathesis makes from the server's own OpenAPI document.
+FUZZ_SECONDS ?= 300
+fuzz-server: $(INSTALLED)
+	$(BIN)/python tests/faults/fuzz_server.py --seconds $(FUZZ_SECONDS)
 
 docs: $(INSTALLED)  ## build the documentation site in build/docs/site, without a network
 	$(BIN)/python docs/site/build.py
