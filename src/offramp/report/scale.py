@@ -62,8 +62,10 @@ def how(result: ScaleResult) -> str:
     return (
         f"Text: {result.text['corpus']}; {result.text['split']}, its first "
         f"{result.test_tokens:,} tokens; {seeds} {'seed' if seeds == 1 else 'seeds'}. The sizes "
-        "differ in width; training tokens grow as the parameters of the blocks do, so that larger "
-        "models also read the text more often (Epochs), and this study cannot tell the two apart. "
+        "differ in width; training tokens grow as the parameters of the blocks do, and so do the "
+        "steps that fit exits and gates after training, which static models do not have. Larger "
+        "models therefore train for more steps and read the text more often (Epochs), and this "
+        "study cannot tell that from their size. "
         "The learning rate is the same for all. The early-exit model is the recipe of the study "
         "recipe-exact: complete exits after layers 1 and 2 of 6, routed by confidence "
         f'{result.confidence} with missing_kv = "{result.missing_kv}". Static: shallower models '

@@ -51,16 +51,33 @@ class Scale:
     def of_width(self, width: int, vocab_size: int) -> Study:
         """Return the study of one width, for about as many tokens a parameter as the others.
 
-        The parameters of the blocks grow with the square of the width, and so do the tokens.
+        The parameters of the blocks grow with the square of the width. So do all numbers of
+        steps: those of the training, and those that fit exits and gates after it.
         """
+        share = (width / WIDTH) ** 2
         batch = self.study.training.batch_size * self.study.training.seq_len
-        steps = math.ceil(self.study.tokens / batch * (width / WIDTH) ** 2)
+        gates = self.study.gates
         model = model_of(width, self.study.model.num_hidden_layers)
-        study = replace(self.study, model=model, tokens=steps * batch)
-        recipe = self.recipe.changed(upper=freed_units(model))
+        study = replace(
+            self.study,
+            model=model,
+            tokens=math.ceil(self.study.tokens / batch * share) * batch,
+            gates=replace(gates, steps=math.ceil(gates.steps * share)),
+        )
+        recipe = self.recipe.changed(
+            upper=freed_units(model), specialise=_scaled(self.recipe.specialise, share)
+        )
         budgets = Budgets(study=study, vocab_size=vocab_size)
         # models that share keys and values without exits are no better at this budget
         return replace(measured_study(study, budgets.own(recipe)), shared_static=())
+
+
+def _scaled(config: SpecialiseConfig | None, share: float) -> SpecialiseConfig | None:
+    """The config with a share of its steps; None stays None."""
+    if config is None:
+        return None
+    steps = {name: math.ceil(getattr(config, name) * share) for name in ("steps", "first_steps")}
+    return replace(config, **steps)
 
 
 SCALE = Scale(

@@ -165,26 +165,30 @@ def _growth(result: ScaleResult, fit: Fit) -> str:
         verdict = "undecided"
     else:
         verdict = "it grows" if fit.change < 1 else "it shrinks"
-    low, high = (_percent(end) for end in fit.interval or (None, None))
     return (
         f"Does the advantage over static models grow or shrink with size? Here {verdict}: with "
-        "ten times the parameters, the ratio of the two PPLs changes by "
-        f"{_percent(fit.change)} (95% interval {low} to {high}, {p_phrase(fit.p_value)}), by a "
-        f"line through the log ratios of {fit.models} pairs of {len(result.sizes)} sizes. Larger "
-        "models also read the text more often, which this study cannot tell apart."
+        f"ten times the parameters, the ratio of the two PPLs changes by {_percent(fit.change)} "
+        f"(95% interval {_interval(fit.interval)}, {p_phrase(fit.p_value)}), by a line through "
+        f"the log ratios of {fit.models} pairs of {len(result.sizes)} sizes. Larger models also "
+        "train for more steps and read the text more often, which this study cannot tell from "
+        "their size."
     )
 
 
 def _far(result: ScaleResult, fit: Fit) -> str:
     at, counts = fit.extrapolated, [size.parameters for size in result.sizes]
-    low, high = (_percent(end) for end in at.prediction or (None, None))
+    beyond, span = at.parameters / max(counts), max(counts) / min(counts)
     return (
         f"Extrapolated, not measured: at {millions(at.parameters)} parameters the line predicts a "
-        f"difference of {_percent(at.ratio)} (95% interval for one more seed {low} to {high}). "
-        f"That is {at.parameters / max(counts):.0f} times the largest size; sizes within a factor "
-        f"of {max(counts) / min(counts):.1f} do not carry that far, and the interval counts the "
-        "spread of the seeds, not that the line may bend."
+        f"difference of {_percent(at.ratio)} (95% interval for one more seed "
+        f"{_interval(at.prediction)}). That is {beyond:.0f} times the largest size; sizes within "
+        f"a factor of {span:.1f} do not carry that far, and the interval counts the spread of the "
+        "seeds, not that the line may bend."
     )
+
+
+def _interval(ratios: Interval | None) -> str:
+    return "not known" if ratios is None else " to ".join(map(_percent, ratios))
 
 
 def _percent(ratio: Number) -> str:

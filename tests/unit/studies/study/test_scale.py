@@ -102,6 +102,8 @@ def test_tokens_grow_as_the_blocks_do_and_the_recipe_is_that_of_recipe_exact():
         assert recipe.model.upper_intermediate_size > recipe.model.intermediate_size
         assert recipe.specialise.compute_budget == pytest.approx(60, abs=0.5)
     assert [size.runs[0].training.steps for size in sizes] == [225, 1407]
+    assert [size.runs[3].gates.steps for size in sizes] == [2500, 15625]
+    assert [size.runs[3].specialise.steps for size in sizes] == [750, 4688]
     assert sizes[-1].parameters / sizes[0].parameters > 6
 
 
@@ -211,6 +213,8 @@ def test_the_verdict_takes_three_seeds_and_a_slope(ratios, verdict):
     assert f"Here {verdict}: with ten times the parameters" in said
     assert "Extrapolated, not measured: at 100M parameters" in said
     assert "nan" not in said
+    known = "95% interval for one more seed" in said and "interval not known" not in said
+    assert known == (len(ratios[0]) > 1)
     widths = [at.prediction[1] - at.prediction[0] for at in result.fit.curve if at.prediction]
     assert not widths or widths[-1] == max(widths)  # far away is the least certain
 
