@@ -107,7 +107,7 @@ class EarlyExitLM(RunsTasks):
             certificate: Take the thresholds of this certificate, or of a file that
                 ``offramp calibrate`` wrote.
             chat: Put the prompt into the model's chat template.
-            audit: Run a share of the tokens that exit to the end, too, and record it there.
+            audit: Also run a share of the exited tokens to the end; may keep a promise by it.
             **options: Fields of ``GenerateConfig``, such as ``max_new_tokens``, ``confidence``,
                 ``missing_kv``, ``speculative``, ``temperature``, ``top_p`` or ``seed``.
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 PROMPT = "The quick brown"
+PROMISE = (PROMPT, "--audit", "1", "--keep-promise")
 
 
 def generate(offramp, model, *arguments):
@@ -71,8 +72,40 @@ def test_an_audit_changes_no_text_and_goes_on_in_its_log(offramp, trained, tmp_p
     log.write_text("{}")
     refused = offramp("generate", trained, PROMPT, *exits, *audit)
     assert refused.returncode == 2
-    assert "format: expected 1 of an audit" in refused.stderr
+    assert "format: expected 1 or 2 of an audit" in refused.stderr
     assert log.read_text() == "{}"
+
+
+def test_a_promise_is_kept_and_goes_on_in_its_log(offramp, trained, tmp_path):
+    log = tmp_path / "audit.json"
+    flags = ("--threshold", 0.2, "--audit", 1, "--audit-log", log, "--keep-promise", 0.5, "--json")
+    left = []
+    for _ in range(4):
+        result = generate(offramp, trained, *flags)
+        content = json.loads(result.stdout)
+        left.append(sum(token["exit_layer"] < 4 for token in content["tokens"]))
+        assert content["audit"]["disagreement"]["upper"] <= 0.5
+    assert content["audit"]["promise"]["epsilon"] == 0.5
+    assert content["audit"]["tokens"] == 48
+    assert left[0] < left[-1]
+    assert "Promise: on average at most 50% of all new tokens" in result.stderr
+    assert "The promise is disagreement of at most 0.5: the bound is" in result.stderr
+    stored = log.read_text()
+    for change in (("--keep-promise", 0.4), ("--promise-risk", "nll-gap"), ("--keep-promise", "x")):
+        refused = offramp("generate", trained, PROMPT, *flags, *change)
+        assert refused.returncode == 2
+        assert len(refused.stderr.strip().splitlines()) == 1
+        assert log.read_text() == stored
+
+
+def test_a_promise_by_untrained_exits_is_refused(offramp, checkpoint, tmp_path):
+    log = tmp_path / "audit.json"
+    flags = ("--exits", 2, "--threshold", 0.5, "--audit", 1, "--keep-promise", 0.1)
+    refused = offramp("generate", checkpoint, PROMPT, *flags, "--audit-log", log)
+    assert refused.returncode == 2
+    assert "keep_promise: expected a model with trained exits, got" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not log.exists()
 
 
 def test_speculative_output_is_that_of_full_depth(offramp, trained):
@@ -127,6 +160,14 @@ def test_drafting_has_flags(offramp, trained):
             [PROMPT, "--audit", "1", "--threshold", "0.5", "--audit-log", "/"],
             "expected the name of a file",
         ),
+        ([PROMPT, "--keep-promise", "0.1", "--threshold", "0.5"], "keep_promise: expected --audit"),
+        ([*PROMISE, "0", "--threshold", "0.5"], "keep_promise: expected a number between 0 and 1"),
+        (
+            [*PROMISE, "nan", "--threshold", "0.5"],
+            "keep_promise: expected a number between 0 and 1",
+        ),
+        ([*PROMISE, "0.1", "--speculative"], "audit: expected a threshold"),
+        ([PROMPT, "--audit", "1", "--promise-risk", "nll-gap"], "promise_risk: expected keep"),
         (("",), "prompt: expected at least 1 token, got none"),
         (("x" * 5000,), "prompt: expected at most"),
         (("The", "--max-new-tokens", "0"), "max_new_tokens: expected at least 1, got 0"),

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.calibration.audit import check_loss
+from offramp.calibration.audit import Audit, check_loss
 from offramp.errors import ConfigError
 from offramp.schema import fitting, shown
 
 RUN_LENGTH = 5000
 """Expected number of audited tokens until a false alarm, at least."""
+LEARNED = 200
+"""Audited tokens whose losses give the range that later ones are compared with."""
 FRACTIONS: NDArray[np.float64] = np.array([0.64, 0.32, 0.16, 0.08, 0.04, 0.02])
 """(J,) bets, as fractions of the largest valid one."""
 
@@ -81,3 +83,54 @@ class ChangeDetector:
     def load(cls, state: Any) -> "ChangeDetector":
         """Return the detector with this state. Raises ConfigError for any other content."""
         return fitting(cls, state)
+
+
+@dataclass(kw_only=True)
+class RiskWatch:
+    """Learns in what range the risk of audited tokens is, and says when later ones leave it.
+
+    The range holds the mean risk of the first ``LEARNED`` audited tokens: it is the bounds of an
+    ``Audit`` of them, and is fixed before the tokens that it judges. After an alarm a new range is
+    learned.
+    """
+
+    first: Audit = field(default_factory=lambda: Audit(share=1.0))
+    "The audited tokens that give the range."
+    detector: ChangeDetector | None = None
+    "Compares the later ones; None while the range is learned."
+    alarms: int = 0
+    "Number of alarms."
+    last_alarm: int | None = None
+    "Number of tokens, audited or not, at the last alarm."
+
+    def __post_init__(self) -> None:
+        late = -1 if self.last_alarm is None else self.last_alarm
+        if self.alarms < 0 or (self.alarms > 0) != (late >= 0):
+            raise ConfigError(
+                "alarms: expected a number, and last_alarm only with one, got "
+                f"{shown(self.alarms)} and {shown(self.last_alarm)}"
+            )
+        if self.first.share != 1 or self.first.audited != self.first.tokens:
+            raise ConfigError("first: expected audited tokens only, got others too")
+
+    def observe(self, loss: float, *, tokens: int) -> bool:
+        """Take the loss of an audited token, the last of ``tokens``; return whether it alarms."""
+        if self.detector is None:
+            self.first.audited_loss(loss)
+            if self.first.audited >= LEARNED:
+                low, high = self.first.lower_left, self.first.upper_left
+                self.detector = ChangeDetector(low=low, high=min(high, 0.999))
+            return False
+        if not self.detector.observe(loss):
+            return False
+        self.alarms, self.last_alarm = self.alarms + 1, tokens
+        self.learn()
+        return True
+
+    def learn(self) -> None:
+        """Learn a new range from the next audited tokens."""
+        self.first, self.detector = Audit(share=1.0), None
+
+    def state(self) -> dict[str, Any]:
+        """Return the fields, which fit into JSON."""
+        return asdict(self)

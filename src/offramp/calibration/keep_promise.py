@@ -61,14 +61,21 @@ class PromiseKeeper:
         ``pending`` is the number of tokens that were decided, but are not in the audit yet, such
         as those of other rows of a batch.
         """
-        lost = audit.most_lost
-        allowed = self.epsilon * (audit.tokens + pending + 1) + self.credit
+        lost, allowed = audit.most_lost, self._allowed(audit, pending)
         waited = audit.tokens >= self.moved_at + 2 / audit.share
         if lost >= TIGHTEN * allowed and self.step and audit.audited > self.audited_at:
             self._move(-1, audit)
         elif lost < RELAX * allowed and self.step < self.steps and waited:
             self._move(1, audit)
-        return self.step if lost + pending + 1 <= allowed else 0
+        return self.position(audit, pending=pending)
+
+    def position(self, audit: Audit, *, pending: int = 0) -> int:
+        """Return the position for the next token as ``next_step`` does, without a move."""
+        fits = audit.most_lost + pending + 1 <= self._allowed(audit, pending)
+        return self.step if fits else 0
+
+    def _allowed(self, audit: Audit, pending: int) -> float:
+        return self.epsilon * (audit.tokens + pending + 1) + self.credit
 
     def _move(self, by: int, audit: Audit) -> None:
         self.step += by

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from offramp.calibration.share import check_keep_promise
 from offramp.calibration.thresholds import load_thresholds
 from offramp.cli.base import (
     Base,
@@ -66,6 +67,8 @@ def generate(
     chat: bool = False,
     audit: float | None = None,
     audit_log: Path | None = None,
+    keep_promise: float | None = None,
+    promise_risk: Literal["disagreement", "nll-gap"] = "disagreement",
     json_: Annotated[bool, Parameter(name="--json")] = False,
     base: Base = None,
     exits: Exits = None,
@@ -97,6 +100,14 @@ def generate(
     audit_log
         With --audit: keep what the audit found in this JSON file; if it exists, the audit in it
         goes on.
+    keep_promise
+        With --audit: keep the mean risk of all new tokens at or below this number, such as 0.05,
+        at all times. Exits become careful as the audit's bound nears it, and never bolder than
+        the thresholds. The first few thousand tokens run through nearly all layers; --audit-log
+        goes on from them.
+    promise_risk
+        The risk that is promised: disagreement is the share of tokens for which the last layer
+        predicts another one; nll-gap is the loss in nats per token, clipped to 1.
     json_
         Print one JSON object at the end instead of the text as it comes.
     dtype
@@ -112,7 +123,7 @@ def generate(
         missing_kv=keys_values,
         stop=stop,
     )
-    log = _audit_log(audit, audit_log, config)
+    log = _audit_log(audit, audit_log, config, keep_promise=keep_promise, risk=promise_risk)
     text = standard_input() if prompt == "-" else utf8(prompt) or ""
     use(device, threads)
     opened = open_for(
@@ -127,14 +138,25 @@ def generate(
         stored=stored,
     )
     config = for_model(config, opened, stored, missing_kv=keys_values, stop_token=stop_token)
-    _run(opened, config, prompt=text, chat=chat, as_json=json_, audit=log)
+    before = 0 if log is None else log.promised.tokens
+    try:
+        _run(opened, config, prompt=text, chat=chat, as_json=json_, audit=log)
+    finally:  # a text that was interrupted has tokens that left, too
+        if log is not None and audit_log is not None and log.promised.tokens > before:
+            write_json(audit_log, log.state())
     if log is not None:
         say(log.sentence())
-        if audit_log is not None:
-            write_json(audit_log, log.state())
 
 
-def _audit_log(share: float | None, path: Path | None, config: GenerateConfig) -> "AuditLog | None":
+def _audit_log(
+    share: float | None,
+    path: Path | None,
+    config: GenerateConfig,
+    *,
+    keep_promise: float | None,
+    risk: str,
+) -> "AuditLog | None":
+    check_keep_promise(keep_promise, risk, share=share)
     if share is None:
         if path is not None:
             raise ConfigError("audit_log: expected --audit with it, got none")
@@ -144,7 +166,7 @@ def _audit_log(share: float | None, path: Path | None, config: GenerateConfig) -
     check_out_file(path)
     from offramp.commands.audit import open_log
 
-    return open_log(share, path)
+    return open_log(share, path, keep_promise=keep_promise, promise_risk=risk)
 
 
 def _run(
@@ -158,8 +180,10 @@ def _run(
 ) -> None:
     from offramp.commands.generate import confidence_note, generate
 
-    say_about_exits(config, opened)
     generation = generate(opened, prompt, config, chat=chat, audit=audit)
+    say_about_exits(config, opened)
+    if audit is not None and audit.keep_promise is not None:
+        say(audit.promise_note())
     if config.threshold is not None and config.confidence is None:
         say(confidence_note(opened, generation.rule))
     if as_json:

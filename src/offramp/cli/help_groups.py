@@ -25,6 +25,7 @@ GROUPS: dict[str, str] = {
         trust-task-code bootstrap-iters""",
     "Exits": """exits threshold thresholds certificate confidence decay missing-kv bos compare
         static""",
+    "Audit": "audit audit-log keep-promise promise-risk",
     "Speculative decoding": "speculative draft-exit draft-threshold max-drafts lookup adaptive",
     "Address and access": "host port api-key cors name",
     "Requests": """slots capacity waiting prefill-tokens max-new-tokens max-body-bytes

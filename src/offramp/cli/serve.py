@@ -93,7 +93,10 @@ def serve(
 
     work_begins()
     with listen(config.host, config.port) as bound:
-        log = None if config.audit is None else AuditLog(share=config.audit)
+        log = None
+        if config.audit is not None:
+            promise, risk = config.keep_promise, config.promise_risk
+            log = AuditLog(share=config.audit, keep_promise=promise, promise_risk=risk)
         service = service_of(replace(opening, audit=log), ray, replicas)
         app = make_app(service, config, hosts=hosts_of(config), audit=log)
 
@@ -123,6 +126,7 @@ class Opening:
     def __call__(self) -> "EngineService":
         """Open the model, and make the service."""
         use(self.device, self.threads)
+        from offramp.commands.audit import check_trained
         from offramp.serving.engine_service import EngineService
 
         opened = open_for(
@@ -135,6 +139,9 @@ class Opening:
             weights=self.weights,
             stored=self.stored,
         )
+        if self.audit is not None and self.audit.keep_promise is not None:
+            check_trained(opened)
+            say(self.audit.promise_note())
         if not opened.exits_trained and len(opened.model.exit_layers) > 1:
             say(f"{opened.name}: {UNTRAINED}.")
         return EngineService(opened, self.config, stored=self.stored, audit=self.audit)

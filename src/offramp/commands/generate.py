@@ -7,7 +7,7 @@ from typing import Any
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.thresholds import StoredThresholds, load_thresholds
-from offramp.commands.audit import AuditLog
+from offramp.commands.audit import AuditLog, check_audited
 from offramp.commands.chat_template import chat_ids
 from offramp.data.tokenizer import encode_prompt
 from offramp.errors import CertificateError
@@ -34,8 +34,11 @@ def generate(
 
     The prompt begins with the model's first tokens, such as BOS. ``chat`` puts it into the
     model's chat template instead. The text also ends at the model's end tokens. ``audit`` runs a
-    share of the tokens that exit to the end, too, and records what it finds.
+    share of the tokens that exit to the end, too, and records what it finds; if it keeps a
+    promise, it chooses how boldly tokens exit. Raises ConfigError if no exit can be trusted to.
     """
+    if audit is not None:
+        check_audited(opened, config, audit)
     ids, config = begin(opened, prompt, config, chat=chat)
     return generate_ids(
         opened.model,

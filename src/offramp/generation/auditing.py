@@ -6,7 +6,8 @@ text, the cache's later content and the later exits as they are: it runs on copi
 pending, and the slots that it fills above the exit are filled anew when a later token needs them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +33,7 @@ class Comparison:
     "Whether the likeliest next token differs."
     nll_gap: float
     """By how many nats the token that is likeliest at the exit is less likely at the last layer
-    than that layer's own likeliest token; at least 0."""
+    than that layer's own likeliest token; at least 0, and inf where its logits are not numbers."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,9 @@ class Auditor:
     record: Callable[[bool, Comparison | None], None]
     seed: int | tuple[int, ...] = 0
     "Seed of the coins, which are independent of those of sampling."
+    rung: Callable[[int], int] | None = None
+    """Returns the rung (ladder.py) of the next token, given how many tokens may leave that are not
+    recorded yet. None: tokens leave by the rules of their texts."""
     work: Work = field(default_factory=Work)
 
     def __post_init__(self) -> None:
@@ -70,11 +74,37 @@ class Auditor:
     ) -> Comparison:
         full = run_to_the_end(decoder, row, exit_layer, self.work).float()
         early = int(logits.argmax())
+        gap = float((full.max() - full[early]).clamp(min=0))
+        broken = gap != gap
         return Comparison(
             exit_layer=exit_layer,
-            disagrees=early != int(full.argmax()),
-            nll_gap=float((full.max() - full[early]).clamp(min=0)),
+            disagrees=broken or early != int(full.argmax()),
+            nll_gap=math.inf if broken else gap,
         )
+
+
+def climbs(auditor: Auditor | None) -> bool:
+    """Return whether tokens leave by rungs that an auditor chooses."""
+    return auditor is not None and auditor.rung is not None
+
+
+def decode(
+    decoder: ExitDecoder, ids: Sequence[int], rows: Sequence[int], auditor: Auditor | None
+) -> Exits:
+    """Run the next token of each of ``rows``: see ``ExitDecoder.decode``; record it.
+
+    Rungs are chosen before the step, and its tokens are recorded after it, so those of other rows
+    that may leave are pending.
+    """
+    if auditor is None:
+        return decoder.decode(ids, rows)
+    if auditor.rung is not None:
+        pending = len(decoder.waiting)
+        for row in rows:
+            pending += decoder.climb(row, auditor.rung(pending))
+    exits = decoder.decode(ids, rows)
+    auditor.see(decoder, exits)
+    return exits
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from offramp.exits.confidence import Agreement, ExitView
 from offramp.generation.deferred import DeferredKV, Segment
 from offramp.generation.exit_rule import ExitRule, broken_score
 from offramp.generation.exits import Exits, Left, Running, at_last_layer, both, by_identity, joined
+from offramp.generation.ladder import Ladders
 from offramp.generation.prefill import Prefill
 from offramp.generation.routed_rows import RoutedRows
 from offramp.generation.transfer import on_device
@@ -34,7 +35,7 @@ class ExitDecoder:
     Rows are those of the cache. ``seat`` gives a row a text with its own rule, and ``forget`` ends
     it; ``rule`` and ``missing_kv`` are those of a row until then. With the rule None all layers
     run. ``work`` counts the work of new tokens, including deferred keys and values. ``max_wait``
-    is the bound of waiting.py.
+    is the bound of waiting.py. With ``climbs`` tokens leave by rungs of ladders: see ``climb``.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class ExitDecoder:
         missing_kv: MissingKV = "propagate",
         max_wait: int = 0,
         work: Work | None = None,
+        climbs: bool = False,
     ) -> None:
         self.model, self.cache, self.rule = model, cache, rule
         self.batch_size, self.lengths = batch_size, [0] * batch_size
         self.work = Work() if work is None else work
         self._rules, self._prompts = [rule] * batch_size, [0] * batch_size
         self._ways: list[MissingKV] = [missing_kv] * batch_size
+        self._ladders = Ladders(len(model.exit_layers), used=climbs)
         self._seated: set[int] = set()
         self._routed = RoutedRows(model, cache, batch_size=batch_size)
         self._waiting = Waiting(max_wait)
@@ -65,10 +68,17 @@ class ExitDecoder:
     ) -> None:
         """Give a row a text whose prompt is in the cache."""
         self.lengths[row] = self._prompts[row] = prompt_tokens
-        self._rules[row], self._ways[row] = rule, missing_kv
+        ladder, first = self._ladders.begin(row, rule), not self._seated
+        self._rules[row], self._ways[row] = None if ladder else rule, missing_kv
         if not self._waiting.bound:
-            self._routed.take(row, rule, missing_kv, first=not self._seated)
+            self._routed.take(row, rule, missing_kv, first=first, ladder=ladder)
         self._seated.add(row)
+
+    def climb(self, row: int, rung: int) -> bool:
+        """Let the next token of a row leave by a rung of its ladder; return whether it may."""
+        rule = self._ladders.climb(row, rung)
+        self._rules[row] = rule
+        return rule is not None
 
     @property
     def waiting(self) -> Collection[int]:
@@ -82,6 +92,7 @@ class ExitDecoder:
     def forget(self, row: int) -> None:
         """End the text of a row: nothing of it is pending or waits any more."""
         self._seated.discard(row)
+        self._ladders.end(row)
         self._routed.drop(row)
         self._deferred.forget(row)
         self._waiting.forget(row)
@@ -146,7 +157,8 @@ class ExitDecoder:
     def _route_at_once(self, ids: Sequence[int], rows: list[int]) -> Exits:
         lengths = [self.lengths[row] for row in rows]
         new = [self.lengths[row] - self._prompts[row] for row in rows]
-        return self._routed.step(ids, rows, lengths, new, self.work)
+        rungs = self._ladders.rungs(rows)
+        return self._routed.step(ids, rows, lengths, new, self.work, rungs=rungs)
 
     @torch.inference_mode()
     def _step_by_step(self, ids: Sequence[int], rows: Sequence[int]) -> Exits:
@@ -171,7 +183,8 @@ class ExitDecoder:
         """Run from exit to exit, each time with the rows that have not left yet."""
         for index, layer in enumerate(self.model.exit_layers[:-1]):
             decides = self._decides(at.rows)
-            if not decides and not self._waiting.at(layer):
+            stops = self._waiting.at(layer) or self._deferred.waits(layer, at.rows)
+            if not decides and not stops:
                 continue  # to run past this exit
             before = at.rows
             if before:

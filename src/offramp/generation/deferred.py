@@ -117,6 +117,11 @@ class DeferredKV:
             for token in queue.get(row, ())
         ]
 
+    def waits(self, layer: int, rows: Sequence[int]) -> bool:
+        """Return whether a token of one of ``rows`` is pending at ``layer``."""
+        queue = self._queues.get(layer)
+        return queue is not None and any(row in queue for row in rows)
+
     def forget(self, row: int) -> None:
         """Remove the pending tokens of a row whose text is complete."""
         for queue in self._queues.values():

@@ -20,7 +20,7 @@ from torch import Tensor
 from offramp.errors import ConfigError, GenerationError, QueueFullError
 from offramp.exits.gate import NOTHING_FITTED, FittedExits
 from offramp.exits.policy import GainPolicy, ThresholdPolicy
-from offramp.generation.auditing import Auditor
+from offramp.generation.auditing import Auditor, climbs, decode
 from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.exits import Exits, at_last_layer
@@ -39,7 +39,7 @@ class Engine:
 
     ``fitted`` holds the gates and temperatures that confidences read, and the draft vocabulary;
     ``tokenizer`` turns tokens into text. ``auditor`` runs a share of the tokens that leave early
-    to the end, too, and changes no text. The cache is made at once, and takes ``cache_bytes``.
+    to the end, too; it changes no text, unless it has rungs. The cache is made at once.
 
     Raises UnsupportedArchitectureError for a model whose blocks cannot be run one by one.
     """
@@ -60,7 +60,9 @@ class Engine:
         cache = self.cache = model.make_cache(slots, self.capacity)
         self.work = Work()
         "The work of new tokens, without that of prompts."
-        self._decoder = ExitDecoder(model, cache, batch_size=slots, max_wait=wait, work=self.work)
+        self._decoder = ExitDecoder(
+            model, cache, batch_size=slots, max_wait=wait, work=self.work, climbs=climbs(auditor)
+        )
         self._slots: list[Job | None] = [None] * slots
         self._used = [False] * slots
         self._queue: deque[Job] = deque()
@@ -169,11 +171,9 @@ class Engine:
         plain = [job for job in decoding if job.drafts is None and job.slot not in waiting]
         if plain or waiting:
             last = [job.row.completion.tokens[-1].id for job in plain]
-            exits = self._decoder.decode(last, [job.slot for job in plain])
+            exits = decode(self._decoder, last, [job.slot for job in plain], self.auditor)
             for slot, error in exits.errors.items():
                 self._fail(self._at(slot), error, events)
-            if self.auditor is not None:
-                self.auditor.see(self._decoder, exits)
             for n, slot in enumerate(exits.rows):
                 self._choose(self._at(slot), exits, n, events)
         for job in decoding:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.generation.exit_rule import ExitRule, broken_score
 from offramp.generation.exits import Exits
+from offramp.generation.ladder import Ladder
 from offramp.generation.routing import router_spec
 from offramp.models.base import FEW_TOKENS, EarlyExitModel
 from offramp.models.kv_cache import KVCache
@@ -29,17 +30,28 @@ class RoutedRows:
         self._may = batch_size <= FEW_TOKENS
         self._router: Router | None = None
         self._made_for: tuple[ExitRule | None, MissingKV] | None = None
+        self._bounds_of_a_rung = 1
+        "One, or one for each new token if the threshold decays."
 
-    def take(self, row: int, rule: ExitRule | None, missing_kv: MissingKV, *, first: bool) -> None:
+    def take(
+        self,
+        row: int,
+        rule: ExitRule | None,
+        missing_kv: MissingKV,
+        *,
+        first: bool,
+        ladder: Ladder = (),
+    ) -> None:
         """Take a row whose text begins, if its rule is that of the others.
 
-        If it is the ``first`` of all rows that decode, its rule becomes the router's.
+        If it is the ``first`` of all rows that decode, its rule becomes the router's. ``ladder``
+        is that of the rule if its tokens have rungs, which then holds for all rows.
         """
         if not self._may or type(rule) not in (ExitRule, type(None)):
             return
         same = self._made_for == (rule, missing_kv)
         if first and not same:
-            self._made_for, self._router = (rule, missing_kv), self._new(rule, missing_kv)
+            self._made_for, self._router = (rule, missing_kv), self._new(rule, missing_kv, ladder)
         if self._router is not None and (first or (same and self.rows)):
             self.rows.add(row)
 
@@ -50,14 +62,27 @@ class RoutedRows:
             self._router.drop(row)
 
     def step(
-        self, ids: Sequence[int], rows: list[int], lengths: list[int], new: list[int], work: Work
+        self,
+        ids: Sequence[int],
+        rows: list[int],
+        lengths: list[int],
+        new: list[int],
+        work: Work,
+        *,
+        rungs: list[int] | None = None,
     ) -> Exits:
         """Run the next token of each of ``rows`` in one call of the model.
 
-        ``lengths`` and ``new`` are the tokens and the new tokens of each before it.
+        ``lengths`` and ``new`` are the tokens and the new tokens of each before it, and ``rungs``
+        those of the ladder, if there is one.
         """
         assert self._router is not None
         self._last = rows
+        if rungs is not None:
+            width = self._bounds_of_a_rung
+            new = [
+                rung * width + min(count, width - 1) for rung, count in zip(rungs, new, strict=True)
+            ]
         routed = self._router.step(list(ids), rows, lengths, new, work)
         if not routed.broken:
             return Exits(
@@ -85,7 +110,9 @@ class RoutedRows:
         assert self._router is not None
         return self._router.state(self._last.index(row)), self._router.pending(row)
 
-    def _new(self, rule: ExitRule | None, missing_kv: MissingKV) -> Router | None:
-        exits = self.model.exit_layers
-        spec = router_spec(rule, exits, missing_kv=missing_kv, tokens=self.cache.capacity)
+    def _new(self, rule: ExitRule | None, missing_kv: MissingKV, ladder: Ladder) -> Router | None:
+        exits, tokens = self.model.exit_layers, self.cache.capacity
+        spec = router_spec(rule, exits, missing_kv=missing_kv, tokens=tokens, ladder=ladder)
+        if spec is not None and spec.exits and ladder:
+            self._bounds_of_a_rung = len(spec.exits[0].bounds) // len(ladder)
         return None if spec is None else self.model.router(self.cache, spec)

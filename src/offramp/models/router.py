@@ -26,7 +26,8 @@ class GateRule:
     layer: int
     gate: Gate
     bounds: Float[Tensor, " N"]
-    "One bound, or one for each new token of a row, in float32."
+    """One bound, or one for each new token of a row, in float32. For a ladder, so many for each
+    rung."""
     extra: tuple[float, ...] | None = None
     "Price x cost of running on to each later exit, the last layer included."
 
@@ -79,7 +80,9 @@ class Router(Protocol):
     ) -> Routed:
         """Run one token of each of ``rows`` at its position; count what ran in ``work``.
 
-        ``since_prompt`` are the new tokens of each row before this one.
+        ``since_prompt`` is the place of each row's bound in ``GateRule.bounds``, or the last one
+        if there are fewer: the number of its new tokens before this one, if the spec has one bound
+        for each.
         """
 
     def pending(self, row: int) -> list[PendingToken]:

@@ -4,8 +4,9 @@ import ipaddress
 import math
 import socket
 from dataclasses import dataclass, field
+from typing import Literal
 
-from offramp.calibration.share import check_share
+from offramp.calibration.share import check_keep_promise, check_share
 from offramp.errors import ConfigError
 
 LONGEST_SECONDS = 1e6
@@ -47,6 +48,13 @@ class ServeConfig:
     audit: float | None = None
     """Share of the tokens that exit early which are also run to the end, such as 0.02. No answer
     changes; /metrics bounds how often the last layer predicts another token."""
+    keep_promise: float | None = None
+    """With audit: keep the mean risk of all new tokens at or below this number, such as 0.05, at
+    all times. Exits become careful as the audit's bound nears it, and never bolder than a request
+    asks for. The first few thousand tokens run through nearly all layers."""
+    promise_risk: Literal["disagreement", "nll-gap"] = "disagreement"
+    """The risk that is promised: disagreement is the share of tokens for which the last layer
+    predicts another one; nll-gap is the loss in nats per token, clipped to 1."""
     grace: float = 30.0
     "Seconds that running requests have to finish after SIGTERM or Ctrl-C."
 
@@ -70,6 +78,7 @@ class ServeConfig:
                 raise ConfigError(f"{name}: expected above 0 seconds, got 0")
         if self.audit is not None:
             check_share(self.audit)
+        check_keep_promise(self.keep_promise, self.promise_risk, share=self.audit)
         if self.api_key is not None and not _is_key(self.api_key):
             raise ConfigError(
                 "api-key: expected at least 1 character of ASCII, without spaces, got another key"

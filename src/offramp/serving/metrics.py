@@ -1,16 +1,52 @@
 """What Prometheus reads at /metrics."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from offramp.commands.audit import AuditLog
 from offramp.serving.values import Ending, Load, NewToken
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+@dataclass(frozen=True)
+class AuditFigures(Collector):
+    """The alarms and the promise of an audit, as they are when Prometheus reads them."""
+
+    log: AuditLog
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each figure."""
+        log, keeper, name = self.log, self.log.keeper, "offramp_audit"
+        yield CounterMetricFamily(
+            f"{name}_alarms",
+            "Times at which the risk of audited tokens left the range that it had before.",
+            value=log.watch.alarms,
+        )
+        yield GaugeMetricFamily(
+            f"{name}_last_alarm_tokens",
+            "New tokens until the last alarm; 0 before the first.",
+            value=log.watch.last_alarm or 0,
+        )
+        if keeper is None:
+            return
+        promise = GaugeMetricFamily(
+            "offramp_promise", "The mean risk that is promised at most.", labels=["risk"]
+        )
+        promise.add_metric([log.promise_risk], keeper.epsilon)
+        yield promise
+        yield GaugeMetricFamily(
+            "offramp_promise_rung",
+            f"How bold exits are: 0 (none exits) to {keeper.steps} (as requests ask for).",
+            value=log.rung,
+        )
 
 
 class Metrics:
@@ -75,6 +111,7 @@ class Metrics:
         for risk, audit in log.audits.items():
             upper.labels(risk).set_function(partial(getattr, audit, "upper"))
             count.set_function(partial(getattr, audit, "audited"))
+        self.registry.register(AuditFigures(log))
 
     def text(self) -> bytes:
         """Return all of it as Prometheus reads it."""

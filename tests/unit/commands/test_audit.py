@@ -1,9 +1,11 @@
 """The log of an audit: what it records, says, stores and refuses."""
 
 import json
+import math
 
 import pytest
 
+from offramp.calibration.change import LEARNED
 from offramp.commands.audit import AuditLog, open_log
 from offramp.errors import CheckpointError, ConfigError
 from offramp.generation.auditing import Comparison
@@ -47,7 +49,17 @@ def test_a_stored_log_goes_on_as_if_it_had_not_stopped(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 3},
+        {"format": True},
+        {"share": 0.02},
+        {"keep_promise": 0.1},
+        {"keep_promise": 2},
+        {"promise_risk": "nll-gap"},
+        {"keeper": {"epsilon": 0.1, "steps": 6}},
+        {"watch": None},
+        {"watch": {"alarms": 1}},
+        {"watch": {"first": {"share": 0.5}}},
+        {"promise": 0.1},
         {"audits": {}},
         {"audits": []},
         {"audits": {"disagreement": {}, "nll-gap": {}}},
@@ -79,3 +91,120 @@ def test_coins_of_a_log_that_goes_on_are_new():
     first = [AuditLog(share=0.5).auditor(seed=1)._coins.random() for _ in range(2)]
     assert first[0] == first[1]
     assert log.auditor(seed=1)._coins.random() != first[0]
+
+
+def test_a_log_of_the_format_before_promises_goes_on(tmp_path):
+    path, state = tmp_path / "log.json", filled().state()
+    path.write_text(
+        json.dumps({name: state[name] for name in ("share", "delta", "audits")} | {"format": 1})
+    )
+    log = open_log(0.5, path)
+    assert log.content()["disagreement"] == filled().content()["disagreement"]
+    assert (log.content()["promise"], log.content()["alarms"]) == (None, 0)
+    assert log.state()["format"] == 2
+
+
+def lose(log, count, *, every=1):
+    """Record audited tokens, of which one in ``every`` disagrees; 0: none does."""
+    for n in range(count):
+        wrong = bool(every) and n % every == 0
+        log.record(True, Comparison(exit_layer=2, disagrees=wrong, nll_gap=float(wrong)))
+
+
+def test_an_alarm_when_the_risk_rises_or_falls_and_none_while_it_stays():
+    log = AuditLog(share=1.0)
+    lose(log, 3 * LEARNED, every=10)
+    assert log.content()["alarms"] == 0
+    assert "left the range" not in log.sentence()
+    lose(log, LEARNED, every=2)
+    first = log.content()
+    assert first["alarms"] == 1
+    assert 3 * LEARNED < first["last_alarm"] <= 4 * LEARNED
+    assert (
+        f"left the range that it had before once, last at token {first['last_alarm']:,}."
+        in log.sentence()
+    )
+    lose(log, 3 * LEARNED, every=2)  # the new range
+    assert log.content()["alarms"] == 1
+    again = AuditLog.load(json.loads(json.dumps(log.state())))
+    for each in (log, again):
+        lose(each, 2 * LEARNED, every=0)
+        assert each.content()["alarms"] == 2
+    assert again.state() == log.state()
+
+
+def test_the_range_is_fixed_before_the_tokens_that_it_judges():
+    log = AuditLog(share=1.0)
+    lose(log, LEARNED, every=10)
+    fixed = (log.watch.detector.low, log.watch.detector.high)
+    assert 0 < fixed[0] < 0.1 < fixed[1] < 0.25
+    lose(log, 20, every=2)
+    assert (log.watch.detector.low, log.watch.detector.high) == fixed
+
+
+def test_thresholds_that_a_promise_moves_have_a_range_of_their_own():
+    log = AuditLog(share=1.0, keep_promise=0.5)
+    rung = log.auditor().rung
+    for _ in range(30):
+        rung(0)
+        lose(log, 1, every=0)
+    assert log.watch.first.audited < 20  # since the last move
+    for _ in range(30):
+        rung(0)
+        lose(log, 1, every=0)
+    assert log.rung == 6
+    assert log.watch.first.audited > 30  # nothing moves any more
+
+
+def test_a_promise_says_what_it_is_and_goes_on_in_its_log(tmp_path):
+    log, path = AuditLog(share=0.02, keep_promise=0.05), tmp_path / "log.json"
+    said = log.promise_note()
+    assert "at most 5% of all new tokens" in said
+    assert "at least about 3,9" in said
+    log.auditor().rung(0)
+    log.record(False, None)
+    path.write_text(json.dumps(log.state()))
+    other = open_log(0.02, path, keep_promise=0.05)
+    assert other == log
+    assert other.content()["promise"] == {
+        "risk": "disagreement",
+        "epsilon": 0.05,
+        "rung": 0,
+        "rungs": 6,
+    }
+    assert "disagreement of at most 0.05: the bound is 0" in other.sentence()
+    gap = AuditLog(share=1.0, keep_promise=0.05, promise_risk="nll-gap")
+    assert "0.05 nats per new token" in gap.promise_note()
+    lose(gap, 99, every=0)
+    assert "needs" not in gap.promise_note()
+    assert gap.promised is gap.audits["nll-gap"]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"keep_promise": 0.1}, {"keep_promise": 0.05, "promise_risk": "nll-gap"}]
+)
+def test_a_log_with_another_promise_is_refused(tmp_path, given):
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(AuditLog(share=0.02, keep_promise=0.05).state()))
+    with pytest.raises(
+        ConfigError, match=r"(keep_promise|promise_risk): expected .*, as in .*log\.json, got"
+    ):
+        open_log(0.02, path, **given)
+    path.write_text(json.dumps(AuditLog(share=0.02).state()))
+    with pytest.raises(ConfigError, match=r"keep_promise: expected None, as in"):
+        open_log(0.02, path, keep_promise=0.1)
+
+
+@pytest.mark.parametrize("epsilon", [0, 1, -0.1, math.nan, math.inf, "0.1", True, [], 10**400])
+def test_a_promise_that_is_none_is_refused(epsilon):
+    with pytest.raises(ConfigError, match="keep_promise: expected a number between 0 and 1, got"):
+        AuditLog(share=0.5, keep_promise=epsilon)
+
+
+def test_a_risk_that_is_none_and_one_without_a_promise_are_refused():
+    with pytest.raises(ConfigError, match="promise_risk: expected disagreement or nll-gap, got"):
+        AuditLog(share=0.5, keep_promise=0.1, promise_risk="rouge-l")
+    with pytest.raises(ConfigError, match="promise_risk: expected keep_promise with it"):
+        AuditLog(share=0.5, promise_risk="nll-gap")
+    with pytest.raises(ConfigError, match="audit: expected a share above 0"):
+        AuditLog(share="much", keep_promise=0.1)

@@ -323,6 +323,44 @@ def test_an_audit_of_requests_is_in_the_metrics(opened):
     assert 'offramp_audit_upper{risk="disagreement"}' in metrics
 
 
+def test_a_promise_is_kept_by_the_requests_together_and_is_in_the_metrics(opened):
+    options = {**LIMITS, "audit": 1.0, "keep_promise": 0.5}
+    log = AuditLog(share=1.0, keep_promise=0.5)
+    config = ServeConfig(**options)
+    service = EngineService(opened, config, audit=log)
+    with TestClient(make_app(service, config, audit=log)) as client:
+        body = {"model": "tiny", "prompt": "the ", "max_tokens": 20, "confidence": "max_prob"}
+        layers, uppers = [], []
+        for threshold in (None, 1.5, *([0.0] * 4)):
+            answer = client.post("/v1/completions", json={**body, "threshold": threshold})
+            assert answer.status_code == 200, answer.text
+            layers.append([token["exit_layer"] for token in answer.json()["offramp"]["tokens"]])
+            uppers.append(log.promised.upper)
+        metrics = client.get("/metrics").text
+    assert {layer for text in layers[:2] for layer in text} == {4}  # not bolder than is asked for
+    assert min(min(text) for text in layers[2:]) == 1
+    assert max(uppers) <= 0.5
+    assert 'offramp_promise{risk="disagreement"} 0.5' in metrics
+    assert f"offramp_promise_rung {float(log.rung)}" in metrics
+    assert f"offramp_audit_alarms_total {float(log.watch.alarms)}" in metrics
+    assert "offramp_audit_last_alarm_tokens" in metrics
+    assert log.content()["tokens"] == 120
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep_promise": 0.1}, "keep_promise: expected --audit SHARE"),
+        ({"audit": 0.5, "keep_promise": 1.0}, "keep_promise: expected a number between 0 and 1"),
+        ({"audit": 0.5, "keep_promise": math.nan}, "keep_promise: expected a number between"),
+        ({"audit": 0.5, "promise_risk": "nll-gap"}, "promise_risk: expected keep_promise with it"),
+    ],
+)
+def test_a_promise_that_cannot_be_kept_is_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        ServeConfig(**options)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5, math.nan])
 def test_a_wrong_share_of_an_audit_is_refused(share):
     with pytest.raises(ConfigError, match="audit: expected a share above 0"):

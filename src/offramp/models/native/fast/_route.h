@@ -9,7 +9,7 @@
 
 typedef struct {
   uint64_t gate_norm, gate_up, gate_up_bias, gate_out, gate_out_bias;
-  uint64_t bounds; /* the lowest scores that leave: one, or one for each new token of a row */
+  uint64_t bounds; /* the lowest scores that leave, by ``since``: for each new token, rung or both */
   uint64_t extra;  /* price x cost of running on to each later exit; 0: the bounds decide */
   uint64_t head_norm;
   Addresses head; /* values 0: the caller computes the logits */
@@ -375,7 +375,7 @@ static PyObject *py_route(PyObject *self, PyObject *args) {
       refused(count, r->heads, r->kv_heads, r->size, r->capacity, threads) ||
       !numbers(ids, id, count, r->vocab) || !numbers(rows, run.rows, count, r->cached) ||
       !numbers(slots, run.slots, count, r->positions) ||
-      !numbers(since, run.since, count, r->positions)) {
+      !numbers(since, run.since, count, LLONG_MAX)) {
     PyErr_Clear();
     PyErr_SetString(PyExc_ValueError, "expected ids, rows and positions of the model and its cache");
     return NULL;
