@@ -126,6 +126,20 @@ def test_an_audit_is_recorded_and_changes_no_text(lm):
     assert 0 < log.content()["disagreement"]["upper"] <= 7 / 8
 
 
+def test_a_promise_is_kept_by_a_log_and_needs_exits_that_tokens_may_take(lm):
+    log = offramp.AuditLog(share=1.0, keep_promise=0.5)
+    for given, got in (({}, "neither"), ({"speculative": True}, "drafts")):
+        with pytest.raises(
+            offramp.ConfigError, match=f"keep_promise: expected a threshold .*{got}"
+        ):
+            lm.generate("the ", audit=log, **given)
+    options = {"threshold": 0.0, "confidence": "max_prob", "max_new_tokens": 8}
+    assert len(lm.generate("the ", audit=log, **options).text) > 0
+    content = log.content()
+    assert 0 < content["tokens_left"] < 7  # the first of them would have broken it
+    assert content["disagreement"]["upper"] <= 0.5
+
+
 def test_a_certificate_on_generation_from_python(lm):
     few = {"max_prompts": 12, "prompt_tokens": 6, "max_new_tokens": 6, "steps": 3}
     certificate = lm.certify("pangram", on="generation", epsilon=0.4, **few)

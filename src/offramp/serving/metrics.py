@@ -16,7 +16,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AuditFigures(Collector):
     """The alarms and the promise of an audit, as they are when Prometheus reads them."""
 
