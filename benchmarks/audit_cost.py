@@ -9,10 +9,11 @@ agree     --tokens new tokens are audited one and all, and their losses are kept
           a smaller share are replayed from these losses with the coins of --seeds seeds. The first
           texts are also written with --share itself, and the losses must be the same.
 change    prompts of --text, then prompts of Python source (of the standard library): audited tokens
-          until ``ChangeDetector`` raises an alarm, with a null from the risk before the change
-          divided by --margin to the risk times --margin; beside it the same recursion with the
-          likelihood ratio of both distributions of losses, which it knows: nearly the best possible
-          at this rate of false alarms (Pollak 1985). Texts are drawn with replacement.
+          until ``RiskWatch`` raises an alarm, as in ``generate --audit``, which learns the range
+          before the change, and until ``ChangeDetector`` does, with a null from the risk before the
+          change divided by --margin to that risk times --margin. Beside them is the same recursion
+          with the likelihood ratio of both distributions of losses, which it knows: nearly the best
+          possible at this rate of false alarms (Pollak 1985). Texts are drawn with replacement.
 
     python benchmarks/audit_cost.py MODEL --text test.txt --record audit.json
 """
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.calibration.change import ChangeDetector
+from offramp.calibration.change import ChangeDetector, RiskWatch
 from offramp.commands.audit import RISKS, AuditLog
 from offramp.commands.text import read_text
 from offramp.data import encode
@@ -230,7 +231,7 @@ class Bench:
         chosen = self.chosen
         ratios = class_ratios(*(np.concatenate(texts) for texts in lists))
         low, high = before / chosen.margin, min(before * chosen.margin, 0.99)
-        delays, best = [], []
+        delays, learned, best = [], [], []
         for seed in range(chosen.streams):
             random = np.random.default_rng(seed)
             stream = np.concatenate(
@@ -241,14 +242,18 @@ class Bench:
             )
             detector = ChangeDetector(low=low, high=high)
             delays.append(delay(detector.observe, stream))
+            learned.append(delay(watching(RiskWatch()), stream))
             best.append(delay(Known(ratios, detector.run_length).observe, stream))
-        found, least = np.median(delays), np.median(best)
-        flagged = sum(count < MOST for count in delays)
-        return (
-            f"flagged after {found:,.0f} audited tokens ({found / chosen.share:,.0f} that left; "
-            f"median of {chosen.streams} streams, {flagged} flagged within {MOST:,}); knowing both "
-            f"distributions {least:,.0f}, ratio {found / least:.1f}"
-        )
+        least = float(np.median(best))
+        parts = []
+        for name, counts in (("learned range", learned), ("given range", delays)):
+            found, flagged = float(np.median(counts)), sum(count < MOST for count in counts)
+            parts.append(
+                f"{name}: flagged after {found:,.0f} audited tokens ({found / chosen.share:,.0f} "
+                f"that left; {flagged} of {chosen.streams} streams within {MOST:,}), ratio "
+                f"{found / least:.1f}"
+            )
+        return f"{'; '.join(parts)}; knowing both distributions: {least:,.0f}"
 
 
 def python_source() -> str:
@@ -317,6 +322,17 @@ class Known:
             return False
         self.state = 0.0
         return True
+
+
+def watching(watch: RiskWatch) -> Callable[[float], bool]:
+    """Return a function that takes a loss and says whether it raises an alarm."""
+
+    def observe(loss: float) -> bool:
+        before = watch.alarms
+        watch.observe(loss, tokens=0)
+        return watch.alarms > before
+
+    return observe
 
 
 def delay(observe: Callable[[float], bool], losses: np.ndarray) -> int:

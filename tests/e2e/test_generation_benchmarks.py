@@ -135,7 +135,7 @@ def test_an_audit_costs_agrees_and_flags_a_change(run, tmp_path, monkeypatch):
     assert "agree: 60 tokens, 54 left; " in printed  # the first token of a text never leaves
     assert "held at all times with 3 of 3 seeds" in printed
     assert "change: tokens that leave: 90%, then 90%" in printed
-    assert printed.count("flagged after") == 2
+    assert printed.count("flagged after") == 4
     record = json.loads((tmp_path / "r.json").read_text())
     assert [len(record[name]) for name in ("text", "source")] == [6, 6]
     assert [text[0] for text in record["text"]] == [None] * 6
