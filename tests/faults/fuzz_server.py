@@ -16,7 +16,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}. {% endfor %}"
-LIMITS = ("--max-new-tokens", "4", "--capacity", "512", "--slots", "4", "--threads", "1")
+LONGEST = "8192"
+"""Largest number of tokens, so that no conversation is too long: a schema cannot say how long all
+its messages together may be."""
+LIMITS = ("--max-new-tokens", "4", "--capacity", LONGEST, "--slots", "4", "--threads", "1")
 GRACE = 60.0
 
 
@@ -29,6 +32,7 @@ def make_model(folder: Path) -> Path:
     """Train a model of a few thousand parameters, and give it a chat template."""
     model = folder / "model"
     shape = ("--layers", "3", "--dim", "16", "--heads", "2", "--exits", "1,2", "--seq-len", "32")
+    shape += ("--max-length", LONGEST)
     subprocess.run(
         offramp("train", "--corpus", "pangram", *shape, "--steps", "10", "--out", model),
         check=True,
@@ -39,12 +43,13 @@ def make_model(folder: Path) -> Path:
     return model
 
 
-def fuzz(url: str, seconds: float) -> int:
-    """Run schemathesis; return its exit code."""
+def fuzz(url: str, seconds: float, folder: Path) -> int:
+    """Run schemathesis, which keeps its notes in a folder; return its exit code."""
     command = Path(sys.executable).with_name("schemathesis")
-    return subprocess.run(
-        [command, "run", f"{url}/openapi.json", "--max-time", f"{seconds:g}", "--workers", "2"]
-    ).returncode
+    # one worker: Python 3.11 cannot read source text in two threads that recurse deeply
+    options = ("--max-time", f"{seconds:g}", "--workers", "1")
+    done = subprocess.run([command, "run", f"{url}/openapi.json", *options], cwd=folder)
+    return done.returncode
 
 
 def main() -> int:
@@ -70,7 +75,7 @@ def main() -> int:
                 url = server.stdout.readline().strip().rpartition(" at ")[2]
                 if not url:
                     raise SystemExit(f"the server did not start: {log.read_text()}")
-                found = fuzz(url, seconds)
+                found = fuzz(url, seconds, Path(name))
                 with urlopen(f"{url}/healthz", timeout=GRACE) as answer:
                     health = json.load(answer)
                 server.send_signal(signal.SIGTERM)

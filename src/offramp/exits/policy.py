@@ -42,7 +42,8 @@ class Decay:
         """Return the threshold at each position."""
         if not 0 <= threshold <= 1:
             return np.full(positions.shape, threshold, dtype=np.float64)
-        added = 0.1 * np.exp(-self.tau * np.asarray(positions, dtype=np.float64) / self.length)
+        with np.errstate(over="ignore"):  # exp(-inf) is 0
+            added = 0.1 * np.exp(-self.tau * np.asarray(positions, dtype=np.float64) / self.length)
         return np.clip(0.9 * threshold + added, 0.0, 1.0)
 
 

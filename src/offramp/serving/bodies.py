@@ -191,7 +191,9 @@ def body_of(type_: type[Body], data: bytes) -> Body:
 
 
 def _whole(value: Any) -> Any:
-    """Return a whole number for one that JSON writes as 9.0; anything else as it is."""
+    """Return whole numbers for those that JSON writes as 9.0, also in a list."""
+    if isinstance(value, list):
+        return [_whole(each) if isinstance(each, float) else each for each in value]
     small = isinstance(value, float) and abs(value) < 1 << 53
     return int(value) if small and value.is_integer() else value
 

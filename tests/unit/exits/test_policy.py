@@ -240,3 +240,9 @@ def test_a_price_below_zero_is_a_config_error(price):
 def test_an_exit_with_an_infinite_threshold_is_not_used(thresholds, used):
     assert ThresholdPolicy.of(thresholds, 3).used((1, 3, 6)) == used
     assert ThresholdPolicy.of(0.5, 3, decay=Decay(tau=1.0, length=4)).used((1, 3, 6)) == (1, 3)
+
+
+def test_a_decay_beyond_all_numbers_leaves_the_last_threshold():
+    """No warning: warnings are errors here."""
+    found = Decay(tau=1e308, length=4).threshold(0.5, np.arange(40))
+    assert found.tolist() == [pytest.approx(0.55)] + [0.45] * 39

@@ -158,6 +158,7 @@ def test_malformed_json_is_one_sentence(client, data):
         {"max_tokens": 4.0, "seed": 7.0, "top_p": 1, "n": 1.0},
         {"model": "tiny", "stream_options": {"include_obfuscation": False}},
         {"top_k": -1, "repetition_penalty": 1, "stop_token_ids": []},
+        {"stop_token_ids": [0.0], "top_k": 0.0},
         {"top_k": 0, "decay": None, "max_drafts": None},
     ],
     ids=str,
