@@ -106,6 +106,12 @@ def test_a_promise_by_untrained_exits_is_refused(offramp, checkpoint, tmp_path):
     assert "keep_promise: expected a model with trained exits, got" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert not log.exists()
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("prometheus_client")
+    served = offramp("serve", checkpoint, "--exits", 2, "--port", 0, *flags[4:])
+    assert served.returncode == 2
+    assert "keep_promise: expected a model with trained exits, got" in served.stderr
+    assert len(served.stderr.strip().splitlines()) == 1
 
 
 def test_speculative_output_is_that_of_full_depth(offramp, trained):

@@ -141,3 +141,45 @@ def test_pending_tokens_are_those_of_other_rows_that_may_leave(make_model, make_
         engine.submit(prompt, config)
     list(engine.run())
     assert asked == [0, 1, 1, 2]  # the second row has no exits, and so leaves nowhere
+
+
+def test_a_cache_of_few_positions_has_all_rungs(make_model, make_ids):
+    model = make_model(dtype=torch.float32, **SHAPE)
+    prompt = make_ids(1, 1)[0].tolist()
+    config = GenerateConfig(max_new_tokens=2, **RULES["gain"])
+    engine = Engine(
+        model,
+        EngineConfig(slots=1, capacity=2),
+        fitted=FITTED,
+        auditor=auditor([RUNGS], []),
+    )
+    request = engine.submit(prompt, config)
+    list(engine.run())
+    found = [(t.id, t.exit_layer) for t in request.completion.tokens]
+    assert found == alone(model, prompt, config)
+
+
+def test_tokens_that_wait_for_others_have_rungs_and_are_pending(make_model, make_ids):
+    model = make_model(dtype=torch.float32, **SHAPE)
+    prompts = make_ids(3, 10).tolist()
+    config = GenerateConfig(max_new_tokens=15, **RULES["max_prob"])
+    texts, most = [], []
+    for wait in (0, 3):
+        asked: list = []
+
+        def rung(pending, asked=asked):
+            asked.append(pending)
+            return RUNGS - 1
+
+        engine = Engine(
+            model,
+            EngineConfig(slots=3, capacity=30, max_wait=wait),
+            auditor=Auditor(share=1.0, record=lambda left, found: None, rung=rung),
+        )
+        requests = [engine.submit(prompt, config) for prompt in prompts]
+        list(engine.run())
+        texts.append([[(t.id, t.exit_layer) for t in r.completion.tokens] for r in requests])
+        most.append(max(asked))
+        assert len(asked) == 3 * 14
+    assert texts[0] == texts[1]
+    assert most == [2, 2]
