@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from offramp.errors import OfframpError
 from offramp.evaluation.trace import ExitTrace
 from offramp.files import file_sha256
-from offramp.report.study_json import read_study, read_times
+from offramp.report.study_json import read_scale, read_study, read_times
 from offramp.studies.study.chosen import chosen_study
 from offramp.studies.study.frontier import Frontier, full_depth, load_frontiers, save_frontiers
 from offramp.studies.study.record import RunRecord, RunTiming
@@ -330,6 +330,7 @@ def test_a_damaged_file_is_a_sentence_or_does_no_harm(kind, world, in_order):
 
 STUDY_FILES: dict[str, Callable[[Path], object]] = {
     "study.json": read_study,
+    "scale.json": read_scale,
     "times.json": read_times,
     "run.json": lambda path: RunRecord.load(path.parent),
     "timing.json": lambda path: RunTiming.load(path.parent),
@@ -362,6 +363,7 @@ def study_files(tmp_path_factory):
     study |= {key: part[:1] for key, part in study.items() if isinstance(part, list)}
     (folder / "study.json").write_text(json.dumps(study))
     shutil.copy(STUDIES / "heads" / "timing.json", folder / "times.json")
+    shutil.copy(STUDIES / "scale" / "study.json", folder / "scale.json")
     RunRecord(
         label="half",
         config={"seed": 1},

@@ -77,6 +77,7 @@ CONTENTS = {
         "measures": [measure(name, n / 20) for n, name in enumerate(("max_prob", "gain", "gate"))],
         **TEXT,
     },
+    "scale": json.loads((STUDIES / "scale" / "study.json").read_text()),
     "study": json.loads((STUDIES / "alpha" / "study.json").read_text()),
     "reproduction": runpy.run_path(str(HERE / "conftest.py"))["make_results"](),
 }

@@ -8,7 +8,7 @@ import pytest
 from offramp.errors import CheckpointError
 from offramp.files import write_json
 from offramp.reading import read_json
-from offramp.report.study_json import read_study, read_times, write_study
+from offramp.report.study_json import read_scale, read_study, read_times, write_study
 
 STUDIES = Path(__file__).parents[3] / "docs" / "studies"
 
@@ -25,6 +25,18 @@ def test_a_stored_study_is_written_as_it_was_read(name, tmp_path):
     assert result.rows == result.summary
     assert result.runs[0].frontiers["gain"]["propagate"].threshold[0] == -math.inf
     assert result.rows[0].ppl_at[80].mean > 1
+
+
+def test_the_stored_study_of_sizes_is_written_as_it_was_read(tmp_path):
+    path = STUDIES / "scale" / "study.json"
+    result = read_scale(path)
+    write_study(tmp_path / "study.json", result)
+    assert (tmp_path / "study.json").read_bytes() == path.read_bytes()
+    assert result.rows == result.sizes
+    assert all(size.to_static.mean < 1 for size in result.sizes)
+    write_json(tmp_path / "study.json", {**read_json(path), "sizes": None})
+    with pytest.raises(CheckpointError, match=r"sizes: expected .*, got None"):
+        read_scale(tmp_path / "study.json")
 
 
 def test_what_is_no_study_is_named(tmp_path):
