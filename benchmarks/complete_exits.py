@@ -6,7 +6,8 @@ every block above a layer takes its keys and values from the state after it, so 
 complete; it is trained by the recipe (adapter heads, alpha from 0.9 to 0.1 along a cosine, ``gain``
 gates). The price of its policy is the highest at which its PPL on held-out text is no worse than
 the standard model's. Then both decode test text of which neither has seen anything; each token
-leaves at the exit that its gate chooses.
+leaves at the exit that its gate chooses. ``--static 1,2`` adds standard models of one and two
+layers: whether exits pay is seen against these.
 
     python benchmarks/complete_exits.py --out RUNS --wikitext FOLDER --train --time
     python benchmarks/complete_exits.py --untrained 0.25,0.6 --time
@@ -71,7 +72,7 @@ def main() -> None:
     results = []
     for seed in range(1 if options.untrained else options.seeds):
         if options.train:
-            for name in (STANDARD, RECIPE):
+            for name in names(options):
                 train_one(options, name, seed)
         if options.time and not options.train_steps:
             results.append(compared(options, seed))
@@ -97,6 +98,9 @@ def parsed() -> argparse.Namespace:
     add("--upper-hidden", type=int, help="hidden units of the blocks without keys and values")
     add("--exits", type=numbers, default=(1.0, 2.0))
     add("--layers", type=int, default=8)
+    add(
+        "--static", type=numbers, default=(), help="layers of shallower standard models beside them"
+    )
     add("--width", type=int, default=512)
     add("--vocabulary", type=int, default=4096)
     add("--tokens", type=int, default=2_000_000, help="training tokens of each model")
@@ -119,6 +123,15 @@ def parsed() -> argparse.Namespace:
     return options
 
 
+def names(options: argparse.Namespace) -> tuple[str, ...]:
+    return (STANDARD, RECIPE, *static(options))
+
+
+def static(options: argparse.Namespace) -> dict[str, int]:
+    """The names of the shallower standard models, and their layers."""
+    return {f"static{layers:.0f}": int(layers) for layers in options.static}
+
+
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
@@ -133,6 +146,8 @@ def config_of(options: argparse.Namespace, name: str) -> DecoderConfig:
         max_position_embeddings=options.prompt + options.new,
         exit_layers=(),
     )
+    if name in (shallow := static(options)):
+        return replace(shape, num_hidden_layers=shallow[name], exit_layers=())
     if name == STANDARD:
         return shape
     exits = tuple(int(layer) for layer in options.exits)
@@ -202,7 +217,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
     length = options.prompt + options.new
     steps = math.ceil(options.tokens / (options.batch_size * length))
     config = TrainConfig(
-        **({"loss_weights": "standard"} if name == STANDARD else RECIPE_LOSS),
+        **(RECIPE_LOSS if name == RECIPE else {"loss_weights": "standard"}),
         steps=steps,
         seq_len=length,
         batch_size=options.batch_size,
@@ -266,7 +281,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> None:
 def compared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The figures of one seed: PPL, policy and the interleaved times."""
     if options.untrained:
-        models = {name: new_model(config_of(options, name), seed=0) for name in (STANDARD, RECIPE)}
+        models = {name: new_model(config_of(options, name), seed=0) for name in names(options)}
         length = options.prompt + options.new
         random = torch.Generator().manual_seed(0)
         shape = (max(options.batches) * options.rounds, length)
@@ -276,7 +291,7 @@ def compared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         corpus = Corpus(options)
         models = {
             name: load_checkpoint(options.out / f"{name}-{seed}", device=options.device)[0]
-            for name in (STANDARD, RECIPE)
+            for name in names(options)
         }
         fitted = load_fitted(options.out / f"{RECIPE}-{seed}", device=options.device)
         policy, found = chosen(corpus, models, fitted, options)
@@ -298,6 +313,8 @@ def compared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         f"{RECIPE}, full depth": (models[RECIPE], lambda batch: None),
         f"{RECIPE}, exits": (models[RECIPE], rules),
     }
+    for name in static(options):
+        cases[name] = (models[name], lambda batch: None)
     return {**found, **measured(options, cases, texts)}
 
 
@@ -353,10 +370,15 @@ def chosen(
             STANDARD: traces[STANDARD, "test"].ppl(options.layers),
             f"{RECIPE}, full depth": traces[RECIPE, "test"].ppl(options.layers),
             f"{RECIPE}, exits": ppl,
+            **{name: traces[name, "test"].ppl(at) for name, at in static(options).items()},
         },
         "exit_ppl": {layer: traces[RECIPE, "test"].ppl(layer) for layer in cost.exit_layers},
         "shares": shares,
         "flops_pct": float(np.dot(shares, costs)) * cost.full / standard.full,
+        "static_flops_pct": {
+            name: 100 * model_cost(models[name], context=(length + 1) / 2).full / standard.full
+            for name in static(options)
+        },
         "frontier": [
             {"ppl": each, "flops_pct": float(np.dot(at, costs)) * cost.full / standard.full}
             for each, at in frontier
