@@ -76,7 +76,7 @@ def how(result: ScaleResult) -> str:
         "p: paired t test on the seeds' log ratios, without a correction for the number of sizes. "
         "The fit: ordinary least squares of the log ratio on the log of the parameters, a point "
         "for each size and seed, with intervals by Student's t. They count the spread of the "
-        "seeds about a straight line, not that the line may bend."
+        "seeds about a straight line, one spread for all sizes, not that the line may bend."
     )
 
 
