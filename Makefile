@@ -93,7 +93,7 @@ KILLS ?= 300
 kill: $(INSTALLED)
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/kill
 
-# Damaged files, hostile flags and arguments; FUZZ is the number of examples. CI runs 1,000.
+# Damaged files, hostile flags and arguments; FUZZ is the number of examples. CI runs 2,000.
 FUZZ ?= 20000
 fuzz: $(INSTALLED)
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n logical --dist worksteal -q tests/faults
