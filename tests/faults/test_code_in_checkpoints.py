@@ -4,7 +4,6 @@ import ast
 import io
 import json
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from tokenizers import Tokenizer
 
 import offramp
 from offramp.cli import main
-from offramp.cli.base import console
 from offramp.errors import OfframpError
 
 SOURCE = Path(offramp.__file__).parent
 LOADERS = ("from_pretrained", "from_config", "pipeline", "load_dataset_builder")
 RUNS_CODE = ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "torch.hub.load")
-OURS = ("from_pretrained(", "Tokenizer.from_pretrained(")  # ours, and one that reads only JSON
+OURS = ("from_pretrained(", "Tokenizer.from_pretrained(", "library.PeftModel.from_pretrained(")
+"""Ours, one that reads only JSON, and one that reads JSON and safetensors into a given model."""
 
 
 def calls():
@@ -61,7 +60,6 @@ def cli(capsys, monkeypatch, tmp_path):
 
     def run(*arguments):
         code = 0
-        monkeypatch.setattr(console, "file", sys.stderr)
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as stop:
