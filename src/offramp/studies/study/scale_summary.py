@@ -1,4 +1,4 @@
-"""The runs of the study ``scale`` -> its result: ratios by size, a line, and what it says.
+"""Makes the result of the study ``scale`` from its runs: ratios, a line, and answers in words.
 
 Nothing here trains or runs a model.
 """

@@ -1,4 +1,4 @@
-"""The study of sizes: its runs, that it goes on where it was stopped, and what it says."""
+"""The study of sizes: which runs it needs, how it continues after a stop, and its answers."""
 
 import shutil
 from dataclasses import dataclass, replace
