@@ -86,7 +86,8 @@ sanitize: $(INSTALLED)
 	gcc $(SANITIZE) -shared build/sanitize/kernels.o -o build/sanitize/$(KERNELS)/_few_tokens.abi3.so
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$PWD/build/sanitize OFFRAMP_SANITIZED=1 \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/$(KERNELS:offramp/%=%) tests/faults/test_kernels.py
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/$(KERNELS:offramp/%=%) \
+		tests/faults/test_kernels.py tests/parity/test_compiled_router.py
 
 # Commands are killed at their file operations and at random moments; KILLS is how often in all.
 KILLS ?= 300

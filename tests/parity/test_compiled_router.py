@@ -5,11 +5,13 @@ import torch
 
 from offramp.exits.gate import FittedExits, Gate
 from offramp.exits.policy import Decay, GainPolicy, ThresholdPolicy
+from offramp.generation.auditing import run_to_the_end
 from offramp.generation.confident_exit import ExitDecoder, ExitRule
 from offramp.generation.config import GenerateConfig
 from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.models.native.fast import kernels
+from offramp.models.work import Work
 
 pytestmark = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
 
@@ -114,6 +116,51 @@ def test_a_routed_token_is_that_of_single_steps(make_model, make_ids, fields, mi
                     assert ours.likeliest == list(zip(top.tolist(), place.tolist(), strict=True))
             assert one.work == other.work, name
     assert left == {*EXITS, LAYERS}  # the rules are strict and lenient enough
+
+
+@pytest.mark.parametrize(("fields", "missing_kv", "dtype"), CASES, ids=name_of)
+def test_an_audit_of_a_routed_token_is_that_of_single_steps(
+    make_model, make_ids, fields, missing_kv, dtype
+):
+    model = make_model(dtype=dtype, **SHAPE, **fields)
+    with torch.inference_mode():
+        model.model.embed_tokens.weight.mul_(30)
+    ids, left, of = make_ids(3, 33), set(), rules(gates())
+    for rule in (of["few"], of["price"], of["gate"]):
+        outcomes = []
+        for compiled in (True, False):
+            if not compiled:
+                step_by_step(model)
+            cache = model.make_cache(3, 33)
+            decoder = ExitDecoder(model, cache, batch_size=3, rule=rule, missing_kv=missing_kv)
+            work, audits, steps = Work(), [], []
+            for each in ids.T.tolist():
+                exits = decoder.decode_one_token(each, range(3))
+                lengths = cache.lengths.clone()
+                for row, layer in zip(exits.rows, exits.exit_layers, strict=True):
+                    if layer < LAYERS:
+                        audits.append(run_to_the_end(decoder, row, layer, work))
+                        left.add(layer)
+                assert torch.equal(lengths, cache.lengths)
+                steps.append(exits)
+            vars(model).pop("router", None)
+            outcomes.append((audits, work, steps))
+        (ours, work, steps), (theirs, other_work, other_steps) = outcomes
+        assert len(ours) > 5
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        assert work == other_work
+        for one, other in zip(steps, other_steps, strict=True):
+            assert one.exit_layers == other.exit_layers
+            assert torch.equal(one.logits, other.logits)
+    assert left == set(EXITS)
+
+
+def test_only_a_token_of_the_last_step_that_left_early_runs_on(make_model):
+    model = make_model(dtype=torch.float32, **SHAPE)
+    decoder = ExitDecoder(model, model.make_cache(1, 8), batch_size=1, rule=rules(gates())["never"])
+    decoder.decode_one_token([1], [0])
+    with pytest.raises(ValueError, match="expected a token of the last call that left early"):
+        decoder.run_on(0, Work())
 
 
 @pytest.mark.parametrize("missing_kv", ["propagate", "recompute"])

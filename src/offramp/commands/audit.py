@@ -91,16 +91,14 @@ class AuditLog:
 
     def record(self, left: bool, found: Comparison | None) -> None:
         """Record a token: whether it left early, and what its audit found, if it had one."""
-        losses = None if found is None else _losses(found)
+        if found is None:
+            for audit in self.audits.values():
+                audit.left() if left else audit.ran_whole()
+            return
+        losses = _losses(found)
         for risk, audit in self.audits.items():
-            if not left:
-                audit.ran_whole()
-            elif losses is None:
-                audit.left()
-            else:
-                audit.audited_loss(losses[risk])
-        if left and losses is not None:
-            self.watch.observe(losses[self.promise_risk], tokens=self.promised.tokens)
+            audit.audited_loss(losses[risk])
+        self.watch.observe(losses[self.promise_risk], tokens=self.promised.tokens)
 
     def content(self) -> dict[str, Any]:
         """Return the counts, the estimate and bounds of each risk, the promise and the alarms."""

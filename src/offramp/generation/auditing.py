@@ -20,7 +20,7 @@ from offramp.generation.confident_exit import ExitDecoder
 from offramp.generation.deferred import DeferredKV, Segment
 from offramp.generation.exits import Exits
 from offramp.generation.transfer import on_device
-from offramp.models.base import EarlyExitModel, Step
+from offramp.models.base import Step
 from offramp.models.work import Work
 
 
@@ -62,12 +62,14 @@ class Auditor:
 
     def see(self, decoder: ExitDecoder, exits: Exits) -> None:
         """Record the tokens of a step, right after it; audit those whose coin says so."""
-        for row, layer, logits in zip(exits.rows, exits.exit_layers, exits.logits, strict=True):
-            audited = bool(self._coins.random() < self.share)
-            left = layer < decoder.model.num_layers
-            self.record(
-                left, self._compare(decoder, row, layer, logits) if left and audited else None
-            )
+        layers, coin, record = decoder.model.num_layers, self._coins.random, self.record
+        for place, layer in enumerate(exits.exit_layers):
+            audited, left = coin() < self.share, layer < layers
+            if left and audited:
+                row, logits = exits.rows[place], exits.logits[place]
+                record(True, self._compare(decoder, row, layer, logits))
+            else:
+                record(left, None)
 
     def _compare(
         self, decoder: ExitDecoder, row: int, exit_layer: int, logits: Float[Tensor, " V"]
@@ -117,6 +119,9 @@ def run_to_the_end(
     read; those of pending tokens are computed as the row's ``missing_kv`` says. Call it right after
     the step of the token.
     """
+    routed = decoder.run_on(row, work)
+    if routed is not None:
+        return routed
     model, cache = decoder.model, decoder.cache
     position = decoder.lengths[row] - 1
     state, waiting = decoder.left_at(row)
@@ -125,8 +130,8 @@ def run_to_the_end(
     pending = DeferredKV(model, cache, missing_kv=ways, work=work)
     for token in waiting:
         if token.position != position:
-            pending.defer(token.layer, row, _like(token.state, model), token.position)
-    h = _like(state, model)[None, None]
+            pending.defer(token.layer, row, token.state, token.position)
+    h = state[None, None]
     places = on_device([position], model.device)[:, None]
     step = Step(positions=places, cache=cache, rows=decoder.rows_of(row), end=position + 1)
     start = exit_layer
@@ -140,8 +145,3 @@ def run_to_the_end(
     cache.lengths[:, row] = lengths
     found: Tensor = model.unembed(h, start)[0, 0]
     return found
-
-
-def _like(state: Float[Tensor, " D"], model: EarlyExitModel) -> Float[Tensor, " D"]:
-    """Return a state in the precision of the model's states."""
-    return state.to(model.dtype)

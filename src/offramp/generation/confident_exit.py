@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offramp.errors import GenerationError
 from offramp.exits.confidence import Agreement, ExitView
-from offramp.generation.deferred import DeferredKV, Segment
+from offramp.generation.deferred import DeferredKV, PendingToken, Segment
 from offramp.generation.exit_rule import ExitRule, broken_score
 from offramp.generation.exits import Exits, Left, Running, at_last_layer, both, by_identity, joined
 from offramp.generation.ladder import Ladders
@@ -25,7 +25,6 @@ from offramp.generation.waiting import Waiting
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
-from offramp.models.router import PendingToken
 from offramp.models.work import Work
 
 
@@ -144,10 +143,12 @@ class ExitDecoder:
             self.lengths[row] += 1
         return exits
 
+    def run_on(self, row: int, work: Work) -> Float[Tensor, " V"] | None:
+        """Return the last layer's logits of a row's last token, which left; None if not routed."""
+        return self._routed.run_on(row, work) if row in self._routed.rows else None
+
     def left_at(self, row: int) -> tuple[Float[Tensor, " D"], list[PendingToken]]:
         """Return the state at which a row's last token left early, and the row's pending tokens."""
-        if row in self._routed.rows:
-            return self._routed.left_at(row)
         return self._states[row], self._deferred.pending(row)
 
     def way_of(self, row: int) -> MissingKV:
@@ -247,8 +248,7 @@ class ExitDecoder:
         return any(self._rules[row] is not None for row in rows)
 
     def _earlier(self, rows: list[int]) -> Agreement:
-        agreed = zip(*(self._agreed[row] for row in rows), strict=True)
-        return Agreement(*map(torch.stack, agreed))
+        return Agreement(*map(torch.stack, zip(*map(self._agreed.__getitem__, rows), strict=True)))
 
     def _to_exit(self, at: Running, stop: int) -> Float[Tensor, "B 1 D"]:
         """Run the rows' tokens to an exit; return the states before: see ``DeferredKV.run``."""

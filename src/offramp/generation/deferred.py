@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,8 +29,16 @@ from offramp.generation.transfer import on_device
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
-from offramp.models.router import PendingToken
 from offramp.models.work import Work
+
+
+class PendingToken(NamedTuple):
+    """A token that left early, whose keys and values above its exit are not computed yet."""
+
+    layer: int
+    state: Float[Tensor, " D"]
+    "Its state after ``layer``."
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from offramp.generation.routing import router_spec
 from offramp.models.base import FEW_TOKENS, EarlyExitModel
 from offramp.models.kv_cache import KVCache
 from offramp.models.missing_kv import MissingKV
-from offramp.models.router import PendingToken, Router
+from offramp.models.router import Router
 from offramp.models.work import Work
 
 
@@ -105,10 +105,10 @@ class RoutedRows:
             errors=errors,
         )
 
-    def left_at(self, row: int) -> tuple[Tensor, list[PendingToken]]:
-        """Return the state at which a row's last token left, and the row's pending tokens."""
+    def run_on(self, row: int, work: Work) -> Tensor:
+        """Return the last layer's logits of a row's last token, which left early."""
         assert self._router is not None
-        return self._router.state(self._last.index(row)), self._router.pending(row)
+        return self._router.run_on(self._last.index(row), work)
 
     def _new(self, rule: ExitRule | None, missing_kv: MissingKV, ladder: Ladder) -> Router | None:
         exits, tokens = self.model.exit_layers, self.cache.capacity

@@ -6,7 +6,7 @@ A model that can run from exit to exit without returning to Python has a ``Route
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -57,15 +57,6 @@ class Routed:
     layer. Their logits mean nothing."""
 
 
-class PendingToken(NamedTuple):
-    """A token that left early, whose keys and values above its exit are not computed yet."""
-
-    layer: int
-    state: Float[Tensor, " D"]
-    "Its state after ``layer``."
-    position: int
-
-
 @runtime_checkable
 class Router(Protocol):
     """Runs new tokens until they leave, and keeps the pending keys and values of its cache."""
@@ -85,11 +76,12 @@ class Router(Protocol):
         for each.
         """
 
-    def pending(self, row: int) -> list[PendingToken]:
-        """Return the pending tokens of a row of the cache, by position."""
+    def run_on(self, place: int, work: Work) -> Float[Tensor, " V"]:
+        """Return the last layer's logits of a token of the last step, which left early.
 
-    def state(self, place: int) -> Float[Tensor, " D"]:
-        """Return the state at its exit of the token at this place in the last step."""
+        The token is given by its place in that step, and runs on from its exit. Later steps are
+        those that they would be without this call.
+        """
 
     def drop(self, row: int) -> None:
         """Forget the pending tokens of a row of the cache, which ends here."""

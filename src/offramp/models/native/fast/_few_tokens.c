@@ -440,6 +440,7 @@ static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
                                 {"blocks", py_blocks, METH_VARARGS, ""},
                                 {"route", py_route, METH_VARARGS, ""},
+                                {"run_on", py_run_on, METH_VARARGS, ""},
                                 {"kind", py_kind, METH_VARARGS, ""},
                                 {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_few_tokens", "", -1, methods};

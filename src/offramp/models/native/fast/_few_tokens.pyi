@@ -80,4 +80,16 @@ def route(
     threads: int,
     /,
 ) -> tuple[list[tuple[int, float, int, float]], list[tuple[int, int, int, int]]]: ...
+def run_on(
+    plan: int,
+    place: int,
+    exit: int,
+    row: int,
+    slot: int,
+    states: int,
+    logits: int,
+    scores: int,
+    threads: int,
+    /,
+) -> tuple[list[tuple[int, float, int, float]], list[tuple[int, int, int, int]]]: ...
 def kind(most: int, /) -> int: ...

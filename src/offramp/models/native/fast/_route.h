@@ -320,6 +320,42 @@ static int route(Route *r, Running *run, const int64_t *ids, char *logits, Left 
   return 1;
 }
 
+/* Run a token of the last call, which left at exit number ``exit``, on to the last layer. It runs
+   with copies of its row's other pending tokens, and lengths are put back, so that nothing changes
+   but slots above the exit, which are filled anew when they are needed. Returns 0 without memory. */
+static int run_on(const Route *r, Running *run, long place, long exit, char *logits, Left *left) {
+  const long hidden = r->hidden, last = r->exit_count - 1;
+  const int64_t *rows = AT(r->pending_rows), *slots = AT(r->pending_slots);
+  const int64_t *layers = AT(r->pending_layers), first = 0;
+  const float *states = AT(r->pending_states);
+  const Exit *exits = AT(r->exits);
+  int64_t *lengths = (int64_t *)AT(r->lengths) + run->rows[0];
+  char *space = malloc(r->pending * (4 * hidden + 24) + 8 * r->cache_layers);
+  if (!space) return 0;
+  int64_t *before = (int64_t *)space, *own_slots = before + r->cache_layers;
+  int64_t *own_rows = own_slots + r->pending, *own_layers = own_rows + r->pending;
+  float *own_states = (float *)(own_layers + r->pending);
+  long count = 0;
+  for (long i = 0; i < r->pending; i++) {
+    if (rows[i] != run->rows[0] || slots[i] == run->slots[0]) continue;
+    memcpy(own_states + count * hidden, states + i * hidden, 4 * hidden);
+    own_slots[count] = slots[i], own_rows[count] = rows[i], own_layers[count++] = layers[i];
+  }
+  for (long k = 0; k < r->cache_layers; k++) before[k] = lengths[k * r->cached];
+  Route own = *r;
+  own.pending = count, own.states = (uintptr_t)run->states;
+  own.pending_slots = (uintptr_t)own_slots;
+  own.pending_rows = (uintptr_t)own_rows;
+  own.pending_layers = (uintptr_t)own_layers;
+  own.pending_states = (uintptr_t)own_states;
+  memcpy(run->states, (float *)AT(r->states) + place * hidden, 4 * hidden);
+  for (long e = exit; e < last; e++) run_to(&own, run, exits[e].layer, exits[e + 1].layer);
+  for (long k = 0; k < r->cache_layers; k++) lengths[k * r->cached] = before[k];
+  free(space);
+  left->exit[0] = last, left->left[last] = 1;
+  return !exits[last].head.values || logits_of(&own, exits + last, run, 1, &first, logits, 1, left);
+}
+
 /* Read a list of whole numbers from 0 to below - 1. */
 static int numbers(PyObject *list, int64_t *to, Py_ssize_t count, long long below) {
   if (!PyList_Check(list) || PyList_Size(list) != count) return 0;
@@ -387,4 +423,28 @@ static PyObject *py_route(PyObject *self, PyObject *args) {
   fine = route(r, &run, id, AT(logits), &left);
   Py_END_ALLOW_THREADS
   return fine ? described(r, &run, &left, count) : PyErr_NoMemory();
+}
+
+static PyObject *py_run_on(PyObject *self, PyObject *args) {
+  address plan, states, logits, scores;
+  long long place, exit, row, slot;
+  int threads;
+  if (!PyArg_ParseTuple(args, "KLLLLKKKi", &plan, &place, &exit, &row, &slot, &states, &logits,
+                        &scores, &threads))
+    return NULL;
+  Route *r = AT(plan);
+  Running run = {.states = AT(states), .scores = AT(scores), .threads = threads, .count = 1};
+  Left left = {0};
+  if (place < 0 || place >= FEW || exit < 0 || exit >= r->exit_count - 1 || r->exit_count > FEW ||
+      row < 0 || row >= r->cached || slot < 0 || slot >= r->positions || threads < 1 ||
+      refused(1, r->heads, r->kv_heads, r->size, r->capacity, threads)) {
+    PyErr_SetString(PyExc_ValueError, "expected a token of the last call that left early");
+    return NULL;
+  }
+  run.rows[0] = row, run.slots[0] = slot;
+  int fine;
+  Py_BEGIN_ALLOW_THREADS
+  fine = run_on(r, &run, place, exit, AT(logits), &left);
+  Py_END_ALLOW_THREADS
+  return fine ? described(r, &run, &left, 1) : PyErr_NoMemory();
 }

@@ -29,7 +29,7 @@ from offramp.models.native.fast.route_table import (
     struct_of,
 )
 from offramp.models.native.fast.steps import FastSteps
-from offramp.models.router import PendingToken, Routed, RouterSpec
+from offramp.models.router import Routed, RouterSpec
 from offramp.models.work import Work
 
 try:
@@ -88,6 +88,7 @@ class CompiledRouter:
             },
         )
         self._pending: dict[str, Tensor] = {}
+        self._last: list[tuple[int, int, int]] = []  # row, position and exit of each token
         self._grow(8 * FEW_TOKENS)
 
     def step(
@@ -119,12 +120,16 @@ class CompiledRouter:
             raise ConfigError(f"tokens: {error}, got {ids} at {positions}") from None
         self._count(calls, work)
         layers, scores, likeliest, broken, every = [], [], [], {}, True
+        exits = [exit for exit, *_ in tokens]
+        self._last = list(zip(rows, positions, exits, strict=True))
         for place, (exit, score, best, top) in enumerate(tokens):
             if exit < 0:
                 broken[place] = self.layers[exit := -1 - exit]
             elif self._heads[exit] is None:
                 every = False
-                score = self._own_logits(logits, place, exit, score)
+                self._own_logits(logits, self._space["states"], place, exit)
+                if exit + 1 == len(self.layers):
+                    score = float(logits[place].float().softmax(dim=-1).amax())
             layers.append(self.layers[exit])
             scores.append(score)
             likeliest.append((top, best))
@@ -137,26 +142,34 @@ class CompiledRouter:
         )
 
     @torch.inference_mode()
-    def _own_logits(self, logits: Tensor, place: int, exit: int, score: float) -> float:
-        """Let the model compute the logits of a token; return the token's confidence."""
-        state = self._space["states"][place].to(self._weights.dtype)
+    def _own_logits(self, logits: Tensor, states: Tensor, place: int, exit: int) -> None:
+        """Let the model compute the logits of a token at an exit from its state there."""
+        state = states[place].to(self._weights.dtype)
         logits[place] = self._unembed(state[None, None], self.layers[exit])[0, 0]
-        if exit + 1 < len(self.layers):
-            return score
-        return float(logits[place].float().softmax(dim=-1).amax())
 
-    def pending(self, row: int) -> list[PendingToken]:
-        """Return the pending tokens of a row: see ``Router``."""
-        of, count = self._pending, self._plan.pending
-        places = (of["rows"][:count] == row).nonzero()[:, 0].tolist()
-        return [
-            PendingToken(int(of["layers"][n]), of["states"][n].clone(), int(of["slots"][n]))
-            for n in places
-        ]
-
-    def state(self, place: int) -> Tensor:
-        """Return the state of a token at its exit: see ``Router``."""
-        return self._space["states"][place].clone()
+    def run_on(self, place: int, work: Work) -> Tensor:
+        """Run a token of the last step on to the last layer: see ``Router``."""
+        row, position, exit = self._last[place]
+        logits = torch.empty(1, self._vocab, dtype=self._weights.dtype)
+        threads = torch.get_num_threads()
+        try:
+            _, calls = _few_tokens.run_on(
+                ctypes.addressof(self._plan),
+                place,
+                exit,
+                row,
+                position,
+                self._running.data_ptr(),
+                logits.data_ptr(),
+                self._cache.scores(threads),
+                threads,
+            )
+        except ValueError as error:
+            raise ConfigError(f"token: {error}, got number {place}") from None
+        self._count(calls, work)
+        if self._heads[-1] is None:
+            self._own_logits(logits, self._running, 0, len(self.layers) - 1)
+        return logits[0]
 
     def drop(self, row: int) -> None:
         """Forget the pending tokens of a row: see ``Router``."""
