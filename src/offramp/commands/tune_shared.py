@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from offramp.commands.tune_config import TuneConfig
+from offramp.errors import UnsupportedArchitectureError
 from offramp.exits.gate import NOTHING_FITTED
 from offramp.models.model_files import ModelFiles
 from offramp.models.native.decoder import Transformer
@@ -32,14 +33,17 @@ def open_to_share(
         new = with_config(model, exit_layers=(), exit_head="shared")  # all exits begin anew
         new = with_config(new, exit_layers=layers, exit_head=config.exit_head)
         return replace(opened, model=new, fitted=NOTHING_FITTED)
-    return open_model(
-        files,
-        runner="native",
-        exit_layers=config.exit_layers,
-        exit_head=config.exit_head,
-        device=device,
-        dtype=dtype,
-    )
+    try:
+        return open_model(
+            files,
+            runner="native",
+            exit_layers=config.exit_layers,
+            exit_head=config.exit_head,
+            device=device,
+            dtype=dtype,
+        )
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(f"kv_source: {error}") from None
 
 
 def share(

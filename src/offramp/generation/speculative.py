@@ -30,6 +30,7 @@ from offramp.generation.sampling import Sampler, likeliest_with
 from offramp.generation.transfer import on_device
 from offramp.models.base import EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
+from offramp.models.router import RouterSpec
 from offramp.models.work import Work
 
 Chosen = tuple[int, int, float, Tensor]
@@ -62,6 +63,7 @@ class SpeculativeDecoder:
         self.payoff = Payoff()
         self.lookup = Lookup(config.lookup)
         self.work = work
+        self._router = model.router(cache, RouterSpec())
         self.drafted = self.accepted = self.length = 0
 
     def begin(self, prompt: list[int]) -> None:
@@ -83,6 +85,7 @@ class SpeculativeDecoder:
         found = self.lookup.drafts(min(self.config.max_drafts, at_most - 1))
         kind: Kind = "none"
         scores: list[float] = []
+        h: Tensor | None = None
         if found and self._pays("lookup"):
             kind = "lookup"
             h = self._run(self._embed([token, *found]), 0, self.model.num_layers)
@@ -92,10 +95,14 @@ class SpeculativeDecoder:
             h = self._run(torch.cat(states, dim=1), self.draft_exit, self.model.num_layers)
         else:
             found = []
-            h = self._run(self._embed([token]), 0, self.model.num_layers)
-        self.work.heads[self.model.num_layers, h.shape[1]] += 1
-        logits = self.model.unembed(h, self.model.num_layers)[0]
-        chosen = self._verify(logits, found, scores, sampler, index)
+            if self._router is None:
+                h = self._run(self._embed([token]), 0, self.model.num_layers)
+        if h is None:
+            chosen = [self._without_drafts(token, sampler, index)]
+        else:
+            self.work.heads[self.model.num_layers, h.shape[1]] += 1
+            logits = self.model.unembed(h, self.model.num_layers)[0]
+            chosen = self._verify(logits, found, scores, sampler, index)
         self.length += len(chosen)
         self.cache.crop(self.length, row=self.row)
         for accepted, *_ in chosen[:-1]:
@@ -106,6 +113,15 @@ class SpeculativeDecoder:
             kind, drafts=len(found), tokens=len(chosen), seconds=perf_counter() - began
         )
         return chosen
+
+    def _without_drafts(self, token: int, sampler: Sampler, index: int) -> Chosen:
+        """Return the token after ``token``, which runs in one call of the model."""
+        assert self._router is not None
+        routed = self._router.step([token], [self.row or 0], [self.length], [0], self.work)
+        logits, [confidence] = routed.logits[0], routed.confidence
+        likeliest = routed.likeliest[0] if routed.likeliest else None
+        chosen = sampler.choose(logits, index, likeliest=likeliest)
+        return chosen, self.model.num_layers, confidence, logits
 
     def _pays(self, kind: Kind) -> bool:
         return not self.config.adaptive or self.payoff.pays(kind)

@@ -3,7 +3,6 @@
 #define TOKENS 6 /* so many sums fit into the registers */
 #define TILE 4   /* rows of a weight that stay in the cache for the next tokens */
 #define GROUP 32 /* inputs that are prepared together */
-#define PAIRS_AHEAD 2048 /* bytes */
 
 typedef float floats16 __attribute__((vector_size(64)));
 typedef uint32_t words16 __attribute__((vector_size(64)));
@@ -23,7 +22,7 @@ INLINE void products(const float *x, const float *w, float *y, long inputs, long
     for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
       vec a = load(w, row + i, 0), b = load(w, row + i + LANES, 0);
       if (n > 1) /* for one token the processor's own prefetching is better */
-        __builtin_prefetch((const char *)(w + row + i) + AHEAD);
+        PREFETCH(w + row + i);
       for (int t = 0; t < n; t++) {
         even[t] += a * load(x, t * inputs + i, 0);
         odd[t] += b * load(x, t * inputs + i + LANES, 0);
@@ -73,7 +72,7 @@ INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inpu
     for (; i + GROUP <= inputs; i += GROUP) {
       words16 pairs;
       memcpy(&pairs, row + i, sizeof pairs);
-      __builtin_prefetch((const char *)(row + i) + PAIRS_AHEAD);
+      PREFETCH(row + i);
       const floats16 low = (floats16)(pairs << 16), high = (floats16)(pairs & 0xffff0000u);
       for (int t = 0; t < n; t++) {
         even[t] += low * load16(x + t * inputs + i);

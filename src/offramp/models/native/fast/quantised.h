@@ -17,7 +17,6 @@
 #define MOST_KIND 4
 #define MOST_CODE 16256.0f /* 128 x 127 */
 #define AT_ONCE 8 /* tokens whose sums fit into the registers */
-#define QUANTISED_AHEAD 2048
 
 typedef int32_t ints16 __attribute__((vector_size(64)));
 typedef uint16_t halves16 __attribute__((vector_size(32)));
@@ -158,7 +157,7 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
           sums[t] += offset;                                                                      \
         }                                                                                         \
         for (int c = 0; c < 8; c++) {                                                             \
-          __builtin_prefetch(values + 64 * c + QUANTISED_AHEAD);                                  \
+          PREFETCH(values + 64 * c);                                                              \
           memcpy(&part, values + 64 * c, sizeof part);                                            \
           for (int t = 0; t < n; t++) {                                                           \
             int32_t state;                                                                        \
@@ -174,7 +173,7 @@ WITH_AVX512_VNNI INLINE ints16 dot_avx512_vnni(ints16 sums, ints16 weights, int3
                       *(const float *)((const int8_t *)scales + t * record) * scale;              \
       } else {                                                                                    \
         for (int c = 0; c < 4; c++) {                                                             \
-          __builtin_prefetch(values + 64 * c + QUANTISED_AHEAD);                                  \
+          PREFETCH(values + 64 * c);                                                              \
           memcpy(&part, values + 64 * c, sizeof part);                                            \
           const ints16 first = part & 0x0f0f0f0f;                                                 \
           const ints16 second = (ints16)((words16)part >> 4) & 0x0f0f0f0f;                        \

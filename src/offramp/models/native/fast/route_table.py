@@ -12,6 +12,8 @@ from offramp.exits.gate import Gate
 from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import check_tensor
 from offramp.models.exit_heads import ExitHead
+from offramp.models.native.fast.kernel_weights import KernelWeights
+from offramp.models.native.fast.kernels import KernelCache
 from offramp.models.native.fast.products import (
     CPU,
     DTYPES,
@@ -172,3 +174,36 @@ def exits_of(
         values["layer"] = layers if rule is None else rule.layer
         structs.append(struct_of(ExitStruct, values))
     return (ExitStruct * len(structs))(*structs), held
+
+
+def of_weights(weights: KernelWeights) -> dict[str, Any]:
+    """Return the fields of ``RouteStruct`` that the blocks' weights give."""
+    return {
+        "weights": weights.at(0),
+        "eps": weights.eps,
+        "format": weights.format,
+        "post": weights.post,
+        "hidden": weights.hidden,
+        "lower": weights.units,
+        "upper": weights.upper_units,
+        "heads": weights.heads,
+    }
+
+
+def of_cache(cache: KernelCache) -> dict[str, Any]:
+    """Return the fields of ``RouteStruct`` that the cache gives."""
+    return {
+        "cosines": cache.cos_at,
+        "sines": cache.sin_at,
+        "keys": cache.keys_at,
+        "values": cache.values_at,
+        "lengths": cache.lengths_at,
+        "bfloat16": cache.bfloat16,
+        "kv_heads": cache.kv_heads,
+        "size": cache.size,
+        "capacity": cache.capacity,
+        "cached": cache.rows,
+        "layer_bytes": cache.layer_bytes,
+        "cache_layers": cache.layers,
+        "positions": min(cache.capacity - 1, cache.positions),  # the last slot is spare
+    }

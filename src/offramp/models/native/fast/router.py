@@ -6,7 +6,7 @@ values (generation/deferred.py).
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from offramp.errors import ConfigError
 from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import check_tensor
 from offramp.models.kv_cache import KVCache
+from offramp.models.native.fast.heads import logits_at
 from offramp.models.native.fast.kernel_weights import KernelWeights
 from offramp.models.native.fast.kernels import KernelCache
 from offramp.models.native.fast.products import CPU, scratch_of
@@ -26,6 +27,8 @@ from offramp.models.native.fast.route_table import (
     exits_of,
     gate_eps,
     head_of,
+    of_cache,
+    of_weights,
     struct_of,
 )
 from offramp.models.native.fast.steps import FastSteps
@@ -41,8 +44,9 @@ except ImportError:  # then no model has weights in the form of the kernels, and
 class CompiledRouter:
     """A ``Router`` (models/router.py) of the native decoder, for one cache.
 
-    ``unembed`` computes the logits at an exit whose head the kernels cannot read (None in
-    ``heads``, which has one entry for each exit and the last layer).
+    ``unembed`` computes the logits (N, 1, V) of states (N, 1, D) at each of some layers, whose
+    heads the kernels cannot read (None in ``heads``, which has one entry for each exit and the
+    last layer).
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class CompiledRouter:
         cache: KernelCache,
         embeddings: Tensor,
         heads: Sequence[Head | None],
-        unembed: Any,
+        unembed: Callable[[list[tuple[Tensor, int]]], list[Tensor]],
         complete_from: int,
         vocab_size: int,
     ) -> None:
@@ -73,8 +77,8 @@ class CompiledRouter:
             {
                 **{name: space.data_ptr() for name, space in self._space.items()},
                 **dict.fromkeys((f"pending_{name}" for name in _PENDING), 0),
-                **_of_weights(weights),
-                **_of_cache(cache),
+                **of_weights(weights),
+                **of_cache(cache),
                 "embeddings": embeddings.data_ptr(),
                 "exits": ctypes.addressof(self._exits),
                 "gate_eps": gate_eps(spec),
@@ -119,20 +123,19 @@ class CompiledRouter:
         except ValueError as error:
             raise ConfigError(f"tokens: {error}, got {ids} at {positions}") from None
         self._count(calls, work)
-        layers, scores, likeliest, broken, every = [], [], [], {}, True
         exits = [exit for exit, *_ in tokens]
         self._last = list(zip(rows, positions, exits, strict=True))
+        self._own_logits(logits, self._space["states"], exits)
+        layers, scores, likeliest, broken = [], [], [], {}
         for place, (exit, score, best, top) in enumerate(tokens):
             if exit < 0:
                 broken[place] = self.layers[exit := -1 - exit]
-            elif self._heads[exit] is None:
-                every = False
-                self._own_logits(logits, self._space["states"], place, exit)
-                if exit + 1 == len(self.layers):
-                    score = float(logits[place].float().softmax(dim=-1).amax())
+            elif self._heads[exit] is None and exit + 1 == len(self.layers):
+                score = float(logits[place].float().softmax(dim=-1).amax())
             layers.append(self.layers[exit])
             scores.append(score)
             likeliest.append((top, best))
+        every = all(exit < 0 or self._heads[exit] for exit in exits)
         return Routed(
             logits=logits,
             exit_layers=layers,
@@ -142,10 +145,18 @@ class CompiledRouter:
         )
 
     @torch.inference_mode()
-    def _own_logits(self, logits: Tensor, states: Tensor, place: int, exit: int) -> None:
-        """Let the model compute the logits of a token at an exit from its state there."""
-        state = states[place].to(self._weights.dtype)
-        logits[place] = self._unembed(state[None, None], self.layers[exit])[0, 0]
+    def _own_logits(self, logits: Tensor, states: Tensor, exits: Sequence[int]) -> None:
+        """Let the model compute the logits of the tokens at exits whose head is not readable."""
+        own = sorted({exit for exit in exits if exit >= 0 and self._heads[exit] is None})
+        if not own:
+            return
+        places = [[n for n, each in enumerate(exits) if each == exit] for exit in own]
+        parts = [
+            (states[at].to(self._weights.dtype)[:, None], self.layers[exit])
+            for at, exit in zip(places, own, strict=True)
+        ]
+        for at, found in zip(places, self._unembed(parts), strict=True):
+            logits[at] = found[:, 0]
 
     def run_on(self, place: int, work: Work) -> Tensor:
         """Run a token of the last step on to the last layer: see ``Router``."""
@@ -168,7 +179,7 @@ class CompiledRouter:
             raise ConfigError(f"token: {error}, got number {place}") from None
         self._count(calls, work)
         if self._heads[-1] is None:
-            self._own_logits(logits, self._running, 0, len(self.layers) - 1)
+            self._own_logits(logits, self._running, [len(self.layers) - 1])
         return logits[0]
 
     def drop(self, row: int) -> None:
@@ -228,39 +239,6 @@ def _space_for(
     }
 
 
-def _of_weights(weights: KernelWeights) -> dict[str, Any]:
-    """Return the fields of ``RouteStruct`` that the blocks' weights give."""
-    return {
-        "weights": weights.at(0),
-        "eps": weights.eps,
-        "format": weights.format,
-        "post": weights.post,
-        "hidden": weights.hidden,
-        "lower": weights.units,
-        "upper": weights.upper_units,
-        "heads": weights.heads,
-    }
-
-
-def _of_cache(cache: KernelCache) -> dict[str, Any]:
-    """Return the fields of ``RouteStruct`` that the cache gives."""
-    return {
-        "cosines": cache.cos_at,
-        "sines": cache.sin_at,
-        "keys": cache.keys_at,
-        "values": cache.values_at,
-        "lengths": cache.lengths_at,
-        "bfloat16": cache.bfloat16,
-        "kv_heads": cache.kv_heads,
-        "size": cache.size,
-        "capacity": cache.capacity,
-        "cached": cache.rows,
-        "layer_bytes": cache.layer_bytes,
-        "cache_layers": cache.layers,
-        "positions": min(cache.capacity - 1, cache.positions),  # the last slot is spare
-    }
-
-
 _PENDING = ("states", "slots", "rows", "layers")
 _BLOCKS, _KEYS_VALUES, _EVALUATED, _LEFT = range(4)  # as in _route.h
 
@@ -277,16 +255,21 @@ def router_of(
     readable = embeddings.is_cpu and embeddings.is_contiguous()
     if not readable or embeddings.dtype != weights.dtype:
         return None
+
+    def head_at(layer: int) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = model.exits.head_at(layer, model.model.norm, model.lm_head)
+        return found
+
     return CompiledRouter(
         spec=spec,
         weights=weights,
         cache=kernel_cache,
         embeddings=embeddings,
         heads=[
-            head_of(*model.exits.head_at(layer, model.model.norm, model.lm_head))
+            head_of(*head_at(layer))
             for layer in (*(each.layer for each in spec.exits), model.num_layers)
         ],
-        unembed=model.unembed,
+        unembed=lambda parts: logits_at(fast, [(h, *head_at(layer)) for h, layer in parts]),
         complete_from=model.complete_from,
         vocab_size=model.vocab_size,
     )

@@ -173,33 +173,33 @@ class FastSteps:
         weight: Weight,
         vocab: Int[Tensor, " W"] | None,
     ) -> Float[Tensor, "B T _"]:
-        """Return the logits of a few tokens, by a norm or exit head and an LM head's weight.
-
-        Only the logits of the tokens in ``vocab`` are computed; None for all.
-        """
+        """Return the logits, by a norm or exit head, of the tokens in ``vocab`` (None: all)."""
         x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
             weight = self.rows_of(weight, vocab)
-        own = norm if isinstance(norm, ExitHead) else None
-        adapter = None if own is None else own.adapter
-        last = norm if own is None else own.norm
-        if adapter is None and isinstance(last, nn.RMSNorm) and self._compiled(weight):
+        last = norm.norm if isinstance(norm, ExitHead) else norm
+        adapted = isinstance(norm, ExitHead) and norm.adapter is not None
+        if not adapted and isinstance(last, nn.RMSNorm) and self._compiled(weight):
             eps = self.eps if last.eps is None else last.eps
             logits = kernels.linear(x.float(), weight, norm=last.weight, eps=eps)
-            return logits.to(h.dtype).view(*h.shape[:2], -1)
-        with native_bfloat16(x, x.shape[0]):
-            x = self._normed(x, last).to(self._dtype(weight, x))
-            if adapter is not None:
-                direct = adapter.direct_proj
-                read = x if direct is None else self._linear(x, direct.weight, residual=x)
-                both = [
-                    self._linear(x, part.weight) for part in (adapter.gate_proj, adapter.up_proj)
-                ]
-                x = self._linear(
-                    torch.cat(both, 1), adapter.down_proj.weight, gated=True, residual=read
-                )
-            logits = self._linear(x, weight)
+        else:
+            with native_bfloat16(x, x.shape[0]):
+                logits = self._linear(self.head_input(x, norm, weight), weight)
         return logits.to(h.dtype).view(*h.shape[:2], -1)
+
+    def head_input(
+        self, x: Float[Tensor, "N D"], norm: nn.Module | ExitHead, weight: Weight
+    ) -> Float[Tensor, "N D"]:
+        """Return what the LM head with this weight reads: states after a norm or an exit head."""
+        own = norm if isinstance(norm, ExitHead) else None
+        x = self._normed(x, norm if own is None else own.norm).to(self._dtype(weight, x))
+        if own is None or own.adapter is None:
+            return x
+        adapter, direct = own.adapter, own.adapter.direct_proj
+        read = x if direct is None else self._linear(x, direct.weight, residual=x)
+        both = [self._linear(x, part.weight) for part in (adapter.gate_proj, adapter.up_proj)]
+        x = torch.cat(both, 1)
+        return self._linear(x, adapter.down_proj.weight, gated=True, residual=read)
 
     def for_kernels(
         self, cache: KVCache, tables: Tables
