@@ -215,8 +215,12 @@ def test_keys_and_values_alone_end_at_the_source(make, make_ids, source, dtype):
         assert alone.cache.keys.flatten(1).ne(0).any(dim=1).tolist() == written
         if layer <= source:
             above = model.run_layers(h, layer, layer + 1, step=step)
-            assert torch.equal(alone.cache.keys[layer], step.cache.keys[layer])
-            assert torch.equal(alone.cache.values[layer], step.cache.values[layer])
+            # float64 has no kernels of ours, and a library's products of other shapes may round
+            # otherwise
+            error = 1e-12 if dtype == torch.float64 else 0.0
+            for name in ("keys", "values"):
+                ours, theirs = (getattr(each.cache, name)[layer] for each in (alone, step))
+                torch.testing.assert_close(ours, theirs, rtol=0.0, atol=error)
             h = above
     for start in range(source + 1, LAYERS):
         kept = step.cache.keys.clone(), step.cache.lengths.clone()
