@@ -26,6 +26,11 @@
 #define DISPATCHED
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
 #define LANES 8
 /* Weights are read into the second-level cache this many bytes before they are used. On a Zen 4
    processor two to five tokens wait for the memory half as long as with a prefetch into the first. */
@@ -74,6 +79,12 @@ INLINE float sum(vec x) {
 
 INLINE vec chosen(ints where, vec yes, vec no) {
   return (vec)((where & (ints)yes) | (~where & (ints)no));
+}
+
+INLINE halves narrow_all(vec x) {
+  const words word = (words)x, nan = (words)(x != x);
+  const words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), halves);
 }
 
 INLINE vec exponential(vec x) { /* Cephes' expf, between e^-87 and e^87 */
@@ -136,9 +147,15 @@ INLINE Team team(void) { return (Team){omp_get_thread_num(), omp_get_num_threads
 /* Bring groups of a token's states into the form that products read: see products.h, quantised.h. */
 INLINE void prepare(const float *x, void *to, int format, long inputs, long first, long last) {
   if (format == BFLOAT16)
-    split_pairs(x, to, inputs, first, last);
+    to_halves(x, to, inputs, first, last);
   else if (format != FLOAT32)
     to_codes(x, to, inputs, format, first, last);
+}
+
+/* The size of a token's states in that form, in bytes. */
+INLINE long prepared_size(long inputs, int format) {
+  if (format == BFLOAT16) return groups_of(inputs) * GROUP * (multiplies_pairs ? 2 : 4);
+  return record_of(inputs);
 }
 
 /* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. */
@@ -149,9 +166,10 @@ static void linear_in_parts(Team team, const float *x, Matrix w, int format, flo
   const long from = groups * me / all, to = groups * (me + 1) / all, end = to * GROUP;
   const int prepares = before != AS_IT_IS || format != FLOAT32;
   int8_t *records = prepares ? (int8_t *)(scratch + tokens * inputs) : NULL;
+  const long size = prepared_size(inputs, format);
   for (long t = 0; t < tokens && prepares; t++) {
     float *row = scratch + t * inputs;
-    void *ready = format < INT8 ? (void *)row : records + t * record_of(inputs);
+    void *ready = format == FLOAT32 ? (void *)row : records + t * size;
     if (before == GATED) {
       swiglu(x + 2 * t * inputs, row, inputs, from * GROUP, end < inputs ? end : inputs);
       prepare(row, ready, format, inputs, from, to);
@@ -164,11 +182,11 @@ static void linear_in_parts(Team team, const float *x, Matrix w, int format, flo
   }
   if (prepares) {
 #pragma omp barrier
-    x = scratch;
+    x = format == BFLOAT16 ? (const float *)records : scratch;
   }
   long first = outputs * me / all, last = outputs * (me + 1) / all;
   if (format < INT8) {
-    (format == BFLOAT16 ? rows_of_pairs : rows_of)(x, w.values, y, tokens, inputs, outputs, first,
+    (format == BFLOAT16 ? half_products : rows_of)(x, w.values, y, tokens, inputs, outputs, first,
                                                    last);
   } else {
     const long parts = (outputs + ROWS - 1) / ROWS;

@@ -36,21 +36,37 @@ INLINE void products(const float *x, const float *w, float *y, long inputs, long
   }
 }
 
-/* In each whole group put the states of even inputs first, then those of odd inputs. A register of
-   32 bfloat16 weights is then widened without a shuffle: even ones by a shift, odd ones by a mask.
-   ``to`` may be x. */
-static void split_pairs(const float *x, float *to, long inputs, long first, long last) {
+/* States that are multiplied with bfloat16 weights are rounded to bfloat16, too, as in the usual
+   libraries. A token's are stored in groups of 32, with zeros after the last input: as the 32 numbers
+   themselves where the processor multiplies pairs of them, else as float32, first those of even
+   inputs, then those of odd ones. A register of 32 weights is then widened without a shuffle: even
+   ones by a shift, odd ones by a mask. */
+typedef void (*HalfProducts)(const float *, const void *, float *, long, long, long, long, long);
+
+static HalfProducts half_products;
+static int multiplies_pairs;
+
+DISPATCHED
+static void to_halves(const float *x, float *record, long inputs, long first, long last) {
   for (long g = first; g < last; g++) {
+    uint16_t half[GROUP];
+    float copy[GROUP] = {0};
     const float *from = x + g * GROUP;
-    float *out = to + g * GROUP, copy[GROUP];
     if (g * GROUP + GROUP > inputs) {
-      if (to != x) memcpy(out, from, (inputs - g * GROUP) * sizeof *x);
-      break;
+      memcpy(copy, from, (inputs - g * GROUP) * sizeof *x);
+      from = copy;
     }
-    memcpy(copy, from, sizeof copy);
+    for (int i = 0; i < GROUP; i += LANES) {
+      const halves part = narrow_all(load(from, i, 0));
+      memcpy(half + i, &part, sizeof part);
+    }
+    if (multiplies_pairs) {
+      memcpy((uint16_t *)record + g * GROUP, half, sizeof half);
+      continue;
+    }
     for (int i = 0; i < GROUP / 2; i++) {
-      out[i] = copy[2 * i];
-      out[i + GROUP / 2] = copy[2 * i + 1];
+      record[g * GROUP + i] = wide(half[2 * i]);
+      record[g * GROUP + GROUP / 2 + i] = wide(half[2 * i + 1]);
     }
   }
 }
@@ -61,31 +77,33 @@ INLINE floats16 load16(const float *from) {
   return x;
 }
 
-/* Rows first .. last - 1 of a bfloat16 weight, times n <= TOKENS tokens of split_pairs. */
-INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inputs, long outputs,
-                          long first, long last, const int n) {
+/* Rows first .. last - 1 of a bfloat16 weight, times n <= TOKENS tokens of to_halves. */
+INLINE void widened_products(const float *x, const uint16_t *w, float *y, long inputs, long outputs,
+                             long first, long last, const int n) {
+  const long record = groups_of(inputs) * GROUP;
   for (long o = first; o < last; o++) {
     const uint16_t *row = w + o * inputs;
     floats16 even[TOKENS], odd[TOKENS];
     for (int t = 0; t < n; t++) even[t] = odd[t] = (floats16){0};
-    long i = 0;
-    for (; i + GROUP <= inputs; i += GROUP) {
-      words16 pairs;
-      memcpy(&pairs, row + i, sizeof pairs);
-      PREFETCH(row + i);
+    const long whole = inputs / GROUP * GROUP;
+    for (long i = 0; i < inputs; i += GROUP) {
+      words16 pairs = {0};
+      if (i < whole)
+        memcpy(&pairs, row + i, sizeof pairs);
+      else
+        memcpy(&pairs, row + i, (inputs - whole) * sizeof *w);
+      if (n > 1) PREFETCH(row + i);
       const floats16 low = (floats16)(pairs << 16), high = (floats16)(pairs & 0xffff0000u);
       for (int t = 0; t < n; t++) {
-        even[t] += low * load16(x + t * inputs + i);
-        odd[t] += high * load16(x + t * inputs + i + GROUP / 2);
+        even[t] += low * load16(x + t * record + i);
+        odd[t] += high * load16(x + t * record + i + GROUP / 2);
       }
     }
     for (int t = 0; t < n; t++) {
       const floats16 both = even[t] + odd[t];
       vec half[2];
       memcpy(half, &both, sizeof both);
-      float total = sum(half[0] + half[1]);
-      for (long rest = i; rest < inputs; rest++) total += wide(row[rest]) * x[t * inputs + rest];
-      y[t * outputs + o] = total;
+      y[t * outputs + o] = sum(half[0] + half[1]);
     }
   }
 }
@@ -94,15 +112,14 @@ INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inpu
   case n:                                                        \
     PRODUCTS(x_at, w, y_at, inputs, outputs, tile, end, n);      \
     break;
-#define ROWS_OF(NAME, PRODUCTS, TYPE)                                                             \
-  DISPATCHED                                                                                      \
-  static void NAME(const float *x, const void *weight, float *y, long tokens, long inputs,        \
-                   long outputs, long first, long last) {                                         \
+#define ROWS_OF(NAME, PRODUCTS, TYPE, WITH, RECORD)                                               \
+  WITH static void NAME(const float *x, const void *weight, float *y, long tokens, long inputs,   \
+                        long outputs, long first, long last) {                                    \
     const TYPE *w = weight;                                                                       \
     for (long tile = first; tile < last; tile += TILE) {                                          \
       const long end = tile + TILE < last ? tile + TILE : last;                                   \
       for (long t = 0; t < tokens; t += TOKENS) {                                                 \
-        const float *x_at = x + t * inputs;                                                       \
+        const float *x_at = x + t * (RECORD);                                                     \
         float *y_at = y + t * outputs;                                                            \
         switch (tokens - t < TOKENS ? tokens - t : TOKENS) {                                      \
           CASE(PRODUCTS, 1) CASE(PRODUCTS, 2) CASE(PRODUCTS, 3)                                   \
@@ -112,5 +129,58 @@ INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inpu
     }                                                                                             \
   }
 
-ROWS_OF(rows_of, products, float)
-ROWS_OF(rows_of_pairs, pair_products, uint16_t)
+ROWS_OF(rows_of, products, float, DISPATCHED, inputs)
+ROWS_OF(rows_of_widened, widened_products, uint16_t, DISPATCHED, groups_of(inputs) * GROUP)
+
+#if defined(X86) && __has_include(<avx512bf16intrin.h>)
+#define PAIRS 1
+#define WITH_PAIRS                                                                                \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+/* The sums of four registers, side by side. */
+WITH_PAIRS INLINE __m128 four_sums(const __m512 *of) {
+  __m256 half[TILE];
+  for (int r = 0; r < TILE; r++)
+    half[r] = _mm256_add_ps(_mm512_castps512_ps256(of[r]), _mm512_extractf32x8_ps(of[r], 1));
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]),
+                                     _mm256_hadd_ps(half[2], half[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+/* The same by AVX512-BF16, which adds the products of two pairs of bfloat16 at a time. For one or two
+   tokens the memory is the limit, and rows are read one after the other; for more of them TILE rows
+   at a time. Where there are fewer, the last one is multiplied again and not stored. */
+WITH_PAIRS INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inputs,
+                                     long outputs, long first, long last, const int n) {
+  const int together = n <= 2 ? 1 : TILE;
+  const long record = groups_of(inputs) * GROUP / 2, whole = inputs / GROUP * GROUP;
+  const __mmask32 rest = (1u << (inputs - whole)) - 1;
+  __m512 sums[TOKENS][TILE];
+  for (int at = 0; at < TILE; at += together) {
+    const uint16_t *row[TILE];
+    for (int r = at; r < at + together; r++) {
+      row[r] = w + (first + r < last ? first + r : last - 1) * inputs;
+      for (int t = 0; t < n; t++) sums[t][r] = _mm512_setzero_ps();
+    }
+    for (long i = 0; i < inputs; i += GROUP) {
+      __m512bh weights[TILE];
+      for (int r = at; r < at + together; r++) {
+        if (n > 1) PREFETCH(row[r] + i);
+        weights[r] = (__m512bh)(i < whole ? _mm512_loadu_si512(row[r] + i)
+                                          : _mm512_maskz_loadu_epi16(rest, row[r] + i));
+      }
+      for (int t = 0; t < n; t++) {
+        const __m512bh state = (__m512bh)_mm512_loadu_si512((const uint16_t *)(x + t * record) + i);
+        for (int r = at; r < at + together; r++)
+          sums[t][r] = _mm512_dpbf16_ps(sums[t][r], weights[r], state);
+      }
+    }
+  }
+  for (int t = 0; t < n; t++) {
+    const __m128 total = four_sums(sums[t]);
+    memcpy(y + t * outputs + first, &total, (last - first) * sizeof *y);
+  }
+}
+
+ROWS_OF(rows_of_pairs, pair_products, uint16_t, WITH_PAIRS, groups_of(inputs) * GROUP / 2)
+#endif

@@ -23,7 +23,8 @@ Weight = Tensor | QuantisedWeight
 """A weight in a form that the kernels may read."""
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}  # as in products.h
 _AS_IT_IS, _NORMALISED, _GATED = range(3)
-_RECORD = 2 * GROUP + 8  # bytes of a group of states, as in quantised.h
+_RECORDS = {0: 0, 1: 4 * GROUP}  # bytes of a group of states that are prepared, as in products.h
+_QUANTISED_RECORD = 2 * GROUP + 8  # as in quantised.h
 
 
 def kernels_fit(weight: Weight) -> bool:
@@ -54,8 +55,8 @@ def addresses(weight: Weight) -> tuple[int, int, int]:
 
 def scratch_of(weight: Weight, inputs: int) -> int:
     """Return how many numbers a product needs for each token beside its states."""
-    groups = -(-inputs // GROUP)
-    return inputs + (groups * _RECORD // 4 if isinstance(weight, QuantisedWeight) else 0)
+    record = _RECORDS.get(format_of(weight), _QUANTISED_RECORD)
+    return inputs + -(-inputs // GROUP) * record // 4
 
 
 def linear(
@@ -70,7 +71,8 @@ def linear(
     """Return f(x) weight^T + residual in float32; a token's result is independent of the others.
 
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
-    half times the second half. With a quantised weight f(x) is rounded to 15 bits in groups of 32.
+    half times the second half. With a bfloat16 weight f(x) is rounded to bfloat16, with a quantised
+    one to 15 bits in groups of 32.
     """
     if not isinstance(weight, QuantisedWeight) and (
         weight.dim() != 2 or weight.dtype not in DTYPES or not weight.is_contiguous()

@@ -8,11 +8,6 @@
    The best instructions are chosen when a process starts: AMX (tiles.h), AVX512-VNNI, AVX-VNNI, AVX2,
    or none. */
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
-#define X86 1
-#endif
-
 #define ROWS 16
 #define MOST_KIND 4
 #define MOST_CODE 16256.0f /* 128 x 127 */
@@ -239,10 +234,13 @@ typedef void (*Products)(const int8_t *, Matrix, int, float *, long, long, long,
 
 static Products quantised_products;
 
-/* Choose the best products that the processor has, of the first ``most`` + 1 kinds. */
+/* Choose the best products that the processor has, of the first ``most`` + 1 kinds. Those of bfloat16
+   weights are by pairs from the fourth kind on. */
 static int choose_products(int most) {
   int kind = 0;
   quantised_products = plain_products_of_blocks;
+  half_products = rows_of_widened;
+  multiplies_pairs = 0;
 #ifdef X86
   __builtin_cpu_init();
   if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -258,6 +256,13 @@ static int choose_products(int most) {
     quantised_products = avx512_vnni_products_of_blocks;
     kind = 3;
   }
+#ifdef PAIRS
+  if (most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    half_products = rows_of_pairs;
+    multiplies_pairs = 1;
+  }
+#endif
 #ifdef TILES
   if (most >= 4 && kind == 3 && has_tiles()) {
     quantised_products = tile_products_of_blocks;

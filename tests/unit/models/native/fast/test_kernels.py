@@ -31,7 +31,14 @@ def _threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.fixture(params=[0, 4], ids=["portable", "best"])
+def _kind(request):
+    kernels._compiled.kind(request.param)
+    yield
+    kernels._compiled.kind(4)
+
+
+@pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 @pytest.mark.parametrize("tokens", [1, 2, 6, 7, 16])
@@ -45,10 +52,12 @@ def test_a_product_is_pytorchs(tokens, outputs, inputs, dtype, before):
         x = F.rms_norm(x, (inputs,), norm.float(), 1e-5)
     elif before == "gate":
         x = F.silu(x[:, :inputs]) * x[:, inputs:]
-    assert_close(got, x @ w.float().T + residual, rtol=1e-5, atol=1e-4)
+    # A state that is calculated may be rounded to the other neighbour in bfloat16.
+    atol = 1e-4 if dtype == torch.float32 or before == "nothing" else 0.03
+    assert_close(got, x.to(dtype).float() @ w.float().T + residual, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_a_token_gets_the_same_bits_in_any_company(outputs, inputs, dtype):
