@@ -1,4 +1,5 @@
-"""Decide from the accepted tokens and the seconds whether drafting saves time on this text."""
+"""Decide from the accepted tokens and the seconds whether drafts save time on this text, and how many.
+"""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ _LARGEST_LOSS = 0.75  # in seconds of a plain token; then drafting pauses
 _LARGEST_GAIN = 3.0  # a cap, so that a change of the text is noticed soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 48, 768  # rounds
 _FIRST_PLAIN = 2
+_MEMORY = 0.9  # what a round counts after each later one, for how often drafts are accepted
 
 
 class _Seconds:
@@ -38,6 +40,29 @@ class _Book:
     pause: int = _FIRST_PAUSE
     left: int = 0
     "Rounds until the source is tried again."
+    first: list[float] = field(default_factory=lambda: [2.0, 2.0])
+    "How many first drafts of a round were rejected and accepted, old ones counted less; a guess."
+    later: list[float] = field(default_factory=lambda: [1.0, 4.0])
+    "The same of drafts that follow an accepted one."
+
+    def learn(self, drafts: int, accepted: int) -> None:
+        """Note how many drafts of a round were accepted."""
+        for counts, of, kept in (
+            (self.first, min(drafts, 1), min(accepted, 1)),
+            (self.later, max(0, drafts - 1) if accepted else 0, max(0, accepted - 1)),
+        ):
+            if of:
+                counts[0] = _MEMORY * counts[0] + (kept < of)
+                counts[1] = _MEMORY * counts[1] + kept
+
+    def cost_of_draft(self, plain: float) -> float | None:
+        """Return what a draft adds to a round, in plain tokens; None if no round had drafts."""
+        added = [
+            (usual.value / plain - 1) / drafts
+            for drafts, usual in self.rounds.items()
+            if drafts and usual.value is not None
+        ]
+        return max(0.0, sum(added) / len(added)) if added else None
 
 
 class Payoff:
@@ -46,6 +71,9 @@ class Payoff:
     Each round adds (tokens gained) x (time of a plain token) - (time it took) to the balance of
     its source, in estimated times. After a loss of _LARGEST_LOSS plain tokens the source pauses
     and is then tried again. Each further pause in a row is twice as long.
+
+    A round has as many drafts as pay: where a call of several tokens takes much longer than one of
+    a single token, as with 4-bit weights, drafts that are often rejected are few.
     """
 
     def __init__(self) -> None:
@@ -60,6 +88,26 @@ class Payoff:
         """
         return self._plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
 
+    def drafts(self, kind: Kind, most: int) -> int:
+        """Return how many drafts, from 1 to ``most``, give the most tokens in a second.
+
+        Drafts are taken to be accepted as often as those before them; ``most`` if no round has
+        shown yet how long they take.
+        """
+        book, plain = self._books[kind], self._plain.value
+        cost = book.cost_of_draft(plain) if plain else None
+        if cost is None:
+            return most
+        chance, later = (kept / (lost + kept) for lost, kept in (book.first, book.later))
+        best, best_rate, tokens = 1, 0.0, 1.0
+        for drafts in range(1, most + 1):
+            tokens += chance
+            chance *= later
+            rate = tokens / (1 + cost * drafts)
+            if rate > best_rate:
+                best, best_rate = drafts, rate
+        return best
+
     def note(self, kind: Kind, *, drafts: int, tokens: int, seconds: float) -> None:
         """Record a round: its source, its drafts, the tokens that it gave, and its seconds."""
         for book in self._books.values():
@@ -69,6 +117,7 @@ class Payoff:
             self._plain_rounds += 1
             return
         book = self._books[kind]
+        book.learn(drafts, tokens - 1)
         usual = book.rounds[drafts]
         usual.note(seconds)
         if self._plain.value is None or usual.value is None:

@@ -82,7 +82,7 @@ class SpeculativeDecoder:
         """
         began = perf_counter()
         self.lookup.push(token)
-        found = self.lookup.drafts(min(self.config.max_drafts, at_most - 1))
+        found = self.lookup.drafts(self._most("lookup", at_most - 1))
         kind: Kind = "none"
         scores: list[float] = []
         h: Tensor | None = None
@@ -91,7 +91,8 @@ class SpeculativeDecoder:
             h = self._run(self._embed([token, *found]), 0, self.model.num_layers)
         elif at_most > 1 and self._pays("exit"):
             kind = "exit"
-            states, found, scores = self._draft(token, sampler, index, at_most - 1)
+            most = self._most("exit", at_most - 1)
+            states, found, scores = self._draft(token, sampler, index, most)
             h = self._run(torch.cat(states, dim=1), self.draft_exit, self.model.num_layers)
         else:
             found = []
@@ -126,6 +127,11 @@ class SpeculativeDecoder:
     def _pays(self, kind: Kind) -> bool:
         return not self.config.adaptive or self.payoff.pays(kind)
 
+    def _most(self, kind: Kind, left: int) -> int:
+        """Return how many drafts a round may have; ``left`` tokens are left to draft."""
+        most = min(self.config.max_drafts, left)
+        return self.payoff.drafts(kind, most) if self.config.adaptive else most
+
     def _draft(
         self, token: int, sampler: Sampler, index: int, at_most: int
     ) -> tuple[list[Tensor], list[int], list[float]]:
@@ -138,7 +144,7 @@ class SpeculativeDecoder:
         drafts: list[int] = []
         scores: list[float] = []
         vocab = self.fitted.draft_vocab
-        while len(drafts) < min(self.config.max_drafts, at_most):
+        while len(drafts) < at_most:
             logits = self.model.unembed(states[-1], self.draft_exit, vocab=vocab)[0, 0]
             confidence = self._confidence(logits, states[-1][0, 0])
             [likeliest], [[score]] = likeliest_with(logits[None], confidence[None], vocab=vocab)
