@@ -1,5 +1,4 @@
-"""Decide from the accepted tokens and the seconds whether drafts save time on this text, and how many.
-"""
+"""Decide from the accepted tokens and the seconds whether drafts save time on this text, and how many."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
