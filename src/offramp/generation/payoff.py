@@ -1,8 +1,9 @@
-"""Decide from the accepted tokens and the seconds whether drafts save time on this text, and how many."""
+"""Decide from the accepted tokens and the seconds whether drafts pay on a text, and how many."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 Kind = Literal["none", "exit", "lookup"]
 """The source of the drafts: an exit, the earlier text, or none."""
@@ -29,12 +30,41 @@ class _Seconds:
             self.value += 0.1 * (min(seconds, 2 * self.value) - self.value)
 
 
+class Durations:
+    """How long rounds take, by the source of their drafts and their number, in all texts."""
+
+    def __init__(self) -> None:
+        self.plain = _Seconds()
+        self.plain_rounds = 0
+        self.of_rounds: dict[tuple[Kind, int], _Seconds] = defaultdict(_Seconds)
+        self.cost_of_draft: dict[Kind, float] = {}
+        "What a draft adds to a round, in plain tokens: a running mean."
+
+    def note(self, kind: Kind, drafts: int, seconds: float) -> None:
+        """Record how long a round took."""
+        if kind == "none":
+            self.plain.note(seconds)
+            self.plain_rounds += 1
+            return
+        self.of_rounds[kind, drafts].note(seconds)
+        if self.plain.value and drafts:
+            added = max(0.0, seconds / self.plain.value - 1) / drafts
+            before = self.cost_of_draft.get(kind, added)
+            self.cost_of_draft[kind] = before + 0.2 * (min(added, 1.0) - before)
+
+
+_OF_MODELS: "WeakKeyDictionary[Any, Durations]" = WeakKeyDictionary()
+
+
+def durations_of(model: Any) -> Durations:
+    """Return the durations that all texts of a model share."""
+    return _OF_MODELS.setdefault(model, Durations())
+
+
 @dataclass
 class _Book:
     """The balance of one source of drafts."""
 
-    rounds: dict[int, _Seconds] = field(default_factory=lambda: defaultdict(_Seconds))
-    "The duration of a round, by its number of drafts."
     balance: float = 0.0
     pause: int = _FIRST_PAUSE
     left: int = 0
@@ -54,15 +84,6 @@ class _Book:
                 counts[0] = _MEMORY * counts[0] + (kept < of)
                 counts[1] = _MEMORY * counts[1] + kept
 
-    def cost_of_draft(self, plain: float) -> float | None:
-        """Return what a draft adds to a round, in plain tokens; None if no round had drafts."""
-        added = [
-            (usual.value / plain - 1) / drafts
-            for drafts, usual in self.rounds.items()
-            if drafts and usual.value is not None
-        ]
-        return max(0.0, sum(added) / len(added)) if added else None
-
 
 class Payoff:
     """Compares the time that drafts save with the time they take; pauses a source that loses time.
@@ -75,17 +96,16 @@ class Payoff:
     a single token, as with 4-bit weights, drafts that are often rejected are few.
     """
 
-    def __init__(self) -> None:
-        self._plain = _Seconds()
-        self._plain_rounds = 0
+    def __init__(self, durations: Durations | None = None) -> None:
+        self._durations = durations or Durations()
         self._books: dict[Kind, _Book] = {"exit": _Book(), "lookup": _Book()}
 
     def pays(self, kind: Kind) -> bool:
         """Return whether to draft from this source in this round.
 
-        The first rounds draft nothing: they show how long a plain token takes.
+        The first rounds of a model draft nothing: they show how long a plain token takes.
         """
-        return self._plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
+        return self._durations.plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
 
     def drafts(self, kind: Kind, most: int) -> int:
         """Return how many drafts, from 1 to ``most``, give the most tokens in a second.
@@ -93,8 +113,7 @@ class Payoff:
         Drafts are taken to be accepted as often as those before them; ``most`` if no round has
         shown yet how long they take.
         """
-        book, plain = self._books[kind], self._plain.value
-        cost = book.cost_of_draft(plain) if plain else None
+        book, cost = self._books[kind], self._durations.cost_of_draft.get(kind)
         if cost is None:
             return most
         chance, later = (kept / (lost + kept) for lost, kept in (book.first, book.later))
@@ -111,17 +130,15 @@ class Payoff:
         """Record a round: its source, its drafts, the tokens that it gave, and its seconds."""
         for book in self._books.values():
             book.left -= 1
+        self._durations.note(kind, drafts, seconds)
         if kind == "none":
-            self._plain.note(seconds)
-            self._plain_rounds += 1
             return
-        book = self._books[kind]
+        book, plain = self._books[kind], self._durations.plain.value
         book.learn(drafts, tokens - 1)
-        usual = book.rounds[drafts]
-        usual.note(seconds)
-        if self._plain.value is None or usual.value is None:
+        usual = self._durations.of_rounds[kind, drafts].value
+        if plain is None or usual is None:
             return
-        book.balance += tokens - usual.value / self._plain.value
+        book.balance += tokens - usual / plain
         book.balance = min(book.balance, _LARGEST_GAIN)
         if book.balance >= _LARGEST_GAIN / 2:
             book.pause = _FIRST_PAUSE

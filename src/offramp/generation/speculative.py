@@ -25,7 +25,7 @@ from offramp.exits.gate import FittedExits
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import broken_score
 from offramp.generation.lookup import Lookup
-from offramp.generation.payoff import Kind, Payoff
+from offramp.generation.payoff import Kind, Payoff, durations_of
 from offramp.generation.sampling import Sampler, likeliest_with
 from offramp.generation.transfer import on_device
 from offramp.models.base import EarlyExitModel, Step
@@ -60,7 +60,7 @@ class SpeculativeDecoder:
         self._rows = None if row is None else on_device([row], model.device)
         self.draft_exit, self.fitted = draft_exit, fitted
         self.measure = confidence_named(config.draft_confidence)
-        self.payoff = Payoff()
+        self.payoff = Payoff(durations_of(model))
         self.lookup = Lookup(config.lookup)
         self.work = work
         self._router = model.router(cache, RouterSpec())

@@ -16,7 +16,6 @@ from offramp.generation.config import GenerateConfig
 from offramp.generation.forced import forced_exits
 from offramp.generation.generate import generate, generate_batch
 from offramp.generation.lookup import Lookup
-from offramp.generation.payoff import Payoff
 
 PROMPT = [3, 1, 4]
 MODES = [
@@ -439,54 +438,6 @@ def test_text_streams_as_it_comes(make_model):
     generation = generate(model, tokenizer.encode("ä").ids, config, tokenizer=tokenizer)
     tokens = list(generation)
     assert generation.completion.text == tokenizer.decode([token.id for token in tokens])
-
-
-# Whether drafting pays.
-
-
-def rounds(payoff, accepted, count, *, plain=1.0, seconds=1.3, kind="exit"):
-    """Play rounds of one draft each; returns how many of them drafted."""
-    drafted = 0
-    for round_ in range(count):
-        if payoff.pays(kind):
-            drafted += 1
-            payoff.note(kind, drafts=1, tokens=1 + accepted(round_), seconds=seconds)
-        else:
-            payoff.note("none", drafts=0, tokens=1, seconds=plain)
-    return drafted
-
-
-def test_drafting_that_pays_goes_on():
-    payoff = Payoff()
-    assert rounds(payoff, lambda n: n % 2 == 0, 200) == 198
-
-
-def test_drafting_that_does_not_pay_stops_and_tries_again_less_and_less():
-    payoff = Payoff()
-    assert rounds(payoff, lambda n: False, 1000) < 40
-    lost = 0.3 * rounds(payoff, lambda n: False, 2000)
-    assert 0 < lost < 20  # one percent
-
-
-def test_drafting_comes_back_when_the_text_changes():
-    payoff = Payoff()
-    rounds(payoff, lambda n: False, 300)
-    assert rounds(payoff, lambda n: True, 2000) > 1000
-
-
-def test_one_slow_round_does_not_stop_drafting():
-    payoff = Payoff()
-    rounds(payoff, lambda n: n % 2 == 0, 50)
-    rounds(payoff, lambda n: n % 2 == 0, 1, seconds=30.0)
-    assert rounds(payoff, lambda n: n % 2 == 0, 100) == 100
-
-
-def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
-    payoff = Payoff()
-    rounds(payoff, lambda n: False, 100, kind="lookup")
-    assert not payoff.pays("lookup")
-    assert payoff.pays("exit")
-    assert rounds(payoff, lambda n: True, 50) == 50
 
 
 # Drafts from the text before.

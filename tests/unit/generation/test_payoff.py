@@ -1,8 +1,8 @@
-"""How many drafts a round has follows from how often they are accepted and how long they take."""
+"""Whether a round has drafts, and how many, follows from what they gain and how long they take."""
 
 import pytest
 
-from offramp.generation.payoff import Payoff
+from offramp.generation.payoff import Durations, Payoff
 
 PLAIN = 0.01
 
@@ -49,3 +49,71 @@ def test_more_drafts_come_back_with_a_text_that_repeats_itself():
     while (drafts := made.drafts("lookup", 5)) < 5:
         made.note("lookup", drafts=drafts, tokens=drafts + 1, seconds=PLAIN * (1 + 0.2 * drafts))
     assert drafts == 5
+
+
+def test_texts_share_what_is_known_of_the_time_and_nothing_else():
+    durations = Durations()
+    first = Payoff(durations)
+    assert not first.pays("lookup")
+    for _ in range(2):
+        first.note("none", drafts=0, tokens=1, seconds=PLAIN)
+    for _ in range(20):
+        first.note("lookup", drafts=5, tokens=1, seconds=1.75 * PLAIN)
+    assert not first.pays("lookup")
+    second = Payoff(durations)
+    assert second.pays("lookup")
+    assert first.drafts("lookup", 5) < second.drafts("lookup", 5) < 5
+
+
+def test_a_slow_first_round_is_forgotten():
+    made = payoff("lookup", [], cost=0.0)
+    made.note("lookup", drafts=5, tokens=6, seconds=100 * PLAIN)
+    assert made.drafts("lookup", 5) == 1
+    for _ in range(20):
+        made.note("lookup", drafts=1, tokens=2, seconds=PLAIN * 1.02)
+    assert made.drafts("lookup", 5) == 5
+
+
+def rounds(payoff, accepted, count, *, plain=1.0, seconds=1.3, kind="exit"):
+    """Play rounds of one draft each; returns how many of them drafted."""
+    drafted = 0
+    for round_ in range(count):
+        if payoff.pays(kind):
+            drafted += 1
+            payoff.note(kind, drafts=1, tokens=1 + accepted(round_), seconds=seconds)
+        else:
+            payoff.note("none", drafts=0, tokens=1, seconds=plain)
+    return drafted
+
+
+def test_drafting_that_pays_goes_on():
+    payoff = Payoff()
+    assert rounds(payoff, lambda n: n % 2 == 0, 200) == 198
+
+
+def test_drafting_that_does_not_pay_stops_and_tries_again_less_and_less():
+    payoff = Payoff()
+    assert rounds(payoff, lambda n: False, 1000) < 40
+    lost = 0.3 * rounds(payoff, lambda n: False, 2000)
+    assert 0 < lost < 20  # one percent
+
+
+def test_drafting_comes_back_when_the_text_changes():
+    payoff = Payoff()
+    rounds(payoff, lambda n: False, 300)
+    assert rounds(payoff, lambda n: True, 2000) > 1000
+
+
+def test_one_slow_round_does_not_stop_drafting():
+    payoff = Payoff()
+    rounds(payoff, lambda n: n % 2 == 0, 50)
+    rounds(payoff, lambda n: n % 2 == 0, 1, seconds=30.0)
+    assert rounds(payoff, lambda n: n % 2 == 0, 100) == 100
+
+
+def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
+    payoff = Payoff()
+    rounds(payoff, lambda n: False, 100, kind="lookup")
+    assert not payoff.pays("lookup")
+    assert payoff.pays("exit")
+    assert rounds(payoff, lambda n: True, 50) == 50
