@@ -77,7 +77,7 @@ def test_every_kept_record_is_found_by_the_studies_that_made_it():
     text = StudyText(train="", held_out="", test="", about=next(iter(kept.values()))["text"])
     names = {
         run.name
-        for study in ("alpha", "middle", "exits", "heads")
+        for study in ("alpha", "middle", "exits", "heads", "kv")
         for run in plan_runs(STUDIES[study], text)
     }
     searched, measured = runs_of_the_recipe(text)
