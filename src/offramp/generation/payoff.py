@@ -48,9 +48,9 @@ class Durations:
             return
         self.of_rounds[kind, drafts].note(seconds)
         if self.plain.value and drafts:
-            added = max(0.0, seconds / self.plain.value - 1) / drafts
+            added = min(max(0.0, seconds / self.plain.value - 1) / drafts, 1.0)
             before = self.cost_of_draft.get(kind, added)
-            self.cost_of_draft[kind] = before + 0.2 * (min(added, 1.0) - before)
+            self.cost_of_draft[kind] = before + 0.2 * (added - before)
 
 
 _OF_MODELS: "WeakKeyDictionary[Any, Durations]" = WeakKeyDictionary()
@@ -97,7 +97,7 @@ class Payoff:
     """
 
     def __init__(self, durations: Durations | None = None) -> None:
-        self._durations = durations or Durations()
+        self._durations = Durations() if durations is None else durations
         self._books: dict[Kind, _Book] = {"exit": _Book(), "lookup": _Book()}
 
     def pays(self, kind: Kind) -> bool:

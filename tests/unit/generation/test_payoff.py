@@ -2,7 +2,9 @@
 
 import pytest
 
-from offramp.generation.payoff import Durations, Payoff
+from offramp.generation.config import GenerateConfig
+from offramp.generation.generate import generate
+from offramp.generation.payoff import Durations, Payoff, durations_of
 
 PLAIN = 0.01
 
@@ -63,6 +65,16 @@ def test_texts_share_what_is_known_of_the_time_and_nothing_else():
     second = Payoff(durations)
     assert second.pays("lookup")
     assert first.drafts("lookup", 5) < second.drafts("lookup", 5) < 5
+
+
+def test_all_texts_of_a_model_share_what_is_known_of_the_time(make_model):
+    model, other = (make_model(num_hidden_layers=3, exit_layers=(1,)) for _ in range(2))
+    config = GenerateConfig(speculative=True, max_new_tokens=8)
+    for _ in range(2):
+        before = durations_of(model).plain_rounds
+        list(generate(model, [1, 2, 3], config))
+    assert before >= 2  # known before the second text
+    assert durations_of(other).plain_rounds == 0
 
 
 def test_a_slow_first_round_is_forgotten():
