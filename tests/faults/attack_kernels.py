@@ -158,6 +158,35 @@ def cases_of_steps(model: Any) -> Iterator[Call]:
     yield "a late position, no cache", lambda: model.run_layers(h, 0, 3, step=late)
 
 
+def cases_of_prompts(model: Any) -> Iterator[Call]:
+    """More tokens of one row than a call of a few tokens has; ``model`` has 24 positions."""
+    cache, ids, at = model.make_cache(2, 22), torch.ones(1, 20, dtype=torch.long), torch.arange(20)
+    steps: dict[str, dict[str, Any]] = {
+        "before the first position": {"positions": at[None] - 1},
+        "beyond the cache": {"positions": at[None] + 3},
+        "beyond the model": {"positions": at[None] + 5},
+        "far beyond": {"positions": at[None] + 2**40},
+        "fewer positions": {"positions": at[None, :17]},
+        "more positions": {"positions": torch.arange(21)[None]},
+        "positions without rows": {"positions": at},
+        "positions in int32": {"positions": at[None].int()},
+        "positions that are no whole numbers": {"positions": at[None] + 0.5},
+        "no row": {"rows": torch.zeros(0, dtype=torch.long)},
+        "two rows": {"rows": torch.tensor([0, 1])},
+        "a row beyond the cache": {"rows": torch.tensor([2])},
+        "a negative row": {"rows": torch.tensor([-1])},
+    }
+    one = {"rows": torch.tensor([1])}
+    for name, step in steps.items():
+        yield f"prompt, {name}", lambda step=step: decode(model, cache, ids, **{**one, **step})
+    positions = at[None]
+    for name, shape in {"of another width": (1, 20, 63), "of two rows": (2, 20, 64)}.items():
+        at_start = Step(positions=positions, cache=cache, **one)
+        h = torch.zeros(shape)
+        yield f"prompt, states {name}", lambda h=h, s=at_start: model.run_layers(h, 0, 3, step=s)
+        yield f"prompt, states {name}", lambda h=h, s=at_start: model.project_kv(h, 0, 3, step=s)
+
+
 def cases_of_ids(model: Any, forward: Callable[[torch.Tensor], Any]) -> Iterator[Call]:
     for name, ids in {
         "a negative id": torch.tensor([[1, -1]]),
@@ -189,6 +218,13 @@ def named_cases() -> Iterator[Call]:
         with torch.inference_mode():
             for cases in (cases_of_caches, cases_of_steps):
                 yield from ((f"{kind}: {name}", call) for name, call in cases(model))
+            if kind != "transformers":
+                longer = native(
+                    max_position_embeddings=24, kv_source_layer=model.config.kv_source_layer
+                )
+                scheme = model.config.weight_format
+                longer = longer if scheme is None else quantised(longer, scheme)
+                yield from ((f"{kind}: {name}", call) for name, call in cases_of_prompts(longer))
             forward = model if kind != "transformers" else lambda ids, m=model: ids_by_steps(m, ids)
             for name, call in cases_of_ids(model, forward):
                 yield f"{kind}: {name}", call
@@ -244,7 +280,10 @@ def changed(tensor: Any, rng: random.Random) -> Any:
 def random_call(rng: random.Random) -> Call:
     """One of the entry points with some of its arguments changed."""
     dtype = rng.choice((torch.float32, torch.bfloat16))
+    text = rng.random() < 0.3  # many tokens of one row
     layers, rows, heads, kv_heads, size, capacity, tokens = 2, 3, 4, 2, 8, 6, 4
+    if text:
+        capacity, tokens = 24, 20
     hidden, units, own = 16, 12, rng.random() < 0.7
     weights = [
         [
@@ -270,7 +309,7 @@ def random_call(rng: random.Random) -> Call:
         "cos": torch.ones(capacity, size),
         "sin": torch.zeros(capacity, size),
         "slots": torch.arange(tokens),
-        "rows": torch.tensor([0, 1, 2, 0]),
+        "rows": torch.ones(tokens, dtype=torch.long) if text else torch.tensor([0, 1, 2, 0]),
         "x": torch.randn(tokens, hidden),
         "qkv": torch.randn(tokens, (heads + (2 * kv_heads if own else 0)) * size),
         "residual": torch.randn(tokens, 2 * units),
@@ -284,7 +323,7 @@ def random_call(rng: random.Random) -> Call:
     start, stop, kept = (0, len(weights), 0) if rng.random() < 0.7 else rng.choices(numbers, k=3)
     layer = rng.choice((0, 1, 1, *numbers))
     head_dim = rng.choice((size, size, size, 0, 1, 7, 16, 512, -8))
-    kind = rng.choice(("linear", "attend", "blocks"))
+    kind = rng.choice(("linear", "prepared", "attend", "blocks"))
 
     def call() -> Any:
         if kind == "linear":
@@ -294,6 +333,9 @@ def random_call(rng: random.Random) -> Call:
             return kernels.linear(
                 given["x"], weight, norm=norm, eps=1e-5, gated=gated, residual=given["residual"]
             )
+        if kind == "prepared":
+            norm = weights[0][4] if rng.random() < 0.5 else None
+            return kernels.prepared(given["x"], dtype, norm=norm, eps=1e-5)
         cache = kernels.KernelCache(*(given[n] for n in ("keys", "values", "lengths")), *tables)
         at = kernels.CachedTokens(cache, slots=given["slots"], rows=given["rows"])
         if kind == "attend":

@@ -26,9 +26,9 @@ from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import broken_score
 from offramp.generation.lookup import Lookup
 from offramp.generation.payoff import Kind, Payoff, durations_of
-from offramp.generation.sampling import Sampler, likeliest_with
+from offramp.generation.sampling import Likeliest, Sampler, likeliest_with
 from offramp.generation.transfer import on_device
-from offramp.models.base import EarlyExitModel, Step
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 from offramp.models.router import RouterSpec
 from offramp.models.work import Work
@@ -36,6 +36,9 @@ from offramp.models.work import Work
 Chosen = tuple[int, int, float, Tensor]
 """A token, the layer where it left (or that drafted it), its confidence, and the logits (V,) of the
 whole model from which it was chosen."""
+Seen = tuple[Tensor, list[Likeliest], list[float]]
+"""What the whole model says after each of some tokens: logits (T, V), the largest of them and its
+token, and its probability."""
 
 
 class SpeculativeDecoder:
@@ -59,6 +62,7 @@ class SpeculativeDecoder:
         self.row = row
         self._rows = None if row is None else on_device([row], model.device)
         self.draft_exit, self.fitted = draft_exit, fitted
+        self._layers = model.num_layers
         self.measure = confidence_named(config.draft_confidence)
         self.payoff = Payoff(durations_of(model))
         self.lookup = Lookup(config.lookup)
@@ -85,25 +89,18 @@ class SpeculativeDecoder:
         found = self.lookup.drafts(self._most("lookup", at_most - 1))
         kind: Kind = "none"
         scores: list[float] = []
-        h: Tensor | None = None
         if found and self._pays("lookup"):
             kind = "lookup"
-            h = self._run(self._embed([token, *found]), 0, self.model.num_layers)
+            seen = self._whole([token, *found])
         elif at_most > 1 and self._pays("exit"):
             kind = "exit"
             most = self._most("exit", at_most - 1)
             states, found, scores = self._draft(token, sampler, index, most)
-            h = self._run(torch.cat(states, dim=1), self.draft_exit, self.model.num_layers)
+            seen = self._seen(self._run(torch.cat(states, dim=1), self.draft_exit, self._layers))
         else:
             found = []
-            if self._router is None:
-                h = self._run(self._embed([token]), 0, self.model.num_layers)
-        if h is None:
-            chosen = [self._without_drafts(token, sampler, index)]
-        else:
-            self.work.heads[self.model.num_layers, h.shape[1]] += 1
-            logits = self.model.unembed(h, self.model.num_layers)[0]
-            chosen = self._verify(logits, found, scores, sampler, index)
+            seen = self._whole([token])
+        chosen = self._verify(seen, found, scores, sampler, index)
         self.length += len(chosen)
         self.cache.crop(self.length, row=self.row)
         for accepted, *_ in chosen[:-1]:
@@ -115,14 +112,20 @@ class SpeculativeDecoder:
         )
         return chosen
 
-    def _without_drafts(self, token: int, sampler: Sampler, index: int) -> Chosen:
-        """Return the token after ``token``, which runs in one call of the model."""
-        assert self._router is not None
-        routed = self._router.step([token], [self.row or 0], [self.length], [0], self.work)
-        logits, [confidence] = routed.logits[0], routed.confidence
-        likeliest = routed.likeliest[0] if routed.likeliest else None
-        chosen = sampler.choose(logits, index, likeliest=likeliest)
-        return chosen, self.model.num_layers, confidence, logits
+    def _whole(self, ids: list[int]) -> Seen:
+        """Run the whole model for these tokens, the next ones of the text, in one call."""
+        if self._router is None or len(ids) > FEW_TOKENS:
+            return self._seen(self._run(self._embed(ids), 0, self._layers))
+        rows, zeros = [self.row or 0] * len(ids), [0] * len(ids)
+        positions = list(range(self.length, self.length + len(ids)))
+        routed = self._router.step(ids, rows, positions, zeros, self.work)
+        if routed.likeliest is None:
+            return _seen_in(routed.logits)
+        return routed.logits, routed.likeliest, routed.confidence
+
+    def _seen(self, h: Float[Tensor, "1 T D"]) -> Seen:
+        self.work.heads[self._layers, h.shape[1]] += 1
+        return _seen_in(self.model.unembed(h, self._layers)[0])
 
     def _pays(self, kind: Kind) -> bool:
         return not self.config.adaptive or self.payoff.pays(kind)
@@ -185,23 +188,28 @@ class SpeculativeDecoder:
 
     def _verify(
         self,
-        logits: Float[Tensor, "T V"],
+        seen: Seen,
         drafts: list[int],
         scores: list[float],
         sampler: Sampler,
         index: int,
     ) -> list[Chosen]:
         """Accept drafts up to the first that the whole model does not choose; add its choice."""
-        probability = logits.float().softmax(dim=-1).amax(dim=-1)
-        likeliest, [largest] = likeliest_with(logits, probability)
+        logits, likeliest, largest = seen
         chosen: list[Chosen] = []
         for n, draft in enumerate(drafts):
             token = sampler.choose(logits[n], index + n, after=drafts[:n], likeliest=likeliest[n])
             if token != draft:
-                return [*chosen, (token, self.model.num_layers, largest[n], logits[n])]
+                return [*chosen, (token, self._layers, largest[n], logits[n])]
             from_exit = bool(scores)
-            layer = self.draft_exit if from_exit else self.model.num_layers
+            layer = self.draft_exit if from_exit else self._layers
             chosen.append((token, layer, scores[n] if from_exit else largest[n], logits[n]))
         n = len(drafts)
         token = sampler.choose(logits[n], index + n, after=drafts, likeliest=likeliest[n])
-        return [*chosen, (token, self.model.num_layers, largest[n], logits[n])]
+        return [*chosen, (token, self._layers, largest[n], logits[n])]
+
+
+def _seen_in(logits: Float[Tensor, "T V"]) -> Seen:
+    largest = logits.float().softmax(dim=-1).amax(dim=-1)
+    likeliest, [numbers] = likeliest_with(logits, largest)
+    return logits, likeliest, numbers

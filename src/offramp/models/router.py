@@ -71,6 +71,9 @@ class Router(Protocol):
     ) -> Routed:
         """Run one token of each of ``rows`` at its position; count what ran in ``work``.
 
+        If the spec has no exits, a row may have several tokens, at consecutive positions, of which
+        each sees those before it. At most FEW_TOKENS (base.py) tokens run.
+
         ``since_prompt`` is the place of each row's bound in ``GateRule.bounds``, or the last one
         if there are fewer: the number of its new tokens before this one, if the spec has one bound
         for each.

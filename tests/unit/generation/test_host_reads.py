@@ -54,7 +54,7 @@ class Watched:
             static  # without, the blocks run as on a GPU that has no graphs
         )
         if not static:
-            monkeypatch.setattr(model.few_tokens, "of", lambda h, step=None: None)
+            monkeypatch.setattr(model.few_tokens, "of", lambda h, step=None, some=False: None)
             monkeypatch.setattr(model, "fills_beside", lambda tokens: False)
 
     def noting(self, run):

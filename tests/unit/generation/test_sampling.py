@@ -220,10 +220,11 @@ def test_speculative_sampling_keeps_the_distribution(make_model, options):
 def test_the_test_fails_if_drafts_are_accepted_unseen(make_model, monkeypatch):
     verify = SpeculativeDecoder._verify
 
-    def accept_all(self, logits, drafts, scores, sampler, index):
-        drafted = zip(drafts, logits, strict=False)
+    def accept_all(self, seen, drafts, scores, sampler, index):
+        drafted = zip(drafts, seen[0], strict=False)
         kept = [(draft, self.draft_exit, 1.0, each) for draft, each in drafted]
-        return [*kept, verify(self, logits[-1:], [], [], sampler, index + len(drafts))[0]]
+        last = tuple(part[-1:] for part in seen)
+        return [*kept, verify(self, last, [], [], sampler, index + len(drafts))[0]]
 
     monkeypatch.setattr(SpeculativeDecoder, "_verify", accept_all)
     assert p_value(skewed(make_model), temperature=1.0) < 1e-6
@@ -233,9 +234,9 @@ def test_the_test_fails_if_a_rejected_draft_is_drawn_again(make_model, monkeypat
     """The classic mistake: after a rejection, p itself instead of what is left of it."""
     verify = SpeculativeDecoder._verify
 
-    def redraw(self, logits, drafts, scores, sampler, index):
-        chosen = verify(self, logits, drafts, scores, sampler, index)
-        n = len(chosen) - 1
+    def redraw(self, seen, drafts, scores, sampler, index):
+        chosen = verify(self, seen, drafts, scores, sampler, index)
+        logits, n = seen[0], len(chosen) - 1
         if n < len(drafts):
             chosen[n] = (sampler.choose(logits[n], index + n + 2 * DEPTH), 2, 1.0, logits[n])
         return chosen

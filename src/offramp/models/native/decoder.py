@@ -125,7 +125,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Run blocks start+1 .. stop; tokens not ``active`` keep their state."""
         checks.check_call(self, h, start, stop, active)
-        if (few := self.few_tokens.of(h, step)) is not None:
+        if (few := self.few_tokens.of(h, step, some=active is not None)) is not None:
             return few.run(h, start, stop, step=step, active=active, **self._places(h, step))
         context = self._context(h, step)
         shared = shared_keys_values(self, start, step)

@@ -1,4 +1,7 @@
-"""Which code runs the native decoder's calls of a few tokens: on a CPU, on a GPU, or the blocks."""
+"""Which code runs the native decoder's calls of a few tokens, and prompts on a CPU.
+
+The blocks themselves (blocks.py) run all else.
+"""
 
 from typing import Any
 
@@ -37,12 +40,21 @@ class FewTokens:
             return self.static.caches.new(batch_size, capacity, form)
         return KVCache(batch_size=batch_size, capacity=capacity, **form)
 
-    def of(self, h: Tensor, step: Step | None = None) -> FastSteps | StaticSteps | None:
-        """Return what runs a call on states ``h``, which needs no step for logits; or None."""
+    def of(
+        self, h: Tensor, step: Step | None = None, *, some: bool = False
+    ) -> FastSteps | StaticSteps | None:
+        """Return what runs a call on states ``h``, which needs no step for logits; or None.
+
+        ``some``: whether only some of the tokens run.
+        """
         if step is not None and (step.cache is None or step.real is not None):
             return None
-        steps = self.static if self._static_on(h.device) else self.fast
-        return steps if steps.fit(h) else None
+        if self._static_on(h.device):
+            return self.static if self.static.fit(h) else None
+        if self.fast.fit(h):
+            return self.fast
+        text = step is not None and not some and self.fast.fit_text(h, step)
+        return self.fast if text else None
 
     def fills_beside(self, tokens: int, device: torch.device) -> bool:
         """Return whether these steps project keys and values of inactive tokens at no cost."""

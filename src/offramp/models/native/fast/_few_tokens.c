@@ -38,6 +38,7 @@
 #define SERIAL 65536   /* up to so many multiplications one thread is faster */
 #define SERIAL_BLOCK 262144 /* the same for a block, in which threads synchronise six times */
 #define LARGEST_HEAD 256
+#define FEW 16 /* tokens of a call, as FEW_TOKENS in models/base.py; more of them are a prompt */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -108,31 +109,72 @@ INLINE vec exponential(vec x) { /* Cephes' expf, between e^-87 and e^87 */
 #include "products.h"
 #include "quantised.h"
 
-DISPATCHED
-static void normalise(const float *x, const void *weight, int bfloat16, float eps, float *out,
-                      long size) {
+INLINE void store(void *to, long i, float x, int bfloat16) {
+  if (bfloat16)
+    ((uint16_t *)to)[i] = narrow(x);
+  else
+    ((float *)to)[i] = x;
+}
+
+INLINE void store_all(void *to, long i, vec x, int bfloat16) {
+  if (bfloat16) {
+    const halves half = narrow_all(x);
+    memcpy((uint16_t *)to + i, &half, sizeof half);
+  } else {
+    memcpy((float *)to + i, &x, sizeof x);
+  }
+}
+
+/* RMSNorm of a token; each of x, the weight and the result is float32 or bfloat16. */
+INLINE void normalise_any(const void *x, int x_half, const void *weight, int weight_half, float eps,
+                          void *out, int out_half, long size) {
   vec squares = {0};
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
-    vec a = load(x, i, 0);
+    vec a = load(x, i, x_half);
     squares += a * a;
   }
   float total = sum(squares);
-  for (; i < size; i++) total += x[i] * x[i];
+  for (; i < size; i++) total += at(x, i, x_half) * at(x, i, x_half);
   const float scale = 1.0f / sqrtf(total / size + eps);
-  for (i = 0; i < size; i++) out[i] = x[i] * scale * at(weight, i, bfloat16);
+  for (i = 0; i + LANES <= size; i += LANES)
+    store_all(out, i, load(x, i, x_half) * scale * load(weight, i, weight_half), out_half);
+  for (; i < size; i++) store(out, i, at(x, i, x_half) * scale * at(weight, i, weight_half), out_half);
+}
+
+DISPATCHED
+static void normalise(const float *x, const void *weight, int bfloat16, float eps, float *out,
+                      long size) {
+  normalise_any(x, 0, weight, bfloat16, eps, out, 0, size);
 }
 
 /* SiLU(first half) x second half, of entries first .. last - 1. */
-DISPATCHED
-static void swiglu(const float *x, float *out, long size, long first, long last) {
+INLINE void swiglu_any(const void *x, int x_half, void *out, int out_half, long size, long first,
+                       long last) {
   long i = first;
   for (; i + LANES <= last; i += LANES) {
-    vec gate = load(x, i, 0);
-    vec y = gate / (1.0f + exponential(-gate)) * load(x, size + i, 0);
-    memcpy(out + i, &y, sizeof y);
+    vec gate = load(x, i, x_half);
+    store_all(out, i, gate / (1.0f + exponential(-gate)) * load(x, size + i, x_half), out_half);
   }
-  for (; i < last; i++) out[i] = x[i] / (1.0f + expf(-x[i])) * x[size + i];
+  for (; i < last; i++) {
+    const float gate = at(x, i, x_half);
+    store(out, i, gate / (1.0f + expf(-gate)) * at(x, size + i, x_half), out_half);
+  }
+}
+
+DISPATCHED
+static void swiglu(const float *x, float *out, long size, long first, long last) {
+  swiglu_any(x, 0, out, 0, size, first, last);
+}
+
+/* What a product of PyTorch multiplies of one token: RMSNorm, or without a ``norm`` SwiGLU. */
+DISPATCHED
+static void prepare_token(const void *x, int x_half, const void *norm, int norm_half, float eps,
+                          void *out, int out_half, long inputs) {
+  if (norm)
+    normalise_any(x, x_half, norm, norm_half, eps, out, out_half, inputs);
+  else
+    swiglu_any(x, x_half, out, out_half, inputs, 0, inputs);
 }
 
 enum { AS_IT_IS, NORMALISED, GATED };
@@ -229,24 +271,19 @@ static void attention(const float *query, const void *keys, const void *values, 
   for (long i = 0; i < size; i++) out[i] = seen[i / LANES][i % LANES] * scale;
 }
 
-INLINE void store(void *to, long i, float x, int bfloat16) {
-  if (bfloat16)
-    ((uint16_t *)to)[i] = narrow(x);
-  else
-    ((float *)to)[i] = x;
-}
+#include "prompts.h"
 
 /* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size). With heads 0,
    and for the first ``kept`` tokens, keys and values are only stored. Without ``own`` keys and values
    qkv is (tokens, heads size), and nothing is stored. The cache is (rows, kv_heads, capacity, size);
    token t is in slots[t] of rows[t]. cosines and sines are (positions, size). scores has space for
    capacity + LANES numbers per thread, out for the tokens that attend. lengths (rows) counts the
-   positions that are written. */
+   positions that are written. ``text`` is that of new_text for these tokens. */
 static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
                             void *keys, void *values, int64_t *lengths, int bfloat16,
                             const int64_t *slots, const int64_t *rows, float *out, float *scores,
                             long tokens, long kept, long heads, long kv_heads, long size,
-                            long capacity, int own) {
+                            long capacity, int own, Text text) {
   const long all_heads = heads + (own ? 2 * kv_heads : 0), half = size / 2;
   const float scale = 1.0f / sqrtf((float)size);
   for (long job = team.me; job < tokens * all_heads; job += team.all) {
@@ -271,6 +308,11 @@ static void attend_in_parts(Team team, float *qkv, const float *cosines, const f
   for (long t = 0; t < tokens && team.me == 0 && own; t++)
     if (lengths[rows[t]] < slots[t] + 1) lengths[rows[t]] = slots[t] + 1;
 #pragma omp barrier
+  if (text.keys) {
+    attend_text(team, text, qkv, keys, values, bfloat16, slots[0], rows[0], out, tokens, all_heads,
+                heads, kv_heads, size, capacity);
+    return;
+  }
   float *mine = scores + team.me * (capacity + LANES);
 #pragma omp for schedule(dynamic, 1)
   for (long job = kept * heads; job < tokens * heads; job++) {
@@ -339,6 +381,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
   float *gate_up = middle + tokens * hidden, *scratch = gate_up + 2 * tokens * most;
   float *mine = x + kept * hidden;
   if (work < count * SERIAL_BLOCK) threads = 1;
+  const Text text = new_text(slots, rows, tokens, kept, heads, kv_heads, size, bfloat16);
 #pragma omp parallel num_threads(threads)
   {
     const Team we = team();
@@ -352,7 +395,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
                       i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch);
       attend_in_parts(we, qkv, cosines, sines, keys + from * layer, values + from * layer,
                       lengths + from * cached, bfloat16, slots + left_out, rows + left_out, seen,
-                      scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own);
+                      scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own, text);
       linear_in_parts(we, seen, matrix(of->out), format, middle, running, attended, hidden, AS_IT_IS,
                       NULL, 0, eps, mine, scratch);
       if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
@@ -367,6 +410,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
       }
     }
   }
+  free(text.keys);
 }
 
 typedef unsigned long long address;
@@ -403,6 +447,29 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *py_prepare(PyObject *self, PyObject *args) {
+  address x, norm, out;
+  long tokens, inputs;
+  int x_half, norm_half, out_half, threads;
+  float eps;
+  if (!PyArg_ParseTuple(args, "KpKpfKplli", &x, &x_half, &norm, &norm_half, &eps, &out, &out_half,
+                        &tokens, &inputs, &threads))
+    return NULL;
+  if (tokens < 0 || inputs < 0 || threads < 1) {
+    PyErr_SetString(PyExc_ValueError, "expected sizes of at least 0 and threads of at least 1");
+    return NULL;
+  }
+  const long wide = (norm ? 1 : 2) * inputs * (x_half ? 2 : 4), narrow = inputs * (out_half ? 2 : 4);
+  if (tokens * inputs < SERIAL) threads = 1;
+  Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads)
+  for (long t = 0; t < tokens; t++)
+    prepare_token((char *)AT(x) + t * wide, x_half, AT(norm), norm_half, eps,
+                  (char *)AT(out) + t * narrow, out_half, inputs);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 static PyObject *py_attend(PyObject *self, PyObject *args) {
   address qkv, cosines, sines, keys, values, lengths, slots, rows, out, scores;
   long tokens, heads, kv_heads, size, capacity;
@@ -414,10 +481,12 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
   if (refused(tokens, heads, kv_heads, size, capacity, threads)) return NULL;
   if (work_of(AT(slots), 0, tokens, heads, size) < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
+  const Text text = new_text(AT(slots), AT(rows), tokens, 0, heads, kv_heads, size, bfloat16);
 #pragma omp parallel num_threads(threads)
   attend_in_parts(team(), AT(qkv), AT(cosines), AT(sines), AT(keys), AT(values), AT(lengths),
                   bfloat16, AT(slots), AT(rows), AT(out), AT(scores), tokens, 0, heads, kv_heads,
-                  size, capacity, own);
+                  size, capacity, own, text);
+  free(text.keys);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -457,6 +526,7 @@ static PyObject *py_kind(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
+                                {"prepare", py_prepare, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
                                 {"blocks", py_blocks, METH_VARARGS, ""},
                                 {"route", py_route, METH_VARARGS, ""},

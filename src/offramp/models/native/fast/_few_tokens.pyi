@@ -15,6 +15,19 @@ def linear(
     threads: int,
     /,
 ) -> None: ...
+def prepare(
+    x: int,
+    x_half: bool,
+    norm: int,
+    norm_half: bool,
+    eps: float,
+    out: int,
+    out_half: bool,
+    tokens: int,
+    inputs: int,
+    threads: int,
+    /,
+) -> None: ...
 def attend(
     qkv: int,
     cosines: int,

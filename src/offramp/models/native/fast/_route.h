@@ -5,8 +5,6 @@
    exit; it stays in the list of pending tokens until a later token of its row runs deeper, as in
    deferred.py. The structures are filled by Python, which checks every address and size. */
 
-#define FEW 16 /* tokens of a call, as FEW_TOKENS in models/base.py */
-
 typedef struct {
   uint64_t gate_norm, gate_up, gate_up_bias, gate_out, gate_out_bias;
   uint64_t bounds; /* the lowest scores that leave, by ``since``: for each new token, rung or both */
@@ -240,6 +238,17 @@ static float largest(const float *logits, long vocab, int64_t *place, float *pro
   return none ? NAN : top;
 }
 
+/* Round numbers to bfloat16, in place, and copy them. */
+DISPATCHED
+static void round_all(float *x, uint16_t *to, long size) {
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    store_all(to, i, load(x, i, 0), 1);
+    store_all(x, i, load(to, i, 1), 0);
+  }
+  for (; i < size; i++) to[i] = narrow(x[i]), x[i] = wide(to[i]);
+}
+
 /* What ``route`` says of each token, in the caller's order. A token whose score at exit e is not a
    number has the exit -1 - e, and is not decoded. */
 typedef struct {
@@ -259,14 +268,13 @@ static int logits_of(const Route *r, const Exit *exit, const Running *run, long 
     memcpy(x + i * hidden, states + place[i] * hidden, 4 * hidden);
   linear_of(x, matrix(exit->head), exit->head_format, y, count, hidden, vocab, AT(exit->head_norm),
             exit->norm_bfloat16, exit->head_eps, scratch, run->threads);
+#pragma omp parallel for num_threads(run->threads) if (count > 1)
   for (long i = 0; i < count; i++) {
     float *mine = y + i * vocab, probability;
-    if (r->bfloat16) {
-      uint16_t *to = (uint16_t *)logits + place[i] * vocab;
-      for (long v = 0; v < vocab; v++) to[v] = narrow(mine[v]), mine[v] = wide(to[v]);
-    } else {
+    if (r->bfloat16)
+      round_all(mine, (uint16_t *)logits + place[i] * vocab, vocab);
+    else
       memcpy((float *)logits + place[i] * vocab, mine, 4 * vocab);
-    }
     left->top[place[i]] = largest(mine, vocab, left->best + place[i], &probability);
     if (last) left->score[place[i]] = probability;
   }

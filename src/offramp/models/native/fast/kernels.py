@@ -16,14 +16,14 @@ from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import about, check_tensor
 from offramp.models.native.fast import products
 from offramp.models.native.fast.kernel_weights import KernelWeights
-from offramp.models.native.fast.products import CPU, DTYPES, Weight, linear
+from offramp.models.native.fast.products import CPU, DTYPES, Weight, linear, prepared
 
 try:
     from offramp.models.native.fast import _few_tokens as _compiled
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear"]
+__all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear", "prepared"]
 
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
 
@@ -75,7 +75,7 @@ class KernelCache:
         addresses = [each.data_ptr() for each in self._held]
         self.keys_at, self.values_at, self.lengths_at, self.cos_at, self.sin_at = addresses
         self.layer_bytes = keys.stride(0) * keys.element_size()
-        self.first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
+        self._first_row = torch.zeros(FEW_TOKENS, dtype=torch.long)
         self._threads, self._scores = 0, torch.empty(0)
 
     def holds(self, tensors: tuple[Tensor, ...]) -> bool:
@@ -104,6 +104,12 @@ class KernelCache:
         skipped = layer * self.layer_bytes
         lengths_at = self.lengths_at + 8 * layer * self.rows
         return self.keys_at + skipped, self.values_at + skipped, lengths_at
+
+    def first_row(self, tokens: int) -> Int[Tensor, " N"]:
+        """Return the row of each of so many tokens of the first row."""
+        if len(self._first_row) < tokens:
+            self._first_row = torch.zeros(tokens, dtype=torch.long)
+        return self._first_row[:tokens]
 
     def scores(self, threads: int) -> int:
         """Return the address of a buffer for the attention scores of this many threads."""

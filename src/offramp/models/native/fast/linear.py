@@ -46,6 +46,18 @@ def fast_linear(
     return torch.mm(weight, columns.t()).t()[:rows]
 
 
+def input_of(
+    x: Float[Tensor, "N _"], *, norm: Float[Tensor, " I"] | None, eps: float, gated: bool
+) -> Float[Tensor, "N I"]:
+    """Return what a product multiplies: RMSNorm of x, SwiGLU of its halves, or x."""
+    if norm is not None:
+        return F.rms_norm(x, x.shape[-1:], norm, eps)
+    if not gated:
+        return x
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 @contextmanager
 def native_bfloat16(x: Tensor, rows: int) -> Iterator[None]:
     """Run bfloat16 products of one or two rows on PyTorch's own CPU kernels in this context.

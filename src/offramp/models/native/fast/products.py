@@ -117,6 +117,44 @@ def linear(
     return out
 
 
+def prepared(
+    x: Float[Tensor, "N _"],
+    dtype: torch.dtype,
+    *,
+    norm: Float[Tensor, " I"] | None = None,
+    eps: float = 0.0,
+) -> Float[Tensor, "N I"]:
+    """Return what a product of many tokens multiplies, in ``dtype``.
+
+    It is RMSNorm of x (N, I), or without a ``norm`` SiLU of the first half of x (N, 2 I) times the
+    second half. Every tensor is in float32 or bfloat16.
+    """
+    parts = 1 if norm is not None else 2
+    inputs = x.shape[-1] // parts if x.dim() else 0
+    fits = x.dim() == 2 and x.shape[1] == parts * inputs and x.is_cpu
+    if not fits or x.dtype not in DTYPES or dtype not in DTYPES:
+        expected = f"float32 or bfloat16 of shape (N, {parts * inputs})"
+        raise ConfigError(f"x: expected {expected} on cpu, got {about(x)}")
+    x = x.contiguous()
+    if norm is not None:
+        norm = norm.to(_norm_dtype(norm, norm)).contiguous()
+        check_tensor("norm", norm, (inputs,), norm.dtype, CPU)
+    out = torch.empty(len(x), inputs, dtype=dtype)
+    _compiled.prepare(
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        0 if norm is None else norm.data_ptr(),
+        norm is not None and norm.dtype == torch.bfloat16,
+        eps,
+        out.data_ptr(),
+        dtype == torch.bfloat16,
+        len(x),
+        inputs,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _norm_dtype(weight: Weight, norm: Tensor) -> torch.dtype:
     """Return the precision in which a product reads its norm: the weight's, if it has one."""
     if isinstance(weight, QuantisedWeight):

@@ -32,6 +32,7 @@ from offramp.models.native.fast.route_table import (
     struct_of,
 )
 from offramp.models.native.fast.steps import FastSteps
+from offramp.models.native.fast.tokens import kernel_cache
 from offramp.models.router import Routed, RouterSpec
 from offramp.models.work import Work
 
@@ -248,10 +249,12 @@ def router_of(
 ) -> CompiledRouter | None:
     """Return a router of the native decoder ``model``; None if the kernels cannot run it."""
     embeddings = model.model.embed_tokens.weight.detach()
-    found = fast.for_kernels(cache, (model.get_buffer("cos"), model.get_buffer("sin")))
-    if found is None or not can_route(spec) or not hasattr(_few_tokens, "route"):
+    tables = model.get_buffer("cos"), model.get_buffer("sin")
+    weights = fast.weights.of(cache).kernel
+    if weights is None or not can_route(spec) or not hasattr(_few_tokens, "route"):
         return None
-    weights, kernel_cache = found
+    if weights.dtype != cache.keys.dtype or not cache.keys.is_cpu:
+        return None
     readable = embeddings.is_cpu and embeddings.is_contiguous()
     if not readable or embeddings.dtype != weights.dtype:
         return None
@@ -263,7 +266,7 @@ def router_of(
     return CompiledRouter(
         spec=spec,
         weights=weights,
-        cache=kernel_cache,
+        cache=kernel_cache(cache, fast.wide_tables.of(tables)),
         embeddings=embeddings,
         heads=[
             head_of(*head_at(layer))

@@ -3,7 +3,8 @@
 The arithmetic is the same as in blocks.py; only the speed differs. Queries, keys and values are
 one matrix product, and so are gate and up. The products use compiled kernels (kernels.py) or the
 fastest form in PyTorch (linear.py). Data that all blocks of a step share is computed once
-(tokens.py).
+(tokens.py). Prompts run here, too, where the kernels compute the attention: products of many tokens
+with weights that are not quantised are those of PyTorch then.
 """
 
 from typing import Any, cast
@@ -16,13 +17,22 @@ from torch import Tensor, nn
 from offramp.models.base import FEW_TOKENS, Step
 from offramp.models.checks import require_cache
 from offramp.models.exit_heads import ExitHead
-from offramp.models.kv_cache import KVCache
 from offramp.models.native.fast import kernels
-from offramp.models.native.fast.kernel_weights import KernelWeights
-from offramp.models.native.fast.linear import fast_linear, few_columns_pay, native_bfloat16
+from offramp.models.native.fast.linear import (
+    fast_linear,
+    few_columns_pay,
+    input_of,
+    native_bfloat16,
+)
 from offramp.models.native.fast.products import DTYPES, Weight
-from offramp.models.native.fast.tokens import Call, KernelCall, Tables, WideTables, kernel_cache
-from offramp.models.native.fast.weights import BlockWeights, WeightsOfBlock
+from offramp.models.native.fast.tokens import (
+    Call,
+    KernelCall,
+    Tables,
+    WideTables,
+    is_text,
+)
+from offramp.models.native.fast.weights import BlockWeights, RowsOf, WeightsOfBlock
 from offramp.models.native.quantised import QuantisedWeight, quantised_linear
 
 
@@ -41,22 +51,24 @@ class FastSteps:
         self.blocks, self.eps, self.head_dim, self.kv_heads = blocks, eps, head_dim, kv_heads
         self.post = post
         self.weights = BlockWeights(blocks, head_dim=head_dim, eps=eps, post=post)
-        self._wide = WideTables()
+        self.wide_tables = WideTables()
         self._size = sum(p.numel() for block in blocks for p in block.parameters())
-        self._vocabs: dict[int, tuple[Weight, Tensor, tuple[int, int], Weight]] = {}
+        self.rows = RowsOf()
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop all values that were computed from the parameters; a copy computes its own."""
-        return {**vars(self), "_vocabs": {}, "_wide": WideTables()}
+        return {**vars(self), "rows": RowsOf(), "wide_tables": WideTables()}
 
     @staticmethod
     def fit(h: Tensor) -> bool:
         """Return whether ``h`` (B, T, D) has few tokens, on a CPU and without gradients."""
-        return (
-            h.shape[0] * h.shape[1] <= FEW_TOKENS
-            and h.device.type == "cpu"
-            and not torch.is_grad_enabled()
-        )
+        few = h.shape[0] * h.shape[1] <= FEW_TOKENS
+        return few and h.is_cpu and not torch.is_grad_enabled()
+
+    def fit_text(self, h: Tensor, step: Step) -> bool:
+        """Return whether ``h`` has many tokens whose attention the kernels compute, as a prompt."""
+        plain = h.is_cpu and not torch.is_grad_enabled() and self.weights.kernels_read
+        return plain and is_text(h, step)
 
     def run(
         self,
@@ -96,6 +108,8 @@ class FastSteps:
         """
         weights = self.weights.of(call.cache).kernel
         if not isinstance(call, KernelCall) or weights is None:
+            return None
+        if not self._by_kernels(self.weights.of(call.cache).blocks[0].qkv, x.shape[0]):
             return None
         if weights.dtype != call.cache.keys.dtype:
             return None
@@ -176,7 +190,7 @@ class FastSteps:
         """Return the logits, by a norm or exit head, of the tokens in ``vocab`` (None: all)."""
         x = h.reshape(-1, h.shape[-1])
         if vocab is not None:
-            weight = self.rows_of(weight, vocab)
+            weight = self.rows.of(weight, vocab)
         last = norm.norm if isinstance(norm, ExitHead) else norm
         adapted = isinstance(norm, ExitHead) and norm.adapter is not None
         if not adapted and isinstance(last, nn.RMSNorm) and self._compiled(weight):
@@ -201,15 +215,6 @@ class FastSteps:
         x = torch.cat(both, 1)
         return self._linear(x, adapter.down_proj.weight, gated=True, residual=read)
 
-    def for_kernels(
-        self, cache: KVCache, tables: Tables
-    ) -> tuple[KernelWeights, kernels.KernelCache] | None:
-        """Return the weights and the cache as the kernels read them; None if they cannot."""
-        weights = self.weights.of(cache).kernel
-        if weights is None or weights.dtype != cache.keys.dtype or not cache.keys.is_cpu:
-            return None
-        return weights, kernel_cache(cache, self._wide.of(tables))
-
     def _linear(
         self,
         x: Tensor,
@@ -220,21 +225,25 @@ class FastSteps:
         residual: Tensor | None = None,
     ) -> Tensor:
         """Return f(x) weight^T + residual, (N, O), for x (N, I); see ``kernels.linear``."""
-        if self._compiled(weight):
+        if self._by_kernels(weight, x.shape[0]):
             return kernels.linear(
                 x, weight, norm=norm, eps=self.eps, gated=gated, residual=residual
             )
-        if norm is not None:
-            x = F.rms_norm(x, x.shape[-1:], norm, self.eps)
-        elif gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+        if isinstance(weight, Tensor) and self._compiled(weight) and (gated or norm is not None):
+            x = kernels.prepared(x, weight.dtype, norm=norm, eps=self.eps)
+        else:
+            x = input_of(x, norm=norm, eps=self.eps, gated=gated)
         if isinstance(weight, QuantisedWeight):
             out = quantised_linear(x, weight)
         else:
             pay = few_columns_pay(weight, self._size * weight.element_size())
-            out = fast_linear(x, weight, few_columns=pay)
+            out = fast_linear(x.to(weight.dtype), weight, few_columns=pay)
         return out if residual is None else residual + out
+
+    def _by_kernels(self, weight: Weight, tokens: int) -> bool:
+        """Return whether the kernels multiply this weight with so many tokens."""
+        few = tokens <= FEW_TOKENS or isinstance(weight, QuantisedWeight)
+        return few and self._compiled(weight)
 
     def _compiled(self, weight: Weight) -> bool:
         return kernels.kernels_fit(weight, self.head_dim)
@@ -256,7 +265,7 @@ class FastSteps:
             about = {"end": end, "head_dim": self.head_dim, "kv_heads": self.kv_heads}
             if self._compiled(weight) and cache.keys.dtype in DTYPES:
                 call = KernelCall(
-                    step, shape, tables=self._wide.of(tables), dtype=torch.float32, **about
+                    step, shape, tables=self.wide_tables.of(tables), dtype=torch.float32, **about
                 )
             else:
                 quantised = isinstance(weight, QuantisedWeight)
@@ -264,17 +273,6 @@ class FastSteps:
                 call = Call(step, shape, tables=tables, dtype=own, **about)
             step.memo[key] = call
         return call
-
-    def rows_of(self, weight: Weight, vocab: Tensor) -> Weight:
-        """Return ``weight[vocab]``, which is kept for the next token."""
-        numbers = weight.values if isinstance(weight, QuantisedWeight) else weight
-        current = numbers.data_ptr(), 0 if numbers.is_inference() else numbers._version
-        kept = self._vocabs.get(id(weight))
-        if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
-            return kept[3]
-        rows = weight[vocab]
-        self._vocabs[id(weight)] = weight, vocab, current, rows
-        return rows
 
     def _block(self, x: Tensor, layer: int, of: WeightsOfBlock, call: Call) -> Tensor:
         first, second = of.norms

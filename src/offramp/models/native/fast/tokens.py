@@ -129,7 +129,7 @@ class KernelCall(Call):
     @cached_property
     def _at(self) -> kernels.CachedTokens:
         if self.one:
-            rows = self._cache.first_row[: self.tokens]
+            rows = self._cache.first_row(self.tokens)
         else:
             rows = self.rows if self.tokens == 1 else self.rows.repeat_interleave(self.tokens)
         slots = self.slots.reshape(-1).contiguous()
@@ -154,7 +154,7 @@ class KernelCall(Call):
 
     def attend(self, qkv: Float[Tensor, "N _"], layer: int, *, own: bool) -> Float[Tensor, "N I"]:
         """Attention without the output projection: see ``CachedTokens.attend``."""
-        return self._at.attend(qkv, layer, own=own)
+        return self._at.attend(qkv.float(), layer, own=own)
 
     def store(self, kv: Float[Tensor, "N _"], layer: int) -> None:
         """Write only keys and values."""
@@ -171,6 +171,16 @@ def kernel_cache(cache: KVCache, tables: Tables) -> kernels.KernelCache:
     if kept is None or not kept.holds(tensors):
         kept = cache.memo[kernels.KernelCache] = kernels.KernelCache(*tensors)
     return kept
+
+
+def is_text(h: Float[Tensor, "B T D"], step: Step) -> bool:
+    """Return whether the tokens are those of one row, at consecutive positions."""
+    key = is_text, h.shape[:2]
+    found: bool | None = step.memo.get(key)
+    if found is None:
+        found = h.shape[0] == 1 and bool((step.positions.diff() == 1).all())
+        step.memo[key] = found
+    return found
 
 
 class WideTables:

@@ -21,7 +21,7 @@ from offramp.models.native.fast.kernels import kernels_fit
 from offramp.models.native.fast.linear import fuse
 from offramp.models.native.fast.products import Weight
 from offramp.models.native.quantised import QuantisedLinear
-from offramp.models.native.quantised_weight import concatenated
+from offramp.models.native.quantised_weight import QuantisedWeight, concatenated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,24 @@ class BlockWeights:
             )
         except ConfigError:  # such as blocks of several precisions
             return None
+
+
+class RowsOf:
+    """The rows of weights that belong to some tokens, which are kept for the next call."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Weight, Tensor, tuple[int, int], Weight]] = {}
+
+    def of(self, weight: Weight, vocab: Tensor) -> Weight:
+        """Return ``weight[vocab]``."""
+        numbers = weight.values if isinstance(weight, QuantisedWeight) else weight
+        current = numbers.data_ptr(), 0 if numbers.is_inference() else numbers._version
+        kept = self._kept.get(id(weight))
+        if kept and kept[0] is weight and kept[1] is vocab and kept[2] == current:
+            return kept[3]
+        rows = weight[vocab]
+        self._kept[id(weight)] = weight, vocab, current, rows
+        return rows
 
 
 def _read_block(block: Any, *, post: bool) -> tuple[WeightsOfBlock, list[nn.Module]]:

@@ -129,7 +129,7 @@ class StaticSteps:
 
         Only the logits of the tokens in ``vocab`` are computed; None for all.
         """
-        rows = weight if vocab is None else self._fast.rows_of(weight, vocab)
+        rows = weight if vocab is None else self._fast.rows.of(weight, vocab)
         count = h.shape[0] * h.shape[1]
         tensors = (*norm.parameters(), rows if isinstance(rows, Tensor) else rows.values)
         places = [tensor.data_ptr() for tensor in tensors]
