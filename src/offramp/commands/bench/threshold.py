@@ -15,11 +15,11 @@ from offramp.evaluation.trace import collect_trace
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate_batch
 
-_PROMPTS, _TEXTS = 4, 3
+_PROMPTS, _TEXTS = 8, 6
 """Prompts that are decoded together, and how often at most."""
-_NEW = 40
+_NEW = 64
 """New tokens of each prompt, at most."""
-_CLOSE = 1.5
+_CLOSE = 1.0
 """A share is right if it is at most so many percentage points off."""
 _QUANTILES = np.linspace(0.0, 1.0, 1025)
 
@@ -29,28 +29,39 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
 
     The share depends on the text that the model generates, and that text on the threshold. So the
     first threshold is that of the prompts' own tokens; with it the first prompts are decoded,
-    together, and the next threshold is that of the new tokens. The one that came closest is
-    returned, after a few texts at most.
+    together, and the next threshold is that of all new tokens so far. If it is not between those
+    that were just too low and too high, it is their mean. The one that came closest is returned,
+    after a few texts at most.
     """
     prompts = [list(prompt) for batch in task.prompts for prompt in batch][:_PROMPTS]
     shortest = min(map(len, prompts))
     prompts = [prompt[-shortest:] for prompt in prompts]
     # the first new token comes from the prompt, at full depth
     new = min(task.config.max_new_tokens - 1, _NEW)
-    scores = _scores(task, confidence, _windows(task, prompts))
-    tried = []
+    seen = [_scores(task, confidence, _windows(task, prompts))]
+    tried: list[tuple[float, float]] = []  # percentage of the layers, threshold
     for _ in range(_TEXTS):
-        threshold = float(f"{_threshold(compute_pct, task, scores):.4g}")
+        threshold = _between(_threshold(compute_pct, task, np.hstack(seen)), tried, compute_pct)
         config = GenerateConfig(max_new_tokens=new + 1, threshold=threshold, confidence=confidence)
         completions, work = generate_batch(task.model, prompts, config, fitted=task.fitted)
         share = 100.0 * work.layers_run / task.model.num_layers / (new * len(prompts))
-        tried.append((abs(share - compute_pct), threshold))
-        if tried[-1][0] < _CLOSE:
-            break
+        if abs(share - compute_pct) < _CLOSE:
+            return threshold
         pairs = zip(prompts, completions, strict=True)
         texts = torch.tensor([[*prompt, *completion.ids] for prompt, completion in pairs])
         scores = _scores(task, confidence, [(texts[:, :-1], texts[:, -new:])])
-    return min(tried)[1]
+        seen = [*seen[bool(not tried) :], scores]  # the prompts only gave the first threshold
+        tried.append((share, threshold))
+    return min(tried, key=lambda each: abs(each[0] - compute_pct))[1]
+
+
+def _between(threshold: float, tried: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Return a threshold, or the mean of the closest ones that ran too few and too many layers."""
+    few = [each for share, each in tried if share < wanted]
+    many = [each for share, each in tried if share > wanted]
+    if few and many and not max(few) < threshold < min(many):
+        threshold = (max(few) + min(many)) / 2
+    return float(f"{threshold:.4g}")
 
 
 def _windows(task: Task, prompts: Sequence[Sequence[int]]) -> Iterable[tuple[Tensor, Tensor]]:
