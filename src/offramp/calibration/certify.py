@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
 from offramp.calibration.bounds import conformal_steps, fixed_sequence, p_values
 from offramp.calibration.certificate import Certificate, finite_or_word
 from offramp.calibration.promise import Promise
@@ -52,14 +56,8 @@ def certify(
         trace, steps, confidence=confidence, risk=promise.risk, bound=promise.bound
     )
     n = len(losses)
-    tested: tuple[float, ...] | None = None
     test = promise.test_for(n)  # it depends on n only, never on the losses
-    if promise.method == "ltt":
-        found = p_values(losses, promise.scaled_epsilon, delta=promise.delta, test=test)
-        certified = int(fixed_sequence(found, promise.delta))
-        tested = tuple(found[: certified + 1].tolist())
-    else:
-        certified = int(conformal_steps(losses, promise.scaled_epsilon))
+    certified, tested = _certified_steps(losses, promise, test)
     thresholds = steps[certified - 1] if certified else (math.inf,) * (num_exits - 1)
     [row] = sweep(trace, [thresholds], confidence=confidence, cost=cost)
     return Certificate(
@@ -84,6 +82,17 @@ def certify(
             **({} if weights is None else {"weights": weights}),
         },
     ).signed()
+
+
+def _certified_steps(
+    losses: Float[NDArray[np.float64], "N S"], promise: Promise, test: str
+) -> tuple[int, tuple[float, ...] | None]:
+    """Return how many steps of the path keep the promise, and the p-values that were looked at."""
+    if promise.method != "ltt":
+        return int(conformal_steps(losses, promise.scaled_epsilon)), None
+    found = p_values(losses, promise.scaled_epsilon, delta=promise.delta, test=test)
+    certified = int(fixed_sequence(found, promise.delta))
+    return certified, tuple(found[: certified + 1].tolist())
 
 
 def _missing_kv(trace: ExitTrace, thresholds: tuple[float, ...], complete_from: int | None) -> str:

@@ -81,7 +81,6 @@ def certify_generation(
             break
         kept, cost = kept + 1, writer.cost(early, thresholds)
     thresholds = steps[kept - 1] if kept else (math.inf,) * (exits - 1)
-    p_found = [step.p_value for step in tested if step.p_value is not None]
     used = ThresholdPolicy(thresholds=thresholds).used(opened.model.exit_layers)
     certificate = Certificate(
         model_sha256=opened.sha256,
@@ -95,7 +94,7 @@ def certify_generation(
         missing_kv=missing_kv_of(opened.model, config.missing_kv, used),
         n=n,
         thresholds=thresholds,
-        p_values=tuple(p_found) if promise.method == "ltt" else None,
+        p_values=_p_values(tested) if promise.method == "ltt" else None,
         expected_compute_pct=cost[0],
         expected_flops_pct=cost[1],
         assumptions={
@@ -104,6 +103,10 @@ def certify_generation(
         },
     ).signed()
     return certificate, tested, full
+
+
+def _p_values(tested: Sequence[TestedStep]) -> tuple[float, ...]:
+    return tuple(step.p_value for step in tested if step.p_value is not None)
 
 
 def _require_enough(n: int, promise: Promise) -> None:

@@ -155,12 +155,8 @@ def reproduce(
             for (_, runs), place in zip(planned, places, strict=True)
         ]
         watcher.on_plan(sum(missing), jobs)
-        results: dict[str, Any] = {
-            "offramp_version": __version__,
-            "command": command,
-            "corpora": {},
-            "environment": {**environment(device), "processes": jobs, "threads": threads},
-        }
+        ran_on = {**environment(device), "processes": jobs, "threads": threads}
+        results = _empty_results(command, ran_on)
 
         def report(corpus: Corpus, folder: Path, seeds: Sequence[int]) -> None:
             study = load_study(corpus, folder, seeds, more)
@@ -186,6 +182,11 @@ def reproduce(
             report(corpus, folder, sorted({run.training.seed for run in runs}))
         (out / MARKER).unlink()
     return results
+
+
+def _empty_results(command: str, ran_on: dict[str, Any]) -> dict[str, Any]:
+    about = {"offramp_version": __version__, "command": command}
+    return {**about, "corpora": {}, "environment": ran_on}
 
 
 def check_lengths(corpus: Corpus, training: TrainConfig) -> None:
