@@ -45,6 +45,8 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
+INLINE long larger(long a, long b) { return a > b ? a : b; }
+
 INLINE float wide(uint16_t half) {
   uint32_t word = (uint32_t)half << 16;
   float x;
@@ -106,7 +108,15 @@ INLINE vec exponential(vec x) { /* Cephes' expf, between e^-87 and e^87 */
   return (vec)(((ints)y + power) | nan);
 }
 
+/* All threads of a parallel region call the functions below, each with its number. */
+typedef struct {
+  long me, all;
+} Team;
+
+INLINE Team team(void) { return (Team){omp_get_thread_num(), omp_get_num_threads()}; }
+
 #include "products.h"
+#include "many.h"
 #include "quantised.h"
 
 INLINE void store(void *to, long i, float x, int bfloat16) {
@@ -179,13 +189,6 @@ static void prepare_token(const void *x, int x_half, const void *norm, int norm_
 
 enum { AS_IT_IS, NORMALISED, GATED };
 
-/* All threads of a parallel region call the functions below, each with its number. */
-typedef struct {
-  long me, all;
-} Team;
-
-INLINE Team team(void) { return (Team){omp_get_thread_num(), omp_get_num_threads()}; }
-
 /* Bring groups of a token's states into the form that products read: see products.h, quantised.h. */
 INLINE void prepare(const float *x, void *to, int format, long inputs, long first, long last) {
   if (format == BFLOAT16)
@@ -200,10 +203,11 @@ INLINE long prepared_size(long inputs, int format) {
   return record_of(inputs);
 }
 
-/* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. */
+/* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. ``panels``
+   is that of new_panels. */
 static void linear_in_parts(Team team, const float *x, Matrix w, int format, float *y, long tokens,
                             long inputs, long outputs, int before, const void *norm, int bfloat16,
-                            float eps, const float *residual, float *scratch) {
+                            float eps, const float *residual, float *scratch, float *panels) {
   const long me = team.me, all = team.all, groups = groups_of(inputs);
   const long from = groups * me / all, to = groups * (me + 1) / all, end = to * GROUP;
   const int prepares = before != AS_IT_IS || format != FLOAT32;
@@ -227,7 +231,11 @@ static void linear_in_parts(Team team, const float *x, Matrix w, int format, flo
     x = format == BFLOAT16 ? (const float *)records : scratch;
   }
   long first = outputs * me / all, last = outputs * (me + 1) / all;
-  if (format < INT8) {
+  if (are_many(panels, format, inputs)) {
+    products_of_many(team, x, w.values, format, y, residual, tokens, inputs, outputs, first, last,
+                     panels);
+    residual = NULL;
+  } else if (format < INT8) {
     (format == BFLOAT16 ? half_products : rows_of)(x, w.values, y, tokens, inputs, outputs, first,
                                                    last);
   } else {
@@ -273,6 +281,17 @@ static void attention(const float *query, const void *keys, const void *values, 
 
 #include "prompts.h"
 
+/* Rotate a head, whose halves are pairs. */
+DISPATCHED
+static void rotate(float *x, const float *cosines, const float *sines, long size, float scale) {
+  const long half = size / 2;
+  for (long i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = (a * cosines[i] + b * sines[i]) * scale;
+    x[i + half] = (b * cosines[i + half] + a * sines[i + half]) * scale;
+  }
+}
+
 /* Rotate, store keys and values, attend. qkv is (tokens, (heads + 2 kv_heads) size). With heads 0,
    and for the first ``kept`` tokens, keys and values are only stored. Without ``own`` keys and values
    qkv is (tokens, heads size), and nothing is stored. The cache is (rows, kv_heads, capacity, size);
@@ -284,24 +303,17 @@ static void attend_in_parts(Team team, float *qkv, const float *cosines, const f
                             const int64_t *slots, const int64_t *rows, float *out, float *scores,
                             long tokens, long kept, long heads, long kv_heads, long size,
                             long capacity, int own, Text text) {
-  const long all_heads = heads + (own ? 2 * kv_heads : 0), half = size / 2;
+  const long all_heads = heads + (own ? 2 * kv_heads : 0);
   const float scale = 1.0f / sqrtf((float)size);
   for (long job = team.me; job < tokens * all_heads; job += team.all) {
     const long t = job / all_heads, head = job % all_heads;
     float *x = qkv + job * size;
     const long kv = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
     const long to = ((rows[t] * kv_heads + kv) * capacity + slots[t]) * size;
-    if (head < heads + kv_heads) {
-      const float *c = cosines + slots[t] * size, *s = sines + slots[t] * size;
-      for (long i = 0; i < half; i++) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a * c[i] + b * s[i];
-        x[i + half] = b * c[i + half] + a * s[i + half];
-      }
-    }
-    if (head < heads)
-      for (long i = 0; i < size; i++) x[i] *= scale;
-    else
+    if (head < heads + kv_heads)
+      rotate(x, cosines + slots[t] * size, sines + slots[t] * size, size,
+             head < heads ? scale : 1.0f);
+    if (head >= heads)
       for (long i = 0; i < size; i++)
         store(head < heads + kv_heads ? keys : values, to + i, x[i], bfloat16);
   }
@@ -371,7 +383,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
                    long tokens, long kept, long hidden, long lower, long upper, long heads,
                    long kv_heads, long size, long capacity, int threads, long own) {
   const long attended = heads * size, all_heads = attended + 2 * kv_heads * size;
-  const long running = tokens - kept, most = lower > upper ? lower : upper;
+  const long running = tokens - kept, most = larger(lower, upper);
   const long work = own * tokens * hidden * all_heads + (count - own) * running * hidden * attended +
                     3 * running * hidden * (own * lower + (count - own) * upper) +
                     count * (running * hidden * attended +
@@ -382,6 +394,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
   float *mine = x + kept * hidden;
   if (work < count * SERIAL_BLOCK) threads = 1;
   const Text text = new_text(slots, rows, tokens, kept, heads, kv_heads, size, bfloat16);
+  float *panels = new_panels(format, tokens, larger(larger(hidden, attended), most));
 #pragma omp parallel num_threads(threads)
   {
     const Team we = team();
@@ -392,17 +405,17 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
       const long units = i < own ? lower : upper;
       const long from = i < own ? i : own ? own - 1 : 0;
       linear_in_parts(we, x + left_out * hidden, matrix(of->qkv), format, qkv, here, hidden,
-                      i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch);
+                      i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch, panels);
       attend_in_parts(we, qkv, cosines, sines, keys + from * layer, values + from * layer,
                       lengths + from * cached, bfloat16, slots + left_out, rows + left_out, seen,
                       scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own, text);
       linear_in_parts(we, seen, matrix(of->out), format, middle, running, attended, hidden, AS_IT_IS,
-                      NULL, 0, eps, mine, scratch);
+                      NULL, 0, eps, mine, scratch, panels);
       if (post) normalise_in_parts(we, middle, first, bfloat16, eps, running, hidden);
       linear_in_parts(we, middle, matrix(of->gate_up), format, gate_up, running, hidden, 2 * units,
-                      before, second, bfloat16, eps, NULL, scratch);
+                      before, second, bfloat16, eps, NULL, scratch, panels);
       linear_in_parts(we, gate_up, matrix(of->down), format, mine, running, units, hidden, GATED,
-                      NULL, 0, eps, middle, scratch);
+                      NULL, 0, eps, middle, scratch, panels);
       if (post) normalise_in_parts(we, mine, second, bfloat16, eps, running, hidden);
       if (bfloat16) {
         for (long j = we.me; j < running * hidden; j += we.all) mine[j] = wide(narrow(mine[j]));
@@ -411,6 +424,7 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
     }
   }
   free(text.keys);
+  free(panels);
 }
 
 typedef unsigned long long address;
@@ -440,9 +454,11 @@ static PyObject *py_linear(PyObject *self, PyObject *args) {
   }
   if (tokens * inputs * outputs < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
+  float *panels = new_panels(format, tokens, inputs);
 #pragma omp parallel num_threads(threads)
   linear_in_parts(team(), AT(x), matrix(w), format, AT(y), tokens, inputs, outputs, before,
-                  AT(norm), bfloat16, eps, AT(residual), AT(scratch));
+                  AT(norm), bfloat16, eps, AT(residual), AT(scratch), panels);
+  free(panels);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -525,6 +541,11 @@ static PyObject *py_kind(PyObject *self, PyObject *args) {
   return PyLong_FromLong(choose_products(most));
 }
 
+/* The formats, as bits, whose products with many tokens the processor has (many.h). */
+static PyObject *py_many(PyObject *self, PyObject *args) {
+  return PyLong_FromLong(multiplies_many);
+}
+
 static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"prepare", py_prepare, METH_VARARGS, ""},
                                 {"attend", py_attend, METH_VARARGS, ""},
@@ -532,6 +553,7 @@ static PyMethodDef methods[] = {{"linear", py_linear, METH_VARARGS, ""},
                                 {"route", py_route, METH_VARARGS, ""},
                                 {"run_on", py_run_on, METH_VARARGS, ""},
                                 {"kind", py_kind, METH_VARARGS, ""},
+                                {"many", py_many, METH_NOARGS, ""},
                                 {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_few_tokens", "", -1, methods};
 PyMODINIT_FUNC PyInit__few_tokens(void) {

@@ -171,7 +171,7 @@ static void linear_of(const float *x, Matrix w, int format, float *y, long token
   if (tokens * inputs * outputs < SERIAL) threads = 1;
 #pragma omp parallel num_threads(threads)
   linear_in_parts(team(), x, w, format, y, tokens, inputs, outputs, norm ? NORMALISED : AS_IT_IS,
-                  norm, bfloat16, eps, NULL, scratch);
+                  norm, bfloat16, eps, NULL, scratch, NULL);
 }
 
 enum { STAYS, LEAVES, BREAKS };

@@ -16,14 +16,21 @@ from offramp.models.base import FEW_TOKENS
 from offramp.models.checks import about, check_tensor
 from offramp.models.native.fast import products
 from offramp.models.native.fast.kernel_weights import KernelWeights
-from offramp.models.native.fast.products import CPU, DTYPES, Weight, linear, prepared
+from offramp.models.native.fast.products import (
+    CPU,
+    DTYPES,
+    Weight,
+    linear,
+    multiplies_many,
+    prepared,
+)
 
 try:
     from offramp.models.native.fast import _few_tokens as _compiled
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear", "prepared"]
+__all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear", "multiplies_many", "prepared"]
 
 _LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
 

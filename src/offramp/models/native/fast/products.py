@@ -36,6 +36,18 @@ def kernels_fit(weight: Weight) -> bool:
     )
 
 
+def multiplies_many(weight: Weight) -> bool:
+    """Return whether the kernels' products with many tokens are the best for a weight they fit.
+
+    For bfloat16 weights, those of PyTorch are better where the processor has AMX.
+    """
+    if isinstance(weight, QuantisedWeight):
+        return True
+    if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False
+    return bool(_compiled.many() >> format_of(weight) & 1)
+
+
 def format_of(weight: Weight) -> int:
     """Return the number of a weight's format in the kernels."""
     return _FORMATS[weight.scheme if isinstance(weight, QuantisedWeight) else weight.dtype]

@@ -56,16 +56,27 @@ static void read_text(Team team, Text text, const void *keys, const void *values
   }
 }
 
-/* Add products of TALL rows of ``a`` (each ``count`` numbers) with ``wide`` x LANES columns of b. */
-INLINE void add_products(const float *const *a, const float *b, long apart, long count,
-                         vec (*sums)[2], const int wide) {
-  for (long i = 0; i < count; i++) {
-    vec columns[2];
-    for (int k = 0; k < wide; k++) columns[k] = load(b, i * apart + k * LANES, 0);
-    for (int r = 0; r < TALL; r++)
-      for (int k = 0; k < wide; k++) sums[r][k] += a[r][i] * columns[k];
+/* Products of TALL rows of ``a`` (each ``count`` numbers) with some columns of b, as many as VECTOR
+   holds, whose rows are ``apart``; to the first ``n`` rows of ``to``, whose numbers are multiplied with
+   ``scale`` and added, if there is one. */
+#define MULTIPLY(NAME, VECTOR)                                                                    \
+  INLINE void NAME(const float *const *a, const float *b, long apart, long count,                 \
+                   float *const *to, const float *scale, long n) {                                \
+    VECTOR sums[TALL], column;                                                                    \
+    for (int r = 0; r < TALL; r++) {                                                              \
+      sums[r] = (VECTOR){0};                                                                      \
+      if (!scale || r >= n) continue;                                                             \
+      memcpy(&column, to[r], sizeof column);                                                      \
+      sums[r] = column * scale[r];                                                                \
+    }                                                                                             \
+    for (long i = 0; i < count; i++) {                                                            \
+      memcpy(&column, b + i * apart, sizeof column);                                              \
+      for (int r = 0; r < TALL; r++) sums[r] += a[r][i] * column;                                 \
+    }                                                                                             \
+    for (int r = 0; r < TALL && r < n; r++) memcpy(to[r], sums + r, sizeof column);               \
   }
-}
+MULTIPLY(multiply, floats16)
+MULTIPLY(multiply_half, vec)
 
 /* Turn a query's scores of some keys into shares; returns what earlier sums are multiplied with. */
 INLINE float share(float *scores, long seen, long count, float *most, float *total) {
@@ -101,11 +112,11 @@ static void attend_some(const float *const *queries, float *const *to, const lon
     const long left = seen[n - 1] - first, count = left < KEYS ? (left + SIDE - 1) / SIDE * SIDE : KEYS;
     for (long r = 0; r < n; r += TALL) {
       const float *rows[TALL];
+      float *found[TALL];
       for (int k = 0; k < TALL; k++) rows[k] = queries[r + k < n ? r + k : n - 1];
       for (long j = 0; j < count; j += SIDE) {
-        vec sums[TALL][2] = {0};
-        add_products(rows, keys + (first + j) * size, SIDE, size, sums, 2);
-        for (int k = 0; k < TALL && r + k < n; k++) memcpy(scores[r + k] + j, sums[k], sizeof sums[k]);
+        for (int k = 0; k < TALL; k++) found[k] = scores[r + k < n ? r + k : n - 1] + j;
+        multiply(rows, keys + (first + j) * size, SIDE, size, found, NULL, n - r);
       }
     }
     for (long r = 0; r < n; r++)
@@ -113,24 +124,22 @@ static void attend_some(const float *const *queries, float *const *to, const lon
     const long used = left < count ? left : count;
     for (long r = 0; r < n; r += TALL) {
       const float *rows[TALL];
+      float *sums[TALL];
       for (int k = 0; k < TALL; k++) rows[k] = scores[r + k < n ? r + k : n - 1];
       for (long i = 0; i < size; i += SIDE) {
-        const int wide = size - i < SIDE ? 1 : 2;
-        vec sums[TALL][2] = {0};
-        for (int k = 0; k < TALL && first && r + k < n; k++)
-          for (int w = 0; w < wide; w++)
-            sums[k][w] = load(to[r + k], i + w * LANES, 0) * scale[r + k];
-        if (wide == 2)
-          add_products(rows, values + first * size + i, size, used, sums, 2);
+        const float *from = values + first * size + i, *kept = first ? scale + r : NULL;
+        for (int k = 0; k < TALL; k++) sums[k] = to[r + k < n ? r + k : n - 1] + i;
+        if (size - i < SIDE)
+          multiply_half(rows, from, size, used, sums, kept, n - r);
         else
-          add_products(rows, values + first * size + i, size, used, sums, 1);
-        for (int k = 0; k < TALL && r + k < n; k++)
-          memcpy(to[r + k] + i, sums[k], wide * sizeof(vec));
+          multiply(rows, from, size, used, sums, kept, n - r);
       }
     }
   }
-  for (long r = 0; r < n; r++)
-    for (long i = 0; i < size; i++) to[r][i] /= total[r];
+  for (long r = 0; r < n; r++) {
+    const float by = 1.0f / total[r];
+    for (long i = 0; i < size; i++) to[r][i] *= by;
+  }
 }
 
 /* Attention of all queries of a text, whose keys and values are in the cache; qkv and out as in

@@ -235,12 +235,12 @@ typedef void (*Products)(const int8_t *, Matrix, int, float *, long, long, long,
 static Products quantised_products;
 
 /* Choose the best products that the processor has, of the first ``most`` + 1 kinds. Those of bfloat16
-   weights are by pairs from the fourth kind on. */
+   weights are by pairs from the fourth kind on, and those of many tokens then have their own code. */
 static int choose_products(int most) {
   int kind = 0;
   quantised_products = plain_products_of_blocks;
   half_products = rows_of_widened;
-  multiplies_pairs = 0;
+  multiplies_pairs = multiplies_many = 0;
 #ifdef X86
   __builtin_cpu_init();
   if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -256,11 +256,15 @@ static int choose_products(int most) {
     quantised_products = avx512_vnni_products_of_blocks;
     kind = 3;
   }
+  const int wide = most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
+  if (wide) multiplies_many |= 1 << FLOAT32;
 #ifdef PAIRS
-  if (most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512bf16") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+  if (wide && __builtin_cpu_supports("avx512bf16")) {
     half_products = rows_of_pairs;
     multiplies_pairs = 1;
+    multiplies_many |= 1 << BFLOAT16;
   }
 #endif
 #ifdef TILES

@@ -242,8 +242,7 @@ class FastSteps:
 
     def _by_kernels(self, weight: Weight, tokens: int) -> bool:
         """Return whether the kernels multiply this weight with so many tokens."""
-        few = tokens <= FEW_TOKENS or isinstance(weight, QuantisedWeight)
-        return few and self._compiled(weight)
+        return self._compiled(weight) and (tokens <= FEW_TOKENS or kernels.multiplies_many(weight))
 
     def _compiled(self, weight: Weight) -> bool:
         return kernels.kernels_fit(weight, self.head_dim)

@@ -9,6 +9,7 @@ from offramp.errors import ConfigError
 from offramp.models.base import FEW_TOKENS, Step
 from offramp.models.native.fast import kernels
 from offramp.models.native.quantise import quantised
+from offramp.models.native.quantised import quantise_weight
 
 pytestmark = pytest.mark.skipif(kernels._compiled is None, reason="the kernels were not built")
 
@@ -115,6 +116,51 @@ def test_states_that_cannot_be_prepared_are_refused():
         kernels.prepared(numbers(4, 6), DTYPES[0], norm=numbers(5))
 
 
+@pytest.fixture(params=[0, 4], ids=["portable", "best"])
+def _kind(request):
+    kernels._compiled.kind(request.param)
+    yield
+    kernels._compiled.kind(4)
+
+
+@pytest.mark.usefixtures("_threads", "_kind")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(24, 16), (5, 3), (64, 40), (300, 334), (17, 1601)], ids=str
+)
+@pytest.mark.parametrize("tokens", [17, 40, 129, 300])
+@pytest.mark.parametrize("before", ["nothing", "norm", "gate"])
+def test_a_product_with_many_tokens_is_pytorchs(tokens, outputs, inputs, dtype, before):
+    w, residual = numbers(outputs, inputs, dtype=dtype), numbers(tokens, outputs, seed=1)
+    x = numbers(tokens, inputs * (2 if before == "gate" else 1), seed=2)
+    norm = numbers(inputs, seed=3, dtype=dtype) if before == "norm" else None
+    kept = residual.clone()
+    got = kernels.linear(x, w, norm=norm, eps=1e-5, gated=before == "gate", residual=residual)
+    assert torch.equal(residual, kept)
+    without = kernels.linear(x, w, norm=norm, eps=1e-5, gated=before == "gate")
+    if norm is not None:
+        x = F.rms_norm(x, (inputs,), norm.float(), 1e-5)
+    elif before == "gate":
+        x = F.silu(x[:, :inputs]) * x[:, inputs:]
+    wanted = x.to(dtype).float() @ w.float().T
+    # A state that is calculated may be rounded to the other neighbour in bfloat16.
+    atol = 1e-3 if dtype == torch.float32 or before == "nothing" else 0.1
+    assert_close(got, wanted + residual, rtol=1e-5, atol=atol)
+    assert_close(without, wanted, rtol=1e-5, atol=atol)
+
+
+def test_products_with_many_tokens_are_those_of_pytorch_where_those_are_better(monkeypatch):
+    single, half = numbers(8, 8), numbers(8, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not kernels.multiplies_many(half)
+    kernels._compiled.kind(0)
+    try:
+        assert not kernels.multiplies_many(single)
+        assert kernels.multiplies_many(quantise_weight(numbers(16, 32), "int8"))
+    finally:
+        kernels._compiled.kind(4)
+
+
 SHAPES = [
     {"norm": "pre", "num_key_value_heads": 2},
     {"norm": "post"},
@@ -148,7 +194,7 @@ def run(model, ids, portions, *, row=None):
     return torch.cat(parts, dim=1), cache
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("weights", [*DTYPES, "int8", "int4"], ids=str)
 @pytest.mark.parametrize("portions", [[120], [17, 3, 100], [70, 1, 49]], ids=str)
 @pytest.mark.parametrize("row", [None, 2])
