@@ -169,6 +169,7 @@ def cases_of_prompts(model: Any) -> Iterator[Call]:
         "fewer positions": {"positions": at[None, :17]},
         "more positions": {"positions": torch.arange(21)[None]},
         "positions without rows": {"positions": at},
+        "one position for all": {"positions": torch.tensor(3)},
         "positions in int32": {"positions": at[None].int()},
         "positions that are no whole numbers": {"positions": at[None] + 0.5},
         "no row": {"rows": torch.zeros(0, dtype=torch.long)},

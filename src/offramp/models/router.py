@@ -44,7 +44,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """Where one token of each row left, and the logits of the next token there."""
+    """Where each token of a call left, and the logits of the next token there."""
 
     logits: Float[Tensor, "B V"]
     exit_layers: list[int]
@@ -69,10 +69,10 @@ class Router(Protocol):
         since_prompt: list[int],
         work: Work,
     ) -> Routed:
-        """Run one token of each of ``rows`` at its position; count what ran in ``work``.
+        """Run some new tokens, each of one of ``rows`` at its position; count what ran in ``work``.
 
-        If the spec has no exits, a row may have several tokens, at consecutive positions, of which
-        each sees those before it. At most FEW_TOKENS (base.py) tokens run.
+        They are at most FEW_TOKENS (base.py). A row has one of them; if the spec has no exits, it
+        may have several, at consecutive positions, and each sees those before it.
 
         ``since_prompt`` is the place of each row's bound in ``GateRule.bounds``, or the last one
         if there are fewer: the number of its new tokens before this one, if the spec has one bound

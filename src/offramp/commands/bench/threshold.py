@@ -42,6 +42,8 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
     tried: list[tuple[float, float]] = []  # percentage of the layers, threshold
     for _ in range(_TEXTS):
         threshold = _between(_threshold(compute_pct, task, np.hstack(seen)), tried, compute_pct)
+        if any(threshold == each for _, each in tried):
+            break
         config = GenerateConfig(max_new_tokens=new + 1, threshold=threshold, confidence=confidence)
         completions, work = generate_batch(task.model, prompts, config, fitted=task.fitted)
         share = 100.0 * work.layers_run / task.model.num_layers / (new * len(prompts))
@@ -50,7 +52,7 @@ def threshold_for(compute_pct: float, task: Task, confidence: str) -> float:
         pairs = zip(prompts, completions, strict=True)
         texts = torch.tensor([[*prompt, *completion.ids] for prompt, completion in pairs])
         scores = _scores(task, confidence, [(texts[:, :-1], texts[:, -new:])])
-        seen = [*seen[bool(not tried) :], scores]  # the prompts only gave the first threshold
+        seen = [*seen, scores] if tried else [scores]  # the prompts gave the first one only
         tried.append((share, threshold))
     return min(tried, key=lambda each: abs(each[0] - compute_pct))[1]
 

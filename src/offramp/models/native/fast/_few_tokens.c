@@ -3,7 +3,8 @@
    Decoding reads every weight once for a few tokens. The usual libraries read a matrix at half the
    memory bandwidth for one column, and more slowly for several. Here each row of a weight is read
    once and multiplied with all tokens while it is in registers, so a few tokens take no longer than
-   one. The result of a token does not depend on the number of tokens, bit for bit.
+   one. The result of a token does not depend on the number of tokens, bit for bit, in calls of up to
+   FEW tokens. Prompts have products and attention of their own (many.h, prompts.h).
 
    States are float32 (rows of x are tokens), the cache float32 or bfloat16. Weights are
    (outputs, inputs), contiguous, in float32 or bfloat16 (products.h), or quantised (quantised.h).
@@ -149,7 +150,8 @@ INLINE void normalise_any(const void *x, int x_half, const void *weight, int wei
   const float scale = 1.0f / sqrtf(total / size + eps);
   for (i = 0; i + LANES <= size; i += LANES)
     store_all(out, i, load(x, i, x_half) * scale * load(weight, i, weight_half), out_half);
-  for (; i < size; i++) store(out, i, at(x, i, x_half) * scale * at(weight, i, weight_half), out_half);
+  for (; i < size; i++)
+    store(out, i, at(x, i, x_half) * scale * at(weight, i, weight_half), out_half);
 }
 
 DISPATCHED
@@ -203,8 +205,8 @@ INLINE long prepared_size(long inputs, int format) {
   return record_of(inputs);
 }
 
-/* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs. ``panels``
-   is that of new_panels. */
+/* y = W f(x) (+ residual); f by ``before``: nothing, RMSNorm, or SwiGLU of twice the inputs.
+   ``panels`` is that of new_panels. */
 static void linear_in_parts(Team team, const float *x, Matrix w, int format, float *y, long tokens,
                             long inputs, long outputs, int before, const void *norm, int bfloat16,
                             float eps, const float *residual, float *scratch, float *panels) {
@@ -405,7 +407,8 @@ static void blocks(float *x, const Weights *weights, long count, int format, int
       const long units = i < own ? lower : upper;
       const long from = i < own ? i : own ? own - 1 : 0;
       linear_in_parts(we, x + left_out * hidden, matrix(of->qkv), format, qkv, here, hidden,
-                      i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch, panels);
+                      i < own ? all_heads : attended, before, first, bfloat16, eps, NULL, scratch,
+                      panels);
       attend_in_parts(we, qkv, cosines, sines, keys + from * layer, values + from * layer,
                       lengths + from * cached, bfloat16, slots + left_out, rows + left_out, seen,
                       scores, here, kept - left_out, heads, kv_heads, size, capacity, i < own, text);
@@ -475,13 +478,14 @@ static PyObject *py_prepare(PyObject *self, PyObject *args) {
     PyErr_SetString(PyExc_ValueError, "expected sizes of at least 0 and threads of at least 1");
     return NULL;
   }
-  const long wide = (norm ? 1 : 2) * inputs * (x_half ? 2 : 4), narrow = inputs * (out_half ? 2 : 4);
+  const long x_bytes = (norm ? 1 : 2) * inputs * (x_half ? 2 : 4);
+  const long out_bytes = inputs * (out_half ? 2 : 4);
   if (tokens * inputs < SERIAL) threads = 1;
   Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for num_threads(threads)
   for (long t = 0; t < tokens; t++)
-    prepare_token((char *)AT(x) + t * wide, x_half, AT(norm), norm_half, eps,
-                  (char *)AT(out) + t * narrow, out_half, inputs);
+    prepare_token((char *)AT(x) + t * x_bytes, x_half, AT(norm), norm_half, eps,
+                  (char *)AT(out) + t * out_bytes, out_half, inputs);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

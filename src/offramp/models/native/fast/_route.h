@@ -1,4 +1,4 @@
-/* One new token of each of some rows, from its embedding to the exit where it leaves; see router.py.
+/* New tokens of some rows, from the embedding to the exit where each leaves; see router.py.
 
    Blocks run from exit to exit. At an exit its gate decides which tokens leave: RMSNorm, a linear
    map, SiLU and another linear map, in float32. A token that leaves has no keys and values above its

@@ -7,8 +7,8 @@
 
 #define SIDE_BY_SIDE 32
 #define HEIGHT 8          /* rows of a weight that are multiplied together */
-#define PANEL_TOKENS 128  /* tokens whose panels stay in the cache, and so many inputs */
-#define PANEL_INPUTS 768
+#define PANEL_TOKENS 128  /* tokens whose panels stay in the cache */
+#define PANEL_INPUTS 768  /* inputs, or pairs of them, of those panels */
 
 static int multiplies_many; /* formats for which the products below can be used, as bits */
 
@@ -94,8 +94,8 @@ INLINE void store_sums(float (*sums)[SIDE_BY_SIDE], float *y, const float *more,
   }
 }
 
-/* Rows first .. last - 1 of a weight, rows of ``apart`` bytes, times all tokens (+ residual). ADD adds a register of
-   products with one word of a weight to a sum. */
+/* Rows first .. last - 1 of a weight, of ``apart`` bytes each, times all tokens (+ residual). ADD adds
+   to a sum a register of states times one word of the weight. */
 #define MANY_ROWS(NAME, WITH, ADD)                                                                \
   WITH static void NAME(const float *panels, const char *w, long apart, float *y,                 \
                         const float *residual, long tokens, long words, long outputs, long first, \
@@ -155,7 +155,7 @@ MANY_ROWS(rows_of_many_pairs, WITH_PAIRS, add_pair)
 
 /* Whether the products of many tokens below are computed, which all threads of a team do together. */
 INLINE int are_many(const float *panels, int format, long inputs) {
-  return panels && (format == FLOAT32 || inputs % 2 == 0);
+  return panels && inputs > 0 && (format == FLOAT32 || inputs % 2 == 0);
 }
 
 /* Rows first .. last - 1 of a weight times the prepared states of all tokens (+ residual). */

@@ -39,11 +39,13 @@ def kernels_fit(weight: Weight) -> bool:
 def multiplies_many(weight: Weight) -> bool:
     """Return whether the kernels' products with many tokens are the best for a weight they fit.
 
-    For bfloat16 weights, those of PyTorch are better where the processor has AMX.
+    For bfloat16 weights, those of PyTorch are better where the processor has AMX, and where the
+    number of inputs is odd.
     """
     if isinstance(weight, QuantisedWeight):
         return True
-    if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    odd = weight.shape[-1] % 2 == 1
+    if weight.dtype == torch.bfloat16 and (odd or torch.cpu._is_amx_tile_supported()):
         return False
     return bool(_compiled.many() >> format_of(weight) & 1)
 
@@ -80,7 +82,10 @@ def linear(
     gated: bool = False,
     residual: Float[Tensor, "N O"] | None = None,
 ) -> Float[Tensor, "N O"]:
-    """Return f(x) weight^T + residual in float32; a token's result is independent of the others.
+    """Return f(x) weight^T + residual in float32.
+
+    A token's result is independent of the others in calls of up to FEW_TOKENS (base.py), and with a
+    quantised weight always.
 
     f is RMSNorm if there is a ``norm``; if ``gated``, x is (N, 2 I) and f is SiLU of its first
     half times the second half. With a bfloat16 weight f(x) is rounded to bfloat16, with a quantised
@@ -149,7 +154,7 @@ def prepared(
         raise ConfigError(f"x: expected {expected} on cpu, got {about(x)}")
     x = x.contiguous()
     if norm is not None:
-        norm = norm.to(_norm_dtype(norm, norm)).contiguous()
+        norm = norm.to(norm.dtype if norm.dtype in DTYPES else torch.float32).contiguous()
         check_tensor("norm", norm, (inputs,), norm.dtype, CPU)
     out = torch.empty(len(x), inputs, dtype=dtype)
     _compiled.prepare(

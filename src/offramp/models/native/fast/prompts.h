@@ -3,7 +3,8 @@
    All queries of a head of the cache read the same keys. So QUERIES of them are multiplied with KEYS
    keys at a time, and the softmax runs along: sums are scaled when a larger score comes
    (FlashAttention, Dao et al. 2022). Keys are stored in blocks of 16, side by side, so that a product
-   needs no sum across a register; values are float32. Keys after a token's own are left out. */
+   needs no sum across a register; values are float32. Keys after a token's own count 0 times; so a value
+   that is not finite is seen by earlier tokens of its block, too. */
 
 #define QUERIES 48 /* of one job of a thread */
 #define KEYS 64    /* multiplied at a time */
@@ -24,7 +25,7 @@ static int is_text(const int64_t *slots, const int64_t *rows, long tokens, long 
   return 1;
 }
 
-/* Space for the keys and values of a text; without keys if the tokens are none, or memory is full. */
+/* Space for the keys and values of a text; without keys if the tokens are not one, or memory is full. */
 static Text new_text(const int64_t *slots, const int64_t *rows, long tokens, long kept, long heads,
                      long kv_heads, long size, int bfloat16) {
   Text text = {NULL, NULL, 0, 0};
@@ -56,9 +57,9 @@ static void read_text(Team team, Text text, const void *keys, const void *values
   }
 }
 
-/* Products of TALL rows of ``a`` (each ``count`` numbers) with some columns of b, as many as VECTOR
-   holds, whose rows are ``apart``; to the first ``n`` rows of ``to``, whose numbers are multiplied with
-   ``scale`` and added, if there is one. */
+/* to[r] = scale[r] to[r] + the product of a[r] (``count`` numbers) with some columns of b, as many as
+   VECTOR holds; rows of b are ``apart``. Without a ``scale`` to[r] is not read. Only the first ``n``
+   rows are stored, of TALL. */
 #define MULTIPLY(NAME, VECTOR)                                                                    \
   INLINE void NAME(const float *const *a, const float *b, long apart, long count,                 \
                    float *const *to, const float *scale, long n) {                                \

@@ -3,8 +3,8 @@
 The arithmetic is the same as in blocks.py; only the speed differs. Queries, keys and values are
 one matrix product, and so are gate and up. The products use compiled kernels (kernels.py) or the
 fastest form in PyTorch (linear.py). Data that all blocks of a step share is computed once
-(tokens.py). Prompts run here, too, where the kernels compute the attention: products of many tokens
-with weights that are not quantised are those of PyTorch then.
+(tokens.py). Prompts run here, too, where the kernels compute the attention; their products are
+those of PyTorch where these are better (``multiplies_many``).
 """
 
 from typing import Any, cast
@@ -67,8 +67,10 @@ class FastSteps:
 
     def fit_text(self, h: Tensor, step: Step) -> bool:
         """Return whether ``h`` has many tokens whose attention the kernels compute, as a prompt."""
-        plain = h.is_cpu and not torch.is_grad_enabled() and self.weights.kernels_read
-        return plain and is_text(h, step)
+        if not h.is_cpu or torch.is_grad_enabled() or not self.weights.kernels_read:
+            return False
+        weight = cast(Any, self.blocks[0]).self_attn.q_proj.weight
+        return self._compiled(weight) and is_text(h, step)
 
     def run(
         self,

@@ -178,7 +178,8 @@ def is_text(h: Float[Tensor, "B T D"], step: Step) -> bool:
     key = is_text, h.shape[:2]
     found: bool | None = step.memo.get(key)
     if found is None:
-        found = h.shape[0] == 1 and bool((step.positions.diff() == 1).all())
+        one = h.shape[0] == 1 and step.positions.shape == h.shape[:2]
+        found = one and bool((step.positions.diff() == 1).all())
         step.memo[key] = found
     return found
 

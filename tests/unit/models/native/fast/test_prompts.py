@@ -106,6 +106,20 @@ def test_what_a_product_of_many_tokens_multiplies(inputs, of, to):
     assert_close(got, wanted, rtol=1e-2 if to == DTYPES[1] else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_norm_of_another_precision_is_converted(dtype):
+    x, norm = numbers(4, 8), numbers(8, seed=1, dtype=dtype)
+    wanted = F.rms_norm(x, (8,), norm.float(), 1e-5)
+    assert_close(kernels.prepared(x, torch.float32, norm=norm, eps=1e-5), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_nothing_is_the_residual(dtype):
+    x, weight, residual = numbers(20, 0), numbers(8, 0, dtype=dtype), numbers(20, 8)
+    assert torch.equal(kernels.linear(x, weight, residual=residual), residual)
+    assert torch.equal(kernels.linear(x, weight), torch.zeros(20, 8))
+
+
 def test_states_that_cannot_be_prepared_are_refused():
     for x, dtype in ((numbers(4, 6).double(), DTYPES[0]), (numbers(4, 6), torch.float16)):
         with pytest.raises(ConfigError, match="x: expected float32 or bfloat16"):
@@ -126,7 +140,7 @@ def _kind(request):
 @pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(24, 16), (5, 3), (64, 40), (300, 334), (17, 1601)], ids=str
+    ("outputs", "inputs"), [(24, 16), (5, 3), (64, 40), (300, 334), (17, 1601), (9, 1602)], ids=str
 )
 @pytest.mark.parametrize("tokens", [17, 40, 129, 300])
 @pytest.mark.parametrize("before", ["nothing", "norm", "gate"])
@@ -153,6 +167,8 @@ def test_products_with_many_tokens_are_those_of_pytorch_where_those_are_better(m
     single, half = numbers(8, 8), numbers(8, 8, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not kernels.multiplies_many(half)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not kernels.multiplies_many(numbers(8, 9, dtype=torch.bfloat16))
     kernels._compiled.kind(0)
     try:
         assert not kernels.multiplies_many(single)
