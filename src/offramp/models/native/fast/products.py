@@ -154,7 +154,7 @@ def prepared(
         raise ConfigError(f"x: expected {expected} on cpu, got {about(x)}")
     x = x.contiguous()
     if norm is not None:
-        norm = norm.to(norm.dtype if norm.dtype in DTYPES else torch.float32).contiguous()
+        norm = norm.to(_readable(norm)).contiguous()
         check_tensor("norm", norm, (inputs,), norm.dtype, CPU)
     out = torch.empty(len(x), inputs, dtype=dtype)
     _compiled.prepare(
@@ -174,6 +174,8 @@ def prepared(
 
 def _norm_dtype(weight: Weight, norm: Tensor) -> torch.dtype:
     """Return the precision in which a product reads its norm: the weight's, if it has one."""
-    if isinstance(weight, QuantisedWeight):
-        return norm.dtype if norm.dtype in DTYPES else torch.float32
-    return weight.dtype
+    return _readable(norm) if isinstance(weight, QuantisedWeight) else weight.dtype
+
+
+def _readable(norm: Tensor) -> torch.dtype:
+    return norm.dtype if norm.dtype in DTYPES else torch.float32

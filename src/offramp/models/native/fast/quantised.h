@@ -256,12 +256,12 @@ static int choose_products(int most) {
     quantised_products = avx512_vnni_products_of_blocks;
     kind = 3;
   }
-  const int wide = most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512f") &&
-                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl");
-  if (wide) multiplies_many |= 1 << FLOAT32;
+  const int avx512 = most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512f") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl");
+  if (avx512) multiplies_many |= 1 << FLOAT32;
 #ifdef PAIRS
-  if (wide && __builtin_cpu_supports("avx512bf16")) {
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
     half_products = rows_of_pairs;
     multiplies_pairs = 1;
     multiplies_many |= 1 << BFLOAT16;

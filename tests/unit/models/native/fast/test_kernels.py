@@ -23,21 +23,6 @@ def numbers(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[0, 4], ids=["portable", "best"])
-def _kind(request):
-    kernels._compiled.kind(request.param)
-    yield
-    kernels._compiled.kind(4)
-
-
 @pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)

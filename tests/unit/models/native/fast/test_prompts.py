@@ -20,14 +20,6 @@ def numbers(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def rotated(x, cos, sin):
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
@@ -130,13 +122,6 @@ def test_states_that_cannot_be_prepared_are_refused():
         kernels.prepared(numbers(4, 6), DTYPES[0], norm=numbers(5))
 
 
-@pytest.fixture(params=[0, 4], ids=["portable", "best"])
-def _kind(request):
-    kernels._compiled.kind(request.param)
-    yield
-    kernels._compiled.kind(4)
-
-
 @pytest.mark.usefixtures("_threads", "_kind")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -227,6 +212,32 @@ def test_a_prompt_is_that_of_the_blocks(model, make_ids, weights, portions, row)
         wanted = model(ids).detach()
     tolerance = 2e-4 if weights == torch.float32 else 0.25 if weights == torch.bfloat16 else 0.02
     assert_close(got.float(), wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("weights", [*DTYPES, "int8"], ids=str)
+def test_the_kernels_run_prompts_and_nothing_that_is_none(make_model, make_ids, weights):
+    model = make_model(hidden_size=64, max_position_embeddings=160, dtype=torch.float32)
+    model = quantised(model, weights) if isinstance(weights, str) else model.to(weights)
+    cache, fast = model.make_cache(2, 100), model.few_tokens.fast
+
+    def runs(batch, tokens, *, first=0, grad=False, some=False, **step):
+        given = {"positions": torch.arange(first, first + tokens)[None], "cache": cache}
+        at = Step(**{**given, **step})
+        with torch.inference_mode():
+            h = model.embed(make_ids(batch, tokens), step=at)
+        with torch.set_grad_enabled(grad):
+            return model.few_tokens.of(h, at, some=some) is fast
+
+    row = {"rows": torch.tensor([1])}
+    assert runs(1, 40, **row)
+    assert runs(1, 17, first=30, **row)
+    assert not runs(1, 40, grad=True, **row)
+    assert not runs(1, 40, some=True, **row)
+    assert not runs(1, 40, cache=None)
+    assert not runs(1, 40, real=torch.ones(1, 40, dtype=torch.bool), **row)
+    assert not runs(1, 40, positions=torch.arange(40).flip(0)[None], **row)
+    assert not runs(2, 40)
+    assert not runs(17, 1)
 
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
