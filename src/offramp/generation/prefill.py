@@ -21,8 +21,9 @@ PREFILL_CHUNK = 512
 class Prefill:
     """The prefill of one prompt at full depth, into one row of the cache.
 
-    ``rows`` (1,) is the row; None in a cache of one row. Blocks above ``complete_from`` write no
-    keys and values of their own, so they run only for the last token.
+    ``rows`` (1,) is the row; None in a cache of one row. Only the logits of the last token are
+    wanted. Therefore the last block, and all blocks above ``complete_from``, run for this token
+    only; of the other tokens their keys and values are projected.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Prefill:
         self.logits: Float[Tensor, "1 V"] | None = None
         "The logits after the prompt; None until all of it has run."
         self._prompt, self._first, self._layer = prompt, 0, 0
+        self._shared = min(model.complete_from, model.num_layers - 1)
+        "The blocks that run for all tokens."
         self._h: Tensor | None = None
 
     @torch.inference_mode()
@@ -45,7 +48,6 @@ class Prefill:
 
         At least one block of a chunk runs. Returns what is left of the budget.
         """
-        complete = self.model.complete_from
         while budget > 0 and self.logits is None:
             if self._h is None:
                 ids = self._prompt[self._first : self._first + PREFILL_CHUNK]
@@ -53,28 +55,25 @@ class Prefill:
                 self._h = self.model.embed(self._tensor(ids), step=self._step)
                 self._layer = 0
             tokens = self._h.shape[1]
-            more = complete - self._layer
+            more = self._shared - self._layer
             if budget < tokens * more:
                 more = max(1, int(budget) // tokens)
             stop = self._layer + more
             self._h = self.model.run_layers(self._h, self._layer, stop, step=self._step)
             self._layer = stop
             budget -= tokens * more
-            if stop == complete:
+            if stop == self._shared:
                 self._end_chunk(self._h)
         return budget
 
     def _end_chunk(self, h: Float[Tensor, "1 T D"]) -> None:
-        model, complete, layers = self.model, self.model.complete_from, self.model.num_layers
-        if complete < layers:
-            model.project_kv(h, complete, model.cache_layers, step=self._step)
+        model, layers = self.model, self.model.num_layers
+        model.project_kv(h, self._shared, model.cache_layers, step=self._step)
         self._first, self._h = self._first + h.shape[1], None
         if self._first < len(self._prompt):
             return
-        h = h[:, -1:]
-        if complete < layers:
-            last = self._step_of(len(self._prompt) - 1, 1)
-            h = model.run_layers(h, complete, layers, step=last)
+        last = self._step_of(len(self._prompt) - 1, 1)
+        h = model.run_layers(h[:, -1:], self._shared, layers, step=last)
         self.logits = model.unembed(h, layers)[:, 0]
 
     def _step_of(self, first: int, tokens: int) -> Step:

@@ -13,11 +13,9 @@ from offramp.errors import (
     QueueFullError,
     UnsupportedArchitectureError,
 )
-from offramp.generation import prefill as prefills
 from offramp.generation.config import EngineConfig, GenerateConfig
 from offramp.generation.engine import Engine
 from offramp.generation.generate import generate, generate_batch
-from offramp.generation.prefill import Prefill
 from offramp.models.huggingface.model import HuggingFaceModel
 
 MODES = [
@@ -107,28 +105,6 @@ def test_with_one_slot_requests_run_one_after_another(model):
         assert found(request) == alone(model, request)
 
 
-@pytest.mark.parametrize("chunk", [512, 7])
-@pytest.mark.parametrize("source", [None, 2])
-def test_a_prompt_has_the_same_numbers_however_its_prefill_is_cut(
-    make_model, monkeypatch, chunk, source
-):
-    monkeypatch.setattr(prefills, "PREFILL_CHUNK", chunk)
-    model = make_model(num_hidden_layers=4, exit_layers=(1,), kv_source_layer=source)
-    prompt = [n % 13 for n in range(23)]
-    found = []
-    for budget, slots in ((float("inf"), 1), (3, 1), (40, 2)):
-        cache = model.make_cache(slots, 30)
-        rows = None if slots == 1 else torch.tensor([1])
-        part = Prefill(model, cache, prompt, rows=rows)
-        while part.logits is None:
-            part.run(budget)
-        found.append(part.logits)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    whole = model(torch.tensor([prompt]))[:, -1]
-    torch.testing.assert_close(found[0], whole)
-
-
 def test_a_joining_prompt_runs_in_parts_beside_rows_that_decode(model):
     both = engine(model, prefill_tokens=4)
     first = both.submit([1, 2], GenerateConfig(max_new_tokens=30))
@@ -140,7 +116,7 @@ def test_a_joining_prompt_runs_in_parts_beside_rows_that_decode(model):
         both.step()
         states.append(second.state)
         assert len(first.completion.tokens) == before + 1
-    assert states.count("prefill") >= 3
+    assert states.count("prefill") >= model.num_layers - 2  # one block for each step
 
 
 def test_a_request_stops_by_its_own_rules(model):
