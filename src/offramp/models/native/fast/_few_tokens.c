@@ -109,6 +109,30 @@ INLINE vec exponential(vec x) { /* Cephes' expf, between e^-87 and e^87 */
   return (vec)(((ints)y + power) | nan);
 }
 
+#ifdef __clang__
+#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* Rows become columns. */
+INLINE void turn(vec *v) {
+  vec a[LANES], b[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    a[i] = MIXED(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = MIXED(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int k = 0; k < 2; k++) {
+      b[i + 2 * k] = MIXED(a[i + k], a[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * k + 1] = MIXED(a[i + k], a[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < LANES / 2; i++) {
+    v[i] = MIXED(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = MIXED(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 /* All threads of a parallel region call the functions below, each with its number. */
 typedef struct {
   long me, all;
@@ -238,8 +262,8 @@ static void linear_in_parts(Team team, const float *x, Matrix w, int format, flo
                      panels);
     residual = NULL;
   } else if (format < INT8) {
-    (format == BFLOAT16 ? half_products : rows_of)(x, w.values, y, tokens, inputs, outputs, first,
-                                                   last);
+    (format == BFLOAT16 ? half_products : float_products)(x, w.values, y, tokens, inputs, outputs,
+                                                          first, last);
   } else {
     const long parts = (outputs + ROWS - 1) / ROWS;
     first = parts * me / all, last = parts * (me + 1) / all;
@@ -252,36 +276,8 @@ static void linear_in_parts(Team team, const float *x, Matrix w, int format, flo
 #pragma omp barrier
 }
 
-/* One query on the keys and values at positions 0 .. length - 1. */
-DISPATCHED
-static void attention(const float *query, const void *keys, const void *values, int bfloat16,
-                      float *out, float *scores, long length, long size) {
-  float most = -INFINITY;
-  for (long j = 0; j < length; j++) {
-    vec dot = {0};
-    for (long i = 0; i < size; i += LANES)
-      dot += load(query, i, 0) * load(keys, j * size + i, bfloat16);
-    scores[j] = sum(dot);
-    most = scores[j] > most ? scores[j] : most;
-  }
-  for (long j = length; j % LANES; j++) scores[j] = -INFINITY;
-  vec total = {0};
-  for (long j = 0; j < length; j += LANES) {
-    vec p = exponential(load(scores, j, 0) - most);
-    for (int k = 0; k < LANES; k++) p[k] = j + k < length ? p[k] : 0.0f;
-    total += p;
-    memcpy(scores + j, &p, sizeof p);
-  }
-  vec seen[LARGEST_HEAD / LANES];
-  for (long i = 0; i < size / LANES; i++) seen[i] = (vec){0};
-  for (long j = 0; j < length; j++)
-    for (long i = 0; i < size / LANES; i++)
-      seen[i] += scores[j] * load(values, j * size + i * LANES, bfloat16);
-  const float scale = 1.0f / sum(total);
-  for (long i = 0; i < size; i++) out[i] = seen[i / LANES][i % LANES] * scale;
-}
-
 #include "prompts.h"
+#include "attention.h"
 
 /* Rotate a head, whose halves are pairs. */
 DISPATCHED
@@ -298,7 +294,7 @@ static void rotate(float *x, const float *cosines, const float *sines, long size
    and for the first ``kept`` tokens, keys and values are only stored. Without ``own`` keys and values
    qkv is (tokens, heads size), and nothing is stored. The cache is (rows, kv_heads, capacity, size);
    token t is in slots[t] of rows[t]. cosines and sines are (positions, size). scores has space for
-   capacity + LANES numbers per thread, out for the tokens that attend. lengths (rows) counts the
+   TOGETHER (capacity + LANES) numbers per thread, out for the tokens that attend. lengths (rows) counts the
    positions that are written. ``text`` is that of new_text for these tokens. */
 static void attend_in_parts(Team team, float *qkv, const float *cosines, const float *sines,
                             void *keys, void *values, int64_t *lengths, int bfloat16,
@@ -327,13 +323,16 @@ static void attend_in_parts(Team team, float *qkv, const float *cosines, const f
                 heads, kv_heads, size, capacity);
     return;
   }
-  float *mine = scores + team.me * (capacity + LANES);
+  const long group = heads / kv_heads, parts = (group + TOGETHER - 1) / TOGETHER;
+  const long apart = capacity + LANES;
+  float *mine = scores + team.me * TOGETHER * apart;
 #pragma omp for schedule(dynamic, 1)
-  for (long job = kept * heads; job < tokens * heads; job++) {
-    const long t = job / heads, head = job % heads, kv = head / (heads / kv_heads);
+  for (long job = kept * kv_heads * parts; job < tokens * kv_heads * parts; job++) {
+    const long t = job / (kv_heads * parts), kv = job / parts % kv_heads, first = job % parts * TOGETHER;
     const long from = (rows[t] * kv_heads + kv) * capacity * size * (bfloat16 ? 2 : 4);
-    attention(qkv + (t * all_heads + head) * size, (char *)keys + from, (char *)values + from,
-              bfloat16, out + (job - kept * heads) * size, mine, slots[t] + 1, size);
+    const long head = kv * group + first, n = group - first < TOGETHER ? group - first : TOGETHER;
+    attention(qkv + (t * all_heads + head) * size, n, (char *)keys + from, (char *)values + from,
+              bfloat16, out + ((t - kept) * heads + head) * size, mine, apart, slots[t] + 1, size);
   }
 }
 

@@ -32,7 +32,7 @@ except ImportError:
 
 __all__ = ["CachedTokens", "KernelCache", "kernels_fit", "linear", "multiplies_many", "prepared"]
 
-_LANES, _LARGEST_HEAD = 8, 256  # as in _few_tokens.c
+_LANES, _TOGETHER, _LARGEST_HEAD = 8, 2, 256  # as in _few_tokens.c, attention.h
 
 
 def kernels_fit(weight: Weight, head_dim: int) -> bool:
@@ -121,7 +121,10 @@ class KernelCache:
     def scores(self, threads: int) -> int:
         """Return the address of a buffer for the attention scores of this many threads."""
         if self._threads < threads:
-            self._threads, self._scores = threads, torch.empty(threads, self.capacity + _LANES)
+            self._threads, self._scores = (
+                threads,
+                torch.empty(threads, _TOGETHER * (self.capacity + _LANES)),
+            )
         return self._scores.data_ptr()
 
 

@@ -21,33 +21,8 @@ static float *new_panels(int format, long tokens, long inputs) {
 }
 
 #ifdef X86
-#define WITH_MANY __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
-#ifdef __clang__
-#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIXED(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#endif
-
-/* Rows become columns. */
-INLINE void turn(vec *v) {
-  vec a[LANES], b[LANES];
-  for (int i = 0; i < LANES; i += 2) {
-    a[i] = MIXED(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    a[i + 1] = MIXED(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < LANES; i += 4)
-    for (int k = 0; k < 2; k++) {
-      b[i + 2 * k] = MIXED(a[i + k], a[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      b[i + 2 * k + 1] = MIXED(a[i + k], a[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < LANES / 2; i++) {
-    v[i] = MIXED(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[i + 4] = MIXED(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
 /* Bring states x, rows of ``apart`` words of 4 bytes, into panels; each thread some of them. */
-WITH_MANY static void fill_panels(Team team, const float *x, float *panels, long tokens, long words,
+WITH_AVX512 static void fill_panels(Team team, const float *x, float *panels, long tokens, long words,
                                   long apart) {
   const long count = (tokens + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE;
   for (long panel = count * team.me / team.all; panel < count * (team.me + 1) / team.all; panel++) {
@@ -141,7 +116,7 @@ INLINE void store_sums(float (*sums)[SIDE_BY_SIDE], float *y, const float *more,
 INLINE floats16 add_number(floats16 sums, floats16 states, const float *weight) {
   return sums + states * *weight;
 }
-MANY_ROWS(rows_of_many, WITH_MANY, add_number)
+MANY_ROWS(rows_of_many, WITH_AVX512, add_number)
 
 #ifdef PAIRS
 WITH_PAIRS INLINE floats16 add_pair(floats16 sums, floats16 states, const float *weight) {

@@ -41,9 +41,9 @@ INLINE void products(const float *x, const float *w, float *y, long inputs, long
    themselves where the processor multiplies pairs of them, else as float32, first those of even
    inputs, then those of odd ones. A register of 32 weights is then widened without a shuffle: even
    ones by a shift, odd ones by a mask. */
-typedef void (*HalfProducts)(const float *, const void *, float *, long, long, long, long, long);
+typedef void (*NumberProducts)(const float *, const void *, float *, long, long, long, long, long);
 
-static HalfProducts half_products;
+static NumberProducts half_products, float_products;
 static int multiplies_pairs;
 
 DISPATCHED
@@ -116,12 +116,13 @@ INLINE void widened_products(const float *x, const uint16_t *w, float *y, long i
   WITH static void NAME(const float *x, const void *weight, float *y, long tokens, long inputs,   \
                         long outputs, long first, long last) {                                    \
     const TYPE *w = weight;                                                                       \
+    const long parts = (tokens + TOKENS - 1) / TOKENS, most = (tokens + parts - 1) / larger(parts, 1); \
     for (long tile = first; tile < last; tile += TILE) {                                          \
       const long end = tile + TILE < last ? tile + TILE : last;                                   \
-      for (long t = 0; t < tokens; t += TOKENS) {                                                 \
+      for (long t = 0; t < tokens; t += most) {                                                   \
         const float *x_at = x + t * (RECORD);                                                     \
         float *y_at = y + t * outputs;                                                            \
-        switch (tokens - t < TOKENS ? tokens - t : TOKENS) {                                      \
+        switch (tokens - t < most ? tokens - t : most) {                                          \
           CASE(PRODUCTS, 1) CASE(PRODUCTS, 2) CASE(PRODUCTS, 3)                                   \
           CASE(PRODUCTS, 4) CASE(PRODUCTS, 5) CASE(PRODUCTS, 6)                                   \
         }                                                                                         \
@@ -132,13 +133,11 @@ INLINE void widened_products(const float *x, const uint16_t *w, float *y, long i
 ROWS_OF(rows_of, products, float, DISPATCHED, inputs)
 ROWS_OF(rows_of_widened, widened_products, uint16_t, DISPATCHED, groups_of(inputs) * GROUP)
 
-#if defined(X86) && __has_include(<avx512bf16intrin.h>)
-#define PAIRS 1
-#define WITH_PAIRS                                                                                \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#ifdef X86
+#define WITH_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 
 /* The sums of four registers, side by side. */
-WITH_PAIRS INLINE __m128 four_sums(const __m512 *of) {
+WITH_AVX512 INLINE __m128 four_sums(const __m512 *of) {
   __m256 half[TILE];
   for (int r = 0; r < TILE; r++)
     half[r] = _mm256_add_ps(_mm512_castps512_ps256(of[r]), _mm512_extractf32x8_ps(of[r], 1));
@@ -147,40 +146,70 @@ WITH_PAIRS INLINE __m128 four_sums(const __m512 *of) {
   return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
-/* The same by AVX512-BF16, which adds the products of two pairs of bfloat16 at a time. For one or two
-   tokens the memory is the limit, and rows are read one after the other; for more of them TILE rows
-   at a time. Where there are fewer, the last one is multiplied again and not stored. */
-WITH_PAIRS INLINE void pair_products(const float *x, const uint16_t *w, float *y, long inputs,
-                                     long outputs, long first, long last, const int n) {
-  const int together = n <= 2 ? 1 : TILE;
-  const long record = groups_of(inputs) * GROUP / 2, whole = inputs / GROUP * GROUP;
-  const __mmask32 rest = (1u << (inputs - whole)) - 1;
-  __m512 sums[TOKENS][TILE];
-  for (int at = 0; at < TILE; at += together) {
-    const uint16_t *row[TILE];
-    for (int r = at; r < at + together; r++) {
-      row[r] = w + (first + r < last ? first + r : last - 1) * inputs;
-      for (int t = 0; t < n; t++) sums[t][r] = _mm512_setzero_ps();
-    }
-    for (long i = 0; i < inputs; i += GROUP) {
-      __m512bh weights[TILE];
-      for (int r = at; r < at + together; r++) {
-        if (n > 1) PREFETCH(row[r] + i);
-        weights[r] = (__m512bh)(i < whole ? _mm512_loadu_si512(row[r] + i)
-                                          : _mm512_maskz_loadu_epi16(rest, row[r] + i));
-      }
-      for (int t = 0; t < n; t++) {
-        const __m512bh state = (__m512bh)_mm512_loadu_si512((const uint16_t *)(x + t * record) + i);
-        for (int r = at; r < at + together; r++)
-          sums[t][r] = _mm512_dpbf16_ps(sums[t][r], weights[r], state);
-      }
-    }
+/* The same products by AVX-512. For one or two tokens the memory is the limit, and rows are read one
+   after the other. For more of them it is arithmetic: TILE rows run together, and all sums stay in
+   registers; where there are fewer rows, the last one is multiplied again and not stored. ADD adds the
+   products of 64 bytes of a row and of a token's states, which are RECORD words of 4 bytes. */
+#define TILED(NAME, WITH, TYPE, RECORD, ADD)                                                      \
+  WITH INLINE void NAME##_step(const float *x, const TYPE *const *row, __m512 (*sums)[TILE],      \
+                               long inputs, long i, __mmask64 mask, const int n, const int rows) { \
+    __m512i weights[TILE];                                                                        \
+    for (int r = 0; r < rows; r++) {                                                              \
+      if (n > 2) PREFETCH((const char *)row[r] + i);                                              \
+      weights[r] = _mm512_maskz_loadu_epi8(mask, (const char *)row[r] + i);                       \
+    }                                                                                             \
+    for (int t = 0; t < n; t++) {                                                                 \
+      const char *of = (const char *)(x + t * (RECORD)) + i;                                      \
+      const __m512i states = _mm512_maskz_loadu_epi8(mask, of);                                   \
+      for (int r = 0; r < rows; r++) sums[t][r] = ADD(sums[t][r], weights[r], states);            \
+    }                                                                                             \
+  }                                                                                               \
+  WITH INLINE void NAME##_sums(const float *x, const TYPE *const *row, __m512 (*to)[TILE],        \
+                               long inputs, const int n, const int rows) {                        \
+    __m512 sums[TOKENS][TILE];                                                                    \
+    for (int t = 0; t < n; t++)                                                                   \
+      for (int r = 0; r < rows; r++) sums[t][r] = _mm512_setzero_ps();                            \
+    const long bytes = inputs * sizeof(TYPE);                                                     \
+    long i = 0;                                                                                   \
+    for (; i + 64 <= bytes; i += 64) NAME##_step(x, row, sums, inputs, i, ~0ull, n, rows);        \
+    if (i < bytes) NAME##_step(x, row, sums, inputs, i, (1ull << (bytes - i)) - 1, n, rows);      \
+    for (int t = 0; t < n; t++)                                                                   \
+      for (int r = 0; r < rows; r++) to[t][r] = sums[t][r];                                       \
+  }                                                                                               \
+  WITH INLINE void NAME(const float *x, const TYPE *w, float *y, long inputs, long outputs,       \
+                        long first, long last, const int n) {                                     \
+    __m512 sums[TOKENS][TILE], one[TOKENS][TILE];                                                 \
+    const TYPE *row[TILE];                                                                        \
+    for (int r = 0; r < TILE; r++)                                                                \
+      row[r] = w + (first + r < last ? first + r : last - 1) * inputs;                            \
+    if (n > 2) NAME##_sums(x, row, sums, inputs, n, TILE);                                        \
+    for (int r = 0; r < TILE && n <= 2; r++) {                                                    \
+      NAME##_sums(x, row + r, one, inputs, n, 1);                                                 \
+      for (int t = 0; t < n; t++) sums[t][r] = one[t][0];                                         \
+    }                                                                                             \
+    for (int t = 0; t < n; t++) {                                                                 \
+      const __m128 total = four_sums(sums[t]);                                                    \
+      memcpy(y + t * outputs + first, &total, (last - first) * sizeof *y);                        \
+    }                                                                                             \
   }
-  for (int t = 0; t < n; t++) {
-    const __m128 total = four_sums(sums[t]);
-    memcpy(y + t * outputs + first, &total, (last - first) * sizeof *y);
-  }
-}
 
-ROWS_OF(rows_of_pairs, pair_products, uint16_t, WITH_PAIRS, groups_of(inputs) * GROUP / 2)
+WITH_AVX512 INLINE __m512 add_products(__m512 sums, __m512i weights, __m512i states) {
+  return _mm512_fmadd_ps((__m512)weights, (__m512)states, sums);
+}
+TILED(tiled_products, WITH_AVX512, float, inputs, add_products)
+ROWS_OF(rows_of_tiles, tiled_products, float, WITH_AVX512, inputs)
+
+#if __has_include(<avx512bf16intrin.h>)
+#define PAIRS 1
+#define WITH_PAIRS                                                                                \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+/* AVX512-BF16 adds the products of two pairs of bfloat16 at a time. */
+WITH_PAIRS INLINE __m512 add_pairs(__m512 sums, __m512i weights, __m512i states) {
+  return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)states);
+}
+#define PAIRED (groups_of(inputs) * GROUP / 2)
+TILED(pair_products, WITH_PAIRS, uint16_t, PAIRED, add_pairs)
+ROWS_OF(rows_of_pairs, pair_products, uint16_t, WITH_PAIRS, PAIRED)
+#endif
 #endif

@@ -81,12 +81,12 @@ MULTIPLY(multiply_half, vec)
 
 /* Turn a query's scores of some keys into shares; returns what earlier sums are multiplied with. */
 INLINE float share(float *scores, long seen, long count, float *most, float *total) {
-  vec largest;
   float best = *most;
   for (long j = seen > 0 ? seen : 0; j < count; j++) scores[j] = -INFINITY;
-  for (long j = 0; j < count; j += LANES) {
+  vec largest = load(scores, 0, 0);
+  for (long j = LANES; j < count; j += LANES) {
     const vec part = load(scores, j, 0);
-    largest = j ? chosen(part > largest, part, largest) : part;
+    largest = chosen(part > largest, part, largest);
   }
   for (int k = 0; k < LANES; k++) best = largest[k] > best ? largest[k] : best;
   vec sums = {0};

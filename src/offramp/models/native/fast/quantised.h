@@ -239,7 +239,7 @@ static Products quantised_products;
 static int choose_products(int most) {
   int kind = 0;
   quantised_products = plain_products_of_blocks;
-  half_products = rows_of_widened;
+  half_products = rows_of_widened, float_products = rows_of;
   multiplies_pairs = multiplies_many = 0;
 #ifdef X86
   __builtin_cpu_init();
@@ -259,7 +259,7 @@ static int choose_products(int most) {
   const int avx512 = most >= 3 && kind >= 1 && __builtin_cpu_supports("avx512f") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl");
-  if (avx512) multiplies_many |= 1 << FLOAT32;
+  if (avx512) float_products = rows_of_tiles, multiplies_many |= 1 << FLOAT32;
 #ifdef PAIRS
   if (avx512 && __builtin_cpu_supports("avx512bf16")) {
     half_products = rows_of_pairs;
