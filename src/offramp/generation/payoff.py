@@ -1,6 +1,7 @@
 """Decide from the accepted tokens and the seconds whether drafts pay on a text, and how many."""
 
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ _LARGEST_LOSS = 0.75  # in seconds of a plain token; then drafting pauses
 _LARGEST_GAIN = 3.0  # a cap, so that a change of the text is noticed soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 48, 768  # rounds
 _FIRST_PLAIN = 2
+_MOST_BOOKS = 16  # options of drafts whose balance is remembered
 _MEMORY = 0.9  # what a round counts after each later one, for how often drafts are accepted
 
 
@@ -28,37 +30,6 @@ class _Seconds:
             self.value += 0.3 * (seconds - self.value)
         else:
             self.value += 0.1 * (min(seconds, 2 * self.value) - self.value)
-
-
-class Durations:
-    """How long rounds take, by the source of their drafts and their number, in all texts."""
-
-    def __init__(self) -> None:
-        self.plain = _Seconds()
-        self.plain_rounds = 0
-        self.of_rounds: dict[tuple[Kind, int], _Seconds] = defaultdict(_Seconds)
-        self.cost_of_draft: dict[Kind, float] = {}
-        "What a draft adds to a round, in plain tokens: a running mean."
-
-    def note(self, kind: Kind, drafts: int, seconds: float) -> None:
-        """Record how long a round took."""
-        if kind == "none":
-            self.plain.note(seconds)
-            self.plain_rounds += 1
-            return
-        self.of_rounds[kind, drafts].note(seconds)
-        if self.plain.value and drafts:
-            added = min(max(0.0, seconds / self.plain.value - 1) / drafts, 1.0)
-            before = self.cost_of_draft.get(kind, added)
-            self.cost_of_draft[kind] = before + 0.2 * (added - before)
-
-
-_OF_MODELS: "WeakKeyDictionary[Any, Durations]" = WeakKeyDictionary()
-
-
-def durations_of(model: Any) -> Durations:
-    """Return the durations that all texts of a model share."""
-    return _OF_MODELS.setdefault(model, Durations())
 
 
 @dataclass
@@ -85,27 +56,77 @@ class _Book:
                 counts[1] = _MEMORY * counts[1] + kept
 
 
+class Experience:
+    """What earlier texts of a model have shown of its drafts.
+
+    How long rounds take, by the source of their drafts and their number; and the balance of the
+    drafts of exits. How often these are accepted depends on the model more than on the text, so
+    their pause goes on from one text to the next.
+    """
+
+    def __init__(self) -> None:
+        self.plain = _Seconds()
+        self.plain_rounds = 0
+        self.of_rounds: dict[tuple[Kind, int], _Seconds] = defaultdict(_Seconds)
+        self.cost_of_draft: dict[Kind, float] = {}
+        "What a draft adds to a round, in plain tokens: a running mean."
+        self._exit_books: dict[Hashable, _Book] = {}
+
+    def exit_book(self, drafts: Hashable) -> _Book:
+        """Return the balance of an exit's drafts with these options."""
+        book = self._exit_books.pop(drafts, None) or _Book()
+        self._exit_books[drafts] = book
+        if len(self._exit_books) > _MOST_BOOKS:
+            del self._exit_books[next(iter(self._exit_books))]
+        return book
+
+    def note(self, kind: Kind, drafts: int, seconds: float) -> None:
+        """Record how long a round took."""
+        if kind == "none":
+            self.plain.note(seconds)
+            self.plain_rounds += 1
+            return
+        self.of_rounds[kind, drafts].note(seconds)
+        if self.plain.value and drafts:
+            added = min(max(0.0, seconds / self.plain.value - 1) / drafts, 1.0)
+            before = self.cost_of_draft.get(kind, added)
+            self.cost_of_draft[kind] = before + 0.2 * (added - before)
+
+
+_OF_MODELS: "WeakKeyDictionary[Any, Experience]" = WeakKeyDictionary()
+
+
+def experience_of(model: Any) -> Experience:
+    """Return the experience that all texts of a model share."""
+    return _OF_MODELS.setdefault(model, Experience())
+
+
 class Payoff:
     """Compares the time that drafts save with the time they take; pauses a source that loses time.
 
     Each round adds (tokens gained) x (time of a plain token) - (time it took) to the balance of
     its source, in estimated times. After a loss of _LARGEST_LOSS plain tokens the source pauses
-    and is then tried again. Each further pause in a row is twice as long.
+    and is then tried again. Each further pause in a row is twice as long. The balance of prompt
+    lookup belongs to the text, that of the exit to the model.
 
     A round has as many drafts as pay: where a call of several tokens takes much longer than one of
     a single token, as with 4-bit weights, drafts that are often rejected are few.
     """
 
-    def __init__(self, durations: Durations | None = None) -> None:
-        self._durations = Durations() if durations is None else durations
-        self._books: dict[Kind, _Book] = {"exit": _Book(), "lookup": _Book()}
+    def __init__(self, experience: Experience | None = None, *, drafts: Hashable = None) -> None:
+        """``drafts`` are the options of the exit's drafts."""
+        self._experience = Experience() if experience is None else experience
+        self._books: dict[Kind, _Book] = {
+            "exit": self._experience.exit_book(drafts),
+            "lookup": _Book(),
+        }
 
     def pays(self, kind: Kind) -> bool:
         """Return whether to draft from this source in this round.
 
         The first rounds of a model draft nothing: they show how long a plain token takes.
         """
-        return self._durations.plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
+        return self._experience.plain_rounds >= _FIRST_PLAIN and self._books[kind].left <= 0
 
     def drafts(self, kind: Kind, most: int) -> int:
         """Return how many drafts, from 1 to ``most``, give the most tokens in a second.
@@ -113,7 +134,7 @@ class Payoff:
         Drafts are taken to be accepted as often as those before them; ``most`` if no round has
         shown yet how long they take.
         """
-        book, cost = self._books[kind], self._durations.cost_of_draft.get(kind)
+        book, cost = self._books[kind], self._experience.cost_of_draft.get(kind)
         if cost is None:
             return most
         chance, later = (kept / (lost + kept) for lost, kept in (book.first, book.later))
@@ -130,12 +151,12 @@ class Payoff:
         """Record a round: its source, its drafts, the tokens that it gave, and its seconds."""
         for book in self._books.values():
             book.left -= 1
-        self._durations.note(kind, drafts, seconds)
+        self._experience.note(kind, drafts, seconds)
         if kind == "none":
             return
-        book, plain = self._books[kind], self._durations.plain.value
+        book, plain = self._books[kind], self._experience.plain.value
         book.learn(drafts, tokens - 1)
-        usual = self._durations.of_rounds[kind, drafts].value
+        usual = self._experience.of_rounds[kind, drafts].value
         if plain is None or usual is None:
             return
         book.balance += tokens - usual / plain

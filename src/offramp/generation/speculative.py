@@ -25,7 +25,7 @@ from offramp.exits.gate import FittedExits
 from offramp.generation.config import GenerateConfig
 from offramp.generation.exit_rule import broken_score
 from offramp.generation.lookup import Lookup
-from offramp.generation.payoff import Kind, Payoff, durations_of
+from offramp.generation.payoff import Kind, Payoff, experience_of
 from offramp.generation.sampling import Likeliest, Sampler, likeliest_with
 from offramp.generation.transfer import on_device
 from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
@@ -64,7 +64,8 @@ class SpeculativeDecoder:
         self.draft_exit, self.fitted = draft_exit, fitted
         self._layers = model.num_layers
         self.measure = confidence_named(config.draft_confidence)
-        self.payoff = Payoff(durations_of(model))
+        drafts = draft_exit, config.draft_confidence, config.draft_threshold
+        self.payoff = Payoff(experience_of(model), drafts=drafts)
         self.lookup = Lookup(config.lookup)
         self.work = work
         self._router = model.router(cache, RouterSpec())

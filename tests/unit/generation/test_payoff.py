@@ -4,7 +4,7 @@ import pytest
 
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate
-from offramp.generation.payoff import Durations, Payoff, durations_of
+from offramp.generation.payoff import Experience, Payoff, experience_of
 
 PLAIN = 0.01
 
@@ -53,28 +53,57 @@ def test_more_drafts_come_back_with_a_text_that_repeats_itself():
     assert drafts == 5
 
 
-def test_texts_share_what_is_known_of_the_time_and_nothing_else():
-    durations = Durations()
-    first = Payoff(durations)
+def test_texts_share_what_is_known_of_the_time_and_not_what_lookup_gained():
+    experience = Experience()
+    first = Payoff(experience)
     assert not first.pays("lookup")
     for _ in range(2):
         first.note("none", drafts=0, tokens=1, seconds=PLAIN)
     for _ in range(20):
         first.note("lookup", drafts=5, tokens=1, seconds=1.75 * PLAIN)
     assert not first.pays("lookup")
-    second = Payoff(durations)
+    second = Payoff(experience)
     assert second.pays("lookup")
     assert first.drafts("lookup", 5) < second.drafts("lookup", 5) < 5
+
+
+def test_an_exit_that_does_not_pay_is_not_tried_again_at_once_by_the_next_text():
+    experience = Experience()
+    first = Payoff(experience, drafts=(2, 0.5))
+    for _ in range(2):
+        first.note("none", drafts=0, tokens=1, seconds=PLAIN)
+    while first.pays("exit"):
+        first.note("exit", drafts=1, tokens=1, seconds=1.5 * PLAIN)
+    second = Payoff(experience, drafts=(2, 0.5))
+    assert not second.pays("exit")
+    assert second.pays("lookup")
+    rounds = 0
+    while not second.pays("exit"):
+        second.note("none", drafts=0, tokens=1, seconds=PLAIN)
+        rounds += 1
+    assert 40 < rounds < 60
+    assert Payoff(experience, drafts=(3, 0.5)).pays("exit"), "other options were not tried"
+
+
+def test_what_is_remembered_of_drafts_is_bounded():
+    experience = Experience()
+    for threshold in range(1000):
+        Payoff(experience, drafts=threshold)
+    assert len(experience._exit_books) <= 20
+    kept = experience.exit_book(999)
+    for threshold in range(10):
+        Payoff(experience, drafts=threshold)
+    assert experience.exit_book(999) is kept
 
 
 def test_all_texts_of_a_model_share_what_is_known_of_the_time(make_model):
     model, other = (make_model(num_hidden_layers=3, exit_layers=(1,)) for _ in range(2))
     config = GenerateConfig(speculative=True, max_new_tokens=8)
     for _ in range(2):
-        before = durations_of(model).plain_rounds
+        before = experience_of(model).plain_rounds
         list(generate(model, [1, 2, 3], config))
     assert before >= 2  # known before the second text
-    assert durations_of(other).plain_rounds == 0
+    assert experience_of(other).plain_rounds == 0
 
 
 def test_a_slow_first_round_is_forgotten():
