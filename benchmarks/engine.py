@@ -6,7 +6,10 @@ MODEL has exits and fitted gates (``offramp tune`` fits them). Prompts of 64 tok
 and 64 new tokens follow. All ways are timed in turn, ROUNDS (default 9) times; the table has the
 medians of tokens/s after all prompts have run, and of the ratio to full depth with 8 rows in the
 same round. The threshold of the exits is that at which at most 65% of the layers run.
-Then 2,000 short requests run, and the memory of the process is printed after each 500.
+"Step by step" decodes without the router of the compiled kernels, as rows that wait do; so that
+row and those with max_wait show what waiting changes. "Reads" are the blocks whose weights are
+read, for each token of a row. Then 2,000 short requests run, and the memory of the process is
+printed after each 500.
 """
 
 import resource
@@ -22,15 +25,24 @@ from offramp.generation.engine import Engine
 
 ROWS, PROMPT, NEW, SHARE = 8, 64, 64, 0.65
 WAITS = (1, 2, 4, 8)
+STEPS = "gain, 8 rows, step by step"
 
 
 def decode(
-    lm: Any, prompts: list[list[int]], config: GenerateConfig, max_wait: int = 0
-) -> tuple[float, float]:
-    """Return (tokens a second, mean layers) of the prompts together, once all have run."""
+    lm: Any,
+    prompts: list[list[int]],
+    config: GenerateConfig,
+    max_wait: int = 0,
+    *,
+    routed: bool = True,
+) -> tuple[float, float, float]:
+    """Return (tokens a second, mean layers, reads) of the prompts, once all have run."""
     slots = EngineConfig(
         slots=len(prompts), capacity=PROMPT + NEW, prefill_tokens=None, max_wait=max_wait
     )
+    router = lm.model.router
+    if not routed:
+        lm.model.router = lambda cache, spec: None
     engine = Engine(lm.model, slots, fitted=lm._opened.fitted)
     requests = [engine.submit(prompt, config) for prompt in prompts]
     engine.step()  # the prompts
@@ -38,8 +50,10 @@ def decode(
     for _ in engine.run():
         pass
     seconds = time.perf_counter() - start
+    lm.model.router = router
     tokens = sum(len(request.completion.tokens) - 1 for request in requests)
-    return tokens / seconds, engine.work.layers_run / tokens
+    reads = sum(engine.work.blocks.values())
+    return tokens / seconds, engine.work.layers_run / tokens, reads / tokens
 
 
 def threshold(lm: Any, prompts: list[list[int]]) -> float:
@@ -90,17 +104,21 @@ def main() -> None:
         "full, 8 rows": (prompts, full),
         "full, 1 row": (prompts[:1], full),
         "gain, 8 rows": (prompts, exits),
+        STEPS: (prompts, exits),
         **{f"gain, 8 rows, max_wait={wait}": (prompts, exits, wait) for wait in WAITS},
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            found[name].append(decode(lm, *way))
-    base = [speed for speed, _ in found["full, 8 rows"]]
+            found[name].append(decode(lm, *way, routed=name != STEPS))
+    base = [speed for speed, *_ in found["full, 8 rows"]]
     for name, runs in found.items():
-        ratio = median(speed / of for (speed, _), of in zip(runs, base, strict=True))
-        speed, layers = (median(each) for each in zip(*runs, strict=True))
-        print(f"{name:26} {speed:7.1f} tokens/s  {ratio:5.2f} of full  {layers:5.1f} layers")
+        ratio = median(speed / of for (speed, *_), of in zip(runs, base, strict=True))
+        speed, layers, reads = (median(each) for each in zip(*runs, strict=True))
+        print(
+            f"{name:26} {speed:7.1f} tokens/s  {ratio:5.2f} of full  {layers:5.1f} layers  "
+            f"{reads:5.1f} reads"
+        )
     memory(lm, prompts)
 
 

@@ -146,21 +146,28 @@ WITH_AVX512 INLINE __m128 four_sums(const __m512 *of) {
   return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
+/* 64 bytes, of which ``left`` are read and the others are 0. */
+WITH_AVX512 INLINE __m512i load64(const void *from, long left) {
+  if (left >= 64) return _mm512_loadu_si512(from);
+  char some[64] = {0};
+  memcpy(some, from, left);
+  return _mm512_loadu_si512(some);
+}
+
 /* The same products by AVX-512. For one or two tokens the memory is the limit, and rows are read one
    after the other. For more of them it is arithmetic: TILE rows run together, and all sums stay in
    registers; where there are fewer rows, the last one is multiplied again and not stored. ADD adds the
    products of 64 bytes of a row and of a token's states, which are RECORD words of 4 bytes. */
 #define TILED(NAME, WITH, TYPE, RECORD, ADD)                                                      \
   WITH INLINE void NAME##_step(const float *x, const TYPE *const *row, __m512 (*sums)[TILE],      \
-                               long inputs, long i, __mmask64 mask, const int n, const int rows) { \
+                               long inputs, long i, long left, const int n, const int rows) {     \
     __m512i weights[TILE];                                                                        \
     for (int r = 0; r < rows; r++) {                                                              \
       if (n > 2) PREFETCH((const char *)row[r] + i);                                              \
-      weights[r] = _mm512_maskz_loadu_epi8(mask, (const char *)row[r] + i);                       \
+      weights[r] = load64((const char *)row[r] + i, left);                                        \
     }                                                                                             \
     for (int t = 0; t < n; t++) {                                                                 \
-      const char *of = (const char *)(x + t * (RECORD)) + i;                                      \
-      const __m512i states = _mm512_maskz_loadu_epi8(mask, of);                                   \
+      const __m512i states = load64((const char *)(x + t * (RECORD)) + i, left);                  \
       for (int r = 0; r < rows; r++) sums[t][r] = ADD(sums[t][r], weights[r], states);            \
     }                                                                                             \
   }                                                                                               \
@@ -171,8 +178,8 @@ WITH_AVX512 INLINE __m128 four_sums(const __m512 *of) {
       for (int r = 0; r < rows; r++) sums[t][r] = _mm512_setzero_ps();                            \
     const long bytes = inputs * sizeof(TYPE);                                                     \
     long i = 0;                                                                                   \
-    for (; i + 64 <= bytes; i += 64) NAME##_step(x, row, sums, inputs, i, ~0ull, n, rows);        \
-    if (i < bytes) NAME##_step(x, row, sums, inputs, i, (1ull << (bytes - i)) - 1, n, rows);      \
+    for (; i + 64 <= bytes; i += 64) NAME##_step(x, row, sums, inputs, i, 64, n, rows);           \
+    if (i < bytes) NAME##_step(x, row, sums, inputs, i, bytes - i, n, rows);                      \
     for (int t = 0; t < n; t++)                                                                   \
       for (int r = 0; r < rows; r++) to[t][r] = sums[t][r];                                       \
   }                                                                                               \
