@@ -307,6 +307,6 @@ def test_speculation_at_a_good_exit_accepts_and_runs_no_layer_twice(make_model):
     model.run_layers = run_layers
     assert tokens == greedy(model, PROMPTS[0], 13)
     assert generation.acceptance_rate == 1.0
-    assert ran == [(0, 3, 5), (3, 4, 1)] + 3 * ([(0, 2, 1)] * 4 + [(2, 4, 4)])
+    assert ran == [(0, 4, 5)] + 3 * ([(0, 2, 1)] * 4 + [(2, 4, 4)])
     assert [token.exit_layer for token in generation.completion.tokens[1:5]] == [2, 2, 2, 4]
     assert generation.mean_layers == 4.0

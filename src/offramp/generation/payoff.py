@@ -18,14 +18,21 @@ _MEMORY = 0.9  # what a round counts after each later one, for how often drafts 
 
 
 class _Seconds:
-    """A running estimate of a duration; slow outliers (a busy machine) have little effect."""
+    """A running estimate of a duration; slow outliers (a busy machine) have little effect.
+
+    The first time may be slow, too, because something is prepared: the second replaces it.
+    """
 
     def __init__(self) -> None:
         self.value: float | None = None
+        self.times = 0
 
     def note(self, seconds: float) -> None:
+        self.times += 1
         if self.value is None:
             self.value = seconds
+        elif self.times == 2:
+            self.value = min(self.value, seconds)
         elif seconds < self.value:
             self.value += 0.3 * (seconds - self.value)
         else:
@@ -60,8 +67,8 @@ class Experience:
     """What earlier texts of a model have shown of its drafts.
 
     How long rounds take, by the source of their drafts and their number; and the balance of the
-    drafts of exits. How often these are accepted depends on the model more than on the text, so
-    their pause goes on from one text to the next.
+    drafts of exits. How often these are accepted depends on the model and on their options, too,
+    not only on the text, so their pause goes on from one text to the next.
     """
 
     def __init__(self) -> None:
@@ -77,7 +84,7 @@ class Experience:
         book = self._exit_books.pop(drafts, None) or _Book()
         self._exit_books[drafts] = book
         if len(self._exit_books) > _MOST_BOOKS:
-            del self._exit_books[next(iter(self._exit_books))]
+            self._exit_books.pop(next(iter(self._exit_books)), None)
         return book
 
     def note(self, kind: Kind, drafts: int, seconds: float) -> None:
@@ -156,10 +163,10 @@ class Payoff:
             return
         book, plain = self._books[kind], self._experience.plain.value
         book.learn(drafts, tokens - 1)
-        usual = self._experience.of_rounds[kind, drafts].value
-        if plain is None or usual is None:
+        usual = self._experience.of_rounds[kind, drafts]
+        if plain is None or usual.value is None or usual.times < 2:
             return
-        book.balance += tokens - usual / plain
+        book.balance += tokens - usual.value / plain
         book.balance = min(book.balance, _LARGEST_GAIN)
         if book.balance >= _LARGEST_GAIN / 2:
             book.pause = _FIRST_PAUSE

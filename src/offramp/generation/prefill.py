@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from offramp.generation.transfer import on_device
-from offramp.models.base import EarlyExitModel, Step
+from offramp.models.base import FEW_TOKENS, EarlyExitModel, Step
 from offramp.models.kv_cache import KVCache
 
 PREFILL_CHUNK = 512
@@ -23,7 +23,8 @@ class Prefill:
 
     ``rows`` (1,) is the row; None in a cache of one row. Only the logits of the last token are
     wanted. Therefore the last block, and all blocks above ``complete_from``, run for this token
-    only; of the other tokens their keys and values are projected.
+    only; of the other tokens their keys and values are projected. The last block of a prompt of
+    few tokens runs for all of them, since this costs no more.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Prefill:
         self.logits: Float[Tensor, "1 V"] | None = None
         "The logits after the prompt; None until all of it has run."
         self._prompt, self._first, self._layer = prompt, 0, 0
-        self._shared = min(model.complete_from, model.num_layers - 1)
+        below = model.num_layers - (len(prompt) > FEW_TOKENS)
+        self._shared = min(model.complete_from, below)
         "The blocks that run for all tokens."
         self._h: Tensor | None = None
 
@@ -61,19 +63,22 @@ class Prefill:
             stop = self._layer + more
             self._h = self.model.run_layers(self._h, self._layer, stop, step=self._step)
             self._layer = stop
-            budget -= tokens * more
+            budget -= tokens * max(more, 1)
             if stop == self._shared:
                 self._end_chunk(self._h)
         return budget
 
     def _end_chunk(self, h: Float[Tensor, "1 T D"]) -> None:
         model, layers = self.model, self.model.num_layers
-        model.project_kv(h, self._shared, model.cache_layers, step=self._step)
+        if self._shared < layers:
+            model.project_kv(h, self._shared, model.cache_layers, step=self._step)
         self._first, self._h = self._first + h.shape[1], None
         if self._first < len(self._prompt):
             return
-        last = self._step_of(len(self._prompt) - 1, 1)
-        h = model.run_layers(h[:, -1:], self._shared, layers, step=last)
+        h = h[:, -1:]
+        if self._shared < layers:
+            last = self._step_of(len(self._prompt) - 1, 1)
+            h = model.run_layers(h, self._shared, layers, step=last)
         self.logits = model.unembed(h, layers)[:, 0]
 
     def _step_of(self, first: int, tokens: int) -> Step:

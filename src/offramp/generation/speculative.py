@@ -64,8 +64,9 @@ class SpeculativeDecoder:
         self.draft_exit, self.fitted = draft_exit, fitted
         self._layers = model.num_layers
         self.measure = confidence_named(config.draft_confidence)
-        drafts = draft_exit, config.draft_confidence, config.draft_threshold
-        self.payoff = Payoff(experience_of(model), drafts=drafts)
+        named = "draft_confidence draft_threshold temperature top_k top_p repetition_penalty"
+        options = tuple(getattr(config, name) for name in named.split())
+        self.payoff = Payoff(experience_of(model), drafts=(draft_exit, *options))
         self.lookup = Lookup(config.lookup)
         self.work = work
         self._router = model.router(cache, RouterSpec())
@@ -108,9 +109,9 @@ class SpeculativeDecoder:
             self.lookup.push(accepted)
         self.drafted += len(found)
         self.accepted += len(chosen) - 1
-        self.payoff.note(
-            kind, drafts=len(found), tokens=len(chosen), seconds=perf_counter() - began
-        )
+        if self.config.adaptive:
+            seconds = perf_counter() - began
+            self.payoff.note(kind, drafts=len(found), tokens=len(chosen), seconds=seconds)
         return chosen
 
     def _whole(self, ids: list[int]) -> Seen:

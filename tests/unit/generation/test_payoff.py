@@ -1,5 +1,7 @@
 """Whether a round has drafts, and how many, follows from what they gain and how long they take."""
 
+from dataclasses import replace
+
 import pytest
 
 from offramp.generation.config import GenerateConfig
@@ -83,6 +85,24 @@ def test_an_exit_that_does_not_pay_is_not_tried_again_at_once_by_the_next_text()
         rounds += 1
     assert 40 < rounds < 60
     assert Payoff(experience, drafts=(3, 0.5)).pays("exit"), "other options were not tried"
+
+
+def test_a_slow_first_round_of_an_exit_does_not_pause_it():
+    made = Payoff()
+    for _ in range(2):
+        made.note("none", drafts=0, tokens=1, seconds=PLAIN)
+    made.note("exit", drafts=1, tokens=2, seconds=50 * PLAIN)
+    for _ in range(20):
+        assert made.pays("exit")
+        made.note("exit", drafts=1, tokens=2, seconds=1.3 * PLAIN)
+
+
+def test_texts_that_draft_in_any_case_teach_nothing(make_model):
+    model = make_model(num_hidden_layers=3, exit_layers=(1,))
+    config = GenerateConfig(speculative=True, adaptive=False, lookup=0, draft_threshold=-1.0)
+    list(generate(model, [1, 2, 3], replace(config, max_new_tokens=30)))
+    assert experience_of(model).plain_rounds == 0
+    assert not experience_of(model).of_rounds
 
 
 def test_what_is_remembered_of_drafts_is_bounded():

@@ -34,7 +34,7 @@
 
 #define LANES 8
 /* Weights are read into the second-level cache this many bytes before they are used. On a Zen 4
-   processor two to five tokens wait for the memory half as long as with a prefetch into the first. */
+   processor several tokens wait for the memory half as long as with a prefetch into the first. */
 #define PREFETCH(weights) __builtin_prefetch((const char *)(weights) + 8192, 0, 2)
 #define SERIAL 65536   /* up to so many multiplications one thread is faster */
 #define SERIAL_BLOCK 262144 /* the same for a block, in which threads synchronise six times */

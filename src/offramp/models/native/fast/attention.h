@@ -69,10 +69,11 @@ INLINE void attend(const float *queries, const void *keys, const void *values, i
     by[q] = 1.0f / total;
   }
   long at = 0;
-  for (; at + WIDE * LANES <= size; at += WIDE * LANES)
-    mix_values(scores, apart, values, bfloat16, out, by, length, size, at, n, WIDE);
-  for (; at < size; at += LANES)
-    mix_values(scores, apart, values, bfloat16, out, by, length, size, at, n, 1);
+#define MIX(count)                                      \
+  for (; at + (count) * LANES <= size; at += (count) * LANES) \
+    mix_values(scores, apart, values, bfloat16, out, by, length, size, at, n, count);
+  MIX(WIDE) MIX(4) MIX(2) MIX(1)
+#undef MIX
 }
 
 /* Attention of ``n`` <= TOGETHER queries of a token, (n, size), whose results are at ``out``. ``scores``

@@ -234,8 +234,9 @@ typedef void (*Products)(const int8_t *, Matrix, int, float *, long, long, long,
 
 static Products quantised_products;
 
-/* Choose the best products that the processor has, of the first ``most`` + 1 kinds. Those of bfloat16
-   weights are by pairs from the fourth kind on, and those of many tokens are those of many.h. */
+/* Choose the best products that the processor has, of the first ``most`` + 1 kinds. From the
+   fourth kind on, float32 and bfloat16 weights use AVX-512 where the processor has it: products.h,
+   many.h. */
 static int choose_products(int most) {
   int kind = 0;
   quantised_products = plain_products_of_blocks;
