@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from offramp.exits.gate import FittedExits
 from offramp.generation.config import GenerateConfig
 from offramp.generation.generate import generate
 from offramp.generation.payoff import Experience, Payoff, experience_of
+from offramp.generation.speculative import SpeculativeDecoder
+from offramp.models.work import Work
 
 PLAIN = 0.01
 
@@ -178,3 +181,23 @@ def test_one_kind_of_draft_that_does_not_pay_leaves_the_other_alone():
     assert not payoff.pays("lookup")
     assert payoff.pays("exit")
     assert rounds(payoff, lambda n: True, 50) == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [({"seed": 4}, True), ({"temperature": 2.0}, False), ({"draft_threshold": 0.9}, False)],
+)
+def test_texts_with_other_options_of_drafts_do_not_pause_each_other(make_model, options, shared):
+    model = make_model(num_hidden_layers=3, exit_layers=(1,))
+    books = []
+    for more in ({}, options):
+        decoder = SpeculativeDecoder(
+            model,
+            model.make_cache(1, 16),
+            config=GenerateConfig(speculative=True, **more),
+            draft_exit=1,
+            fitted=FittedExits(),
+            work=Work(),
+        )
+        books.append(decoder.payoff._books["exit"])
+    assert (books[0] is books[1]) == shared

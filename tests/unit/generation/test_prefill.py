@@ -59,3 +59,14 @@ def test_the_last_block_runs_for_the_last_token_of_a_prompt_only(
     torch.testing.assert_close(part.logits, model.unembed(h[:, -1:], layers)[:, 0])
     for one, other in ((cache.keys, whole.keys), (cache.values, whole.values)):
         torch.testing.assert_close(one[..., :tokens, :], other[..., :tokens, :])
+
+
+def test_a_budget_stops_a_prompt_of_a_model_of_one_block_after_each_chunk(make_model, monkeypatch):
+    monkeypatch.setattr(prefills, "PREFILL_CHUNK", 20)
+    model = make_model(num_hidden_layers=1, exit_layers=())
+    part = Prefill(model, model.make_cache(1, 50), [n % 13 for n in range(45)])
+    calls = 0
+    while part.logits is None:
+        assert part.run(5) <= 0
+        calls += 1
+    assert calls == 3

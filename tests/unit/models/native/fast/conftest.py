@@ -6,7 +6,7 @@ import torch
 from offramp.models.native.fast import kernels
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
+@pytest.fixture(params=[1, 4], ids="{} threads".format)
 def _threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -21,14 +21,6 @@ KINDS = range(5)
 """No instructions of their own, AVX2, AVX-VNNI, AVX512-VNNI, AMX: see quantised.h."""
 
 
-@pytest.fixture(params=[1, 4], ids="{} threads".format)
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=KINDS)
 def _kind(request):
     if kernels._compiled.kind(request.param) != request.param:
